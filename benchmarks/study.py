@@ -1,0 +1,100 @@
+"""The study behind docs/study.md: each side of the selection against random draws and against everything, over seeds.
+
+    python benchmarks/study.py --seeds 5 --output_dir runs/study
+
+Prints mean and standard deviation over the seeds of the losses on held-out rows, and how well the scores tell clean
+target rows from others. The settings are the quick start's; nothing is tuned per seed.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from dualsft.quickstart.control import Draw, write_control
+from dualsft.quickstart.run import POOL, QuickStart
+from dualsft.quickstart.table import Row
+from dualsft.selection import Selection, load_selection
+
+VARIANTS: dict[str, tuple[Draw, Draw]] = {
+    "all examples, all weights": ("all", "all"),
+    "chosen examples, chosen weights": ("chosen", "chosen"),
+    "random examples, random weights": ("random", "random"),
+    "chosen examples, all weights": ("chosen", "all"),
+    "random examples, all weights": ("random", "all"),
+    "all examples, chosen weights": ("all", "chosen"),
+    "all examples, random weights": ("all", "random"),
+}
+
+
+def main() -> None:
+    """Run every variant under every seed and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
+    options = parser.parse_args()
+    runs = [run_seed(options.output_dir / f"seed-{seed}", seed) for seed in range(options.seeds)]
+    (options.output_dir / "study.json").write_text(json.dumps(runs, indent=2), encoding="utf-8")
+    print(f"\n{fit_table([run['rows'] for run in runs])}\n\n{score_table([run['scores'] for run in runs])}")
+
+
+def run_seed(folder: Path, seed: int) -> dict[str, list[Row] | dict[str, float]]:
+    """All variants under one seed, kept in the folder so that a second start does not repeat them."""
+    kept = folder / "figures.json"
+    if not kept.is_file():
+        steps = QuickStart(folder, seed)
+        selection = load_selection(steps.select())
+        rows = [steps.base()]
+        for name, (examples, weights) in VARIANTS.items():
+            control = folder / f"control-{examples}-{weights}"
+            write_control(selection, POOL, control, seed, examples=examples, weights=weights)
+            rows.append(steps.fit(name, control))
+        figures = {"rows": [vars(row) for row in rows], "scores": score_quality(selection)}
+        kept.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def score_quality(selection: Selection) -> dict[str, float]:
+    """How well the example scores tell the pool's sources apart."""
+    sources = [json.loads(line)["source"] for line in POOL.read_text(encoding="utf-8").splitlines()]
+    by_source: dict[str, list[float]] = {}
+    for source, score in zip(sources, selection.examples["score"].to_pylist(), strict=True):
+        by_source.setdefault(source, []).append(score)
+    chosen = [sources[i] for i in selection.example_ids]
+    return {
+        "clean target among the chosen": chosen.count("target") / len(chosen),
+        "shuffled target among the chosen": chosen.count("shuffled") / len(chosen),
+        "AUC, clean against shuffled": auc(by_source["target"], by_source["shuffled"]),
+        "AUC, clean against general": auc(by_source["target"], by_source["general"]),
+    }
+
+
+def auc(positive: list[float], negative: list[float]) -> float:
+    """The chance that a positive outranks a negative, ties counting half."""
+    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    return wins / (len(positive) * len(negative))
+
+
+def fit_table(runs: list[list[dict[str, float]]]) -> str:
+    """Mean ± standard deviation over the seeds, one line a variant."""
+    lines = ["| trained on | target loss | general loss | general exact match |", "| --- | ---: | ---: | ---: |"]
+    for rows in zip(*runs, strict=True):
+        cells = [spread([row[key] for row in rows]) for key in ("target_loss", "general_loss", "general_exact_match")]
+        lines.append(f"| {rows[0]['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def score_table(runs: list[dict[str, float]]) -> str:
+    """Mean ± standard deviation over the seeds, one line a figure."""
+    lines = ["| scores | |", "| --- | ---: |"]
+    return "\n".join([*lines, *(f"| {key} | {spread([run[key] for run in runs])} |" for key in runs[0])])
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± sample standard deviation; just the value if there is one."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()

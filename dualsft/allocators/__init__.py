@@ -1,0 +1,15 @@
+"""Budgets on the two score vectors: how many weights and examples, and which."""
+
+from dualsft.allocators.base import Budget, DataAllocator, ParameterAllocator, ScoredExamples, check_budget, count_of
+from dualsft.allocators.top_k import GlobalTopK, TopK
+
+__all__ = [
+    "Budget",
+    "DataAllocator",
+    "GlobalTopK",
+    "ParameterAllocator",
+    "ScoredExamples",
+    "TopK",
+    "check_budget",
+    "count_of",
+]

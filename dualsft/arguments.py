@@ -1,0 +1,114 @@
+"""What is done to the command line before jsonargparse sees it: shared configurations and registered names.
+
+One configuration file describes the whole job, so each verb takes its own keys from it and leaves what another verb
+knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from dualsft.errors import UserError
+from dualsft.registry import class_path
+
+NAMED = {
+    "model.scorer": "dualsft.scorers",
+    "model.parameter_allocator": "dualsft.parameter_allocators",
+    "model.data_allocator": "dualsft.data_allocators",
+}
+_SECTIONS = ("model", "data")
+
+
+def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> list[str]:
+    """The arguments with configuration files narrowed to the verb, and names replaced by class paths.
+
+    Args:
+        arguments: As typed, without the program's name.
+        parsers: Verb -> its parser.
+
+    Raises:
+        UserError: if a configuration file cannot be read, or a name is not registered.
+    """
+    verb = next((a for a in arguments if a in parsers), None)
+    if verb is None:
+        return list(arguments)
+    start = arguments.index(verb) + 1
+    prepared = list(arguments[:start])
+    rest = [part for a in arguments[start:] for part in _split(a)]
+    for key, value in zip(["", *rest], [*rest, ""], strict=True):
+        if key == "--config":
+            prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parsers), sort_keys=False))
+        elif value == "--print_config":
+            prepared.append("--print_config=comments")
+        elif value:
+            prepared.append(_expand_option(key, value))
+    return prepared
+
+
+def _split(argument: str) -> list[str]:
+    option, equals, value = argument.partition("=")
+    ours = option == "--config" or (option.startswith("--") and bool(_group(option)))
+    return [option, value] if equals and ours else [argument]
+
+
+def _group(option: str) -> str:
+    key = option.removeprefix("--").removesuffix(".help").removesuffix(".class_path")
+    return NAMED.get(key, "")
+
+
+def _expand_option(option: str, value: str) -> str:
+    group = _group(option) if option.startswith("--") else ""
+    return class_path(group, value) if group and value.isidentifier() and value not in ("null", "None") else value
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML configuration.
+
+    Raises:
+        UserError: if the file is missing or is not a YAML mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"The configuration {path} holds a {type(loaded).__name__}, not keys and values.")
+    return loaded
+
+
+def _narrow(config: dict[str, Any], verb: str, parsers: Mapping[str, ArgumentParser]) -> dict[str, Any]:
+    narrowed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _SECTIONS and isinstance(value, dict):
+            narrowed[key] = {k: v for k, v in value.items() if _belongs(f"{key}.{k}", verb, parsers)}
+        elif _belongs(key, verb, parsers):
+            narrowed[key] = value
+    for key, group in NAMED.items():
+        section, _, name = key.partition(".")
+        if isinstance(narrowed.get(section), dict) and name in narrowed[section]:
+            narrowed[section][name] = _expand_value(group, narrowed[section][name])
+    return narrowed
+
+
+def _expand_value(group: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return {"class_path": class_path(group, value)}
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        return {**value, "class_path": class_path(group, value["class_path"])}
+    return value
+
+
+def _belongs(key: str, verb: str, parsers: Mapping[str, ArgumentParser]) -> bool:
+    """Whether a key is this verb's, or nobody's (so that the parser refuses it)."""
+    return _knows(parsers[verb], key) or not any(_knows(parser, key) for parser in parsers.values())
+
+
+def _knows(parser: ArgumentParser, key: str) -> bool:
+    return any(a.dest == key or a.dest.startswith(f"{key}.") for a in parser._actions)

@@ -1,0 +1,229 @@
+"""The command line: LightningCLI with select, fit and validate, and three small commands beside it.
+
+dualsft select      score, and choose a data subset and a parameter mask
+dualsft fit         fine-tune what was chosen
+dualsft validate    evaluate a checkpoint
+dualsft plugins     what is registered
+dualsft quickstart  the whole job on an embedded model and embedded data
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from datetime import timedelta
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import ActionYesNo, Namespace
+from lightning import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim import Optimizer
+from transformers.utils import logging as transformers_logging
+
+from dualsft.arguments import prepare
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError
+from dualsft.evaluation import EvaluationModule
+from dualsft.finetune import ExportModel, MaskedFinetuneModule
+from dualsft.models import model_folder
+from dualsft.run_folder import RunFolder, write_atomically
+from dualsft.selection import SelectionModule
+from dualsft.selection.summary import summary
+from dualsft.trainer import Trainer, latest_checkpoint
+
+MODULES = {"select": SelectionModule, "fit": MaskedFinetuneModule, "validate": EvaluationModule}
+DESCRIPTION = (
+    "Choose what to train on and what to train. Two commands stand beside the subcommands below: 'dualsft quickstart' "
+    "runs the whole job on an embedded model and data, 'dualsft plugins' lists the registered scorers and allocators."
+)
+CHECKPOINTS = "checkpoints"
+# imported when called: they need no trainer, or this very module
+SIMPLE_COMMANDS = {
+    "plugins": "dualsft.plugins:plugins_command",
+    "quickstart": "dualsft.quickstart.run:quickstart_command",
+}
+
+
+class DualSFTCLI(LightningCLI):
+    """One module per verb, one data module, one trainer."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and which of the trainer methods' arguments are not options."""
+        select = {"model", "datamodule", "output_dir", "resume", "overwrite", "seed", "config"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "select": select,
+            "fit": fit,
+            "validate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"},
+        }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # LightningCLI has one model class for all verbs; each of ours has its own, known as its parser is built
+        self._model_class = MODULES[subcommand]
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        _link(parser, subcommand)
+        return parser
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that leaves it to `main` to say what is wrong, without a page of usage."""
+        return super().init_parser(**{"exit_on_error": False, **kwargs})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that are about the run as a whole."""
+        parser.add_argument(
+            "--output_dir", type=str | None, default=None, help="Folder that the results are written to."
+        )
+        parser.add_argument(
+            "--resume", action=ActionYesNo, default=False, help="Go on from what a killed run left in --output_dir."
+        )
+        parser.add_argument(
+            "--overwrite", action=ActionYesNo, default=False, help="Replace the run that --output_dir holds."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line after configurations and names have been prepared."""
+        self.config = parser.parse_args(prepare(sys.argv[1:] if args is None else args, self._subcommand_parsers))
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the output folder before anything is loaded."""
+        config = self.config[self.subcommand]
+        if config.output_dir is None and self.subcommand != "validate":
+            raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
+        model_folder(config.model.model_name_or_path)
+        self.folder: RunFolder | None = None  # validate may only print its figures
+        if config.output_dir is not None:
+            self.folder = RunFolder(config.output_dir, resume=config.resume, overwrite=config.overwrite)
+        once = {"resume": False, "overwrite": False}
+        self.replay = self._parser(self.subcommand).dump(Namespace(**{**vars(config), **once}), skip_none=False)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
+        if self.subcommand == "fit" and self.folder is not None:
+            callbacks = [*callbacks, *self._fit_callbacks(self.folder, config)]
+            if config.get("logger") is None:
+                config["logger"] = CSVLogger(self.folder.path, name="logs")
+        else:
+            config.update(enable_checkpointing=False, logger=config.get("logger") or False)
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _fit_callbacks(self, folder: RunFolder, config: dict[str, Any]) -> list[Callback]:
+        own: list[Callback] = [ExportModel(str(folder.path))]
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            own.append(ModelCheckpoint(folder.path / CHECKPOINTS))
+            quarter = timedelta(minutes=15)
+            own.append(ModelCheckpoint(folder.path / CHECKPOINTS, filename="recent", train_time_interval=quarter))
+        return own
+
+    def select(self, model: SelectionModule, datamodule: InstructionDataModule) -> None:
+        """Run the selection and say what was chosen."""
+        config = self.config["select"]
+        assert isinstance(self.trainer, Trainer)
+        selection = self.trainer.select(
+            model,
+            datamodule,
+            config.output_dir,
+            resume=config.resume,
+            overwrite=config.overwrite,
+            seed=int(config.seed_everything),
+            config=self.replay,
+        )
+        print(summary(selection))
+
+    def fit(self, model: MaskedFinetuneModule, datamodule: InstructionDataModule, **kwargs: Any) -> None:
+        """Fine-tune, from the newest checkpoint if resuming."""
+        assert self.folder is not None
+        # a mistake in the data, the model or the selection shows here, before the folder is touched
+        datamodule.setup("fit")
+        model.configure_model()
+        settings = self.config["fit"].as_dict()
+        decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
+        self.folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
+        write_atomically(self.folder.path / "config.yaml", self.replay)
+        checkpoint = latest_checkpoint(self.folder.path / CHECKPOINTS) if self.config["fit"].resume else None
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
+        self.folder.finish()
+        print(f"wrote {self.folder.path / 'model'} and {self.folder.path / 'delta.safetensors'}")
+
+    def after_validate(self) -> None:
+        """Keep the metrics, if there is a folder to keep them in."""
+        if self.folder is not None:
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            self.folder.claim({"command": "validate"})
+            write_atomically(self.folder.path / "config.yaml", self.replay)
+            write_atomically(self.folder.path / "metrics.json", json.dumps(metrics, indent=2))
+            self.folder.finish()
+
+
+def _link(parser: LightningArgumentParser, subcommand: str) -> None:
+    """Give a setting that two parts share one place in the configuration."""
+    parser.link_arguments("model.model_name_or_path", "data.tokenizer")
+    parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    if subcommand == "fit":
+        parser.link_arguments("model.selection", "data.selection")
+        parser.add_optimizer_args((Optimizer,), "optimizer", link_to="model.optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler", link_to="model.lr_scheduler")
+        LightningCLI.link_optimizers_and_lr_schedulers(parser)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command.
+
+    Raises:
+        UserError: on a mistake in the input or the settings.
+        SystemExit: after printing help, or on options that cannot be parsed (code 2).
+    """
+    if arguments and arguments[0] in SIMPLE_COMMANDS:
+        resolve_name(SIMPLE_COMMANDS[arguments[0]])(arguments[1:])
+        return
+    _quieten()
+    DualSFTCLI(
+        model_class=SelectionModule,
+        trainer_class=Trainer,
+        datamodule_class=InstructionDataModule,
+        save_config_callback=None,
+        trainer_defaults={"max_epochs": 3, "devices": 1, "log_every_n_steps": 10, "enable_model_summary": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"description": DESCRIPTION},
+        args=list(arguments),
+    )
+
+
+def _quieten() -> None:
+    """Leave out what tells a user of this program nothing: other libraries' tips and their own deprecations."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def main() -> None:
+    """The console script: a user's mistake ends in one sentence, with exit code 1, or 2 for options."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        _fail(str(error), 1)
+    except ArgumentError as error:
+        _fail(_plainly(str(error)), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"dualsft: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _plainly(message: str) -> str:
+    """The parser's words for a setting that is missing, in ours."""
+    missing = re.search(r'Parser key "([\w.]+)":.*Got value: None', message, re.DOTALL)
+    return f"{missing[1]} is not given, and has no default." if missing else message

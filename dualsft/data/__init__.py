@@ -1,0 +1,28 @@
+"""Data: records -> text with supervised spans -> encoded examples -> batches."""
+
+from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches
+from dualsft.data.examples import Examples, encode_examples, load_examples
+from dualsft.data.loaders import KeepEpochCount, ResumableLoader
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records, read_records
+from dualsft.data.selected import selected_ids
+from dualsft.data.tokenizer import load_tokenizer
+
+__all__ = [
+    "Batch",
+    "Examples",
+    "FormatOptions",
+    "InstructionDataModule",
+    "KeepEpochCount",
+    "Records",
+    "ResumableLoader",
+    "TrainingBatches",
+    "collate",
+    "encode_examples",
+    "length_batches",
+    "load_examples",
+    "load_tokenizer",
+    "read_records",
+    "selected_ids",
+]

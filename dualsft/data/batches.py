@@ -1,0 +1,131 @@
+"""Examples -> batches: padding, and which examples share a batch.
+
+A batch of b examples whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that
+within a budget and keep padding low by putting examples of similar length together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+
+from dualsft.data.supervision import IGNORED
+from dualsft.errors import UserError
+
+_WINDOW = 16  # batches' worth of examples that are sorted by length together: little padding, yet well mixed
+
+
+class Batch(TypedDict):
+    """Right-padded examples; axes are b examples and t tokens, all int64."""
+
+    example_id: Int[Tensor, " b"]
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
+    """Pads rows of (example_id, input_ids, labels) to the longest; padding has mask 0 and label -100."""
+    input_ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows]
+    masks = [torch.ones_like(ids) for ids in input_ids]
+    return Batch(
+        example_id=torch.tensor([row["example_id"] for row in rows], dtype=torch.int64),
+        input_ids=pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+        attention_mask=pad_sequence(masks, batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )
+
+
+def length_batches(
+    lengths: Sequence[int] | Int[np.ndarray, "example"],
+    batch_tokens: int,
+    batch_size: int | None = None,
+    ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Cuts examples into batches by length, the longest first: what does not fit into memory shows at once.
+
+    Args:
+        lengths: Tokens of every example, indexed by example id.
+        batch_tokens: Largest (examples x longest) of a batch.
+        batch_size: Largest number of examples of a batch, if there is to be one.
+        ids: Examples to batch; all of them by default.
+
+    Returns:
+        Batches of example ids; each id occurs once, ties in length are in order of id.
+
+    Raises:
+        UserError: If an example is longer than ``batch_tokens``.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    chosen = np.arange(len(lengths)) if ids is None else np.asarray(ids, dtype=np.int64)
+    order = chosen[np.lexsort((chosen, -lengths[chosen]))]
+    batches: list[list[int]] = []
+    first = 0
+    while first < len(order):
+        count = _capacity(int(lengths[order[first]]), int(order[first]), batch_tokens, batch_size)
+        batches.append(order[first : first + count].tolist())
+        first += count
+    return batches
+
+
+def _capacity(length: int, example_id: int, batch_tokens: int, batch_size: int | None) -> int:
+    """Number of examples that fit into a batch whose longest has ``length`` tokens."""
+    if length > batch_tokens:
+        raise UserError(
+            f"Example {example_id} has {length} tokens, more than data.batch_tokens={batch_tokens}: "
+            "raise data.batch_tokens or lower data.max_length."
+        )
+    fitting = batch_tokens // max(length, 1)
+    return fitting if batch_size is None else min(fitting, batch_size)
+
+
+class TrainingBatches(Sampler[list[int]]):
+    """A fixed set of batches for training, in a new order each epoch.
+
+    The examples are shuffled once and cut into windows of 16 batches; each window is sorted by length and cut under
+    both limits. The number of steps per epoch is thus known and constant.
+
+    Args:
+        lengths: Tokens of every example, indexed by example id.
+        ids: Examples to train on.
+        batch_tokens: Largest (examples x longest) of a batch.
+        batch_size: Largest number of examples of a batch.
+        seed: Decides which examples meet in a batch and, with the epoch, the order of the batches.
+
+    Raises:
+        UserError: If an example is longer than ``batch_tokens``.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | Int[np.ndarray, "example"],
+        ids: Sequence[int],
+        batch_tokens: int,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        self.seed = seed
+        self.epoch = 0
+        shuffled = np.random.default_rng(seed).permutation(np.asarray(ids, dtype=np.int64))
+        window = _WINDOW * batch_size
+        self._batches: list[list[int]] = []
+        for first in range(0, len(shuffled), window):
+            part = shuffled[first : first + window].tolist()
+            self._batches += length_batches(lengths, batch_tokens, batch_size, part)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the batches; Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._batches))
+        return (self._batches[index] for index in order)

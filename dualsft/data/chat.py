@@ -1,0 +1,121 @@
+"""Conversations -> text with the assistant's turns as supervised spans, through the tokenizer's chat template."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from dualsft.errors import UserError
+
+Message = dict[str, Any]
+_END_OF_THOUGHT = "</think>"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation and the means to render it.
+
+    Attributes:
+        messages: Turns, each with at least ``role`` and ``content``.
+        tokenizer: Its chat template writes the text.
+        where: Location of the record, for errors.
+    """
+
+    messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase
+    where: str
+
+    def spans(self, text: str, first: int) -> Iterator[tuple[int, int]]:
+        """Yields the character range of every assistant turn from turn ``first`` on that says something.
+
+        A range starts where generation would start and includes the template's end-of-turn marker.
+
+        Args:
+            text: The whole conversation, rendered.
+            first: Turns before this one are prompt, whoever speaks.
+
+        Raises:
+            UserError: If the template writes a turn in a way that leaves it nowhere to be found.
+        """
+        for turn, message in enumerate(self.messages):
+            if turn >= first and message["role"] == "assistant" and message["content"].strip():
+                start = self._start(text, turn)
+                yield start, self._end(text, turn, start)
+
+    def render(self, turns: int, add_generation_prompt: bool = False) -> str:
+        """Renders the first ``turns`` turns.
+
+        Raises:
+            UserError: If the template refuses them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(self.messages[:turns]), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{self.where}: the tokenizer's chat template refuses the conversation ({error})."
+            ) from error
+        return str(text)
+
+    def _start(self, text: str, turn: int) -> int:
+        if turn == 0:
+            raise UserError(f"{self.where}: the conversation begins with the assistant; put a user turn before it.")
+        prompt = self.render(turn, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            raise UserError(
+                f"{self.where}: the tokenizer's chat template rewrites what comes before turn {turn}, so its start "
+                "cannot be found; use a template that leaves earlier turns as they are."
+            )
+        return len(prompt)
+
+    def _end(self, text: str, turn: int, start: int) -> int:
+        alone = self.render(turn + 1)
+        if text.startswith(alone):
+            return len(alone)
+        # The template writes this turn otherwise once others follow (Qwen3 drops its reasoning): find what it says,
+        # then go on through as much of the marker behind it as both renderings agree on.
+        content = self._visible(text, turn, start)
+        end = text.index(content, start) + len(content)
+        marker = alone[alone.rindex(content) + len(content) :]
+        return end + _agreement(marker, text[end:])
+
+    def _visible(self, text: str, turn: int, start: int) -> str:
+        content = self.messages[turn]["content"]
+        alone = self.render(turn + 1)
+        for candidate in (content.strip(), content.rsplit(_END_OF_THOUGHT, 1)[-1].strip()):
+            if candidate and candidate in alone and text.find(candidate, start) >= 0:
+                return candidate
+        raise UserError(f"{self.where}: the tokenizer's chat template rewrites turn {turn} beyond recognition.")
+
+
+def _agreement(one: str, other: str) -> int:
+    """Number of leading characters that both share."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return length
+
+
+def check_messages(value: Any, where: str) -> list[Message]:
+    """Checks a list of ``{role, content}``; an assistant's null content becomes empty.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: the conversation must be a list of {{role, content}}.")
+    return [_check_message(message, f"{where}, turn {turn}") for turn, message in enumerate(value)]
+
+
+def _check_message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{where}: a turn must be an object with a role and a content.")
+    content = message.get("content")
+    if content is None and message["role"] == "assistant":
+        content = ""
+    if not isinstance(content, str):
+        raise UserError(f"{where}: the content must be text, not {type(content).__name__}.")
+    return {**message, "content": content}

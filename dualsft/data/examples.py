@@ -1,0 +1,140 @@
+"""Examples: the encoded pool, row by row what both selection and fine-tuning compute on."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from dualsft.data.formats import Rendered, make_renderer
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records, read_records
+from dualsft.data.supervision import Chunk, encode_chunk
+from dualsft.data.tokenizer import load_tokenizer
+from dualsft.errors import UserError
+
+_CHUNK = 512  # records tokenised at once: enough to keep the tokenizer's threads busy, little enough to be cheap
+STATUSES = ("ok", "empty", "truncated")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Examples:
+    """A pool of n encoded examples.
+
+    Attributes:
+        dataset: Columns example_id (int64, equal to the row), input_ids and labels (lists of int32).
+        status: Per example ``ok``, ``empty`` (no response) or ``truncated`` (none left within the length limit); only
+            ``ok`` examples have labels.
+        num_tokens: Supervised tokens per example.
+        lengths: Tokens per example.
+        records: The records they were made from.
+    """
+
+    dataset: datasets.Dataset
+    status: tuple[str, ...]
+    num_tokens: Int[np.ndarray, "example"]
+    lengths: Int[np.ndarray, "example"]
+    records: Records
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def ok_ids(self) -> list[int]:
+        """Ids of the examples that have something to learn, ascending."""
+        return [example_id for example_id, status in enumerate(self.status) if status == "ok"]
+
+    def counts(self) -> dict[str, int]:
+        """Number of examples of each status."""
+        found = Counter(self.status)
+        return {status: found[status] for status in STATUSES}
+
+
+def load_examples(
+    path: str,
+    tokenizer: str | PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    max_length: int = 2048,
+    **format_options: Any,
+) -> datasets.Dataset:
+    """Reads and encodes a pool as both commands train and score on it.
+
+    Args:
+        path: A json, jsonl, parquet, csv or tsv file, a folder of them, or a Hugging Face dataset id.
+        tokenizer: A fast tokenizer, or the path or hub id of one.
+        split: Split of a Hugging Face dataset.
+        max_length: Tokens to keep of each example.
+        **format_options: Fields of `FormatOptions`.
+
+    Returns:
+        Columns example_id (the row in the source), input_ids and labels; -100 marks what is not supervised.
+
+    Raises:
+        UserError: If the records, the tokenizer or the options cannot be used.
+    """
+    options = FormatOptions(**format_options)
+    return encode_examples(read_records(path, split), load_tokenizer(tokenizer), options, max_length).dataset
+
+
+def encode_examples(
+    records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions, max_length: int
+) -> Examples:
+    """Renders and tokenises every record, a chunk at a time.
+
+    Raises:
+        UserError: If ``max_length`` is below 2, no format fits, or a record does not fit the format.
+    """
+    if max_length < 2:
+        raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
+    chunks = [encode_chunk(part, tokenizer, max_length) for part in _rendered(records, tokenizer, options)]
+    return Examples(
+        dataset=_dataset(chunks),
+        status=tuple(status for chunk in chunks for status in chunk.status),
+        num_tokens=np.concatenate([chunk.num_tokens for chunk in chunks]),
+        lengths=np.concatenate([chunk.lengths for chunk in chunks]),
+        records=records,
+    )
+
+
+def _rendered(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Iterator[list[Rendered]]:
+    render = make_renderer(records, tokenizer, options)
+    for first in range(0, len(records), _CHUNK):
+        rows = range(first, min(first + _CHUNK, len(records)))
+        yield [_checked(render(records[row], records.location(row)), records.location(row)) for row in rows]
+
+
+def _checked(rendered: Rendered, where: str) -> Rendered:
+    try:
+        rendered.text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the text holds half a character (a lone surrogate); mend or remove it.") from error
+    return rendered
+
+
+def _dataset(chunks: list[Chunk]) -> datasets.Dataset:
+    """Wraps the arrays without a cache file.
+
+    The fingerprint is a hash of the content: the one that `datasets` would make pickles the whole table.
+    """
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        for array in (chunk.lengths, chunk.input_ids, chunk.labels):
+            digest.update(array.tobytes())
+    rows = sum(len(chunk.lengths) for chunk in chunks)
+    columns = {
+        "example_id": pa.array(np.arange(rows, dtype=np.int64)),
+        "input_ids": pa.chunked_array([_lists(chunk.input_ids, chunk.lengths) for chunk in chunks]),
+        "labels": pa.chunked_array([_lists(chunk.labels, chunk.lengths) for chunk in chunks]),
+    }
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)), fingerprint=digest.hexdigest()[:32])
+
+
+def _lists(values: Int[np.ndarray, "token"], lengths: Int[np.ndarray, "example"]) -> pa.ListArray:
+    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

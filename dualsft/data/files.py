@@ -1,0 +1,180 @@
+"""Files, folders and Hugging Face datasets -> one JSON line per record.
+
+Every source is brought to the same form, a JSON line and the place it came from, so that nothing after this module
+knows about file kinds. JSON lines are passed on verbatim: a selection hands its records back byte for byte.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dualsft.errors import UserError
+
+_LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
+
+
+class SourceLine(NamedTuple):
+    """One record and where it stands.
+
+    Attributes:
+        text: The record as one JSON line, not yet checked.
+        source: Name of the file or dataset.
+        number: Line of the file on which the record starts, from 1; None where lines mean nothing.
+    """
+
+    text: str
+    source: str
+    number: int | None
+
+
+def source_lines(path: str, split: str) -> Iterator[SourceLine]:
+    """Reads a file, a folder of files (by name) or, where nothing of that name exists, a Hugging Face dataset.
+
+    Raises:
+        UserError: If there is nothing to read at ``path`` or it cannot be read.
+    """
+    place = Path(path)
+    if place.is_dir():
+        for file in _supported_files(place):
+            yield from _READERS[file.suffix.lower()](file)
+    elif place.exists():
+        yield from _reader(place)(place)
+    elif _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
+        yield from _hub_lines(path, split)
+    else:
+        raise UserError(f"{path} does not exist: give a {_KINDS} file, a folder of them or a Hugging Face dataset id.")
+
+
+def _supported_files(folder: Path) -> list[Path]:
+    names = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    files = [file for file in names if file.suffix.lower() in _READERS and file.is_file()]
+    if not files:
+        raise UserError(f"The folder {folder} holds no {_KINDS} file.")
+    return files
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[SourceLine]]:
+    if file.suffix.lower() not in _READERS:
+        raise UserError(f"{file} is not a kind of file that can be read: give a {_KINDS} file.")
+    return _READERS[file.suffix.lower()]
+
+
+def _dump(record: Any) -> str:
+    line = json.dumps(record, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # a lone surrogate cannot be written as UTF-8, only escaped
+        return json.dumps(record, default=str)
+    return line
+
+
+def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, line with its end), split at LF alone: U+2028 and friends occur inside records."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                where = f"{file.name}, line {number}, byte {error.start + 1} of the line"
+                raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+
+
+def _jsonl_lines(file: Path) -> Iterator[SourceLine]:
+    for number, text in _text_lines(file):
+        if text.strip():
+            yield SourceLine(text.rstrip("\r\n"), file.name, number)
+
+
+def _json_lines(file: Path) -> Iterator[SourceLine]:
+    """A .json file: an array of records, an object around one such array, or JSON lines under another name."""
+    text = "".join(line for _, line in _text_lines(file))
+    try:
+        content = json.loads(text)
+    except JSONDecodeError as error:
+        if not text.lstrip().startswith("["):
+            yield from _jsonl_lines(file)  # which tells the broken line from the sound ones
+            return
+        raise UserError(f"{file.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    for record in _records_of(content):
+        yield SourceLine(_dump(record), file.name, None)
+
+
+def _records_of(content: Any) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    values = list(content.values()) if isinstance(content, dict) else []
+    if len(values) == 1 and isinstance(values[0], list) and not _is_conversation(values[0]):
+        return values[0]
+    return [content]
+
+
+def _is_conversation(items: list[Any]) -> bool:
+    """Tells one record ``{"messages": [...]}`` from an object that holds a list of records."""
+    return bool(items) and all(isinstance(item, dict) and "role" in item for item in items)
+
+
+def _csv_lines(file: Path) -> Iterator[SourceLine]:
+    csv.field_size_limit(_LARGEST_CSV_FIELD)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    rows = csv.reader((line for _, line in _text_lines(file)), delimiter=delimiter, strict=True)
+    try:
+        header: list[str] | None = None
+        start = 1
+        for row in rows:
+            if header is None:
+                header = row or None
+            elif row:
+                yield SourceLine(_dump(_named(row, header, file, start)), file.name, start)
+            start = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file.name}, line {rows.line_num}: not valid CSV ({error}).") from error
+
+
+def _named(row: list[str], header: list[str], file: Path, number: int) -> dict[str, str]:
+    if len(row) != len(header):
+        raise UserError(f"{file.name}, line {number}: {len(row)} fields where the header names {len(header)}.")
+    return dict(zip(header, row, strict=True))
+
+
+def _parquet_lines(file: Path) -> Iterator[SourceLine]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    yield SourceLine(_dump(record), file.name, None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file.name} cannot be read as Parquet ({error}).") from error
+
+
+def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
+    try:
+        records = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub's client raises many kinds: none of them is for the reader of a command line
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
+            f"(split {split!r}): {reason}"
+        ) from error
+    for record in records:
+        yield SourceLine(_dump(record), f"{name} [{split}]", None)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[SourceLine]]] = {
+    ".jsonl": _jsonl_lines,
+    ".ndjson": _jsonl_lines,
+    ".json": _json_lines,
+    ".parquet": _parquet_lines,
+    ".csv": _csv_lines,
+    ".tsv": _csv_lines,
+}
+_KINDS = ", ".join(_READERS)

@@ -1,0 +1,146 @@
+"""Records -> text with supervised character spans. Every format renders to the same `Rendered`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dualsft.data.chat import Conversation, Message, check_messages
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records
+from dualsft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One example before tokenisation.
+
+    Attributes:
+        text: Prompt and response as the model will read them.
+        spans: Character ranges (start, end) of ``text`` to learn from, ascending; none if there is nothing to learn.
+        add_eos: Whether the tokenizer's special tokens belong around the text; a chat template writes its own.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    add_eos: bool
+
+
+Renderer = Callable[[Mapping[str, Any], str], Rendered]
+
+
+def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Renderer:
+    """Chooses one renderer for all records: a function of (record, location).
+
+    Raises:
+        UserError: If no format fits or a conversation meets a tokenizer without a chat template. The renderer itself
+            raises it for a record that lacks a column or holds the wrong kind of value, naming the location.
+    """
+    name = options.recognise(records.columns)
+    if name == "alpaca":
+        return _render_alpaca
+    if name == "text":
+        return lambda record, where: _all_of(_text(record, options.text_column, where))
+    if name == "messages":
+        return _messages_renderer(tokenizer, options.messages_column)
+    prompt = options.prompt_column or "prompt"
+    response = options.response_column or ("response" if "response" in records.columns else "completion")
+    if isinstance(records[0].get(prompt), list):
+        return _dialogue_renderer(tokenizer, prompt, response)
+    return _prompt_renderer(prompt, response, options.prompt_template)
+
+
+def _prompt_renderer(prompt: str, response: str, template: str) -> Renderer:
+    def render(record: Mapping[str, Any], where: str) -> Rendered:
+        # replace, not format: prompts contain braces
+        return _answer_to(template.replace("{prompt}", _text(record, prompt, where)), _answer(record, response, where))
+
+    return render
+
+
+def _render_alpaca(record: Mapping[str, Any], where: str) -> Rendered:
+    context = _text(record, "input", where) if record.get("input") is not None else ""
+    prompt = _alpaca_prompt(_text(record, "instruction", where), context)
+    return _answer_to(prompt, _answer(record, "output", where))
+
+
+def _alpaca_prompt(instruction: str, context: str) -> str:
+    """The two prompts that the Alpaca data came with, which models tuned on such data expect to the letter."""
+    if not context.strip():
+        return (
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+    )
+
+
+def _messages_renderer(tokenizer: PreTrainedTokenizerBase, column: str) -> Renderer:
+    _require_chat_template(tokenizer)
+
+    def render(record: Mapping[str, Any], where: str) -> Rendered:
+        messages = check_messages(_value(record, column, where), where)
+        return _render_chat(messages, 0, tokenizer, where)
+
+    return render
+
+
+def _dialogue_renderer(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Renderer:
+    """Prompt and response are message lists: only the response's turns are to be learnt."""
+    _require_chat_template(tokenizer)
+
+    def render(record: Mapping[str, Any], where: str) -> Rendered:
+        asked = check_messages(_value(record, prompt, where), where)
+        answered = check_messages(_value(record, response, where), where)
+        return _render_chat(asked + answered, len(asked), tokenizer, where)
+
+    return render
+
+
+def _render_chat(messages: list[Message], first: int, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
+    conversation = Conversation(messages, tokenizer, where)
+    text = conversation.render(len(messages))
+    return Rendered(text, tuple(conversation.spans(text, first)), add_eos=False)
+
+
+def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"The records are conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: use a "
+            "chat model's tokenizer or records with prompt and response."
+        )
+
+
+def _answer_to(prompt: str, response: str) -> Rendered:
+    spans = ((len(prompt), len(prompt) + len(response)),) if response.strip() else ()
+    return Rendered(prompt + response, spans, add_eos=True)
+
+
+def _all_of(text: str) -> Rendered:
+    return _answer_to("", text)
+
+
+def _value(record: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in record:
+        raise UserError(f"{where}: no column {column!r} (the record has {', '.join(record) or 'none'}).")
+    return record[column]
+
+
+def _text(record: Mapping[str, Any], column: str, where: str) -> str:
+    value = _value(record, column, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} must be text, not {'null' if value is None else type(value).__name__}.")
+    return value
+
+
+def _answer(record: Mapping[str, Any], column: str, where: str) -> str:
+    """A response: null is an empty one, and a number (a label, a result) is written out."""
+    value = _value(record, column, where)
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int | float) else _text(record, column, where)

@@ -1,0 +1,195 @@
+"""The pool and the validation set as a LightningDataModule: what ``data.*`` on the command line configures."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from dualsft.data.batches import Batch, TrainingBatches, length_batches
+from dualsft.data.examples import Examples, encode_examples
+from dualsft.data.loaders import ResumableLoader, scoring_loader, training_loader
+from dualsft.data.options import Format, FormatOptions
+from dualsft.data.records import read_records
+from dualsft.data.selected import selected_ids
+from dualsft.data.tokenizer import load_tokenizer, pad_id
+from dualsft.errors import UserError
+
+
+class InstructionDataModule(LightningDataModule):
+    """Instruction data for selection and fine-tuning.
+
+    Args:
+        train: The pool: a jsonl, json, parquet, csv or tsv file, a folder of them, or a Hugging Face dataset id.
+        validation: What the model is meant to get better at; the same kinds of source.
+        tokenizer: A tokenizer, or the path or hub id of one; on the command line the model's own.
+        format: Format of the records; ``auto`` recognises it by their columns.
+        prompt_column: Column of the prompt, if not ``prompt``.
+        response_column: Column of the response, if neither ``response`` nor ``completion``.
+        messages_column: Column of the conversation.
+        text_column: Column of plain text.
+        prompt_template: Text around a prompt; must contain ``{prompt}``.
+        max_length: Tokens to keep of each example, from its start.
+        batch_tokens: Largest batch in tokens, padding included.
+        batch_size: Largest number of examples of a training batch.
+        train_split: Split to load if ``train`` is a Hugging Face dataset.
+        validation_split: Split to load if ``validation`` is a Hugging Face dataset.
+        selection: Directory of a finished selection: train on its selected examples alone.
+        seed: Decides which examples meet in a training batch and the order of the batches.
+        num_workers: Processes that prepare batches; 0 prepares them in the main process.
+
+    Raises:
+        UserError: If an option is out of range or two contradict each other.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        tokenizer: Any = None,
+        format: Format = "auto",
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        messages_column: str = "messages",
+        text_column: str = "text",
+        prompt_template: str = "{prompt}\n",
+        max_length: int = 2048,
+        batch_tokens: int = 8192,
+        batch_size: int = 16,
+        train_split: str = "train",
+        validation_split: str = "validation",
+        selection: str | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _at_least(2, max_length=max_length)
+        _at_least(1, batch_tokens=batch_tokens, batch_size=batch_size)
+        _at_least(0, seed=seed, num_workers=num_workers)
+        self.options = FormatOptions(
+            format, prompt_column, response_column, messages_column, text_column, prompt_template
+        )
+        self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
+        self.selection, self.seed, self.num_workers = selection, seed, num_workers
+        self.train, self.validation = train, validation
+        self._sources = {"train": (train, train_split), "validation": (validation, validation_split)}
+        self._tokenizer = tokenizer
+        self._examples: dict[str, Examples] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use.
+
+        Raises:
+            UserError: If none is given or it cannot be loaded.
+        """
+        if self._tokenizer is None:
+            raise UserError("data.tokenizer is not given: name a model or a tokenizer.")
+        self._tokenizer = load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    @property
+    def train_examples(self) -> Examples:
+        """The pool, encoded on first use.
+
+        Raises:
+            UserError: If ``data.train`` is not given or cannot be used.
+        """
+        return self._encoded("train")
+
+    @property
+    def validation_examples(self) -> Examples:
+        """The validation set, encoded on first use.
+
+        Raises:
+            UserError: If ``data.validation`` is not given or cannot be used.
+        """
+        return self._encoded("validation")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and encodes what a stage needs, once.
+
+        Args:
+            stage: ``fit`` needs the pool and takes a validation set if there is one, ``validate`` needs the
+                validation set, and anything else needs both.
+
+        Raises:
+            UserError: If a source cannot be used, or a fit would have nothing to train on.
+        """
+        self._spare_misplaced_warnings()
+        needed = {"fit": ["train"], "validate": ["validation"]}.get(stage or "", ["train", "validation"])
+        if stage == "fit" and self._has_validation:
+            needed.append("validation")
+        for name in needed:
+            self._encoded(name)
+        if stage == "fit":
+            self._train_ids()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Training batches over the examples that have labels, of the selection where one is given.
+
+        Raises:
+            UserError: If none is left.
+        """
+        return self.training_loader(self._train_ids(), self.seed)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Validation batches; an empty list, which Lightning passes over, without a validation set."""
+        return self.validation_loader() if self._has_validation else []
+
+    def training_loader(self, ids: Sequence[int], seed: int) -> ResumableLoader:
+        """Shuffled training batches over some examples of the pool."""
+        examples = self.train_examples
+        batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed)
+        return training_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers)
+
+    def pool_loader(self, ids: Sequence[int] | None = None) -> DataLoader[Batch]:
+        """Length-sorted batches over some examples of the pool; by default all that have labels."""
+        return self._scoring_loader(self.train_examples, ids)
+
+    def validation_loader(self) -> DataLoader[Batch]:
+        """Length-sorted batches over the validation examples that have labels."""
+        return self._scoring_loader(self.validation_examples, None)
+
+    @property
+    def _has_validation(self) -> bool:
+        return self._sources["validation"][0] is not None
+
+    def _spare_misplaced_warnings(self) -> None:
+        # Batches come from memory and cost about a millisecond: Lightning's advice on workers does not apply.
+        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+        if not self._has_validation:  # Lightning knows no quieter way of having no validation loader
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+
+    def _encoded(self, name: str) -> Examples:
+        if name not in self._examples:
+            path, split = self._sources[name]
+            if path is None:
+                raise UserError(f"data.{name} is not given: name a file, a folder or a Hugging Face dataset id.")
+            self._examples[name] = encode_examples(
+                read_records(path, split), self.tokenizer, self.options, self.max_length
+            )
+        return self._examples[name]
+
+    def _scoring_loader(self, examples: Examples, ids: Sequence[int] | None) -> DataLoader[Any]:
+        chosen = examples.ok_ids() if ids is None else ids
+        batches = length_batches(examples.lengths, self.batch_tokens, ids=chosen)
+        return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers)
+
+    def _train_ids(self) -> list[int]:
+        examples = self.train_examples
+        ids = examples.ok_ids()
+        if self.selection is not None:
+            ids = sorted(set(ids) & set(selected_ids(self.selection, examples.records)))
+        if not ids:
+            counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
+            raise UserError(f"No example of data.train is left to train on ({counts}, before any selection).")
+        return ids
+
+
+def _at_least(least: int, **values: int) -> None:
+    for key, value in values.items():
+        if value < least:
+            raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")

@@ -1,0 +1,74 @@
+"""The options that say how records are read, and the recognition of a format by its columns."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dualsft.errors import UserError
+
+Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """How records are read.
+
+    Args:
+        format: Format of the records; ``auto`` recognises it by their columns.
+        prompt_column: Column of the prompt, if not ``prompt``.
+        response_column: Column of the response, if neither ``response`` nor ``completion``.
+        messages_column: Column of the conversation.
+        text_column: Column of plain text.
+        prompt_template: Text around a prompt; must contain ``{prompt}``.
+
+    Raises:
+        UserError: If two options contradict each other.
+    """
+
+    format: Format = "auto"
+    prompt_column: str | None = None
+    response_column: str | None = None
+    messages_column: str = "messages"
+    text_column: str = "text"
+    prompt_template: str = "{prompt}\n"
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            raise UserError(f"data.format={self.format!r} is not one of {', '.join(get_args(Format))}.")
+        if self._names_columns and self.format not in ("auto", "prompt_response"):
+            raise UserError(
+                "data.prompt_column and data.response_column belong to data.format=prompt_response, "
+                f"not to {self.format}; drop one of them."
+            )
+        if "{prompt}" not in self.prompt_template:
+            raise UserError(f"data.prompt_template={self.prompt_template!r} must contain {{prompt}}.")
+
+    @property
+    def _names_columns(self) -> bool:
+        return self.prompt_column is not None or self.response_column is not None
+
+    def recognise(self, columns: tuple[str, ...]) -> Format:
+        """The format of records with these columns.
+
+        Raises:
+            UserError: If no format fits.
+        """
+        if self.format != "auto":
+            return self.format
+        if self._names_columns:
+            return "prompt_response"
+        for name, needed in self._signatures():
+            if needed <= set(columns):
+                return name
+        raise UserError(
+            f"The columns {', '.join(columns)} fit no format (messages; instruction and output; prompt and response "
+            "or completion; text): name the columns with data.prompt_column and data.response_column."
+        )
+
+    def _signatures(self) -> tuple[tuple[Format, set[str]], ...]:
+        return (
+            ("messages", {self.messages_column}),
+            ("alpaca", {"instruction", "output"}),
+            ("prompt_response", {"prompt", "response"}),
+            ("prompt_response", {"prompt", "completion"}),
+            ("text", {self.text_column}),
+        )

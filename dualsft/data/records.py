@@ -1,0 +1,92 @@
+"""Records: the pool as JSON lines, in source order. A record's row, from 0, is its ``example_id`` everywhere."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from json import JSONDecodeError
+from typing import Any
+
+from dualsft.data.files import SourceLine, source_lines
+from dualsft.errors import UserError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Records:
+    """A sequence of records; only their lines are kept and a record is parsed when asked for.
+
+    Attributes:
+        columns: Every key that occurs, in order of first appearance.
+        fingerprint: SHA-256 (hex) over the lines: equal exactly when the lines are.
+    """
+
+    columns: tuple[str, ...]
+    fingerprint: str
+    _lines: tuple[SourceLine, ...]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return json.loads(self._lines[row].text)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (json.loads(line.text) for line in self._lines)
+
+    def line(self, row: int) -> str:
+        """The record as one JSON line without its line end; of a JSON lines file, the line itself."""
+        return self._lines[row].text
+
+    def location(self, row: int) -> str:
+        """Where the record stands, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        return _location(self._lines[row], row)
+
+
+def read_records(path: str, split: str = "train") -> Records:
+    """Reads and checks every record.
+
+    Args:
+        path: A .jsonl, .ndjson, .json, .parquet, .csv or .tsv file, a folder of such files, or a Hugging Face
+            dataset id.
+        split: Split to load of a Hugging Face dataset.
+
+    Raises:
+        UserError: If the source is missing, unreadable or holds no record, or if a row is not a JSON object.
+    """
+    records = build_records(source_lines(path, split))
+    if not len(records):
+        raise UserError(f"{path} holds no record.")
+    return records
+
+
+def build_records(lines: Iterable[SourceLine]) -> Records:
+    """Checks that each line is a JSON object and gathers the columns.
+
+    Raises:
+        UserError: If a line is not a JSON object, naming file, line and row.
+    """
+    columns: dict[str, None] = {}
+    digest = hashlib.sha256()
+    kept: list[SourceLine] = []
+    for row, line in enumerate(lines):
+        columns.update(dict.fromkeys(_parse(line, row)))
+        digest.update(line.text.encode() + b"\n")
+        kept.append(line)
+    return Records(tuple(columns), digest.hexdigest(), tuple(kept))
+
+
+def _parse(line: SourceLine, row: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line.text)
+    except JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg}, column {error.colno})"
+        raise UserError(f"{_location(line, row)}: {reason}; mend or remove this row.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{_location(line, row)}: a record must be a JSON object, not {type(record).__name__}.")
+    return record
+
+
+def _location(line: SourceLine, row: int) -> str:
+    if line.number is None:
+        return f"{line.source}, row {row}"
+    return f"{line.source}, line {line.number} (row {row})"

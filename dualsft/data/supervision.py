@@ -1,0 +1,157 @@
+"""Rendered text -> token ids and labels, for a chunk of examples at once.
+
+All tokens of a chunk lie on one axis ``token`` and all characters on one line, the texts laid end to end, so that
+"does this token overlap a supervised span" is two binary searches for the whole chunk:
+
+    overlaps(token) = #{spans that start before its end} - #{spans that end at or before its start}
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from dualsft.data.formats import Rendered
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+_Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Encoded examples laid end to end.
+
+    Attributes:
+        input_ids: Token ids, already truncated.
+        labels: The same where supervised, else -100.
+        lengths: Tokens per example.
+        num_tokens: Supervised tokens per example.
+        status: ``ok``, ``empty`` or ``truncated`` per example.
+    """
+
+    input_ids: Int[np.ndarray, "token"]
+    labels: Int[np.ndarray, "token"]
+    lengths: Int[np.ndarray, "example"]
+    num_tokens: Int[np.ndarray, "example"]
+    status: list[str]
+
+
+def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
+    """Tokenises prompt and response together and labels the tokens that overlap a supervised span.
+
+    Args:
+        rendered: Examples of one format.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens to keep of each example, from its start.
+    """
+    ids, offsets = _tokenise(rendered, tokenizer)
+    sizes = np.array([len(row) for row in ids], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(sizes.sum()))
+    position = _positions(sizes)
+    content, closing = _supervised(rendered, offsets, sizes)
+    learnable = (content | closing) & (position > 0)  # nothing predicts the first token
+    kept = position < max_length
+    status = _status(_row_sums(content, sizes), _row_sums(learnable, sizes), _row_sums(learnable & kept, sizes))
+    learnable &= np.repeat(status == "ok", sizes)
+    return Chunk(
+        input_ids=flat[kept],
+        labels=np.where(learnable, flat, np.int32(IGNORED))[kept],
+        lengths=np.minimum(sizes, max_length),
+        num_tokens=_row_sums(learnable & kept, sizes),
+        status=status.tolist(),
+    )
+
+
+def _tokenise(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[_Offsets]]:
+    """Ids and character ranges; an end-of-sequence token stands at one character past the end of its text."""
+    with_special = rendered[0].add_eos
+    encoding = tokenizer(
+        [example.text for example in rendered],
+        add_special_tokens=with_special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    if with_special and tokenizer.eos_token_id is not None:
+        for row, example in enumerate(rendered):
+            _close(ids[row], offsets[row], tokenizer.eos_token_id, len(example.text))
+    return ids, offsets
+
+
+def _close(ids: list[int], offsets: _Offsets, eos: int, end: int) -> None:
+    """Appends the end-of-sequence token unless the tokenizer, or the text itself, has put it there."""
+    if ids and ids[-1] == eos:
+        offsets[-1] = (end, end + 1)
+    else:
+        ids.append(eos)
+        offsets.append((end, end + 1))
+
+
+def _supervised(
+    rendered: Sequence[Rendered], offsets: list[_Offsets], sizes: Int[np.ndarray, "example"]
+) -> tuple[Bool[np.ndarray, "token"], Bool[np.ndarray, "token"]]:
+    """Marks the tokens of supervised text, and the end-of-sequence tokens that close such text."""
+    lengths = np.array([len(example.text) for example in rendered], dtype=np.int64)
+    base = np.cumsum(lengths + 1) - (lengths + 1)  # one character more: the place of the end-of-sequence token
+    start, end = _token_ranges(offsets, sizes)
+    is_closing = start == np.repeat(lengths, sizes)
+    shift = np.repeat(base, sizes)
+    spans = np.array(
+        [
+            (offset + first, offset + last)
+            for offset, one in zip(base, rendered, strict=True)
+            for first, last in one.spans
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 2)
+    content = _overlaps(start + shift, end + shift, spans) & ~is_closing
+    has_spans = np.array([bool(example.spans) for example in rendered], dtype=bool)
+    return content, is_closing & (end > start) & np.repeat(has_spans, sizes)
+
+
+def _token_ranges(
+    offsets: list[_Offsets], sizes: Int[np.ndarray, "example"]
+) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "token"]]:
+    """Start and end of each token within its text.
+
+    Some byte-level tokenizers trim white space off the ranges they report and leave a token of spaces alone with none:
+    such a token covers what lies between the token before it and its own end.
+    """
+    flat = chain.from_iterable(chain.from_iterable(offsets))
+    start, end = np.fromiter(flat, dtype=np.int64, count=2 * int(sizes.sum())).reshape(-1, 2).T
+    previous = np.concatenate([np.zeros(1, np.int64), end[:-1]])[: len(end)]
+    previous[_positions(sizes) == 0] = 0
+    return np.where(start == end, np.minimum(previous, start), start), end
+
+
+def _overlaps(
+    start: Int[np.ndarray, "token"], end: Int[np.ndarray, "token"], spans: Int[np.ndarray, "span 2"]
+) -> Bool[np.ndarray, "token"]:
+    begun = np.searchsorted(np.sort(spans[:, 0]), end, side="left")
+    over = np.searchsorted(np.sort(spans[:, 1]), start, side="right")
+    return (begun > over) & (end > start)
+
+
+def _status(
+    content: Int[np.ndarray, "example"], learnable: Int[np.ndarray, "example"], kept: Int[np.ndarray, "example"]
+) -> np.ndarray:
+    return np.where((content == 0) | (learnable == 0), "empty", np.where(kept == 0, "truncated", "ok"))
+
+
+def _positions(sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "token"]:
+    ends = np.cumsum(sizes)
+    return np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes)
+
+
+def _row_sums(mask: Bool[np.ndarray, "token"], sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "example"]:
+    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask)])
+    ends = np.cumsum(sizes)
+    return total[ends] - total[ends - sizes]

@@ -1,0 +1,37 @@
+"""Tokenizers: loading one by name, and the two facts about it that batches and labels need."""
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dualsft.errors import UserError
+
+
+def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer itself or the one saved under a path or hub id; code from the hub is never run.
+
+    Raises:
+        UserError: If it cannot be loaded, or cannot tell which characters a token covers.
+    """
+    loaded = _from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if not loaded.is_fast:
+        raise UserError(
+            f"The tokenizer {loaded.name_or_path!r} cannot tell which characters a token covers: "
+            "use one with a tokenizer.json (a 'fast' tokenizer)."
+        )
+    return loaded
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: any will do, since padding is masked; the tokenizer's own where it has one."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # missing files, bad JSON, no network: the loader has a dozen kinds of failure
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"No tokenizer can be loaded from {name!r}: {reason}") from error
+    return loaded

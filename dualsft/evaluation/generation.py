@@ -1,0 +1,117 @@
+"""Greedy answers to the prompts of a batch, and the part of an answer that is compared."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dualsft.data.tokenizer import pad_id
+from dualsft.errors import UserError
+from dualsft.objective import Batch
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated and compared.
+
+    Args:
+        max_new_tokens: Longest answer to generate, greedily; 0 generates nothing and reports no exact match.
+        answer_pattern: Regular expression that finds the answer in generated text and reference alike: its last match
+            counts, or the last group 1 if it has one, commas in numbers aside; null compares the whole stripped text.
+    """
+
+    max_new_tokens: int = 0
+    answer_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UserError(f"model.generation.max_new_tokens is {self.max_new_tokens}; give 0 (off) or more.")
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise UserError(
+                f"model.generation.answer_pattern {self.answer_pattern!r} is not a regular expression: {error}."
+            ) from error
+
+    def extract(self, text: str) -> str | None:
+        """The part of a text that is compared; None if the pattern is not in it."""
+        if self.answer_pattern is None:
+            return text.strip()
+        found = list(re.finditer(self.answer_pattern, text))
+        if not found:
+            return None
+        answer = found[-1].group(1 if found[-1].re.groups else 0) or ""
+        return re.sub(r"(?<=\d),(?=\d{3})", "", answer.strip())
+
+
+def last_turn(input_ids: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
+    """One example's tokens before its last supervised stretch, and that stretch.
+
+    Args:
+        input_ids: (token,)
+        labels: (token,), -100 where unsupervised; at least one is supervised.
+    """
+    supervised = (labels != -100).nonzero().squeeze(1)
+    end = int(supervised[-1]) + 1
+    gaps = (labels[:end] == -100).nonzero().squeeze(1)
+    start = int(gaps[-1]) + 1 if len(gaps) else 0
+    return input_ids[:start].tolist(), input_ids[start:end].tolist()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
+) -> tuple[list[str], list[str]]:
+    """Greedy continuations of each example's last prompt, and the reference texts.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        batch: Examples, each with at least one supervised token.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        (answers, references), special tokens removed.
+
+    Raises:
+        UserError: if an example has nothing before its supervised tokens.
+    """
+    turns = [last_turn(ids, labels) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    for example_id, (prompt, _) in zip(batch["example_id"].tolist(), turns, strict=True):
+        if not prompt:
+            raise UserError(
+                f"Example {example_id} of data.validation has no prompt to answer; set model.generation.max_new_tokens "
+                "to 0."
+            )
+    pad = pad_id(tokenizer)
+    ids, mask = _left_padded([prompt for prompt, _ in turns], pad)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=_end_of_answer(model, tokenizer),
+    )
+    generate: Any = model.generate  # not part of the base class's type
+    made = generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
+    return list(answers), list(references)
+
+
+def _left_padded(
+    prompts: list[list[int]], pad: int
+) -> tuple[Int[Tensor, "example token"], Int[Tensor, "example token"]]:
+    """Token ids and attention mask, so that every prompt ends in the last column."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def _end_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """What the model's own settings say ends an answer, else the tokenizer's end of sequence."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return tokenizer.eos_token_id if own is None else own

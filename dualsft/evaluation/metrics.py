@@ -1,0 +1,61 @@
+"""Metrics over supervised tokens, accumulated by torchmetrics so that they add up over batches and processes."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from dualsft.objective import token_losses
+
+
+class LanguageModelMetrics(torch.nn.Module):
+    """Loss, perplexity and accuracy per supervised token, each token weighing the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # by default torchmetrics leaves NaN out of the mean, with a warning: a broken model would look sound
+        self.loss = MeanMetric(nan_strategy="disable")
+        self.accuracy = MeanMetric(nan_strategy="disable")
+
+    @torch.no_grad()
+    def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:
+        """Take in one batch."""
+        nll, targets = token_losses(logits, labels)
+        supervised = targets != -100
+        hits = logits[:, :-1].argmax(-1) == targets
+        self.loss.update(nll[supervised])
+        self.accuracy.update(hits[supervised].float())
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]."""
+        loss = self.loss.compute()
+        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.accuracy.compute()}
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.loss.reset()
+        self.accuracy.reset()
+
+
+class ExactMatch(Metric):
+    """Share of answers that equal their reference, both already extracted from the text."""
+
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        self.hits: Tensor
+        self.total: Tensor
+
+    def update(self, answers: list[str | None], references: list[str | None]) -> None:
+        """Take in one batch; an answer that was not found (None) never matches."""
+        for answer, reference in zip(answers, references, strict=True):
+            self.hits += int(answer is not None and answer == reference)
+        self.total += len(references)
+
+    def compute(self) -> Tensor:
+        """In [0, 1]; NaN before the first answer."""
+        return self.hits / self.total

@@ -1,0 +1,168 @@
+"""`dualsft fit`: train the masked weights, with compact state, from the untouched base model."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.compact import CompactParameters
+from dualsft.data import KeepEpochCount
+from dualsft.errors import UserError
+from dualsft.evaluation import LanguageModelMetrics, check_validation_data
+from dualsft.models import Dtype, load_model, model_fingerprint
+from dualsft.objective import Batch, example_losses
+from dualsft.selection import Selection, load_selection
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW at the paper's learning rate, 2e-5, without weight decay."""
+    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+
+
+class MaskedFinetuneModule(LightningModule):
+    """Fine-tunes the weights that a selection chose; without a selection, all of them.
+
+    The loss is the mean over the batch's examples of their mean loss per supervised token, the same l_i that selection
+    scores.
+
+    Args:
+        model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
+        selection: A selection directory whose mask says which weights to train; null trains all weights.
+        optimizer: Makes the optimizer from the compact parameters; AdamW at 2e-5 unless given.
+        lr_scheduler: Makes the learning rate schedule from the optimizer, stepped once per optimizer step; constant
+            unless given.
+        dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        selection: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Dtype = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model_name_or_path = model_name_or_path
+        self.selection: Selection | None = load_selection(selection) if selection else None
+        self.optimizer, self.lr_scheduler = optimizer or default_optimizer, lr_scheduler
+        self.dtype_name: Dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.metrics = LanguageModelMetrics()
+        self._configured = False
+        # a checkpoint holds the masters alone; the other weights are the base model's
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        """Load the base model and put the compact parameters on it, once.
+
+        Raises:
+            UserError: if the selection was made for another model.
+        """
+        if self._configured:
+            return
+        self._configured = True
+        self.base_fingerprint = model_fingerprint(self.model_name_or_path)
+        self._check_selection()
+        self.model: PreTrainedModel = load_model(self.model_name_or_path, self.dtype_name)
+        self.model.train()
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.compact = CompactParameters(self.model, self.selection.mask() if self.selection else None)
+        self.compact.attach()
+        self._origin = self._describe_origin()
+
+    def setup(self, stage: str) -> None:
+        """Look at the trainer and the data before anything is loaded.
+
+        Raises:
+            UserError: if the trainer's precision would convert the masters, it has several processes, or the validation
+                data hold nothing to learn from.
+        """
+        if self.trainer.precision not in _PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {self.trainer.precision}, which would convert the trained weights' float32 "
+                f"copies too; give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
+            )
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"fit runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
+            )
+        check_validation_data(self.trainer)
+
+    def _check_selection(self) -> None:
+        if self.selection is None:
+            return
+        made_for = self.selection.manifest["model"]
+        if made_for["fingerprint"] != self.base_fingerprint:
+            raise UserError(
+                f"The selection in {self.selection.folder} was made for another model ({made_for['name_or_path']}, "
+                f"weights {made_for['fingerprint'][:12]}) than {self.model_name_or_path} "
+                f"({self.base_fingerprint[:12]}); give that model, or select again."
+            )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the compact parameters; the model's weights follow each of its steps."""
+        optimizer = self.optimizer(self.compact.parameters())
+        self.compact.write_back_after(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What keeps a resumed run resumable."""
+        return [KeepEpochCount()]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch's examples."""
+        loss = example_losses(self.model, batch).mean()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take in one batch."""
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        self.metrics.update(logits, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``."""
+        measured = self.metrics.compute()
+        self.metrics.reset()
+        self.log_dict({f"val_{name}": value for name, value in measured.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the masters, with what they belong to, and the gradients of an accumulation under way; nothing else."""
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n.startswith("compact.")}
+        checkpoint["dualsft"] = {"origin": self._origin, "gradients": self.compact.pending_gradients()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up an accumulation under way; the masters are Lightning's to load, and the weights follow them.
+
+        Raises:
+            UserError: if the checkpoint is one of another base model or selection.
+        """
+        state = checkpoint.get("dualsft", {})
+        if state.get("origin") != self._origin:
+            raise UserError(
+                "The checkpoint to resume from was made with another base model or another selection; give those, or "
+                "start a new run in another --output_dir."
+            )
+        self.compact.restore_gradients(state["gradients"])
+
+    def _describe_origin(self) -> dict[str, str]:
+        """What a checkpoint belongs to: the base weights, the trained ones among them, and the chosen examples."""
+        ids = self.selection.example_ids if self.selection else None
+        examples = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        return {"base": self.base_fingerprint, "weights": self.compact.fingerprint(), "examples": examples}

@@ -1,0 +1,157 @@
+"""Loading a causal language model and its tokenizer, safely, and telling one set of weights from another."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dualsft.errors import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def model_folder(name_or_path: str) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot of it.
+
+    Raises:
+        UserError: if there is no such folder and the hub has no such model, or if the folder lacks ``config.json`` or
+            safetensors weights (pickled ``*.bin`` weights are never read).
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        folder = _download(name_or_path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model folder: it has no config.json; give a Hugging Face model folder or id."
+        )
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        found = "only pickled weights (*.bin), which are not read" if list(folder.glob("*.bin")) else "no weights"
+        raise UserError(f"{folder} has {found}; give a folder with {_WEIGHTS} (save_pretrained writes it).")
+    return folder
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such folder; give a local Hugging Face model folder or a hub id.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} is neither a local folder nor a model that the hub gives us ({_first_line(error)})"
+        ) from error
+
+
+def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
+    """Load a causal language model from safetensors weights, without remote code.
+
+    Args:
+        name_or_path: A Hugging Face model folder or hub id.
+        dtype: Type to store the weights in; ``auto`` keeps the checkpoint's.
+
+    Raises:
+        UserError: if the folder is not a loadable causal language model, or its weights are incomplete.
+    """
+    folder = model_folder(name_or_path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model, info = loaded
+    _check_complete(folder, info)
+    return model
+
+
+def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the model's weights ({missing[0]}, ...); the checkpoint is incomplete."
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{folder} has {name} of shape {tuple(stored)} where its config.json asks for {tuple(wanted)}; they do not "
+            "belong together."
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Recompute activations in the backward pass while the model trains.
+
+    Args:
+        model: Any model whose architecture can.
+        **options: For `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        UserError: if the architecture cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot recompute activations; set model.gradient_checkpointing to false."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in 5.23, yet all of 5 has the old name
+        model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+
+
+def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a model that is not loaded, from its configuration."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(name_or_path)))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def model_fingerprint(name_or_path: str) -> str:
+    """SHA-256 over the stored weights in the order of their names: the same however the files are sharded.
+
+    Raises:
+        UserError: if the weights cannot be read.
+    """
+    folder = model_folder(name_or_path)
+    digest = hashlib.sha256()
+    try:
+        for name, path in sorted(_weight_files(folder).items()):
+            with safe_open(path, framework="pt") as stored:
+                tensor = stored.get_tensor(name).contiguous()
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"The weights in {folder} cannot be read: {_first_line(error)}") from error
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it; other safetensors files in the folder are not the model's."""
+    if (folder / _WEIGHTS).is_file():
+        with safe_open(folder / _WEIGHTS, framework="pt") as stored:
+            return dict.fromkeys(stored.keys(), folder / _WEIGHTS)
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return {name: folder / file for name, file in index["weight_map"].items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over everything that decides how text becomes tokens: the vocabulary, the rules, the chat template."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()

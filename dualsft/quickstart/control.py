@@ -1,0 +1,87 @@
+"""Controls for a selection: the same sizes drawn at random, or everything, on either side."""
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dualsft.data import read_records
+from dualsft.selection import Selection, load_selection
+from dualsft.selection.artifact import publish, write_selection
+
+Draw = Literal["chosen", "random", "all"]
+"""What to keep of one side: what was chosen, as many at random, or everything."""
+
+
+def write_control(
+    selection: Selection, pool: Path, folder: Path, seed: int, *, examples: Draw, weights: Draw
+) -> Selection:
+    """Write a selection that differs from another in what it chooses alone.
+
+    Args:
+        selection: Whose scores and sizes to keep.
+        pool: The records it chose from.
+        folder: Where the control goes.
+        seed: Decides random draws.
+        examples: Which examples to choose, of those that were scored.
+        weights: Which weights to choose.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = set(_draw_examples(selection, examples, generator))
+    mask = {"chosen": lambda m: m, "random": lambda m: random_mask(m, generator), "all": _everything}[weights](
+        selection.mask()
+    )
+    counts = {
+        "examples": {**selection.manifest["counts"]["examples"], "selected": len(chosen)},
+        "parameters": {
+            **selection.manifest["counts"]["parameters"],
+            "selected": sum(int(m.sum()) for m in mask.values()),
+        },
+    }
+    table = selection.examples.to_pydict()
+    staged = folder / ".unfinished"
+    staged.mkdir(parents=True)
+    write_selection(
+        staged,
+        manifest={**selection.manifest, "counts": counts, "control": {"examples": examples, "weights": weights}},
+        examples={**table, "selected": [i in chosen for i in table["example_id"]]},
+        parameter_scores=selection.parameter_scores(),
+        mask=mask,
+        selected_lines=[line for i, line in enumerate(_lines(pool)) if i in chosen],
+        config=(selection.folder / "config.yaml").read_text(encoding="utf-8"),
+    )
+    publish(staged, folder)
+    shutil.rmtree(staged)
+    return load_selection(folder)
+
+
+def random_mask(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """As many entries as another mask has, uniformly over all weights."""
+    sizes = [mask.numel() for mask in like.values()]
+    count = sum(int(mask.sum()) for mask in like.values())
+    flat = torch.zeros(sum(sizes), dtype=torch.bool)
+    flat[torch.randperm(len(flat), generator=generator)[:count]] = True
+    parts = flat.split(sizes)
+    return {name: part.view(mask.shape) for (name, mask), part in zip(like.items(), parts, strict=True)}
+
+
+def _everything(mask: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.ones_like(m) for name, m in mask.items()}
+
+
+def _draw_examples(selection: Selection, draw: Draw, generator: torch.Generator) -> list[int]:
+    table = selection.examples.to_pydict()
+    scored = [i for i, status in zip(table["example_id"], table["status"], strict=True) if status == "ok"]
+    if draw == "all":
+        return scored
+    if draw == "chosen":
+        return selection.example_ids
+    order = torch.randperm(len(scored), generator=generator)[: len(selection.example_ids)]
+    return [scored[k] for k in order.tolist()]
+
+
+def _lines(pool: Path) -> list[str]:
+    records = read_records(str(pool))
+    return [records.line(i) for i in range(len(records))]

@@ -1,0 +1,147 @@
+"""The output folder of a run: claimed before work starts, never overwritten unasked, and resumable after a kill.
+
+While a run is under way its folder holds ``.unfinished/``: what the run is (``run.json``) and the state of its finished
+phases. It is removed when the run is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dualsft.errors import UserError
+
+_RUN = "run.json"
+_RESULTS = ("manifest.json", "delta.safetensors", "metrics.json")
+
+
+class RunFolder:
+    """One run's output folder.
+
+    Args:
+        folder: Where the results go.
+        resume: Go on from what a killed run left there; starts anew where there is nothing.
+        overwrite: Replace what is there.
+
+    Raises:
+        UserError: if the folder holds anything and neither was asked for, or both were.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = Path(folder)
+        self._state = self.path / ".unfinished"
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite contradict each other; give one of them.")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; give --output_dir a folder.")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._check(resume, overwrite)
+        self._overwrite = overwrite
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
+        if overwrite:
+            if not self._is_ours():
+                raise UserError(
+                    f"{self.path} holds files that no run of ours wrote; they are left alone: choose another "
+                    "--output_dir."
+                )
+        elif not self._state.is_dir():
+            advice = "there is nothing to resume; " if resume else ""
+            raise UserError(
+                f"{self.path} already holds files and no unfinished run; {advice}choose another --output_dir or give "
+                "--overwrite."
+            )
+        elif not resume:
+            raise UserError(
+                f"{self.path} holds an unfinished run; give --resume to go on with it or --overwrite to drop it."
+            )
+
+    def _is_ours(self) -> bool:
+        """Whether a run of ours wrote this folder: each leaves a configuration and one of a few results."""
+        finished = (self.path / "config.yaml").is_file() and any((self.path / name).is_file() for name in _RESULTS)
+        return finished or self._state.is_dir()
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Start writing: say what this run is, so that nothing else is taken for its continuation.
+
+        Called once the input has been checked, so that a mistake leaves no trace in the folder.
+
+        Raises:
+            UserError: if the folder's unfinished run is another one, naming what differs, or it cannot be written.
+        """
+        path = self._state / _RUN
+        if path.is_file() and not self._overwrite:
+            self._compare(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+            return
+        try:
+            self._clear()
+            write_atomically(path, json.dumps(identity, indent=2))
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."
+            ) from error
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+            raise UserError(
+                f"{self.path} holds an unfinished run with other settings ({', '.join(differing)}); resume it with "
+                "its own settings, or give --overwrite."
+            )
+
+    def _clear(self) -> None:
+        """Empty the folder; from the first deletion on it counts as an unfinished run, whatever happens."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        (self._state / _RUN).unlink(missing_ok=True)
+        _empty(self._state)
+        _empty(self.path, keep=self._state)
+
+    def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep a finished phase's state, whole or not at all."""
+        path = self._state / f"{phase}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, partial, {"notes": json.dumps(notes)})
+        partial.replace(path)
+
+    def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished phase's tensors and notes, or None if it has not been finished."""
+        path = self._state / f"{phase}.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return tensors, json.loads(stored.metadata()["notes"])
+
+    def staging(self) -> Path:
+        """A fresh folder to write results into before they are published."""
+        folder = self._state / "staging"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def finish(self) -> None:
+        """Declare the run complete and drop its state; until the last step the run can be resumed."""
+        _empty(self._state, keep=self._state / _RUN)
+        shutil.rmtree(self._state)
+
+
+def _empty(folder: Path, keep: Path | None = None) -> None:
+    for child in folder.iterdir():
+        if child == keep:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

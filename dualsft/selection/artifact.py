@@ -1,0 +1,150 @@
+"""The selection directory: what was scored, what was chosen, and how. Its manifest is written last and seals it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dualsft.errors import UserError
+from dualsft.selection.mask import pack_bits, unpack_bits
+
+SCHEMA_VERSION = 1
+_MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
+
+_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int64()),
+        ("score", pa.float64()),
+        ("num_tokens", pa.int64()),
+        ("status", pa.string()),
+        ("selected", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A finished selection on disk; its parts are read when they are asked for.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What ``manifest.json`` says.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """One row per record of ``data.train``: example_id, score, num_tokens, status, selected."""
+        return pq.read_table(self.folder / _EXAMPLES)
+
+    @property
+    def example_ids(self) -> list[int]:
+        """The selected row numbers of ``data.train``, ascending."""
+        return [
+            i
+            for i, chosen in zip(*self.examples.select(["example_id", "selected"]).to_pydict().values(), strict=True)
+            if chosen
+        ]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The selected records, in source order."""
+        with open(self.folder / _SELECTED, encoding="utf-8", newline="\n") as lines:
+            return [json.loads(line) for line in lines]
+
+    def mask(self) -> dict[str, Tensor]:
+        """Parameter name -> bool, of the parameter's shape."""
+        with safe_open(self.folder / _MASK, framework="pt") as stored:
+            shapes = json.loads(stored.metadata()["shapes"])
+            return {name: unpack_bits(stored.get_tensor(name), tuple(shapes[name])) for name in sorted(shapes)}
+
+    def parameter_scores(self) -> dict[str, Tensor]:
+        """Parameter name -> φ_j, float32, of the parameter's shape."""
+        scores = {}
+        for path in sorted(self.folder.glob("parameter_scores*.safetensors")):
+            with safe_open(path, framework="pt") as stored:
+                scores.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        return scores
+
+
+def load_selection(folder: str | os.PathLike[str]) -> Selection:
+    """Open a selection directory.
+
+    Raises:
+        UserError: if there is none, it was not finished, it has lost a part, or another version wrote it.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
+    if not (path / _MANIFEST).is_file():
+        raise UserError(
+            f"{path} is not a finished selection: it has no {_MANIFEST}; run `dualsft select` again with --resume."
+        )
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / _MANIFEST} is damaged ({error}); make the selection again.") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {version}, this dualsft reads {SCHEMA_VERSION}; use the version that wrote it "
+            "or select again."
+        )
+    if lost := [name for name in (_EXAMPLES, _MASK, _SELECTED) if not (path / name).is_file()]:
+        raise UserError(f"{path} has lost {', '.join(lost)}; make the selection again.")
+    return Selection(path, manifest)
+
+
+def write_selection(
+    folder: Path,
+    *,
+    manifest: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Any]],
+    parameter_scores: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor],
+    selected_lines: Sequence[str],
+    config: str,
+) -> None:
+    """Write every part of a selection into a folder of its own; see `publish` for the step that makes it visible.
+
+    Args:
+        folder: An empty folder.
+        manifest: All but the schema version.
+        examples: Column name -> one value per record of ``data.train``.
+        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
+        mask: Parameter name -> which entries are chosen, of the parameter's shape.
+        selected_lines: The selected records as they stand in the source, in source order.
+        config: YAML that replays the run.
+    """
+    pq.write_table(pa.table(dict(examples), schema=_SCHEMA), folder / _EXAMPLES)
+    save_torch_state_dict(
+        dict(sorted(parameter_scores.items())), folder, filename_pattern="parameter_scores{suffix}.safetensors"
+    )
+    packed = {name: pack_bits(chosen) for name, chosen in sorted(mask.items())}
+    # one entry: safetensors writes several in an order that changes from run to run
+    shapes = json.dumps({name: list(chosen.shape) for name, chosen in sorted(mask.items())})
+    save_file(packed, folder / _MASK, metadata={"shapes": shapes})
+    (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Move a staged selection into its folder, the manifest last: without it nothing there counts as a selection."""
+    for path in sorted(staged.iterdir(), key=lambda p: (p.name == _MANIFEST, p.name)):
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        path.replace(folder / path.name)

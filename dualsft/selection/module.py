@@ -1,0 +1,236 @@
+"""The phases of a selection, in order: warm-up, validation gradient, direction, rows and columns, budgets, artifact."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from dualsft.allocators import (
+    DataAllocator,
+    GlobalTopK,
+    ParameterAllocator,
+    ScoredExamples,
+    TopK,
+    check_budget,
+    count_of,
+)
+from dualsft.data import Examples, InstructionDataModule, Records
+from dualsft.errors import UserError
+from dualsft.gradients import GradientPass, compute_dtype
+from dualsft.models import Dtype, checkpoint_activations, load_model, parameter_shapes
+from dualsft.objective import Batch, example_losses
+from dualsft.progress import PhaseLog
+from dualsft.run_folder import RunFolder
+from dualsft.scorers import FirstOrder, Scorer
+from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.phases import Phases, directions, stored_second_moment
+from dualsft.selection.prior import Prior
+from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
+from dualsft.selection.warmup import Warmup
+
+Preconditioner = Literal["none", "adam"]
+
+
+class SelectionModule(LightningModule):
+    """Scores every example and every weight, and chooses a subset of each under two budgets.
+
+    Args:
+        model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
+        scorer: The rule for the direction u that scores both sides.
+        preconditioner: The optimizer that the fine-tune will use: none (SGD) or adam, which needs the second moment of
+            a warm-up.
+        step_size: η, the length of the step whose gain is predicted; scales all scores alike.
+        parameter_budget: Weights to train: a fraction in (0, 1], a count, or null for all.
+        data_budget: Examples to train on: a fraction in (0, 1] of those with a response, a count, or null for all.
+        parameter_allocator: The rule that spends the parameter budget.
+        data_allocator: The rule that spends the data budget.
+        warmup: How the scoring checkpoint is made.
+        prior: The objective's second term.
+        dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        scorer: Scorer | None = None,
+        preconditioner: Preconditioner = "adam",
+        step_size: float = 2e-5,
+        parameter_budget: int | float | None = 0.1,
+        data_budget: int | float | None = 0.1,
+        parameter_allocator: ParameterAllocator | None = None,
+        data_allocator: DataAllocator | None = None,
+        warmup: Warmup = Warmup(),  # noqa: B008 (frozen)
+        prior: Prior = Prior(),  # noqa: B008 (frozen)
+        dtype: Dtype = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        check_budget("model.parameter_budget", parameter_budget)
+        check_budget("model.data_budget", data_budget)
+        if not step_size > 0:
+            raise UserError(f"model.step_size is {step_size}; give a positive number.")
+        if preconditioner == "adam" and warmup.fraction == 0 and warmup.checkpoint is None:
+            raise UserError(
+                "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction "
+                "is 0; set model.preconditioner to none, or give model.warmup.fraction or model.warmup.checkpoint."
+            )
+        self.model_name_or_path = model_name_or_path
+        self.scorer = scorer or FirstOrder()
+        self.preconditioner = preconditioner
+        self.step_size = step_size
+        self.parameter_budget, self.data_budget = parameter_budget, data_budget
+        self.parameter_allocator = parameter_allocator or GlobalTopK()
+        self.data_allocator = data_allocator or TopK()
+        self.warmup = warmup
+        self.dtype_name: Dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def configure_model(self) -> None:
+        """Load the base model, or the scoring checkpoint that stands for a warm-up.
+
+        Raises:
+            UserError: if it cannot be loaded, or the checkpoint has another architecture than the base model.
+        """
+        checkpoint = self.warmup.checkpoint
+        self.model = load_model(checkpoint or self.model_name_or_path, self.dtype_name)
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        if checkpoint and shapes != parameter_shapes(self.model_name_or_path):
+            raise UserError(
+                f"model.warmup.checkpoint {checkpoint} has other weights, by name or shape, than "
+                f"{self.model_name_or_path}; give a checkpoint of that model."
+            )
+        self.model.eval()
+        self.model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
+        if self.gradient_checkpointing:
+            checkpoint_activations(self.model)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """l_i of each example of the batch; Lightning asks every module for a forward."""
+        return example_losses(self.model, batch)
+
+    def run_phases(self, data: InstructionDataModule, run: RunFolder, seed: int, config: str, show: bool) -> Selection:
+        """Run every phase that an earlier, killed run has not finished, and write the selection.
+
+        Args:
+            data: The pool and the validation set, set up.
+            run: The output folder; claimed here, once the input is known to be good.
+            seed: Decides which examples the warm-up draws, and their order.
+            config: YAML that replays the run, kept beside the results.
+            show: Whether to draw progress bars.
+
+        Raises:
+            UserError: on input that cannot be scored or budgets that cannot be met.
+        """
+        pool = self._check_input(data)
+        data_count, parameter_count = self._counts(len(pool))
+        run.claim(inputs := describe_inputs(self, data, seed))
+        log = PhaseLog(show)
+        scored, scores = self._score(Phases(self.model, data, run, log, seed), pool)
+        identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
+        scores = {name: score.float() for name, score in scores.items()}
+        mask = self.parameter_allocator.allocate(scores, parameter_count)
+        chosen = self._choose_examples(data.train_examples, scored, data_count)
+        outcome = describe_outcome(data.train_examples, scored, chosen, mask, identity)
+        write_selection(
+            staged := run.staging(),
+            manifest={**inputs, **outcome, "phases": log.as_json()},
+            examples=_example_table(data.train_examples, scored, chosen),
+            parameter_scores=scores,
+            mask=mask,
+            selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen)],
+            config=config,
+        )
+        publish(staged, run.path)
+        run.finish()
+        return load_selection(run.path)
+
+    def _check_input(self, data: InstructionDataModule) -> list[int]:
+        """The ids of the examples to score.
+
+        Raises:
+            UserError: if there is none, nothing to validate on, or the gradients would be float16.
+        """
+        for name, examples in (("train", data.train_examples), ("validation", data.validation_examples)):
+            if not examples.ok_ids():
+                counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
+                raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
+        if compute_dtype(self.model) == torch.float16:
+            raise UserError(
+                "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "
+                "or bf16-mixed."
+            )
+        return data.train_examples.ok_ids()
+
+    def _counts(self, examples: int) -> tuple[int, int]:
+        """How many examples and how many weights the budgets buy.
+
+        Raises:
+            UserError: if a count is above what there is.
+        """
+        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            count_of("model.data_budget", self.data_budget, examples),
+            count_of("model.parameter_budget", self.parameter_budget, weights),
+        )
+
+    def _score(self, phases: Phases, pool: list[int]) -> tuple[GradientPass, dict[str, Tensor]]:
+        """The example scores, and φ_j of every weight, on the host."""
+        checkpoint, adam = self.warmup.checkpoint, self.preconditioner == "adam"
+        if checkpoint is None:
+            moments = phases.warm_up(self.warmup)
+        else:
+            moments = stored_second_moment(checkpoint, self.model) if adam else {}
+        if not adam:
+            moments.clear()
+        gradient = phases.validation_gradient(self.gradient_checkpointing)
+        u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(pool))
+        scored = phases.scores(u, pool, self.gradient_checkpointing)
+        return scored, {name: total.mul_(u.pop(name)).cpu() for name, total in scored.sums.items()}
+
+    def _choose_examples(self, pool: Examples, scored: GradientPass, budget: int) -> set[int]:
+        """Spend the data budget on the examples that could be scored; non-finite ones may lower what it buys.
+
+        Raises:
+            UserError: if a count was asked for and too few examples are finite, or none is.
+        """
+        ids = sorted(scored.rows)
+        if not ids:
+            raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
+        if isinstance(self.data_budget, int) and budget > len(ids):
+            raise UserError(
+                f"model.data_budget is {budget:,}, but only {len(ids):,} examples have finite scores; lower it."
+            )
+        examples = ScoredExamples(
+            torch.tensor(ids),
+            torch.tensor([scored.rows[i] for i in ids], dtype=torch.float64),
+            torch.tensor([pool.num_tokens[i] for i in ids]),
+            _Rows(pool.records, ids),
+        )
+        return set(self.data_allocator.allocate(examples, min(budget, len(ids))).tolist())
+
+
+class _Rows(Sequence[Mapping[str, Any]]):
+    """Some of the records, read when they are asked for."""
+
+    def __init__(self, records: Records, ids: list[int]) -> None:
+        self._records, self._ids = records, ids
+
+    def __getitem__(self, k: Any) -> Any:
+        return self._records[self._ids[k]]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+def _example_table(pool: Examples, scored: GradientPass, chosen: set[int]) -> dict[str, list[Any]]:
+    ids = range(len(pool.status))
+    return {
+        "example_id": list(ids),
+        "score": [scored.rows.get(i) for i in ids],
+        "num_tokens": [int(n) for n in pool.num_tokens],
+        "status": ["nonfinite" if i in scored.nonfinite else status for i, status in enumerate(pool.status)],
+        "selected": [i in chosen for i in ids],
+    }

@@ -1,0 +1,93 @@
+"""Lightning's Trainer with one more verb: select."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer as LightningTrainer
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError
+from dualsft.run_folder import RunFolder
+from dualsft.selection import Selection, SelectionModule
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer, which can also select.
+
+    It takes the same arguments; see `lightning.Trainer`.
+    """
+
+    def select(
+        self,
+        model: SelectionModule,
+        datamodule: InstructionDataModule,
+        output_dir: str,
+        resume: bool = False,
+        overwrite: bool = False,
+        seed: int = 0,
+        config: str = "",
+    ) -> Selection:
+        """Score every example and every weight, choose a subset of each, and write a selection directory.
+
+        Args:
+            model: What to score, how, and the budgets.
+            datamodule: The pool (``train``) and the target's validation set.
+            output_dir: Where the selection goes.
+            resume: Go on from what a killed run left in ``output_dir``.
+            overwrite: Replace what an earlier run left in ``output_dir``.
+            seed: Decides which examples the warm-up draws, and their order.
+            config: YAML that replays the run, kept beside the results.
+
+        Raises:
+            UserError: on a mistake in the input or the settings; nothing is left behind.
+        """
+        run = RunFolder(output_dir, resume=resume, overwrite=overwrite)
+        loop = _SelectionLoop(self, model, datamodule, run, seed, config)
+        # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
+        # without optimizers, and puts its own loop there.
+        usual, self.predict_loop = self.predict_loop, loop
+        self.strategy._lightning_module = model
+        self.state.fn, self.state.status = TrainerFn.PREDICTING, TrainerStatus.RUNNING
+        self.predicting = True
+        try:
+            return call._call_and_handle_interrupt(self, self._select, model, datamodule)
+        finally:
+            self.predict_loop = usual
+
+    def _select(self, model: SelectionModule, datamodule: InstructionDataModule) -> Any:
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        return self._run(model)
+
+
+class _SelectionLoop(_PredictionLoop):
+    def __init__(
+        self,
+        trainer: LightningTrainer,
+        model: SelectionModule,
+        data: InstructionDataModule,
+        run: RunFolder,
+        seed: int,
+        config: str,
+    ) -> None:
+        super().__init__(trainer)
+        self._model, self._data, self._run_folder, self._seed, self._config = model, data, run, seed, config
+
+    def run(self) -> Any:
+        """Run the phases under the trainer's precision."""
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"select runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
+            )
+        show = self.trainer.progress_bar_callback is not None
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+            return self._model.run_phases(self._data, self._run_folder, self._seed, self._config, show)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest of Lightning's checkpoints in a folder; None if there is none."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return found[-1] if found else None

@@ -1,0 +1,131 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualsft.allocators import GlobalTopK, ScoredExamples, TopK
+from dualsft.allocators.top_k import kth_largest, ordered_keys
+from dualsft.errors import UserError
+
+SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38, 1.0, -1.0, 1.0])
+
+
+def reference(scores: dict[str, Tensor], k: int, by: str) -> dict[str, list[int]]:
+    """The chosen flat indices by a stable sort over (score falling, name, flat index)."""
+    entries = [
+        (-(abs(value) if by == "magnitude" else value), name, index)
+        for name in scores
+        for index, value in enumerate(scores[name].flatten().tolist())
+    ]
+    chosen: dict[str, list[int]] = {name: [] for name in scores}
+    for _, name, index in sorted(entries)[:k]:
+        chosen[name].append(index)
+    return {name: sorted(indices) for name, indices in chosen.items()}
+
+
+def random_scores(seed: int) -> dict[str, Tensor]:
+    """Three tensors, in no order of name, of values with many ties, wide range and special values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        normal = torch.randn(shape, generator=generator)
+        kind = seed % 4
+        if kind == 0:
+            return normal
+        if kind == 1:
+            return (normal * 2).round()
+        if kind == 2:
+            return normal * 10.0 ** torch.randint(-44, 38, shape, generator=generator)
+        return SPECIAL[torch.randint(len(SPECIAL), shape, generator=generator)]
+
+    return {"b": values(3, 5), "a.z": values(7), "a": values(2, 2, 3)}
+
+
+@pytest.mark.parametrize("by", ["magnitude", "signed"])
+@pytest.mark.parametrize("seed", range(24))
+def test_global_top_k_equals_a_sort(seed: int, by: Any) -> None:
+    """For every k from 1 to all, exactly k entries are chosen, those of a sort with ties by name and flat index."""
+    scores = random_scores(seed)
+    for k in range(1, 35):
+        mask = GlobalTopK(by).allocate(scores, k)
+        assert {name: chosen.shape for name, chosen in mask.items()} == {n: s.shape for n, s in scores.items()}
+        assert all(chosen.dtype == torch.bool for chosen in mask.values())
+        found = {name: chosen.flatten().nonzero().flatten().tolist() for name, chosen in mask.items()}
+        assert found == reference(scores, k, by)
+
+
+@pytest.mark.parametrize("by", ["magnitude", "signed"])
+def test_ties_go_to_the_first_name_and_index(by: Any) -> None:
+    """Among equal scores the first by name wins, whatever the order of the mapping, then the first by flat index."""
+    mask = GlobalTopK(by).allocate({"z": torch.ones(3), "m": torch.ones(2, 2)}, 5)
+    assert mask["m"].all()
+    assert mask["z"].tolist() == [True, False, False]
+
+
+def test_magnitude_and_sign() -> None:
+    """A large negative score is the first by magnitude and the last by sign; magnitude is the default."""
+    scores = {"w": torch.tensor([1.0, -3.0, 2.0])}
+    assert GlobalTopK().allocate(scores, 1)["w"].tolist() == [False, True, False]
+    assert GlobalTopK("signed").allocate(scores, 2)["w"].tolist() == [True, False, True]
+
+
+def test_scores_are_left_as_they_are() -> None:
+    """Ranking by magnitude does not change the scores."""
+    scores = {"w": torch.tensor([1.0, -3.0, 2.0])}
+    GlobalTopK("magnitude").allocate(scores, 2)
+    assert scores["w"].tolist() == [1.0, -3.0, 2.0]
+
+
+def test_keys_keep_the_order_of_floats() -> None:
+    """Keys compare as their floats do; the two zeros share one."""
+    values = torch.cat([SPECIAL, torch.randn(100, generator=torch.Generator().manual_seed(0))])
+    keys = ordered_keys(values)
+    assert torch.equal(keys[:, None] < keys, values[:, None] < values)
+    assert keys[0] == keys[1]
+
+
+def test_the_threshold_and_its_ties() -> None:
+    """The key is that of the k-th largest, with how many entries equal to it make k."""
+    threshold, needed = kth_largest({"w": torch.tensor([5.0, 2.0, 2.0, 2.0, 1.0])}, 3)
+    assert threshold == int(ordered_keys(torch.tensor([2.0])))
+    assert needed == 2
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_more_than_there_is_cannot_be_chosen(k: int) -> None:
+    """K must lie between 1 and the number of entries."""
+    with pytest.raises(ValueError, match=f"cannot choose {k} of 5"):
+        kth_largest({"w": torch.ones(5)}, k)
+
+
+def test_nan_has_no_place() -> None:
+    """NaN scores are an error, not a rank."""
+    with pytest.raises(ValueError, match="NaN"):
+        GlobalTopK().allocate({"w": torch.tensor([1.0, torch.nan])}, 1)
+
+
+def test_unknown_ranking_is_refused() -> None:
+    """Value and allowed set are told."""
+    with pytest.raises(UserError, match="'magnitude' or 'signed', not by 'size'"):
+        GlobalTopK("size")  # type: ignore[arg-type]
+
+
+def scored(values: Tensor) -> ScoredExamples:
+    """Examples with ids 10, 20, ... and these scores."""
+    ids = torch.arange(1, len(values) + 1) * 10
+    return ScoredExamples(ids, values, torch.ones(len(values), dtype=torch.int64), [{} for _ in values])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_top_k_equals_a_sort(seed: int) -> None:
+    """For every k, the ids of the k highest signed scores, ties to the earlier row, ascending."""
+    values = random_scores(seed)["b"].flatten().double()
+    for k in range(1, len(values) + 1):
+        ranked = sorted(range(len(values)), key=lambda i: (-values[i].item(), i))[:k]
+        assert TopK().allocate(scored(values), k).tolist() == sorted(10 * (i + 1) for i in ranked)
+
+
+def test_top_k_tells_float64_scores_apart() -> None:
+    """Scores that are equal in float32 still rank by their difference."""
+    assert TopK().allocate(scored(torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)), 1).tolist() == [20]

@@ -1,0 +1,178 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jsonargparse import ArgumentParser
+
+from dualsft.data import InstructionDataModule, read_records, selected_ids
+from dualsft.errors import UserError
+
+from .tiny_tokenizers import byte_level
+
+RESPONSES = ["wide", "", "deep and wide", None, "blue", "the sea " * 30, "calm"]
+OK = [0, 2, 4, 6]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> str:
+    """Seven rows: two without a response, and one whose prompt is longer than 40 tokens."""
+    path = tmp_path / "pool.jsonl"
+    rows = [{"prompt": "x" * 60 if i == 5 else "the sea?", "response": text} for i, text in enumerate(RESPONSES)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def module(train: str | None, **options: Any) -> InstructionDataModule:
+    """A data module that truncates to 40 tokens."""
+    return InstructionDataModule(train, **{"tokenizer": byte_level(), "max_length": 40, "batch_size": 2, **options})
+
+
+def write_selection(folder: Path, fingerprint: str, selected: list[int], rows: int = 7) -> str:
+    """Writes the two files of a selection that fine-tuning reads."""
+    folder.mkdir()
+    columns = {"example_id": range(rows), "selected": [row in selected for row in range(rows)]}
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "examples.parquet")
+    manifest = {"data": {"train": {"fingerprint": fingerprint}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return str(folder)
+
+
+def ids(loader: Any) -> list[int]:
+    """The example ids that a loader yields, in order."""
+    return [example for batch in loader for example in batch["example_id"].tolist()]
+
+
+def test_loaders_hold_the_examples_with_labels(pool: str) -> None:
+    """Training, scoring and validation see each `ok` example once, and no other."""
+    data = module(pool, validation=pool)
+    assert data.train_examples.counts() == {"ok": 4, "empty": 2, "truncated": 1}
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.pool_loader(), data.validation_loader()):
+        assert sorted(ids(loader)) == OK
+    for loader in (data.pool_loader(), data.validation_loader()):
+        lengths = data.train_examples.lengths[ids(loader)].tolist()
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_loaders_over_some_ids(pool: str) -> None:
+    """A warm-up or a second pass over a subset sees just the ids that it names; the seed decides the order."""
+    data = module(pool, batch_size=1)
+    assert sorted(ids(data.training_loader([6, 0], seed=1))) == [0, 6]
+    assert sorted(ids(data.pool_loader([2, 4]))) == [2, 4]
+    orders = {tuple(ids(data.training_loader(OK, seed=seed))) for seed in range(8)}
+    assert len(orders) > 1
+
+
+def test_batches_carry_the_examples(pool: str) -> None:
+    """A batch holds the rows of the encoded examples, padded with the tokenizer's own padding."""
+    data = module(pool)
+    for batch in data.pool_loader():
+        for row, example in enumerate(batch["example_id"].tolist()):
+            expected = data.train_examples.dataset[example]
+            length = len(expected["input_ids"])
+            assert batch["input_ids"][row, :length].tolist() == expected["input_ids"]
+            assert batch["labels"][row, :length].tolist() == expected["labels"]
+            assert batch["attention_mask"][row].sum() == length
+            assert set(batch["input_ids"][row, length:].tolist()) <= {data.tokenizer.pad_token_id}
+
+
+def test_setup_is_lazy_and_done_once(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read before it is needed, and nothing is read twice."""
+    read: list[str] = []
+    monkeypatch.setattr(
+        "dualsft.data.module.read_records", lambda path, split: (read.append(split), read_records(path))[1]
+    )
+    data = module(pool, validation=pool, train_split="a", validation_split="b")
+    assert read == []
+    data.setup("validate")
+    assert read == ["b"]
+    for stage in ("fit", "fit", "predict", None):
+        data.setup(stage)
+    assert read == ["b", "a"]
+    assert data.train_examples is data.train_examples
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict", None])
+def test_missing_sources_are_named(pool: str, stage: str | None) -> None:
+    """Each stage asks for the sources it needs by their key; training does without a validation set."""
+    if stage == "fit":
+        data = module(pool)
+        data.setup(stage)
+        assert data.val_dataloader() == []
+    else:
+        with pytest.raises(UserError, match=r"data\.validation is not given"):
+            module(pool).setup(stage)
+    if stage != "validate":
+        with pytest.raises(UserError, match=r"data\.train is not given"):
+            module(None, validation=pool).setup(stage)
+    with pytest.raises(UserError, match=r"data\.tokenizer is not given"):
+        module(pool, validation=pool, tokenizer=None).setup(stage)
+
+
+@pytest.mark.parametrize(
+    ("option", "least"), [("max_length", 2), ("batch_tokens", 1), ("batch_size", 1), ("seed", 0), ("num_workers", 0)]
+)
+def test_values_out_of_range(option: str, least: int) -> None:
+    """A value below what makes sense is refused at construction with the key, the value and the least allowed."""
+    with pytest.raises(UserError, match=rf"data\.{option}={least - 1} is too small: it must be at least {least}"):
+        InstructionDataModule(**{option: least - 1})
+    InstructionDataModule(**{option: least})
+
+
+def test_contradictions_are_refused_at_construction() -> None:
+    """So are format options that contradict each other."""
+    with pytest.raises(UserError, match=r"data\.prompt_column"):
+        InstructionDataModule(format="text", prompt_column="q")
+    with pytest.raises(UserError, match=r"data\.prompt_template"):
+        InstructionDataModule(prompt_template="Q:")
+
+
+def test_training_on_a_selection(pool: str, tmp_path: Path) -> None:
+    """Only selected examples that have labels are trained on; scoring still sees the whole pool."""
+    selection = write_selection(tmp_path / "selection", read_records(pool).fingerprint, [1, 2, 5, 6])
+    assert selected_ids(selection, read_records(pool)) == [1, 2, 5, 6]
+    data = module(pool, selection=selection)
+    assert sorted(ids(data.train_dataloader())) == [2, 6]
+    assert sorted(ids(data.pool_loader())) == OK
+
+
+def test_selections_that_do_not_fit(pool: str, tmp_path: Path) -> None:
+    """A selection of other data, an unfinished one and one that leaves nothing are each told apart."""
+    fingerprint = read_records(pool).fingerprint
+    other = write_selection(tmp_path / "other", "0" * 64, [0], rows=9)
+    with pytest.raises(UserError, match=r"other was made for other data: 9 rows against 7 in data\.train"):
+        module(pool, selection=other).train_dataloader()
+    with pytest.raises(UserError, match=r"is not a finished selection: it has no manifest\.json"):
+        module(pool, selection=str(tmp_path)).train_dataloader()
+    useless = write_selection(tmp_path / "useless", fingerprint, [1, 5])
+    with pytest.raises(UserError, match=r"No example .* is left to train on .*4 ok, 2 empty, 1 truncated"):
+        module(pool, selection=useless).train_dataloader()
+    (tmp_path / "useless" / "examples.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"examples\.parquet cannot be read"):
+        module(pool, selection=useless).train_dataloader()
+    (tmp_path / "useless" / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="does not tell which data"):
+        module(pool, selection=useless).train_dataloader()
+
+
+def test_a_batch_budget_below_an_example(pool: str) -> None:
+    """An example that no batch may hold is refused when batches are made, by name."""
+    with pytest.raises(UserError, match=r"Example \d has \d+ tokens, more than data\.batch_tokens=4"):
+        module(pool, batch_tokens=4).pool_loader()
+
+
+def test_command_line(pool: str, tmp_path: Path) -> None:
+    """Every option is settable from a command line, the tokenizer as a path, and documented there."""
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(InstructionDataModule, "data")
+    arguments = [f"--data.train={pool}", f"--data.tokenizer={tmp_path / 'tokenizer'}", "--data.format=prompt_response"]
+    config = parser.parse_args([*arguments, "--data.max_length=40"])
+    data = parser.instantiate(config).data
+    assert sorted(ids(data.pool_loader())) == OK
+    text = parser.format_help()
+    for option in ("train", "validation", "batch_tokens", "prompt_template", "selection", "seed"):
+        assert f"--data.{option}" in text
+    assert "Largest batch in tokens, padding included" in " ".join(text.split())

@@ -1,0 +1,267 @@
+"""The contract of a selection directory, read with nothing but json, pyarrow, safetensors and numpy."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from dualsft import load_selection
+from dualsft.errors import UserError
+from dualsft.models import load_model
+from tests.selection.runs import ADAM, LINES, OK, SGD, STATUS, Inputs, contents, select, slow_scores
+from tests.selection.tiny import assert_same_gradients
+
+CONFIG = "seed_everything: 3\n# é\n"
+
+
+@pytest.fixture(scope="module")
+def folder(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A selection at the base model, first order, with plain gradients: 4 examples and 777 weights."""
+    out = tmp_path_factory.mktemp("selection") / "out"
+    select(inputs, out, {**SGD, "data_budget": 4, "parameter_budget": 777, "step_size": 0.5}, seed=3, config=CONFIG)
+    return out
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> dict[str, Any]:
+    """The manifest."""
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return found
+
+
+def columns(folder: Path) -> dict[str, list[Any]]:
+    """The table of examples."""
+    found: dict[str, list[Any]] = pq.read_table(folder / "examples.parquet").to_pydict()
+    return found
+
+
+def unpacked_mask(folder: Path) -> dict[str, np.ndarray]:
+    """The mask by numpy: bits, least significant first, over the flat parameter; the metadata has shapes."""
+    with safe_open(folder / "mask.safetensors", framework="np") as stored:
+        shapes = json.loads(stored.metadata()["shapes"])
+        packed = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    assert packed.keys() == shapes.keys()
+    mask = {}
+    for name, data in packed.items():
+        size = int(np.prod(shapes[name]))
+        assert data.dtype == np.uint8
+        assert data.shape == (-(-size // 8),)
+        bits = (data[np.arange(size) // 8] >> (np.arange(size) % 8)) & 1
+        assert int(data.astype(int).sum()) == sum(int(b) << (j % 8) for j, b in enumerate(bits)), "bits beyond the end"
+        mask[name] = bits.reshape(shapes[name]).astype(bool)
+    return mask
+
+
+def test_the_files_are_these(folder: Path) -> None:
+    """A finished selection has the promised files and no others: no state, no pickle."""
+    assert sorted(path.name for path in folder.rglob("*")) == [
+        "config.yaml",
+        "examples.parquet",
+        "manifest.json",
+        "mask.safetensors",
+        "parameter_scores.safetensors",
+        "selected.jsonl",
+    ]
+    assert not any(path.read_bytes().startswith((b"\x80", b"PK")) for path in folder.iterdir())
+
+
+def test_examples_table(folder: Path) -> None:
+    """One row per record, in order; a score where, and only where, the record could be scored; supervised tokens."""
+    schema = pq.read_schema(folder / "examples.parquet")
+    assert schema.names == ["example_id", "score", "num_tokens", "status", "selected"]
+    assert schema.types == [pa.int64(), pa.float64(), pa.int64(), pa.string(), pa.bool_()]
+    table = columns(folder)
+    assert table["example_id"] == list(range(len(LINES)))
+    assert table["status"] == STATUS
+    assert [i for i, score in enumerate(table["score"]) if score is not None] == OK
+    assert [i for i, tokens in enumerate(table["num_tokens"]) if tokens > 0] == OK
+
+
+def test_num_tokens_are_supervised_tokens(folder: Path, inputs: Inputs) -> None:
+    """num_tokens counts the labels that training would learn from."""
+    counted = {i: sum(label != -100 for label in labels) for i, (_, labels) in inputs.examples("train").items()}
+    assert {i: n for i, n in enumerate(columns(folder)["num_tokens"]) if n} == counted
+
+
+def test_the_best_examples_are_selected(folder: Path) -> None:
+    """Exactly the budget's number of examples, those of the highest scores, ties to the earlier row."""
+    table = columns(folder)
+    ranked = sorted(OK, key=lambda i: (-table["score"][i], i))
+    assert [i for i, chosen in enumerate(table["selected"]) if chosen] == sorted(ranked[:4])
+
+
+def test_selected_records_are_verbatim(folder: Path) -> None:
+    """selected.jsonl holds the selected lines byte for byte, in source order."""
+    chosen = [line for line, selected in zip(LINES, columns(folder)["selected"], strict=True) if selected]
+    assert (folder / "selected.jsonl").read_bytes() == "".join(f"{line}\n" for line in chosen).encode()
+
+
+def test_scores_equal_the_loop_over_examples(folder: Path, inputs: Inputs) -> None:
+    """Both score vectors are those of a float64 loop of autograd at the base model, with u = (η/n) v."""
+    rows, weights = slow_scores(inputs, inputs.model, 0.5)
+    scores = columns(folder)["score"]
+    assert {i: scores[i] for i in OK} == pytest.approx(rows, rel=1e-4, abs=1e-6 * max(map(abs, rows.values())))
+    stored = load_file(folder / "parameter_scores.safetensors")
+    assert all(score.dtype == np.float32 for score in stored.values())
+    assert_same_gradients({name: torch.from_numpy(score) for name, score in stored.items()}, weights, 2e-5)
+
+
+def test_mask_holds_the_largest_scores(folder: Path, inputs: Inputs) -> None:
+    """Exactly as many weights as the budget says, those of the largest |φ_j|; names and shapes are the model's."""
+    stored, mask = load_file(folder / "parameter_scores.safetensors"), unpacked_mask(folder)
+    shapes = {name: tuple(p.shape) for name, p in load_model(inputs.model).named_parameters()}
+    assert {name: score.shape for name, score in stored.items()} == shapes
+    assert {name: chosen.shape for name, chosen in mask.items()} == shapes
+    assert sum(int(chosen.sum()) for chosen in mask.values()) == 777
+    taken = np.concatenate([np.abs(stored[name][mask[name]]) for name in mask])
+    left = np.concatenate([np.abs(stored[name][~mask[name]]) for name in mask])
+    assert taken.min() >= left.max()
+
+
+def test_manifest_tells_what_was_done(manifest: dict[str, Any], inputs: Inputs) -> None:
+    """Inputs by fingerprint, scorer, η, budgets, counts and coverage."""
+    weights = sum(p.numel() for p in load_model(inputs.model).parameters())
+    assert manifest["schema_version"] == 1
+    assert manifest["model"]["num_parameters"] == weights
+    for fingerprint in (manifest["model"], manifest["tokenizer"], manifest["data"]["train"]):
+        assert len(bytes.fromhex(fingerprint["fingerprint"])) == 32
+    assert manifest["scorer"]["class_path"].endswith("FirstOrder")
+    assert (manifest["step_size"], manifest["preconditioner"], manifest["seed"]) == (0.5, "none", 3)
+    assert manifest["budgets"] == {"parameters": 777, "data": 4}
+    assert manifest["counts"] == {
+        "examples": {"selected": 4, "scored": 8, "rows": 10},
+        "parameters": {"selected": 777, "scored": weights},
+    }
+    assert manifest["data"]["train"]["status"] == {"ok": 8, "empty": 1, "truncated": 1}
+    assert manifest["coverage"] == 1.0
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_sum_identity_is_reported(folder: Path, manifest: dict[str, Any]) -> None:
+    """Both sides in the manifest are the sums of the stored scores, and they agree."""
+    identity = manifest["sum_identity"]
+    scores = [s for s in columns(folder)["score"] if s is not None]
+    weights = load_file(folder / "parameter_scores.safetensors")
+    assert identity["row_sum"] == pytest.approx(sum(scores), rel=1e-12)
+    assert identity["column_sum"] == pytest.approx(
+        sum(float(w.sum(dtype=np.float64)) for w in weights.values()), rel=1e-12
+    )
+    assert identity["row_sum"] == pytest.approx(identity["column_sum"], rel=1e-3)
+    assert identity["relative_difference"] <= identity["tolerance"]
+
+
+def test_phases_tell_what_they_cost(manifest: dict[str, Any]) -> None:
+    """Each phase has a name, examples, supervised tokens, seconds and peak memory."""
+    phases = manifest["phases"]
+    assert [phase["name"] for phase in phases] == ["validation gradient", "scores"]
+    assert [phase["examples"] for phase in phases] == [2, 8]
+    totals = [manifest["data"][which]["supervised_tokens"] for which in ("validation", "train")]
+    assert [phase["tokens"] for phase in phases] == totals
+    for phase in phases:
+        assert set(phase) == {"name", "examples", "tokens", "seconds", "peak_memory_bytes"}
+        assert phase["seconds"] > 0
+        assert phase["peak_memory_bytes"] > 2**20
+
+
+def test_config_is_kept(folder: Path) -> None:
+    """config.yaml is what was given."""
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == CONFIG
+
+
+def test_load_selection_reads_all_of_it(folder: Path) -> None:
+    """The reader gives the manifest, the table, the ids, the records, the mask and the scores that the files hold."""
+    selection, table = load_selection(folder), columns(folder)
+    assert selection.manifest["schema_version"] == 1
+    assert selection.examples.to_pydict() == table
+    assert selection.example_ids == [i for i, chosen in enumerate(table["selected"]) if chosen]
+    assert selection.records == [json.loads(LINES[i]) for i in selection.example_ids]
+    mask = selection.mask()
+    assert {name: chosen.numpy().tolist() for name, chosen in mask.items()} == {
+        name: chosen.tolist() for name, chosen in unpacked_mask(folder).items()
+    }
+    assert {n: s.numpy().tolist() for n, s in selection.parameter_scores().items()} == {
+        n: s.tolist() for n, s in load_file(folder / "parameter_scores.safetensors").items()
+    }
+
+
+def test_records_with_unusual_line_separators(inputs: Inputs, tmp_path: Path) -> None:
+    """Lines end at LF alone: a record that holds U+2028 and U+0085 comes back whole."""
+    selection = select(inputs, tmp_path / "out", {**SGD, "data_budget": None})
+    assert selection.records == [json.loads(LINES[i]) for i in OK]
+
+
+def test_null_budgets_take_everything(inputs: Inputs, tmp_path: Path) -> None:
+    """Without budgets all scored examples and all weights are selected."""
+    out = tmp_path / "out"
+    select(inputs, out, {**SGD, "data_budget": None, "parameter_budget": None})
+    assert [i for i, chosen in enumerate(columns(out)["selected"]) if chosen] == OK
+    assert all(chosen.all() for chosen in unpacked_mask(out).values())
+
+
+@pytest.mark.parametrize("options", [SGD, ADAM], ids=["none", "adam"])
+def test_the_same_seed_gives_the_same_bytes(inputs: Inputs, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Two runs differ in nothing but what they cost, whatever random numbers were drawn before."""
+    select(inputs, tmp_path / "a", options, seed=5)
+    torch.manual_seed(1234)
+    select(inputs, tmp_path / "b", options, seed=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_another_seed_warms_up_on_other_examples(inputs: Inputs, tmp_path: Path) -> None:
+    """The seed decides the warm-up, hence the scores."""
+    scores = [columns(select(inputs, tmp_path / str(seed), ADAM, seed=seed).folder)["score"][0] for seed in range(3)]
+    assert len(set(scores)) == 3
+
+
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_no_folder_is_no_selection(tmp_path: Path) -> None:
+    """A folder that is not there is an error that tells how to make one."""
+    with pytest.raises(UserError, match="no such selection directory; `dualsft select --output_dir"):
+        load_selection(tmp_path / "nothing")
+
+
+def test_a_selection_without_manifest_is_unfinished(folder: Path, tmp_path: Path) -> None:
+    """Only the manifest makes a selection."""
+    damaged = copy(folder, tmp_path)
+    (damaged / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"not a finished selection: it has no manifest.json"):
+        load_selection(damaged)
+
+
+@pytest.mark.parametrize("text", ["{", "\ud800", ""])
+def test_a_damaged_manifest_is_said_to_be(folder: Path, tmp_path: Path, text: str) -> None:
+    """What is not JSON, or not text, is damaged."""
+    damaged = copy(folder, tmp_path)
+    (damaged / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        load_selection(damaged)
+
+
+@pytest.mark.parametrize("content", [{"schema_version": 2}, {}, []])
+def test_other_schema_versions_are_refused(folder: Path, tmp_path: Path, content: Any) -> None:
+    """A manifest of another version, or of another program, is not read on."""
+    damaged = copy(folder, tmp_path)
+    (damaged / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="this dualsft reads 1"):
+        load_selection(damaged)
+
+
+@pytest.mark.parametrize("name", ["examples.parquet", "mask.safetensors", "selected.jsonl"])
+def test_a_lost_part_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    """A selection without one of its parts is an error that names the part."""
+    damaged = copy(folder, tmp_path)
+    (damaged / name).unlink()
+    with pytest.raises(UserError, match=f"has lost {name}"):
+        load_selection(damaged)

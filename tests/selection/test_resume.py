@@ -1,0 +1,190 @@
+"""A killed run goes on where it was, to the same result; nothing but a finished run passes for a selection."""
+
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualsft import load_selection
+from dualsft.errors import UserError
+from dualsft.run_folder import RunFolder
+from dualsft.selection import Warmup, module, phases
+from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
+
+OPTIONS: dict[str, Any] = {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)}
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an unbroken run leaves."""
+    folder = tmp_path_factory.mktemp("unbroken") / "out"
+    select(inputs, folder, OPTIONS, seed=1)
+    return contents(folder)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int = 1, after: bool = False) -> list[int]:
+    """Makes the n-th call of a function die, before or after its work; the list counts the calls."""
+    function, calls = getattr(place, name), []
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) != call:
+            return function(*args, **kwargs)
+        if after:
+            function(*args, **kwargs)
+        raise KilledError
+
+    monkeypatch.setattr(place, name, deadly)
+    return calls
+
+
+def killed_run(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> None:
+    """A run that dies at a place (see `kill_at`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, *place)
+        with pytest.raises(KilledError):
+            select(inputs, folder, options, **run)
+
+
+PLACES = {
+    "before the warm-up": (phases, "warm_up", 1, False),
+    "in the warm-up": (phases, "warm_up", 1, True),
+    "before the validation gradient": (phases, "gradient_pass", 1, False),
+    "after the validation gradient": (phases, "gradient_pass", 1, True),
+    "before the scores": (phases, "gradient_pass", 2, False),
+    "after the scores": (phases, "gradient_pass", 2, True),
+    "before staging": (module, "write_selection", 1, False),
+    "after staging": (module, "write_selection", 1, True),
+    "in publishing": (Path, "replace", 6, True),
+    "after publishing": (module, "publish", 1, True),
+    "before dropping the state": (RunFolder, "finish", 1, False),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_resumed_run_gives_the_same_bytes(
+    inputs: Inputs, tmp_path: Path, unbroken: dict[str, bytes], place: str
+) -> None:
+    """Wherever a run dies, resuming it ends in the artifact of the unbroken run, and without it there is none."""
+    killed_run(inputs, tmp_path, OPTIONS, *PLACES[place], seed=1)
+    if "publish" not in place and "dropping" not in place:
+        with pytest.raises(UserError, match="not a finished selection"):
+            load_selection(tmp_path)
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        select(inputs, tmp_path, OPTIONS, seed=1)
+    select(inputs, tmp_path, OPTIONS, seed=1, resume=True)
+    assert contents(tmp_path) == unbroken
+
+
+def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that died in the scores repeats neither warm-up nor validation gradient, and still tells their cost."""
+    killed_run(inputs, tmp_path, OPTIONS, phases, "gradient_pass", 2, seed=1)
+    warm_ups = kill_at(monkeypatch, phases, "warm_up")
+    passes = kill_at(monkeypatch, phases, "gradient_pass", call=2)
+    selection = select(inputs, tmp_path, OPTIONS, seed=1, resume=True)
+    assert (len(warm_ups), len(passes)) == (0, 1)
+    costs = selection.manifest["phases"]
+    assert [(phase["name"], phase["examples"]) for phase in costs] == [
+        ("warm-up", 8),
+        ("validation gradient", 2),
+        ("scores", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"options": {**OPTIONS, "step_size": 1.0}}, r"\(step_size\)"),
+        ({"options": {**OPTIONS, "warmup": Warmup(0.5)}}, r"\(warmup\)"),
+        ({"options": {**OPTIONS, "dtype": "float64"}}, r"\(model\)"),
+        ({"options": {**OPTIONS, "data_budget": 3, "preconditioner": "none"}}, r"\(budgets, preconditioner\)"),
+        ({"data": {"prompt_template": "Q: {prompt}\n"}}, r"\(data\)"),
+        ({"data": {"batch_size": 3}}, r"\(data\)"),
+        ({"precision": "bf16-mixed"}, r"\(model\)"),
+        ({"seed": 2}, r"\(seed\)"),
+    ],
+)
+def test_other_settings_do_not_resume(inputs: Inputs, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    """What decides the outcome must be the same; what differs is named."""
+    killed_run(inputs, tmp_path, OPTIONS, phases, "gradient_pass", seed=1)
+    with pytest.raises(UserError, match=f"unfinished run with other settings {named}"):
+        select(inputs, tmp_path, **{"options": OPTIONS, "seed": 1, **change}, resume=True)
+
+
+def test_other_inputs_do_not_resume(tmp_path: Path) -> None:
+    """The same paths with other contents are other inputs."""
+    (tmp_path / "in").mkdir()
+    inputs = write_inputs(tmp_path / "in")
+    killed_run(inputs, tmp_path / "out", SGD, phases, "gradient_pass")
+    with open(inputs.train, "a", encoding="utf-8") as stream:
+        stream.write('{"prompt": "one", "response": "more"}\n')
+    (tmp_path / "other").mkdir()
+    model = write_inputs(tmp_path / "other", seed=1).model
+    with pytest.raises(UserError, match=r"other settings \(data\)"):
+        select(inputs, tmp_path / "out", SGD, resume=True)
+    other = Inputs(model, inputs.train, inputs.validation)
+    with pytest.raises(UserError, match=r"other settings \(data, model\)"):
+        select(other, tmp_path / "out", SGD, resume=True)
+
+
+def test_a_finished_selection_is_replaced_only_when_asked(inputs: Inputs, tmp_path: Path) -> None:
+    """Without overwrite it stays; with it the new selection is there alone, in its own settings."""
+    select(inputs, tmp_path, {**OPTIONS, "data_budget": 2})
+    before = contents(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="already holds files"):
+            select(inputs, tmp_path, SGD, resume=resume)
+    assert contents(tmp_path) == before
+    select(inputs, tmp_path, {**SGD, "data_budget": 1}, overwrite=True)
+    assert len(load_selection(tmp_path).example_ids) == 1
+    assert not (tmp_path / "warmup").exists()
+
+
+def run_in_child(inputs: Inputs, folder: Path, started: Path) -> None:
+    """A selection in a process of its own, to be killed."""
+    started.touch()
+    select(inputs, folder, ADAM, seed=4, resume=True)
+
+
+def run_and_kill(inputs: Inputs, folder: Path, seconds: float) -> int | None:
+    """The exit code of a run that is sent SIGKILL this long after it has begun, unless it is over."""
+    started = folder.with_suffix(".started")
+    started.unlink(missing_ok=True)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.selection.runs"])
+    process = processes.Process(target=run_in_child, args=(inputs, folder, started))
+    process.start()
+    while process.is_alive() and not started.exists():
+        time.sleep(0.002)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL at random moments, resumed each time: the last result is that of the unbroken run."""
+    inputs = write_inputs(tmp_path)
+    pool = Path(inputs.train)
+    pool.write_text(pool.read_text(encoding="utf-8") * 12, encoding="utf-8")
+    assert run_and_kill(inputs, tmp_path / "unbroken", 600) == 0
+    unbroken = contents(tmp_path / "unbroken")
+    work = sum(phase["seconds"] for phase in load_selection(tmp_path / "unbroken").manifest["phases"])
+    draw = random.Random(0)
+    moments = [*sorted(draw.uniform(0.0, work) for _ in range(5)), 600.0]
+    out = tmp_path / "killed"
+    codes = []
+    while not codes or codes[-1] != 0:
+        codes.append(run_and_kill(inputs, out, moments[len(codes)]))
+    assert codes[0] == -signal.SIGKILL
+    assert set(codes) == {-signal.SIGKILL, 0}
+    assert contents(out) == unbroken

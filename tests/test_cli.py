@@ -1,0 +1,252 @@
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from dualsft.cli import main, run
+from dualsft.errors import UserError
+from dualsft.selection import load_selection
+from tests.selection.tiny import save_tiny_model, write_jsonl
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a pool, a validation set, and one configuration for the whole job."""
+    folder = tmp_path_factory.mktemp("job")
+    rows = [{"prompt": f"How many is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(24)]
+    config = {
+        "seed_everything": 3,
+        "model": {
+            "model_name_or_path": save_tiny_model(folder / "model"),
+            "scorer": "first_order",
+            "parameter_allocator": {"class_path": "global_top_k", "init_args": {"by": "signed"}},
+            "warmup": {"fraction": 0.5, "learning_rate": 1e-3},
+            "parameter_budget": 0.2,
+            "data_budget": 5,
+            "generation": {"max_new_tokens": 3},
+        },
+        "data": {
+            "train": write_jsonl(folder / "pool.jsonl", rows),
+            "validation": write_jsonl(folder / "validation.jsonl", rows[:4]),
+            "batch_size": 4,
+        },
+        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def selection(job: Path) -> Path:
+    """What `dualsft select` makes of the job."""
+    run(["select", "--config", str(job / "job.yaml"), "--output_dir", str(job / "selection")])
+    return job / "selection"
+
+
+@pytest.fixture(scope="module")
+def fitted(job: Path, selection: Path) -> Path:
+    """What `dualsft fit` makes of the selection."""
+    config = ["--config", str(job / "job.yaml"), "--model.selection", str(selection)]
+    run(["fit", *config, "--output_dir", str(job / "fit")])
+    return job / "fit"
+
+
+def failure(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str]:
+    """Exit code and standard error of the console script."""
+    monkeypatch.setattr(sys, "argv", ["dualsft", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capsys.readouterr().err
+    return int(stop.value.code or 0), told
+
+
+def test_one_configuration_serves_every_verb(job: Path, selection: Path, fitted: Path) -> None:
+    """select, fit and validate take their own keys from one file; names stand for classes in it."""
+    manifest = load_selection(selection).manifest
+    assert manifest["parameter_allocator"]["options"] == {"by": "signed"}
+    assert manifest["counts"]["examples"]["selected"] == 5
+    assert manifest["seed"] == 3
+    at = ["--model.model_name_or_path", str(fitted / "model"), "--output_dir", str(job / "evaluation")]
+    run(["validate", "--config", str(job / "job.yaml"), *at])
+    measured = json.loads((job / "evaluation" / "metrics.json").read_text())
+    assert {"loss", "perplexity", "token_accuracy", "exact_match"} <= measured.keys()
+
+
+def test_only_selected_weights_change(job: Path, selection: Path, fitted: Path) -> None:
+    """Unselected weights of the exported checkpoint are bit-identical to the base; some selected ones moved."""
+    base, tuned = (load_file(folder / "model.safetensors") for folder in (job / "model", fitted / "model"))
+    mask = load_selection(selection).mask()
+    assert base.keys() == tuned.keys() == mask.keys()
+    assert all((base[name] == tuned[name])[~mask[name]].all() for name in mask)
+    assert any((base[name] != tuned[name]).any() for name in mask)
+
+
+def test_saved_configuration_replays_the_run(job: Path, selection: Path, tmp_path: Path) -> None:
+    """config.yaml of a selection gives the same scores and the same choice."""
+    run(["select", "--config", str(selection / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    for name in ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (selection / name).read_bytes()
+
+
+def test_print_config_is_replayable(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--print_config prints complete YAML with help comments, which itself is a configuration."""
+    with pytest.raises(SystemExit):
+        run(["select", "--config", str(job / "job.yaml"), "--print_config"])
+    printed = capsys.readouterr().out
+    assert "# Share of the pool to fine-tune on before scoring" in printed
+    config = yaml.safe_load(printed)
+    assert config["model"]["data_budget"] == 5
+    assert config["model"]["scorer"]["class_path"] == "dualsft.scorers.FirstOrder"
+    (tmp_path / "printed.yaml").write_text(printed)
+    run(["select", "--config", str(tmp_path / "printed.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert load_selection(tmp_path / "out").manifest["counts"]["examples"]["selected"] == 5
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("verb", ["select", "fit", "validate"])
+def test_shipped_configurations_parse(path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every shipped YAML is accepted by every verb, and says which model it is for."""
+    with pytest.raises(SystemExit) as stop:
+        run([verb, "--config", str(path), "--print_config"])
+    assert not stop.value.code
+    expected = yaml.safe_load(path.read_text())["model"]["model_name_or_path"]
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["model_name_or_path"] == expected
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """No option of ours is printed without a word on what it does."""
+    for verb in ("select", "fit", "validate"):
+        with pytest.raises(SystemExit):
+            run([verb, "--print_config"])
+        lines = capsys.readouterr().out.splitlines()
+        section = ""
+        for before, line in itertools.pairwise(lines):
+            if line and not line.startswith((" ", "#")):
+                section = line.split(":")[0]
+            if section in ("model", "data") and ":" in line and not line.strip().startswith("#"):
+                assert before.strip().startswith("#"), f"{verb}: {line} has no help"
+                assert not before.strip().startswith("# (type"), f"{verb}: {line} has no help"
+
+
+def test_short_name_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A registered name is taken with a space, with an equals sign, and by help."""
+    for given in (["--model.scorer", "first_order"], ["--model.scorer=first_order"]):
+        with pytest.raises(SystemExit):
+            run(["select", *given, "--print_config"])
+        assert "class_path: dualsft.scorers.FirstOrder" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(["select", "--model.parameter_allocator.help", "global_top_k"])
+    assert "magnitude" in capsys.readouterr().out
+
+
+BUDGET = "--model.data_budget"
+MISTAKES = {
+    "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
+    "no budget": ([BUDGET, "0"], 1, "model.data_budget is 0"),
+    "fraction above one": ([BUDGET, "1.5"], 1, "model.data_budget is 1.5"),
+    "count above the pool": ([BUDGET, "25"], 1, "there are only 24"),
+    "count above the weights": (["--model.parameter_budget", "999999999"], 1, "model.parameter_budget is 999,999,999"),
+    "unknown column": (["--data.prompt_column", "question"], 1, "no column 'question'"),
+    "unknown option": (["--model.scoorer", "x"], 2, "--model.scoorer"),
+    "unknown name": (["--model.scorer", "x_rays"], 1, "known names: first_order"),
+    "wrong type": (["--data.batch_tokens", "many"], 2, "data.batch_tokens"),
+    "warm-up share": (["--model.warmup.fraction", "2"], 1, "model.warmup.fraction is 2"),
+    "adam without warm-up": (["--model.warmup.fraction", "0"], 1, "needs the second moment of a warm-up"),
+    "prior": (["--model.prior.weight", "0.2"], 1, "model.prior.weight is 0.2"),
+    "no model": (["--model.model_name_or_path", "./no-such-model"], 1, "./no-such-model"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_sentence(
+    mistake: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake is told in one line that names it, with exit code 1 or 2, and leaves no folder behind."""
+    arguments, code, words = MISTAKES[mistake]
+    output = tmp_path / "out"
+    config = ["--config", str(job / "job.yaml")]
+    found, told = failure(["select", *config, *arguments, "--output_dir", str(output)], capsys, monkeypatch)
+    assert found == code
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("dualsft: error: ")
+    assert words in line
+    assert "Traceback" not in told
+    assert not output.exists()
+
+
+def test_broken_row_is_named(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken JSON row is told by file, line and row."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": }\n')
+    config = ["--config", str(job / "job.yaml"), "--data.train", str(broken)]
+    code, told = failure(["select", *config, "--output_dir", str(tmp_path / "out")], capsys, monkeypatch)
+    assert code == 1
+    assert "broken.jsonl, line 2 (row 1)" in told
+
+
+def test_selection_of_other_data_or_model_is_refused(
+    job: Path, selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit compares fingerprints of the pool and of the base weights before it touches the output folder."""
+    config = ["fit", "--config", str(job / "job.yaml"), "--model.selection", str(selection)]
+    output = ["--output_dir", str(tmp_path / "out")]
+    other_data = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}] * 24)
+    code, told = failure([*config, "--data.train", other_data, *output], capsys, monkeypatch)
+    assert code == 1
+    assert "made for other data" in told
+    other_model = save_tiny_model(tmp_path / "model", seed=1)
+    code, told = failure([*config, "--model.model_name_or_path", other_model, *output], capsys, monkeypatch)
+    assert code == 1
+    assert "made for another model" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_folder_is_not_overwritten_unasked(
+    job: Path, selection: Path, fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that holds a finished run is refused, and left as it was."""
+    for verb, folder in (("select", selection), ("fit", fitted)):
+        before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+        code, told = failure(
+            [verb, "--config", str(job / "job.yaml"), "--output_dir", str(folder)], capsys, monkeypatch
+        )
+        assert code == 1
+        assert "--overwrite" in told
+        assert before == sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def test_output_dir_is_required(job: Path) -> None:
+    """Both verbs say so when they are not told where to write."""
+    for verb in ("select", "fit"):
+        with pytest.raises(UserError, match="--output_dir is not given"):
+            run([verb, "--config", str(job / "job.yaml")])
+
+
+def test_plugins_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every built-in name, its class and its package are listed."""
+    run(["plugins"])
+    told = capsys.readouterr().out
+    for name in ("first_order", "global_top_k", "top_k", "dualsft.scorers:FirstOrder"):
+        assert name in told
+
+
+def test_module_runs_as_the_script_does() -> None:
+    """`python -m dualsft` is the same program, and ends with code 1 on a mistake."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dualsft", "plugins", "x"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "dualsft: error: dualsft plugins takes no arguments, but was given x."
