@@ -126,7 +126,7 @@ class CompactParameters(nn.Module):
         return {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Go on with an accumulation from the `pending_gradients` of an earlier process."""
+        """Go on with an accumulation from earlier `pending_gradients`."""
         for k, gradient in gradients.items():
             self.masters[k].grad = gradient.to(self.masters[k])
 

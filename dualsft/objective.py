@@ -15,13 +15,15 @@ def token_losses(
 ) -> tuple[Float[Tensor, "example token-1"], Int[Tensor, "example token-1"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at.
 
-    The arithmetic is float32 whatever the logits' type (float64 stays).
+    The arithmetic is float32 whatever the logits' type (float64 stays), at the supervised positions alone: with a large
+    vocabulary the logits are the largest tensor there is, and prompts need none.
     """
     targets = labels[:, 1:]
-    scores = logits[:, :-1]
+    supervised = targets != -100
+    scores = logits[:, :-1][supervised]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    nll = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-    return nll.view_as(targets), targets
+    nll = F.cross_entropy(scores, targets[supervised], reduction="none")
+    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll), targets
 
 
 def example_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " example"]:

@@ -43,7 +43,8 @@ class Trainer(LightningTrainer):
             config: YAML that replays the run, kept beside the results.
 
         Raises:
-            UserError: on a mistake in the input or the settings; nothing is left behind.
+            UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
+                after one that shows later, ``resume`` goes on from the last finished phase.
         """
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite)
         loop = _SelectionLoop(self, model, datamodule, run, seed, config)

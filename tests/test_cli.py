@@ -2,6 +2,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from dualsft.cli import main, run
 from dualsft.errors import UserError
 from dualsft.selection import load_selection
-from tests.selection.tiny import save_tiny_model, write_jsonl
+from tests.cases import save_tiny_model, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
@@ -250,3 +251,31 @@ def test_module_runs_as_the_script_does() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.strip() == "dualsft: error: dualsft plugins takes no arguments, but was given x."
+
+
+@pytest.mark.slow
+def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first checkpoint, then --resume: the exported weights equal those of an unbroken run."""
+    config = [
+        "fit",
+        "--config",
+        str(job / "job.yaml"),
+        "--model.selection",
+        str(selection),
+        "--trainer.max_epochs",
+        "60",
+    ]
+    run([*config, "--output_dir", str(tmp_path / "unbroken")])
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-m", "dualsft", *config, "--output_dir", str(broken)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(broken.glob("checkpoints/*.ckpt")):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -9
+    assert not (broken / "model").exists()
+    with pytest.raises(UserError, match="--resume"):
+        run([*config, "--output_dir", str(broken)])
+    run([*config, "--output_dir", str(broken), "--resume"])
+    for name in ("model/model.safetensors", "delta.safetensors"):
+        assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()

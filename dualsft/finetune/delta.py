@@ -36,7 +36,9 @@ def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
     """
     weights = dict(model.named_parameters())
     with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
+        metadata = stored.metadata() or {}
+        if "base_fingerprint" not in metadata:
+            raise UserError(f"{path} is not a delta: its metadata name no base weights; give a delta.safetensors.")
         if metadata["base_fingerprint"] != base_fingerprint:
             raise UserError(
                 f"{path} belongs to base weights {metadata['base_fingerprint'][:12]}, the model has "
@@ -44,5 +46,5 @@ def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
             )
         for name in sorted(key.removesuffix(".index") for key in stored.keys() if key.endswith(".index")):  # noqa: SIM118
             weight = weights[name]
-            value = stored.get_tensor(f"{name}.value").to(weight)
-            weight.view(-1)[stored.get_tensor(f"{name}.index").to(weight.device)] = value
+            index, value = stored.get_tensor(f"{name}.index"), stored.get_tensor(f"{name}.value")
+            weight.put_(index.to(weight.device), value.to(weight))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import LanguageModelMetrics, check_validation_data
-from dualsft.models import Dtype, load_model, model_fingerprint
+from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
 from dualsft.objective import Batch, example_losses
 from dualsft.selection import Selection, load_selection
 
@@ -37,8 +37,8 @@ class MaskedFinetuneModule(LightningModule):
         model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
         selection: A selection directory whose mask says which weights to train; null trains all weights.
         optimizer: Makes the optimizer from the compact parameters; AdamW at 2e-5 unless given.
-        lr_scheduler: Makes the learning rate schedule from the optimizer, stepped once per optimizer step; constant
-            unless given.
+        lr_scheduler: Makes the learning rate schedule from the optimizer, stepped once per optimizer step
+            (ReduceLROnPlateau: once per epoch); constant unless given.
         dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
     """
@@ -60,27 +60,9 @@ class MaskedFinetuneModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.metrics = LanguageModelMetrics()
         self._configured = False
+        self._resumed_gradients: dict[int, Tensor] = {}
         # a checkpoint holds the masters alone; the other weights are the base model's
         self.strict_loading = False
-
-    def configure_model(self) -> None:
-        """Load the base model and put the compact parameters on it, once.
-
-        Raises:
-            UserError: if the selection was made for another model.
-        """
-        if self._configured:
-            return
-        self._configured = True
-        self.base_fingerprint = model_fingerprint(self.model_name_or_path)
-        self._check_selection()
-        self.model: PreTrainedModel = load_model(self.model_name_or_path, self.dtype_name)
-        self.model.train()
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.compact = CompactParameters(self.model, self.selection.mask() if self.selection else None)
-        self.compact.attach()
-        self._origin = self._describe_origin()
 
     def setup(self, stage: str) -> None:
         """Look at the trainer and the data before anything is loaded.
@@ -100,6 +82,25 @@ class MaskedFinetuneModule(LightningModule):
             )
         check_validation_data(self.trainer)
 
+    def configure_model(self) -> None:
+        """Load the base model and put the compact parameters on it, once.
+
+        Raises:
+            UserError: if the selection was made for another model.
+        """
+        if self._configured:
+            return
+        self.base_fingerprint = model_fingerprint(self.model_name_or_path)
+        self._check_selection()
+        self.model: PreTrainedModel = load_model(self.model_name_or_path, self.dtype_name)
+        self.model.train()
+        if self.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self.compact = CompactParameters(self.model, self.selection.mask() if self.selection else None)
+        self.compact.attach()
+        self._origin = self._describe_origin()
+        self._configured = True
+
     def _check_selection(self) -> None:
         if self.selection is None:
             return
@@ -117,7 +118,10 @@ class MaskedFinetuneModule(LightningModule):
         self.compact.write_back_after(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Callback]:
         """What keeps a resumed run resumable."""
@@ -148,10 +152,10 @@ class MaskedFinetuneModule(LightningModule):
         checkpoint["dualsft"] = {"origin": self._origin, "gradients": self.compact.pending_gradients()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up an accumulation under way; the masters are Lightning's to load, and the weights follow them.
+        """Check what the checkpoint belongs to; the masters are Lightning's to load, and the weights follow them.
 
         Raises:
-            UserError: if the checkpoint is one of another base model or selection.
+            UserError: if it is one of another base model or selection.
         """
         state = checkpoint.get("dualsft", {})
         if state.get("origin") != self._origin:
@@ -159,7 +163,12 @@ class MaskedFinetuneModule(LightningModule):
                 "The checkpoint to resume from was made with another base model or another selection; give those, or "
                 "start a new run in another --output_dir."
             )
-        self.compact.restore_gradients(state["gradients"])
+        self._resumed_gradients = state["gradients"]
+
+    def on_train_start(self) -> None:
+        """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients."""
+        self.compact.restore_gradients(self._resumed_gradients)
+        self._resumed_gradients = {}
 
     def _describe_origin(self) -> dict[str, str]:
         """What a checkpoint belongs to: the base weights, the trained ones among them, and the chosen examples."""

@@ -40,6 +40,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     folder.claim({"command": "quickstart"})
     start = time.perf_counter()
     rows = QuickStart(folder.path, options.seed).rows()
+    write_atomically(folder.path / "config.yaml", CONFIG.read_text(encoding="utf-8"))
     write_atomically(folder.path / "metrics.json", json.dumps([vars(row) for row in rows], indent=2))
     folder.finish()
     print(f"\n{table(rows)}\n\n{time.perf_counter() - start:.0f} s; everything lies in {folder.path}")

@@ -131,7 +131,7 @@ class SelectionModule(LightningModule):
         scored, scores = self._score(Phases(self.model, data, run, log, seed), pool)
         identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
         scores = {name: score.float() for name, score in scores.items()}
-        mask = self.parameter_allocator.allocate(scores, parameter_count)
+        mask = self._choose_weights(scores, parameter_count)
         chosen = self._choose_examples(data.train_examples, scored, data_count)
         outcome = describe_outcome(data.train_examples, scored, chosen, mask, identity)
         write_selection(
@@ -190,6 +190,21 @@ class SelectionModule(LightningModule):
         scored = phases.scores(u, pool, self.gradient_checkpointing)
         return scored, {name: total.mul_(u.pop(name)).cpu() for name, total in scored.sums.items()}
 
+    def _choose_weights(self, scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+        """Spend the parameter budget.
+
+        Raises:
+            UserError: if the allocator does not keep to the budget, or to the parameters.
+        """
+        mask = self.parameter_allocator.allocate(scores, budget)
+        count = sum(int(chosen.sum()) for chosen in mask.values())
+        if count != budget or {n: m.shape for n, m in mask.items()} != {n: s.shape for n, s in scores.items()}:
+            raise UserError(
+                f"{type(self.parameter_allocator).__name__} chose {count:,} weights of {len(mask)} parameters where "
+                f"{budget:,} of {len(scores)} were due; mend the allocator."
+            )
+        return mask
+
     def _choose_examples(self, pool: Examples, scored: GradientPass, budget: int) -> set[int]:
         """Spend the data budget on the examples that could be scored; non-finite ones may lower what it buys.
 
@@ -209,7 +224,15 @@ class SelectionModule(LightningModule):
             torch.tensor([pool.num_tokens[i] for i in ids]),
             _Rows(pool.records, ids),
         )
-        return set(self.data_allocator.allocate(examples, min(budget, len(ids))).tolist())
+        budget = min(budget, len(ids))
+        chosen = self.data_allocator.allocate(examples, budget).tolist()
+        distinct = len(set(chosen) & set(ids))
+        if not len(chosen) == distinct == budget:
+            raise UserError(
+                f"{type(self.data_allocator).__name__} chose {len(chosen):,} examples, {distinct:,} different ones "
+                f"of the pool, where {budget:,} were due; mend the allocator."
+            )
+        return set(chosen)
 
 
 class _Rows(Sequence[Mapping[str, Any]]):

@@ -101,8 +101,23 @@ class Phases:
 
     def scores(self, direction: dict[str, Tensor], pool: list[int], checkpointing: bool) -> GradientPass:
         """Rows and columns of the interaction matrix over the pool."""
+        if (saved := self._run.load("scores")) is not None:
+            self._log.restore(saved[1])
+            sums = {name: total.to(self._model.device) for name, total in _under("sum", saved[0]).items()}
+            rows = dict(zip(saved[1]["ids"], saved[0]["rows"].tolist(), strict=True))
+            return GradientPass(sums, rows, len(rows), set(saved[1]["nonfinite"]), saved[1]["coverage"])
         with self._log.phase("scores", len(pool)) as watch, scoring_mode(self._model, checkpointing):
-            return gradient_pass(self._model, self._data.pool_loader(pool), watch, direction)
+            found = gradient_pass(self._model, self._data.pool_loader(pool), watch, direction)
+        notes = {
+            **self._log.take(),
+            "ids": list(found.rows),
+            "nonfinite": sorted(found.nonfinite),
+            "coverage": found.coverage,
+        }
+        rows_kept = torch.tensor(list(found.rows.values()), dtype=torch.float64)
+        self._run.save("scores", {"rows": rows_kept, **{f"sum:{n}": t for n, t in found.sums.items()}}, notes)
+        self._log.restore(notes)
+        return found
 
 
 @torch.no_grad()

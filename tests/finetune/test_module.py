@@ -199,8 +199,9 @@ def test_precision_that_would_convert_the_masters_is_refused(
 ) -> None:
     """The user is sent to model.dtype, before the model is loaded."""
     module = workspace.module()
+    run = trainer(folder, precision=precision)
     with pytest.raises(UserError, match=rf"trainer.precision is {precision}.*model\.dtype\.$"):
-        trainer(folder, precision=precision).fit(module, datamodule=workspace.data())
+        run.fit(module, datamodule=workspace.data())
     assert not list(module.parameters())
 
 
@@ -270,9 +271,7 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(workspace: Workspace, folder
 @pytest.mark.parametrize(
     ("first", "second"), [("0-0", "0-2"), ("0-1", "1-2"), ("0-2", "0-3"), ("0-4", "1-0"), ("1-0", "1-1")]
 )
-def test_resuming_in_the_middle_of_an_accumulation(
-    workspace: Workspace, folder: Path, first: str, second: str
-) -> None:
+def test_resuming_in_the_middle_of_an_accumulation(workspace: Workspace, folder: Path, first: str, second: str) -> None:
     """A checkpoint after any batch keeps the gradients that no step has used, also when the run is resumed twice."""
     unbroken = resumable(workspace, folder, SaveOften(folder / "a"), None)
     once = resumable(workspace, folder, SaveOften(folder / "b"), folder / "a" / f"{first}.ckpt")
@@ -329,7 +328,7 @@ def test_validate_after_fit_sees_the_trained_weights(workspace: Workspace, folde
     run.fit(module, datamodule=workspace.data())
     loss = run.callback_metrics["val_loss"].item()
     after = trainer(folder).validate(module, datamodule=workspace.data(), verbose=False)
-    loaded = trainer(folder).validate(
+    loaded = trainer(folder, callbacks=[ModelCheckpoint(folder)]).validate(
         workspace.module(),
         datamodule=workspace.data(),
         ckpt_path=callback.best_model_path,

@@ -35,7 +35,7 @@ VALIDATION = [
     '{"prompt": "", "response": ""}',
     '{"prompt": "Rome", "response": "is the capital of Italy."}',
 ]
-SGD: dict[str, Any] = {"preconditioner": "none", "warmup": Warmup(fraction=0)}
+SGD: dict[str, Any] = {"preconditioner": "none", "warmup": Warmup(fraction=0.0)}
 ADAM: dict[str, Any] = {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3)}
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from dualsft import load_selection
 from dualsft.errors import UserError
 from dualsft.models import load_model
-from tests.selection.runs import ADAM, LINES, OK, SGD, STATUS, Inputs, contents, select, slow_scores
+from tests.selection.runs import ADAM, LINES, OK, SGD, STATUS, Inputs, contents, select, slow_scores, write_inputs
 from tests.selection.tiny import assert_same_gradients
 
 CONFIG = "seed_everything: 3\n# é\n"
@@ -213,6 +213,18 @@ def test_the_same_seed_gives_the_same_bytes(inputs: Inputs, tmp_path: Path, opti
     torch.manual_seed(1234)
     select(inputs, tmp_path / "b", options, seed=5)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_dropout_in_the_warm_up_goes_by_the_seed(tmp_path: Path) -> None:
+    """Of a model with dropout, too, the bytes are decided by the seed, not by what was drawn before."""
+    inputs = write_inputs(tmp_path)
+    path = Path(inputs.model) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.5}))
+    found = []
+    for run in range(2):
+        torch.manual_seed(run)
+        found.append(contents(select(inputs, tmp_path / f"out{run}", ADAM).folder))
+    assert found[0] == found[1]
 
 
 def test_another_seed_warms_up_on_other_examples(inputs: Inputs, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dualsft import DataAllocator, SelectionModule, load_selection
+from dualsft import DataAllocator, ParameterAllocator, SelectionModule, load_selection
 from dualsft.allocators import ScoredExamples
 from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics, Scorer
@@ -145,7 +147,8 @@ def test_nonfinite_examples_are_marked_and_not_selected(inputs: Inputs, tmp_path
     """Their status says so, they have no score, and the fraction is of what remains."""
     bad = [i for i, (ids, _) in inputs.examples("train").items() if len(ids) <= Poisoned.longest]
     assert 0 < len(bad) < len(OK)
-    selection = select(inputs, tmp_path / "out", {**SGD, "data_budget": 1.0})
+    selection = select(inputs, tmp_path / "out", {**SGD, "data_budget": 1.0, "data_allocator": Favourite()})
+    assert Favourite.budget == len(OK) - len(bad)
     table = selection.examples.to_pydict()
     assert [i for i, status in enumerate(table["status"]) if status == "nonfinite"] == bad
     assert selection.example_ids == [i for i, score in enumerate(table["score"]) if score is not None]
@@ -161,24 +164,44 @@ def test_a_count_that_finite_examples_cannot_meet_is_refused(inputs: Inputs, tmp
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("longest", "message"), [(10**6, "No validation example has a finite loss")])
-def test_nothing_finite_is_an_error(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int, message: str
-) -> None:
-    """Where nothing is finite, nothing is selected."""
-    monkeypatch.setattr(Poisoned, "longest", longest)
-    with pytest.raises(UserError, match=message):
-        select(inputs, tmp_path / "out", SGD)
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_nothing_finite_is_an_error(inputs: Inputs, tmp_path: Path, which: str) -> None:
+    """Where no example of the pool, or of the validation set, is finite, nothing is selected."""
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text(f'{{"prompt": "long", "response": "{"and " * 9}"}}\n')
+    short.write_text('{"prompt": "x", "response": "y"}\n')
+    paths = {"train": str(long), "validation": str(long), which: str(short)}
+    kind = "example of data.train" if which == "train" else "validation example"
+    with pytest.raises(UserError, match=f"No {kind} has a finite loss and gradient"):
+        select(Inputs(inputs.model, **paths), tmp_path / "out", SGD)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_nonfinite_validation_examples_are_left_out(inputs: Inputs, tmp_path: Path) -> None:
+    """The scores are those of the validation set without them."""
+    lines = [
+        '{"prompt": "What is 1 + 1?", "response": "2, of course, and never 3."}\n',
+        '{"prompt": "", "response": "y"}\n',
+    ]
+    scores = []
+    for count in (1, 2):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(lines[:count]))
+        found = select(Inputs(inputs.model, inputs.train, str(path)), tmp_path / f"out{count}", SGD)
+        scores.append([score for score in found.examples["score"].to_pylist() if score is not None])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    assert any(scores[0])
 
 
 class Favourite(DataAllocator):
     """Looks at everything it is given, and takes the examples with the longest prompts."""
 
     seen: ScoredExamples
+    budget: int
 
     def allocate(self, examples: ScoredExamples, budget: int) -> torch.Tensor:
         """By length of prompt."""
-        type(self).seen = examples
+        type(self).seen, type(self).budget = examples, budget
         lengths = torch.tensor([len(str(record["prompt"])) for record in examples.records])
         return examples.example_id[lengths.argsort(descending=True, stable=True)[:budget]].sort().values
 
@@ -232,7 +255,7 @@ def test_a_broken_scorer_is_named(inputs: Inputs, tmp_path: Path, kind: str) -> 
         ({"parameter_budget": 1.5}, "model.parameter_budget is 1.5"),
         ({"step_size": 0.0}, "model.step_size is 0.0"),
         ({"step_size": float("nan")}, "model.step_size is nan"),
-        ({"warmup": Warmup(fraction=0)}, "model.preconditioner is adam, which needs .* a warm-up"),
+        ({"warmup": Warmup(fraction=0.0)}, "model.preconditioner is adam, which needs .* a warm-up"),
     ],
 )
 def test_contradictions_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
@@ -274,3 +297,29 @@ def test_the_model_module_is_fingerprinted_with_the_data_tokenizer(inputs: Input
     same = select(inputs, tmp_path / "a", SGD).manifest["tokenizer"]
     assert select(inputs, tmp_path / "b", SGD, data={"tokenizer": other}).manifest["tokenizer"] != same
     assert load_selection(tmp_path / "a").manifest["tokenizer"] == same
+
+
+class _TooMany(DataAllocator):
+    def allocate(self, examples: ScoredExamples, budget: int) -> Tensor:
+        return examples.example_id[: budget + 1]
+
+
+class _TwiceTheSame(DataAllocator):
+    def allocate(self, examples: ScoredExamples, budget: int) -> Tensor:
+        return examples.example_id[:1].expand(budget)
+
+
+class _Nothing(ParameterAllocator):
+    def allocate(self, scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+
+
+@pytest.mark.parametrize(
+    "option", [{"data_allocator": _TooMany()}, {"data_allocator": _TwiceTheSame()}, {"parameter_allocator": _Nothing()}]
+)
+def test_an_allocator_that_misses_its_budget_is_named(inputs: Inputs, tmp_path: Path, option: dict[str, Any]) -> None:
+    """A plugin that does not choose exactly the budget is refused by name, and nothing is published."""
+    (allocator,) = option.values()
+    with pytest.raises(UserError, match=f"{type(allocator).__name__} chose"):
+        select(inputs, tmp_path / "out", {**SGD, "data_budget": 2, **option})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]

@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dualsft.errors import UserError
+from dualsft.evaluation import EvaluationModule
+from dualsft.finetune import ExportModel
+from dualsft.finetune.delta import apply_delta
+from dualsft.models import load_model, model_fingerprint
+from dualsft.selection import load_selection
+from tests.finetune.runs import Workspace, make_workspace, trainer, weights
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace in which a fit has left its export."""
+    workspace = make_workspace(tmp_path_factory.mktemp("exported"), request.param)
+    run = trainer(workspace.folder, callbacks=[ExportModel(str(workspace.folder))], enable_checkpointing=False)
+    run.fit(workspace.module(), datamodule=workspace.data())
+    return workspace
+
+
+def test_export_is_base_plus_delta(exported: Workspace) -> None:
+    """Plain transformers loads ``model/``; it has the bits of the base model with the delta applied."""
+    found = AutoModelForCausalLM.from_pretrained(exported.folder / "model")
+    base = load_model(exported.base)
+    apply_delta(exported.folder / "delta.safetensors", base, model_fingerprint(exported.base))
+    assert found.dtype == base.dtype
+    for (name, tuned), (_, expected) in zip(found.named_parameters(), base.named_parameters(), strict=True):
+        assert torch.equal(tuned, expected), name
+
+
+def test_export_changes_the_selected_weights_alone(exported: Workspace) -> None:
+    """Every unselected weight of ``model/`` has the base model's bits, and many a selected one has not."""
+    found, base = load_model(str(exported.folder / "model")), load_model(exported.base).state_dict()
+    mask = load_selection(exported.selection).mask()
+    moved = 0
+    for name, tuned in found.named_parameters():
+        assert torch.equal(tuned[~mask[name]], base[name][~mask[name]])
+        moved += int((tuned != base[name]).sum())
+    assert moved > 0.5 * sum(int(chosen.sum()) for chosen in mask.values())
+
+
+def test_delta_file(exported: Workspace) -> None:
+    """`<name>.index` is int64, flat and ascending, `<name>.value` the new values; the metadata names the base."""
+    found = dict(load_model(str(exported.folder / "model")).named_parameters())
+    mask = load_selection(exported.selection).mask()
+    trained = [name for name, chosen in mask.items() if chosen.any()]
+    with safe_open(exported.folder / "delta.safetensors", framework="pt") as stored:
+        assert stored.metadata()["base_fingerprint"] == model_fingerprint(exported.base)
+        assert sorted(stored.keys()) == sorted(f"{name}.{part}" for name in trained for part in ("index", "value"))
+        for name in trained:
+            index, value = stored.get_tensor(f"{name}.index"), stored.get_tensor(f"{name}.value")
+            assert index.dtype == torch.int64
+            assert torch.equal(index, mask[name].flatten().nonzero().squeeze(1))
+            assert value.dtype == found[name].dtype
+            assert torch.equal(value, found[name].flatten()[index])
+
+
+def test_export_brings_its_tokenizer(exported: Workspace) -> None:
+    """The folder stands alone: its tokenizer is the base model's."""
+    found, base = (AutoTokenizer.from_pretrained(path) for path in (exported.folder / "model", exported.base))
+    text = "3 + 9? 3 and 9 make #### 12"
+    assert found(text)["input_ids"] == base(text)["input_ids"]
+    assert not list(exported.folder.glob("*.partial"))
+    assert not list(exported.folder.glob("*.old"))
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C in the first batch."""
+
+    def on_train_batch_end(self, *_: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_interrupted_fit_exports_nothing(workspace: Workspace, folder: Path) -> None:
+    """Half-trained weights never look like a result."""
+    run = trainer(folder, callbacks=[ExportModel(str(folder)), Interrupt()], enable_checkpointing=False)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(workspace.module(), datamodule=workspace.data())
+    assert not list(folder.glob("*"))
+
+
+@pytest.mark.parametrize(("again", "renames"), [(False, 0), (False, 1), (True, 0), (True, 1), (True, 2)])
+def test_crash_never_leaves_a_half_written_model(
+    workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool, renames: int
+) -> None:
+    """Cut short before any rename, ``model/`` is absent, old or new; the next export mends what is left."""
+    module, export, run = workspace.module(), ExportModel(str(folder)), trainer(folder)
+    run.fit(module, datamodule=workspace.data())
+    old = weights(module)
+    if again:
+        export.on_fit_end(run, module)
+    with torch.no_grad():
+        module.compact.masters[0].add_(1.0)
+    module.compact.write_back()
+    new, rename, left = weights(module), Path.replace, iter(range(renames))
+
+    def crashing(path: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise OSError("crash")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crashing)
+        with pytest.raises(OSError, match="crash"):
+            export.on_fit_end(run, module)
+    if (folder / "model").exists():
+        assert holds(folder / "model", old) or holds(folder / "model", new)
+    export.on_fit_end(run, module)
+    assert holds(folder / "model", new)
+    assert sorted(path.name for path in folder.iterdir()) == ["delta.safetensors", "model"]
+
+
+def holds(folder: Path, expected: dict[str, Tensor]) -> bool:
+    """Whether a model folder is whole and has these weights."""
+    found = dict(load_model(str(folder)).named_parameters())
+    return all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_old_model_is_never_half_deleted(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash while the old export is being removed leaves the new one whole in its place."""
+    module, export, run = workspace.module(), ExportModel(str(folder)), trainer(folder)
+    run.fit(module, datamodule=workspace.data())
+    export.on_fit_end(run, module)
+    removed: list[str] = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: removed.append(Path(path).name))
+    export.on_fit_end(run, module)
+    assert "model" not in removed
+    assert "model.old" in removed
+
+
+def test_export_is_for_fine_tuning(workspace: Workspace, folder: Path) -> None:
+    """Another module's weights are not exported."""
+    module: LightningModule = EvaluationModule(workspace.base)
+    run: Trainer = trainer(folder)
+    with pytest.raises(UserError, match="not a EvaluationModule"):
+        ExportModel(str(folder)).on_fit_end(run, module)
