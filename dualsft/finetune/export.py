@@ -22,11 +22,9 @@ class ExportModel(Callback):
         self._folder = Path(output_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export unless the fit was interrupted."""
+        """Export; Lightning does not come here after an interruption or an error."""
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
-        if trainer.interrupted:
-            return
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)

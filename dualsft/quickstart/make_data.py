@@ -3,7 +3,8 @@
 With a folder that holds GSM8K's files (`train.jsonl` and `test.jsonl`, or `gsm8k_train.jsonl` and
 `gsm8k_validation.jsonl`), the excerpts are drawn from it; without one, those already shipped are used again and only
 the general rows are made anew. Both give the same files, byte for byte. Problems of more than 560 characters
-(question and answer together, about 200 tokens) are left out, to keep the quick start quick.
+(question and answer together) are left out, to keep the quick start quick: the rest have 170 tokens of the shipped
+tokenizer on average and 284 at most.
 """
 
 from __future__ import annotations
