@@ -219,6 +219,8 @@ class _TapHook:
         """
         try:
             product = self._product(module, self._tangents, args, kwargs, k, e.dtype)
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
