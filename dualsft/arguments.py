@@ -19,6 +19,12 @@ NAMED = {
     "model.parameter_allocator": "dualsft.parameter_allocators",
     "model.data_allocator": "dualsft.data_allocators",
 }
+CONFIG = ("--config", "-c")
+SET_ELSEWHERE = {
+    "data.selection": "model.selection (of fit)",
+    "data.tokenizer": "model.model_name_or_path",
+    "data.seed": "seed_everything",
+}
 _SECTIONS = ("model", "data")
 
 
@@ -38,8 +44,10 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
     start = arguments.index(verb) + 1
     prepared = list(arguments[:start])
     rest = [part for a in arguments[start:] for part in _split(a)]
+    for option in rest:
+        _check_place(option.removeprefix("--").split("=")[0] if option.startswith("--") else "")
     for key, value in zip(["", *rest], [*rest, ""], strict=True):
-        if key == "--config":
+        if key in CONFIG:
             prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parsers), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")
@@ -48,9 +56,14 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
     return prepared
 
 
+def _check_place(key: str) -> None:
+    if key in SET_ELSEWHERE:
+        raise UserError(f"{key} is not set by itself; it follows {SET_ELSEWHERE[key]}: set that.")
+
+
 def _split(argument: str) -> list[str]:
     option, equals, value = argument.partition("=")
-    ours = option == "--config" or (option.startswith("--") and bool(_group(option)))
+    ours = option in CONFIG or (option.startswith("--") and bool(_group(option)))
     return [option, value] if equals and ours else [argument]
 
 
@@ -80,6 +93,9 @@ def read_config(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"The configuration {path} holds a {type(loaded).__name__}, not keys and values.")
+    for section in _SECTIONS:
+        if not isinstance(loaded.get(section, {}), dict):
+            raise UserError(f"The configuration {path} gives {section} no keys and values of its own.")
     return loaded
 
 
@@ -87,6 +103,9 @@ def _narrow(config: dict[str, Any], verb: str, parsers: Mapping[str, ArgumentPar
     narrowed: dict[str, Any] = {}
     for key, value in config.items():
         if key in _SECTIONS and isinstance(value, dict):
+            for name, given in value.items():
+                if given is not None:
+                    _check_place(f"{key}.{name}")
             narrowed[key] = {k: v for k, v in value.items() if _belongs(f"{key}.{k}", verb, parsers)}
         elif _belongs(key, verb, parsers):
             narrowed[key] = value

@@ -10,7 +10,6 @@ dualsft quickstart  the whole job on an embedded model and embedded data
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -21,9 +20,11 @@ from typing import Any
 
 from jsonargparse import ActionYesNo, Namespace
 from lightning import Trainer as LightningTrainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
@@ -31,8 +32,9 @@ from dualsft.arguments import prepare
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule
-from dualsft.finetune import ExportModel, MaskedFinetuneModule
-from dualsft.models import model_folder
+from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
+from dualsft.messages import plainly
+from dualsft.models import check_vocabulary, model_folder
 from dualsft.run_folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
 from dualsft.selection.summary import summary
@@ -78,9 +80,7 @@ class DualSFTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options that are about the run as a whole."""
-        parser.add_argument(
-            "--output_dir", type=str | None, default=None, help="Folder that the results are written to."
-        )
+        parser.add_argument("--output_dir", type=str, default="", help="Folder that the results are written to.")
         parser.add_argument(
             "--resume", action=ActionYesNo, default=False, help="Go on from what a killed run left in --output_dir."
         )
@@ -95,20 +95,34 @@ class DualSFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the output folder before anything is loaded."""
         config = self.config[self.subcommand]
-        if config.output_dir is None and self.subcommand != "validate":
+        if not config.output_dir and self.subcommand != "validate":
             raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
         model_folder(config.model.model_name_or_path)
         self.folder: RunFolder | None = None  # validate may only print its figures
-        if config.output_dir is not None:
-            self.folder = RunFolder(config.output_dir, resume=config.resume, overwrite=config.overwrite)
+        if config.output_dir:
+            keys = ("model.model_name_or_path", "model.selection", "model.warmup.checkpoint", "data.train")
+            inputs = [config.get(key) for key in (*keys, "data.validation")]
+            how = {"resume": config.resume, "overwrite": config.overwrite}
+            self.folder = RunFolder(config.output_dir, **how, inputs=inputs)
         once = {"resume": False, "overwrite": False}
         self.replay = self._parser(self.subcommand).dump(Namespace(**{**vars(config), **once}), skip_none=False)
+
+    def instantiate_classes(self) -> None:
+        """Make the trainer, the module and the data module; what a library refuses, the user gave it."""
+        try:
+            super().instantiate_classes()
+        except (UserError, ArgumentError):
+            raise
+        except Exception as error:  # loggers, accelerators, strategies: each refuses in a way of its own
+            raise UserError(f"These settings cannot be used: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
         if self.subcommand == "fit" and self.folder is not None:
             callbacks = [*callbacks, *self._fit_callbacks(self.folder, config)]
-            if config.get("logger") is None:
+            if config.get("logger") is None and not config.get("barebones"):
                 config["logger"] = CSVLogger(self.folder.path, name="logs")
+            if config.get("default_root_dir") is None:
+                config["default_root_dir"] = str(self.folder.path)
         else:
             config.update(enable_checkpointing=False, logger=config.get("logger") or False)
         return super()._instantiate_trainer(config, callbacks)
@@ -140,18 +154,33 @@ class DualSFTCLI(LightningCLI):
 
     def fit(self, model: MaskedFinetuneModule, datamodule: InstructionDataModule, **kwargs: Any) -> None:
         """Fine-tune, from the newest checkpoint if resuming."""
-        assert self.folder is not None
-        # a mistake in the data, the model or the selection shows here, before the folder is touched
+        folder = self.folder
+        assert folder is not None
+        # a mistake in the trainer, the data, the model or the selection shows here, before the folder is touched
+        check_trainer(self.trainer)
         datamodule.setup("fit")
         model.configure_model()
+        check_vocabulary(model.model, datamodule.train_examples.largest_id())
         settings = self.config["fit"].as_dict()
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
-        self.folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
-        write_atomically(self.folder.path / "config.yaml", self.replay)
-        checkpoint = latest_checkpoint(self.folder.path / CHECKPOINTS) if self.config["fit"].resume else None
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
-        self.folder.finish()
-        print(f"wrote {self.folder.path / 'model'} and {self.folder.path / 'delta.safetensors'}")
+        folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
+        write_atomically(folder.path / "config.yaml", self.replay)
+        checkpoint = latest_checkpoint(folder.path) if self.config["fit"].resume else None
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
+        except (UserError, MisconfigurationException):
+            folder.release()
+            raise
+        folder.finish()
+        print(f"wrote {folder.path / 'model'} and {folder.path / 'delta.safetensors'}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:  # so does Lightning answer Ctrl-C, in silence
+            if self.trainer.state.status == TrainerStatus.INTERRUPTED:
+                raise KeyboardInterrupt from stop
+            raise
 
     def after_validate(self) -> None:
         """Keep the metrics, if there is a folder to keep them in."""
@@ -190,10 +219,10 @@ def run(arguments: Sequence[str]) -> None:
         trainer_class=Trainer,
         datamodule_class=InstructionDataModule,
         save_config_callback=None,
-        trainer_defaults={"max_epochs": 3, "devices": 1, "log_every_n_steps": 10, "enable_model_summary": False},
+        trainer_defaults={"max_epochs": 3, "devices": 1, "log_every_n_steps": 1, "enable_model_summary": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"description": DESCRIPTION},
+        parser_kwargs={"description": DESCRIPTION, "prog": "dualsft"},
         args=list(arguments),
     )
 
@@ -204,6 +233,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
@@ -212,18 +242,14 @@ def main() -> None:
     """The console script: a user's mistake ends in one sentence, with exit code 1, or 2 for options."""
     try:
         run(sys.argv[1:])
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         _fail(str(error), 1)
     except ArgumentError as error:
-        _fail(_plainly(str(error)), 2)
+        _fail(plainly(str(error)), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command with --resume goes on from what is finished.", 130)
 
 
 def _fail(message: str, code: int) -> None:
     print(f"dualsft: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _plainly(message: str) -> str:
-    """The parser's words for a setting that is missing, in ours."""
-    missing = re.search(r'Parser key "([\w.]+)":.*Got value: None', message, re.DOTALL)
-    return f"{missing[1]} is not given, and has no default." if missing else message

@@ -155,3 +155,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def check_vocabulary(model: PreTrainedModel, largest_id: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        UserError: naming the largest id and the vocabulary's size.
+    """
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    if largest_id >= rows:
+        raise UserError(
+            f"The data hold token id {largest_id:,}, but the model's vocabulary has {rows:,} tokens; use the "
+            "model's own tokenizer."
+        )

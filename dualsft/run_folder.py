@@ -7,7 +7,8 @@ phases. It is removed when the run is complete.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from dualsft.errors import UserError
 
 _RUN = "run.json"
 _RESULTS = ("manifest.json", "delta.safetensors", "metrics.json")
+_WRITTEN = (
+    *(".unfinished", "config.yaml", "manifest.json", "examples.parquet", "parameter_scores*", "mask.safetensors"),
+    *("selected.jsonl", "warmup", "model", "model.*", "delta.safetensors*", "checkpoints", "logs", "metrics.json"),
+    *("selection", "random-selection", "fit-*", "eval-*"),
+)
+"""Names, at the top of an output folder, of what the commands write there."""
 
 
 class RunFolder:
@@ -28,12 +35,20 @@ class RunFolder:
         folder: Where the results go.
         resume: Go on from what a killed run left there; starts anew where there is nothing.
         overwrite: Replace what is there.
+        inputs: Paths that the run reads, None for those not given; a run never replaces them.
 
     Raises:
-        UserError: if the folder holds anything and neither was asked for, or both were.
+        UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        inputs: Sequence[str | None] = (),
+    ) -> None:
         self.path = Path(folder)
         self._state = self.path / ".unfinished"
         if resume and overwrite:
@@ -42,13 +57,24 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         if self.path.is_dir() and any(self.path.iterdir()):
             self._check(resume, overwrite)
+        if overwrite:
+            self._check_inputs(inputs)
         self._overwrite = overwrite
+        self._claimed = False
+
+    def _check_inputs(self, inputs: Sequence[str | None]) -> None:
+        here = self.path.resolve()
+        for path in filter(None, inputs):
+            if here in (place := Path(path).expanduser().resolve()).parents or here == place:
+                raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def _check(self, resume: bool, overwrite: bool) -> None:
         if overwrite:
-            if not self._is_ours():
+            foreign = [p.name for p in sorted(self.path.iterdir()) if not any(fnmatch(p.name, w) for w in _WRITTEN)]
+            if foreign or not self._is_ours():
+                named = f" ({', '.join(foreign[:3])})" if foreign else ""
                 raise UserError(
-                    f"{self.path} holds files that no run of ours wrote; they are left alone: choose another "
+                    f"{self.path} holds files that no run of ours wrote{named}; they are left alone: choose another "
                     "--output_dir."
                 )
         elif not self._state.is_dir():
@@ -82,10 +108,17 @@ class RunFolder:
         try:
             self._clear()
             write_atomically(path, json.dumps(identity, indent=2))
+            self._claimed = True
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."
             ) from error
+
+    def release(self) -> None:
+        """After a mistake: drop a claim that has nothing worth resuming, so that the next try finds the folder free."""
+        resumable = {path.name for path in self._state.glob("*")} - {_RUN, "staging"} or list(self.path.rglob("*.ckpt"))
+        if self._claimed and not resumable:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):

@@ -46,7 +46,8 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` goes on from the last finished phase.
         """
-        run = RunFolder(output_dir, resume=resume, overwrite=overwrite)
+        inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, datamodule.validation)
+        run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
         loop = _SelectionLoop(self, model, datamodule, run, seed, config)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
         # without optimizers, and puts its own loop there.
@@ -56,6 +57,9 @@ class Trainer(LightningTrainer):
         self.predicting = True
         try:
             return call._call_and_handle_interrupt(self, self._select, model, datamodule)
+        except UserError:
+            run.release()
+            raise
         finally:
             self.predict_loop = usual
 
@@ -89,6 +93,6 @@ class _SelectionLoop(_PredictionLoop):
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest of Lightning's checkpoints in a folder; None if there is none."""
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    """The newest of Lightning's checkpoints anywhere in a folder; None if there is none."""
+    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     return found[-1] if found else None

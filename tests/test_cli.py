@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dualsft.cli import main, run
 from dualsft.errors import UserError
+from dualsft.finetune import ExportModel
 from dualsft.selection import load_selection
 from tests.cases import save_tiny_model, write_jsonl
 
@@ -253,6 +254,58 @@ def test_module_runs_as_the_script_does() -> None:
     assert done.stderr.strip() == "dualsft: error: dualsft plugins takes no arguments, but was given x."
 
 
+FIT_MISTAKES = {
+    "half-precision trainer": (["--trainer.precision", "bf16-true"], 1, "trainer.precision is bf16-true"),
+    "several processes": (["--trainer.devices", "2"], 1, "fit runs on one process"),
+    "strategy": (["--trainer.strategy", "ddp"], 1, "DDPStrategy"),
+    "small batches": (["--data.batch_tokens", "3"], 1, "data.batch_tokens"),
+    "divergence": (["--optimizer.lr", "1e30"], 1, "training loss became"),
+    "learning rate": (["--optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),
+    "accelerator": (["--trainer.accelerator", "cuda"], 1, "These settings cannot be used"),
+    "linked key": (["--data.selection", "x"], 1, "set that"),
+    "union": (["--trainer.precision", "8"], 2, "trainer.precision does not take 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", FIT_MISTAKES)
+def test_mistakes_in_a_fit_leave_the_folder_free(
+    mistake: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in a fit is told in one line and leaves nothing behind, so the corrected command can run."""
+    arguments, code, words = FIT_MISTAKES[mistake]
+    config = ["fit", "--config", str(job / "job.yaml"), *arguments, "--output_dir", str(tmp_path / "out")]
+    found, told = failure(config, capsys, monkeypatch)
+    assert found == code
+    assert words in told.strip().splitlines()[-1]
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_options_are_taken_as_they_are(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern that begins with a hash sign is not a comment, on the command line or in a file read with -c."""
+    for config in ("--config", "-c"):
+        pattern = ["--model.generation.answer_pattern", "#### (.+)"]
+        with pytest.raises(SystemExit):
+            run(["validate", config, str(job / "job.yaml"), *pattern, "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["model"]["generation"]["answer_pattern"] == "#### (.+)"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_own_checkpoints_are_resumed_from(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ModelCheckpoint of the user's, wherever in the output folder it writes, is what --resume goes on from."""
+    checkpoint = ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.every_n_epochs", "1"]
+    command = ["fit", "--config", str(job / "job.yaml"), *checkpoint, "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as broken:
+        broken.setattr(ExportModel, "on_fit_end", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(command)
+    assert list((tmp_path / "out").glob("logs/version_0/checkpoints/*.ckpt"))
+    run([*command, "--resume"])
+    assert (tmp_path / "out" / "model").is_dir()
+    assert not list((tmp_path / "out").glob("logs/version_1/metrics.csv")), "the finished epochs were trained again"
+
+
 @pytest.mark.slow
 def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_path: Path) -> None:
     """SIGKILL after the first checkpoint, then --resume: the exported weights equal those of an unbroken run."""
@@ -265,9 +318,10 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
         "--trainer.max_epochs",
         "60",
     ]
-    run([*config, "--output_dir", str(tmp_path / "unbroken")])
     broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "dualsft", *config, "--output_dir", str(broken)]
+    program = [sys.executable, "-m", "dualsft", *config, "--output_dir"]
+    command = [*program, str(broken)]
+    subprocess.run([*program, str(tmp_path / "unbroken")], check=True, capture_output=True)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(broken.glob("checkpoints/*.ckpt")):
             time.sleep(0.01)
@@ -276,6 +330,6 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
     assert not (broken / "model").exists()
     with pytest.raises(UserError, match="--resume"):
         run([*config, "--output_dir", str(broken)])
-    run([*config, "--output_dir", str(broken), "--resume"])
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
     for name in ("model/model.safetensors", "delta.safetensors"):
         assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()

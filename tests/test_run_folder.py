@@ -146,7 +146,7 @@ def test_overwrite_follows_a_link_to_a_folder(tmp_path: Path) -> None:
     kept.mkdir()
     (kept / "file").write_text("x")
     real = finished(tmp_path / "real")
-    (real / "elsewhere").symlink_to(kept)
+    (real / "logs").symlink_to(kept)
     (tmp_path / "link").symlink_to(real)
     RunFolder(tmp_path / "link", overwrite=True).claim(IDENTITY)
     assert names(real) == [".unfinished", ".unfinished/run.json"]
@@ -154,7 +154,16 @@ def test_overwrite_follows_a_link_to_a_folder(tmp_path: Path) -> None:
     assert (kept / "file").read_text() == "x"
 
 
-@pytest.mark.parametrize("files", [["thesis.tex"], ["manifest.json", "index.html"], ["config.yaml"], ["metrics.json"]])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["thesis.tex"],
+        ["manifest.json", "index.html"],
+        ["config.yaml"],
+        ["metrics.json"],
+        ["config.yaml", "metrics.json", "src"],
+    ],
+)
 def test_overwrite_leaves_strangers_files_alone(tmp_path: Path, files: list[str]) -> None:
     """A folder that no run of ours wrote is refused, though one of its files may be named like one of ours."""
     for name in files:
@@ -205,3 +214,34 @@ def test_write_atomically(tmp_path: Path) -> None:
         write_atomically(tmp_path / "f", text)
     assert (tmp_path / "f").read_text(encoding="utf-8") == "é"
     assert names(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("given", [".", "model", "warmup/model.safetensors"])
+def test_overwrite_spares_what_the_run_reads(tmp_path: Path, given: str) -> None:
+    """A run never replaces its own inputs, however they are spelt; inputs elsewhere do not matter."""
+    path = finished(tmp_path / "run")
+    with pytest.raises(UserError, match="which this run reads"):
+        RunFolder(path, overwrite=True, inputs=[None, str(tmp_path / "run" / ".." / "run" / given)])
+    RunFolder(path, overwrite=True, inputs=[None, str(tmp_path / "other"), "hub/name"])
+
+
+def test_release_drops_a_claim_with_nothing_to_resume(tmp_path: Path) -> None:
+    """After a mistake the folder is free again, unless a phase or a checkpoint is worth going on from."""
+    run = RunFolder(tmp_path / "run")
+    run.release()
+    assert not run.path.exists()
+    run.claim(IDENTITY)
+    run.release()
+    assert not run.path.exists()
+    run.claim(IDENTITY)
+    run.save("phase", {"x": torch.zeros(1)}, {})
+    run.release()
+    assert run.load("phase") is not None
+
+
+def test_release_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
+    """A mistake that shows before the claim costs nothing of what the folder holds."""
+    path = finished(tmp_path / "run")
+    before = names(path)
+    RunFolder(path, overwrite=True).release()
+    assert names(path) == before

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +49,11 @@ class Examples:
     def ok_ids(self) -> list[int]:
         """Ids of the examples that have something to learn, ascending."""
         return [example_id for example_id, status in enumerate(self.status) if status == "ok"]
+
+    def largest_id(self) -> int:
+        """The largest token id that occurs; -1 without tokens."""
+        largest = [pc.max(chunk.flatten()).as_py() for chunk in self.dataset.data.column("input_ids").chunks]
+        return max((value for value in largest if value is not None), default=-1)
 
     def counts(self) -> dict[str, int]:
         """Number of examples of each status."""

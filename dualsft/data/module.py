@@ -124,8 +124,14 @@ class InstructionDataModule(LightningDataModule):
             needed.append("validation")
         for name in needed:
             self._encoded(name)
-        if stage == "fit":
-            self._train_ids()
+        self._make_batches(fit=stage == "fit")
+
+    def _make_batches(self, fit: bool) -> None:
+        """Cuts the batches once for the sake of the mistakes that show when they are cut."""
+        if "train" in self._examples:
+            _ = self.train_dataloader() if fit else self.pool_loader()
+        if "validation" in self._examples:
+            self.validation_loader()
 
     def train_dataloader(self) -> ResumableLoader:
         """Training batches over the examples that have labels, of the selection where one is given.

@@ -1,5 +1,7 @@
 """Tokenizers: loading one by name, and the two facts about it that batches and labels need."""
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
@@ -29,6 +31,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+            raise UserError(f"{folder} has no tokenizer: save one beside the model (tokenizer.save_pretrained).")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing files, bad JSON, no network: the loader has a dozen kinds of failure

@@ -21,17 +21,17 @@ class Generation:
     Args:
         max_new_tokens: Longest answer to generate, greedily; 0 generates nothing and reports no exact match.
         answer_pattern: Regular expression that finds the answer in generated text and reference alike: its last match
-            counts, or the last group 1 if it has one, commas in numbers aside; null compares the whole stripped text.
+            counts, or the last group 1 if it has one, commas in numbers aside; empty compares the whole stripped text.
     """
 
     max_new_tokens: int = 0
-    answer_pattern: str | None = None
+    answer_pattern: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise UserError(f"model.generation.max_new_tokens is {self.max_new_tokens}; give 0 (off) or more.")
         try:
-            re.compile(self.answer_pattern or "")
+            re.compile(self.answer_pattern)
         except re.error as error:
             raise UserError(
                 f"model.generation.answer_pattern {self.answer_pattern!r} is not a regular expression: {error}."
@@ -39,7 +39,7 @@ class Generation:
 
     def extract(self, text: str) -> str | None:
         """The part of a text that is compared; None if the pattern is not in it."""
-        if self.answer_pattern is None:
+        if not self.answer_pattern:
             return text.strip()
         found = list(re.finditer(self.answer_pattern, text))
         if not found:

@@ -22,9 +22,15 @@ class ExportModel(Callback):
         self._folder = Path(output_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export; Lightning does not come here after an interruption or an error."""
+        """Export; Lightning does not come here after an interruption or an error.
+
+        Raises:
+            UserError: if the trained weights are not finite.
+        """
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
+        if not all(bool(master.isfinite().all()) for master in pl_module.compact.masters):
+            raise UserError("The trained weights are not finite, so nothing is exported; lower the learning rate.")
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,8 +5,9 @@ import json
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +26,24 @@ _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """AdamW at the paper's learning rate, 2e-5, without weight decay."""
     return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that this fine-tune cannot run under.
+
+    Raises:
+        UserError: if its precision would convert the masters, or it has several processes.
+    """
+    if trainer.precision not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
+            f"give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
+        )
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise UserError(
+            f"fit runs on one process, but the trainer has {trainer.world_size} under "
+            f"{type(trainer.strategy).__name__}; set trainer.devices to 1 and leave trainer.strategy at auto."
+        )
 
 
 class MaskedFinetuneModule(LightningModule):
@@ -65,21 +84,12 @@ class MaskedFinetuneModule(LightningModule):
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
-        """Look at the trainer and the data before anything is loaded.
+        """Look at the trainer and the data before anything is loaded; see `check_trainer`.
 
         Raises:
-            UserError: if the trainer's precision would convert the masters, it has several processes, or the validation
-                data hold nothing to learn from.
+            UserError: if they do not fit.
         """
-        if self.trainer.precision not in _PRECISIONS:
-            raise UserError(
-                f"trainer.precision is {self.trainer.precision}, which would convert the trained weights' float32 "
-                f"copies too; give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
-            )
-        if self.trainer.world_size > 1:
-            raise UserError(
-                f"fit runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
-            )
+        check_trainer(self.trainer)
         check_validation_data(self.trainer)
 
     def configure_model(self) -> None:
@@ -113,12 +123,19 @@ class MaskedFinetuneModule(LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the compact parameters; the model's weights follow each of its steps."""
-        optimizer = self.optimizer(self.compact.parameters())
+        """The optimizer over the compact parameters; the model's weights follow each of its steps.
+
+        Raises:
+            UserError: if the optimizer or its schedule refuses its settings.
+        """
+        try:
+            optimizer = self.optimizer(self.compact.parameters())
+            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"The optimizer or its schedule cannot be made: {error}.") from error
         self.compact.write_back_after(optimizer)
-        if self.lr_scheduler is None:
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -128,8 +145,17 @@ class MaskedFinetuneModule(LightningModule):
         return [KeepEpochCount()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's examples."""
+        """Mean loss of the batch's examples.
+
+        Raises:
+            UserError: if it is not finite: the next step would ruin the weights.
+        """
         loss = example_losses(self.model, batch).mean()
+        if not bool(loss.isfinite()):
+            raise UserError(
+                f"The training loss became {loss.item()} in epoch {self.current_epoch}, at the examples "
+                f"{batch['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
+            )
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

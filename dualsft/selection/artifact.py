@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,10 +65,18 @@ class Selection:
             return [json.loads(line) for line in lines]
 
     def mask(self) -> dict[str, Tensor]:
-        """Parameter name -> bool, of the parameter's shape."""
-        with safe_open(self.folder / _MASK, framework="pt") as stored:
-            shapes = json.loads(stored.metadata()["shapes"])
-            return {name: unpack_bits(stored.get_tensor(name), tuple(shapes[name])) for name in sorted(shapes)}
+        """Parameter name -> bool, of the parameter's shape.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        path = self.folder / _MASK
+        try:
+            with safe_open(path, framework="pt") as stored:
+                shapes = json.loads(stored.metadata()["shapes"])
+                return {name: unpack_bits(stored.get_tensor(name), tuple(shapes[name])) for name in sorted(shapes)}
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Parameter name -> φ_j, float32, of the parameter's shape."""

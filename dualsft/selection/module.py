@@ -19,13 +19,13 @@ from dualsft.allocators import (
 from dualsft.data import Examples, InstructionDataModule, Records
 from dualsft.errors import UserError
 from dualsft.gradients import GradientPass, compute_dtype
-from dualsft.models import Dtype, checkpoint_activations, load_model, parameter_shapes
+from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
 from dualsft.objective import Batch, example_losses
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
-from dualsft.selection.phases import Phases, directions, stored_second_moment
+from dualsft.selection.phases import Phases, directions, second_moment_file, stored_second_moment
 from dualsft.selection.prior import Prior
 from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
 from dualsft.selection.warmup import Warmup
@@ -157,6 +157,9 @@ class SelectionModule(LightningModule):
             if not examples.ok_ids():
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
+            check_vocabulary(self.model, examples.largest_id())
+        if self.warmup.checkpoint is not None and self.preconditioner == "adam":
+            second_moment_file(self.warmup.checkpoint)
         if compute_dtype(self.model) == torch.float16:
             raise UserError(
                 "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -144,10 +145,25 @@ def directions(
         v = gradient.pop(name)
         p = moments.pop(name).sqrt_().add_(EPS).reciprocal_() if moments else torch.ones_like(v)
         u = scorer.direction(ParameterStatistics(name, weight, v, p, step_size, num_examples))
-        if u.shape != weight.shape or not bool(u.isfinite().all()):
+        if not isinstance(u, Tensor) or u.shape != weight.shape or not bool(u.isfinite().all()):
             raise UserError(f"{type(scorer).__name__} gave {name} a direction that is not finite or not of its shape.")
         chosen[name] = u
     return chosen
+
+
+def second_moment_file(checkpoint: str) -> Path:
+    """The file of ĉ beside a ready scoring checkpoint.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = model_folder(checkpoint) / SECOND_MOMENT
+    if not path.is_file():
+        raise UserError(
+            f"model.preconditioner is adam, but {checkpoint} has no {SECOND_MOMENT}; make the checkpoint with "
+            "model.warmup.keep, or set model.preconditioner to none."
+        )
+    return path
 
 
 def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
@@ -156,12 +172,7 @@ def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
     Raises:
         UserError: if there is none, it cannot be read, or it belongs to another model.
     """
-    path = model_folder(checkpoint) / SECOND_MOMENT
-    if not path.is_file():
-        raise UserError(
-            f"model.preconditioner is adam, but {checkpoint} has no {SECOND_MOMENT}; make the checkpoint with "
-            "model.warmup.keep, or set model.preconditioner to none."
-        )
+    path = second_moment_file(checkpoint)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     try:
         moments = load_file(path)

@@ -58,8 +58,12 @@ def test_fit_equals_a_plain_loop(workspace: Workspace, folder: Path, selected: b
     """Trainer.fit is dense AdamW under a masked gradient: same batches, accumulation, clipping, decay and schedule."""
     options: dict[str, Any] = {} if selected else {"selection": None}
     module = workspace.module(dtype="float64", lr_scheduler=decaying, gradient_checkpointing=checkpointing, **options)
-    trainer(folder, accumulate_grad_batches=2, gradient_clip_val=0.5).fit(module, datamodule=workspace.data())
-    assert module.model.is_gradient_checkpointing == checkpointing
+    module.configure_model()
+    passes: list[bool] = []
+    module.model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(lambda *_: passes.append(True))
+    data = workspace.data(validation=None)
+    trainer(folder, accumulate_grad_batches=2, gradient_clip_val=0.5).fit(module, datamodule=data)
+    assert len(passes) == 2 * len(data.train_dataloader()) * (2 if checkpointing else 1)
     mask = load_selection(workspace.selection).mask()
     if not selected:
         mask = {name: torch.ones_like(chosen) for name, chosen in mask.items()}

@@ -1,0 +1,17 @@
+"""The option parser's refusals in plain words."""
+
+import re
+
+
+def plainly(message: str) -> str:
+    """One sentence for what the parser says in many lines; what it says plainly stays."""
+    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
+    if not key:
+        return message
+    if re.search(r"Got value: None\b", message):
+        return f"{key[1]} is not given, and has no default."
+    value = re.search(r"Given value(?: type)?:.*?Given value: (.*)|Given value: (.*)", message, re.DOTALL)
+    if "Union subtypes" in message and value:
+        given = (value[1] or value[2]).split("\n")[0]
+        return f"{key[1]} does not take {given}; `--print_config` shows what it takes."
+    return message
