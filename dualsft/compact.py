@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dualsft.interaction import accumulator_dtype
+from dualsft.tap import accumulator_dtype
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
 """Parameter name -> which entries are trained, of the parameter's shape."""
