@@ -7,7 +7,7 @@ for Embedding, and otherwise comes from forward-mode differentiation of the modu
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ def accumulator_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What a tap adds to; `dualsft.interaction.RowSums` is the one there is."""
 
