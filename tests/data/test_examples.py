@@ -228,7 +228,7 @@ def test_load_examples(tmp_path: Path) -> None:
 
 def test_unusable_input(tmp_path: Path) -> None:
     """A missing tokenizer, a limit that leaves nothing and half a character are each refused in a sentence."""
-    with pytest.raises(UserError, match="No tokenizer can be loaded from"):
+    with pytest.raises(UserError, match="has no tokenizer: save one beside the model"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match=r"data\.max_length=1 leaves nothing"):
         encode(tmp_path, [{"text": "a"}], byte_level(), max_length=1)
