@@ -8,6 +8,7 @@ target rows from others. The settings are the quick start's; nothing is tuned pe
 
 import argparse
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, list[Row] | dict[str, float]]
     """All variants under one seed, kept in the folder so that a second start does not repeat them."""
     kept = folder / "figures.json"
     if not kept.is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # of a seed that was cut short
         steps = QuickStart(folder, seed)
         selection = load_selection(steps.select())
         rows = [steps.base()]

@@ -4,6 +4,7 @@ One configuration file describes the whole job, so each verb takes its own keys 
 knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,12 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
     rest = [part for a in arguments[start:] for part in _split(a)]
     for option in rest:
         _check_place(option.removeprefix("--").split("=")[0] if option.startswith("--") else "")
-    for key, value in zip(["", *rest], [*rest, ""], strict=True):
+    for key, value in zip(["", *rest], rest, strict=False):
         if key in CONFIG:
             prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parsers), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")
-        elif value:
+        else:
             prepared.append(_expand_option(key, value))
     return prepared
 
@@ -74,7 +75,11 @@ def _group(option: str) -> str:
 
 def _expand_option(option: str, value: str) -> str:
     group = _group(option) if option.startswith("--") else ""
-    return class_path(group, value) if group and value.isidentifier() and value not in ("null", "None") else value
+    return (
+        class_path(group, value)
+        if group and re.fullmatch(r"[\w-]+", value) and value not in ("null", "None")
+        else value
+    )
 
 
 def read_config(path: str) -> dict[str, Any]:

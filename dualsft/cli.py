@@ -15,6 +15,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -122,7 +123,7 @@ class DualSFTCLI(LightningCLI):
             if config.get("logger") is None and not config.get("barebones"):
                 config["logger"] = CSVLogger(self.folder.path, name="logs")
             if config.get("default_root_dir") is None:
-                config["default_root_dir"] = str(self.folder.path)
+                config["default_root_dir"] = str(self.folder.path / "logs")
         else:
             config.update(enable_checkpointing=False, logger=config.get("logger") or False)
         return super()._instantiate_trainer(config, callbacks)
@@ -161,18 +162,32 @@ class DualSFTCLI(LightningCLI):
         datamodule.setup("fit")
         model.configure_model()
         check_vocabulary(model.model, datamodule.train_examples.largest_id())
+        if datamodule.validation:
+            check_vocabulary(model.model, datamodule.validation_examples.largest_id())
         settings = self.config["fit"].as_dict()
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
         folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
         write_atomically(folder.path / "config.yaml", self.replay)
-        checkpoint = latest_checkpoint(folder.path) if self.config["fit"].resume else None
+        checkpoint = self._checkpoint(folder.path) if self.config["fit"].resume else None
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
         except (UserError, MisconfigurationException):
-            folder.release()
+            if self._latest(folder.path) is None:
+                folder.release()
             raise
         folder.finish()
         print(f"wrote {folder.path / 'model'} and {folder.path / 'delta.safetensors'}")
+
+    def _checkpoint(self, folder: Path) -> Path | None:
+        """Where to go on from, and a word on it."""
+        found = self._latest(folder)
+        print(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
+        return found
+
+    def _latest(self, folder: Path) -> Path | None:
+        """The newest checkpoint that this run can have written."""
+        own = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return latest_checkpoint({folder, *map(Path, own)})
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

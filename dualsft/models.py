@@ -64,14 +64,16 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
     """
     folder = model_folder(name_or_path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        # whoever asks for the model moves it; under a device context the loader would want to place it by itself
+        with torch.device("cpu"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, info = loaded

@@ -1,6 +1,7 @@
 """Phases of a run: a progress bar while one runs, and what it cost afterwards."""
 
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,9 +39,11 @@ class PhaseLog:
 
     Args:
         show: Whether to draw progress bars.
+        device: Where the model is: whose memory counts.
     """
 
-    def __init__(self, show: bool = True) -> None:
+    def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        self._device = device
         self.phases: list[Phase] = []
         self._show = show
 
@@ -48,12 +51,12 @@ class PhaseLog:
     def phase(self, name: str, examples: int) -> Iterator["Meter"]:
         """Time a phase over this many examples; its batches go through the meter."""
         phase, start = Phase(name), time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         with tqdm(total=examples, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True) as bar:
             yield Meter(phase, bar)
         phase.seconds = time.perf_counter() - start
-        phase.peak_memory_bytes = _peak_memory()
+        phase.peak_memory_bytes = _peak_memory(self._device)
         self.phases.append(phase)
 
     def take(self) -> dict[str, Any]:
@@ -87,7 +90,8 @@ class Meter:
             self._bar.update(len(batch["labels"]))
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -21,7 +21,15 @@ from dualsft.errors import UserError
 _RUN = "run.json"
 _RESULTS = ("manifest.json", "delta.safetensors", "metrics.json")
 _WRITTEN = (
-    *(".unfinished", "config.yaml", "manifest.json", "examples.parquet", "parameter_scores*", "mask.safetensors"),
+    *(
+        ".unfinished",
+        ".finished",
+        "config.yaml",
+        "manifest.json",
+        "examples.parquet",
+        "parameter_scores*",
+        "mask.safetensors",
+    ),
     *("selected.jsonl", "warmup", "model", "model.*", "delta.safetensors*", "checkpoints", "logs", "metrics.json"),
     *("selection", "random-selection", "fit-*", "eval-*"),
 )
@@ -60,7 +68,7 @@ class RunFolder:
         if overwrite:
             self._check_inputs(inputs)
         self._overwrite = overwrite
-        self._claimed = False
+        self._claimed, self._made = False, not self.path.exists()
 
     def _check_inputs(self, inputs: Sequence[str | None]) -> None:
         here = self.path.resolve()
@@ -118,7 +126,9 @@ class RunFolder:
         """After a mistake: drop a claim that has nothing worth resuming, so that the next try finds the folder free."""
         resumable = {path.name for path in self._state.glob("*")} - {_RUN, "staging"} or list(self.path.rglob("*.ckpt"))
         if self._claimed and not resumable:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _empty(self.path)
+            if self._made:
+                self.path.rmdir()
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
@@ -158,9 +168,11 @@ class RunFolder:
         return folder
 
     def finish(self) -> None:
-        """Declare the run complete and drop its state; until the last step the run can be resumed."""
-        _empty(self._state, keep=self._state / _RUN)
-        shutil.rmtree(self._state)
+        """Declare the run complete, in one step, and drop its state."""
+        done = self.path / ".finished"
+        shutil.rmtree(done, ignore_errors=True)
+        self._state.replace(done)
+        shutil.rmtree(done)
 
 
 def _empty(folder: Path, keep: Path | None = None) -> None:

@@ -1,5 +1,7 @@
 """Lightning's Trainer with one more verb: select."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,19 @@ class _SelectionLoop(_PredictionLoop):
                 f"select runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
             )
         show = self.trainer.progress_bar_callback is not None
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), _fresh_casts(self._model.device):
             return self._model.run_phases(self._data, self._run_folder, self._seed, self._config, show)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest of Lightning's checkpoints anywhere in a folder; None if there is none."""
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+def _fresh_casts(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast, where it is on, without its cache, which would keep a weight's cast from before the warm-up."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
+
+
+def latest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """The newest of Lightning's checkpoints anywhere in some folders; None if there is none."""
+    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+    found.sort(key=lambda path: path.stat().st_mtime_ns)
     return found[-1] if found else None

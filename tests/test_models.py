@@ -219,3 +219,11 @@ def test_a_model_that_cannot_checkpoint_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"LlamaForCausalLM cannot .*model\.gradient_checkpointing"):
         checkpoint_activations(model)
+
+
+def test_a_model_is_loaded_onto_the_host(tmp_path: Path) -> None:
+    """Under a device context, as a trainer sets one, the loader does not place the weights by itself."""
+    path = save_tiny_model(tmp_path / "model")
+    with torch.device("meta"):
+        model = load_model(str(path))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

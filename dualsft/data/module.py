@@ -122,7 +122,7 @@ class InstructionDataModule(LightningDataModule):
         needed = {"fit": ["train"], "validate": ["validation"]}.get(stage or "", ["train", "validation"])
         if stage == "fit" and self._has_validation:
             needed.append("validation")
-        for name in needed:
+        for name in sorted(needed, key=lambda name: self._sources[name][0] is not None):  # missing ones cost no reading
             self._encoded(name)
         self._make_batches(fit=stage == "fit")
 

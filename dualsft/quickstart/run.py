@@ -14,6 +14,7 @@ from typing import Any
 
 from dualsft.cli import run
 from dualsft.data import read_records
+from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
 from dualsft.quickstart.table import Row, table
 from dualsft.run_folder import RunFolder, write_atomically
@@ -39,7 +40,10 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     folder = RunFolder(options.output_dir, overwrite=options.overwrite)
     folder.claim({"command": "quickstart"})
     start = time.perf_counter()
-    rows = QuickStart(folder.path, options.seed).rows()
+    try:
+        rows = QuickStart(folder.path, options.seed).rows()
+    except KeyboardInterrupt as stop:
+        raise UserError("The quick start was interrupted; run it again with --overwrite.") from stop
     write_atomically(folder.path / "config.yaml", CONFIG.read_text(encoding="utf-8"))
     write_atomically(folder.path / "metrics.json", json.dumps([vars(row) for row in rows], indent=2))
     folder.finish()

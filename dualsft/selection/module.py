@@ -127,7 +127,7 @@ class SelectionModule(LightningModule):
         pool = self._check_input(data)
         data_count, parameter_count = self._counts(len(pool))
         run.claim(inputs := describe_inputs(self, data, seed))
-        log = PhaseLog(show)
+        log = PhaseLog(show, self.model.device)
         scored, scores = self._score(Phases(self.model, data, run, log, seed), pool)
         identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
         scores = {name: score.float() for name, score in scores.items()}

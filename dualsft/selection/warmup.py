@@ -6,6 +6,7 @@ Source: arXiv 2605.06166 (10% of the pool, 1 epoch, learning rate 2e-5).
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
+from dualsft.data import ResumableLoader, TrainingBatches
 from dualsft.errors import UserError
 from dualsft.gradients import Watch
 from dualsft.objective import Batch, example_losses
@@ -85,7 +87,9 @@ def warm_up(
     compact.write_back_after(optimizer)
     compact.attach()
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        if isinstance(batches, ResumableLoader):
+            cast(TrainingBatches, batches.sampler).set_epoch(epoch)
         for batch in watch(batches):
             losses = example_losses(model, {k: v.to(model.device) for k, v in batch.items()})
             _check_finite(losses, batch)

@@ -323,3 +323,13 @@ def test_an_allocator_that_misses_its_budget_is_named(inputs: Inputs, tmp_path: 
     with pytest.raises(UserError, match=f"{type(allocator).__name__} chose"):
         select(inputs, tmp_path / "out", {**SGD, "data_budget": 2, **option})
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
+
+
+def test_autocast_scores_the_warmed_up_weights(inputs: Inputs, tmp_path: Path) -> None:
+    """Under bf16-mixed a warm-up sees its own steps: scoring at the kept checkpoint anew gives the very scores."""
+    warmup = Warmup(fraction=1.0, epochs=3, learning_rate=1e-2, keep=True)
+    first = select(inputs, tmp_path / "a", {"warmup": warmup}, precision="bf16-mixed")
+    given = Warmup(checkpoint=str(tmp_path / "a" / "warmup"))
+    second = select(inputs, tmp_path / "b", {"warmup": given}, precision="bf16-mixed")
+    for name in ("examples.parquet", "parameter_scores.safetensors"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
