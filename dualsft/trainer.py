@@ -95,7 +95,10 @@ class _SelectionLoop(_PredictionLoop):
 
 
 def _fresh_casts(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast, where it is on, without its cache, which would keep a weight's cast from before the warm-up."""
+    """Autocast, where it is on, without its cache, which would keep a weight's cast from before the warm-up.
+
+    Lightning's newest releases leave the cache out by themselves; not all that we run under do.
+    """
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
