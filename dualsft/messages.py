@@ -10,8 +10,7 @@ def plainly(message: str) -> str:
         return message
     if re.search(r"Got value: None\b", message):
         return f"{key[1]} is not given, and has no default."
-    value = re.search(r"Given value(?: type)?:.*?Given value: (.*)|Given value: (.*)", message, re.DOTALL)
+    value = re.search(r"Given value: (.*)", message)
     if "Union subtypes" in message and value:
-        given = (value[1] or value[2]).split("\n")[0]
-        return f"{key[1]} does not take {given}; `--print_config` shows what it takes."
+        return f"{key[1]} does not take {value[1]}; `--print_config` shows what it takes."
     return message
