@@ -1,10 +1,12 @@
 """Data: records -> text with supervised spans -> encoded examples -> batches."""
 
-from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches
+from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples, load_examples
 from dualsft.data.loaders import KeepEpochCount, ResumableLoader
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import FormatOptions
+from dualsft.data.packed_batches import packed_batches
+from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
 from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer
@@ -15,14 +17,19 @@ __all__ = [
     "FormatOptions",
     "InstructionDataModule",
     "KeepEpochCount",
+    "PackedBatch",
     "Records",
     "ResumableLoader",
     "TrainingBatches",
     "collate",
+    "collate_packed",
     "encode_examples",
     "length_batches",
     "load_examples",
     "load_tokenizer",
+    "pack_rows",
+    "packed_batches",
+    "padding_share",
     "read_records",
     "selected_ids",
 ]

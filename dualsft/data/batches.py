@@ -1,10 +1,11 @@
 """Examples -> batches: padding, and which examples share a batch.
 
 A batch of b examples whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that
-within a budget and keep padding low by putting examples of similar length together.
+within a budget and keep padding low by putting examples of similar length together. Where examples are packed, a row
+stands for several of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,8 +15,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from dualsft.data.packed_batches import Row, few_packed_batches
+from dualsft.data.packing import longest_first
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
+
+BatchIds = list[int] | list[Row]
+"""Ids of a batch's examples: one to a row, or packed into rows."""
 
 _WINDOW = 16  # batches' worth of examples that are sorted by length together: little padding, yet well mixed
 
@@ -63,13 +69,12 @@ def length_batches(
         UserError: If an example is longer than ``batch_tokens``.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    chosen = np.arange(len(lengths)) if ids is None else np.asarray(ids, dtype=np.int64)
-    order = chosen[np.lexsort((chosen, -lengths[chosen]))]
+    order = longest_first(lengths, range(len(lengths)) if ids is None else ids)
     batches: list[list[int]] = []
     first = 0
     while first < len(order):
-        count = _capacity(int(lengths[order[first]]), int(order[first]), batch_tokens, batch_size)
-        batches.append(order[first : first + count].tolist())
+        count = _capacity(int(lengths[order[first]]), order[first], batch_tokens, batch_size)
+        batches.append(order[first : first + count])
         first += count
     return batches
 
@@ -85,11 +90,21 @@ def _capacity(length: int, example_id: int, batch_tokens: int, batch_size: int |
     return fitting if batch_size is None else min(fitting, batch_size)
 
 
-class TrainingBatches(Sampler[list[int]]):
+def padding_share(lengths: Sequence[int] | Int[np.ndarray, "example"], batches: Iterable[BatchIds]) -> float:
+    """Share of the batches' token slots (rows x fullest row) that hold padding; 0 without any batch."""
+    slots = tokens = 0
+    for batch in batches:
+        rows = [sum(int(lengths[i]) for i in ([row] if isinstance(row, int) else row)) for row in batch]
+        slots += len(rows) * max(rows)
+        tokens += sum(rows)
+    return 1 - tokens / slots if slots else 0.0
+
+
+class TrainingBatches(Sampler[BatchIds]):
     """A fixed set of batches for training, in a new order each epoch.
 
-    The examples are shuffled once and cut into windows of 16 batches; each window is sorted by length and cut under
-    both limits. The number of steps per epoch is thus known and constant.
+    The examples are shuffled once and cut into windows of 16 batches; each window is sorted by length and cut, or
+    packed, under both limits. The number of steps per epoch is thus known and constant.
 
     Args:
         lengths: Tokens of every example, indexed by example id.
@@ -97,9 +112,10 @@ class TrainingBatches(Sampler[list[int]]):
         batch_tokens: Largest (examples x longest) of a batch.
         batch_size: Largest number of examples of a batch.
         seed: Decides which examples meet in a batch and, with the epoch, the order of the batches.
+        row_tokens: Largest row in tokens if examples are to be packed; else each has a row of its own.
 
     Raises:
-        UserError: If an example is longer than ``batch_tokens``.
+        UserError: If an example is longer than ``batch_tokens``, or packed and longer than a row can be.
     """
 
     def __init__(
@@ -109,15 +125,19 @@ class TrainingBatches(Sampler[list[int]]):
         batch_tokens: int,
         batch_size: int,
         seed: int = 0,
+        row_tokens: int | None = None,
     ) -> None:
         self.seed = seed
         self.epoch = 0
         shuffled = np.random.default_rng(seed).permutation(np.asarray(ids, dtype=np.int64))
         window = _WINDOW * batch_size
-        self._batches: list[list[int]] = []
+        self._batches: list[BatchIds] = []
         for first in range(0, len(shuffled), window):
             part = shuffled[first : first + window].tolist()
-            self._batches += length_batches(lengths, batch_tokens, batch_size, part)
+            if row_tokens is None:
+                self._batches += length_batches(lengths, batch_tokens, batch_size, part)
+            else:
+                self._batches += few_packed_batches(lengths, batch_tokens, row_tokens, batch_size, part)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the batches; Lightning calls this before every epoch."""
@@ -126,6 +146,6 @@ class TrainingBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[BatchIds]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._batches))
         return (self._batches[index] for index in order)

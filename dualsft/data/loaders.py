@@ -2,17 +2,22 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import datasets
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import Batch, TrainingBatches, collate
+from dualsft.data.batches import Batch, BatchIds, TrainingBatches, collate
+from dualsft.data.packed_batches import Row
+from dualsft.data.packing import PackedBatch, collate_packed
 from dualsft.errors import UserError
 
+Example = dict[str, Any]
 
-class RowLists(Dataset[list[dict[str, Any]]]):
+
+class RowLists(Dataset[list[Example]]):
     """Gives several rows for a list of ids, so that a sampler can name whole batches.
 
     With ``batch_size=None`` a loader asks for what the sampler yields; a sampler, unlike a batch sampler, is where
@@ -25,9 +30,23 @@ class RowLists(Dataset[list[dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, ids: list[int]) -> list[dict[str, Any]]:
+    def __getitem__(self, ids: list[int]) -> list[Example]:
         columns = self._examples[ids]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class PackedRowLists(Dataset[list[list[Example]]]):
+    """Gives a list of examples for each packed row of a batch; the examples of all rows are read at once."""
+
+    def __init__(self, examples: datasets.Dataset) -> None:
+        self._examples = RowLists(examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, rows: list[Row]) -> list[list[Example]]:
+        examples = iter(self._examples[[example_id for row in rows for example_id in row]])
+        return [list(islice(examples, len(row))) for row in rows]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -100,26 +119,27 @@ class KeepEpochCount(Callback):
 
 
 def training_loader(
-    examples: datasets.Dataset, batches: TrainingBatches, pad_token_id: int, num_workers: int
+    examples: datasets.Dataset, batches: TrainingBatches, pad_token_id: int, num_workers: int, packed: bool = False
 ) -> ResumableLoader:
     """A loader for training over a dataset whose row numbers are the ids in ``batches``."""
-    return ResumableLoader(
-        RowLists(examples),
-        batch_size=None,
-        sampler=batches,
-        collate_fn=partial(collate, pad_token_id=pad_token_id),
-        num_workers=num_workers,
-    )
+    return ResumableLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
 
 
 def scoring_loader(
-    examples: datasets.Dataset, batches: Iterable[list[int]], pad_token_id: int, num_workers: int
-) -> DataLoader[Batch]:
+    examples: datasets.Dataset,
+    batches: Iterable[BatchIds],
+    pad_token_id: int,
+    num_workers: int,
+    packed: bool = False,
+) -> DataLoader[Batch | PackedBatch]:
     """A loader that goes through the batches as they stand."""
-    return DataLoader(
-        RowLists(examples),  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=batches,
-        collate_fn=partial(collate, pad_token_id=pad_token_id),
-        num_workers=num_workers,
-    )
+    return DataLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
+
+
+def _options(examples: datasets.Dataset, pad_token_id: int, num_workers: int, packed: bool) -> dict[str, Any]:
+    return {
+        "dataset": PackedRowLists(examples) if packed else RowLists(examples),
+        "batch_size": None,
+        "collate_fn": partial(collate_packed if packed else collate, pad_token_id=pad_token_id),
+        "num_workers": num_workers,
+    }

@@ -2,16 +2,18 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.batches import Batch, TrainingBatches, length_batches
+from dualsft.data.batches import Batch, BatchIds, TrainingBatches, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.loaders import ResumableLoader, scoring_loader, training_loader
 from dualsft.data.options import Format, FormatOptions
+from dualsft.data.packed_batches import packed_batches
+from dualsft.data.packing import PackedBatch
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer, pad_id
@@ -34,6 +36,8 @@ class InstructionDataModule(LightningDataModule):
         max_length: Tokens to keep of each example, from its start.
         batch_tokens: Largest batch in tokens, padding included.
         batch_size: Largest number of examples of a training batch.
+        packing: Pack several examples into one row of max_length tokens instead of padding each; attention stays
+            within an example.
         train_split: Split to load if ``train`` is a Hugging Face dataset.
         validation_split: Split to load if ``validation`` is a Hugging Face dataset.
         selection: Directory of a finished selection: train on its selected examples alone.
@@ -58,6 +62,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         batch_tokens: int = 8192,
         batch_size: int = 16,
+        packing: bool = False,
         train_split: str = "train",
         validation_split: str = "validation",
         selection: str | None = None,
@@ -72,6 +77,7 @@ class InstructionDataModule(LightningDataModule):
             format, prompt_column, response_column, messages_column, text_column, prompt_template
         )
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
+        self.packing = packing
         self.selection, self.seed, self.num_workers = selection, seed, num_workers
         self.train, self.validation = train, validation
         self._sources = {"train": (train, train_split), "validation": (validation, validation_split)}
@@ -141,23 +147,57 @@ class InstructionDataModule(LightningDataModule):
         """
         return self.training_loader(self._train_ids(), self.seed)
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Validation batches; an empty list, which Lightning passes over, without a validation set."""
-        return self.validation_loader() if self._has_validation else []
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Validation batches, never packed; an empty list, which Lightning passes over, without a validation set."""
+        if not self._has_validation:
+            return []
+        examples = self.validation_examples
+        batches = length_batches(examples.lengths, self.batch_tokens, ids=examples.ok_ids())
+        return self._scoring_loader(examples, batches, packed=False)  # metrics and generation want a mask
 
     def training_loader(self, ids: Sequence[int], seed: int) -> ResumableLoader:
         """Shuffled training batches over some examples of the pool."""
         examples = self.train_examples
-        batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed)
-        return training_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers)
+        row_tokens = self.max_length if self.packing else None
+        batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
+        return training_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, self.packing)
 
-    def pool_loader(self, ids: Sequence[int] | None = None) -> DataLoader[Batch]:
-        """Length-sorted batches over some examples of the pool; by default all that have labels."""
-        return self._scoring_loader(self.train_examples, ids)
+    def pool_loader(
+        self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None
+    ) -> DataLoader[Batch | PackedBatch]:
+        """Batches for scoring over some examples of the pool, the longest first.
 
-    def validation_loader(self) -> DataLoader[Batch]:
-        """Length-sorted batches over the validation examples that have labels."""
-        return self._scoring_loader(self.validation_examples, None)
+        Args:
+            ids: The examples; by default all that have labels.
+            start: How many of the first batches to leave out; they are not even read.
+            batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
+        """
+        examples = self.train_examples
+        return self._scoring_loader(examples, self._scoring_batches(examples, ids, batch_tokens)[start:], self.packing)
+
+    def validation_loader(self, start: int = 0, batch_tokens: int | None = None) -> DataLoader[Batch | PackedBatch]:
+        """Batches for scoring over the validation examples that have labels, the longest first.
+
+        Args:
+            start: How many of the first batches to leave out; they are not even read.
+            batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
+        """
+        examples = self.validation_examples
+        return self._scoring_loader(examples, self._scoring_batches(examples, None, batch_tokens)[start:], self.packing)
+
+    def padding_share(self) -> float:
+        """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""
+        examples = self.train_examples
+        return padding_share(examples.lengths, self._scoring_batches(examples, None, None))
+
+    def training_padding_share(self) -> float:
+        """Share of the token slots of the training batches that hold padding; no batch is made for it.
+
+        Raises:
+            UserError: If no example is left to train on.
+        """
+        batches = cast(TrainingBatches, self.train_dataloader().sampler)
+        return padding_share(self.train_examples.lengths, batches)
 
     @property
     def _has_validation(self) -> bool:
@@ -179,10 +219,19 @@ class InstructionDataModule(LightningDataModule):
             )
         return self._examples[name]
 
-    def _scoring_loader(self, examples: Examples, ids: Sequence[int] | None) -> DataLoader[Any]:
+    def _scoring_batches(
+        self, examples: Examples, ids: Sequence[int] | None, batch_tokens: int | None
+    ) -> Sequence[BatchIds]:
         chosen = examples.ok_ids() if ids is None else ids
-        batches = length_batches(examples.lengths, self.batch_tokens, ids=chosen)
-        return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers)
+        most = self.batch_tokens if batch_tokens is None else batch_tokens
+        if self.packing:
+            return packed_batches(examples.lengths, most, self.max_length, ids=chosen)
+        return length_batches(examples.lengths, most, ids=chosen)
+
+    def _scoring_loader(
+        self, examples: Examples, batches: Sequence[BatchIds], packed: bool
+    ) -> DataLoader[Batch | PackedBatch]:
+        return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, packed)
 
     def _train_ids(self) -> list[int]:
         examples = self.train_examples

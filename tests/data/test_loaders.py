@@ -130,15 +130,20 @@ def test_resumption_at_every_step(pool: str, tmp_path: Path, accumulate: int, va
         assert torch.equal(resumed.weight, whole.weight)
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("die_after", [4, 9, 17, 20])
-def test_killed_run(pool: str, tmp_path: Path, die_after: int) -> None:
+def test_killed_run(pool: str, tmp_path: Path, die_after: int, packing: bool) -> None:
     """A run that dies between checkpoints goes on from the last one as the unbroken run did from there."""
+
+    def run(module: Watcher, path: str | None = None, **options: Any) -> None:
+        fit(module, data(pool, packing=packing), tmp_path, path, accumulate_grad_batches=2, **options)
+
     whole, killed, resumed = Watcher(), Watcher(die_after), Watcher()
-    fit(whole, data(pool), tmp_path, accumulate_grad_batches=2)
+    run(whole)
     with pytest.raises(InterruptedRunError):
-        fit(killed, data(pool), tmp_path, accumulate_grad_batches=2, **checkpoints(tmp_path / "some", 2))
+        run(killed, **checkpoints(tmp_path / "some", 2))
     last = max((tmp_path / "some").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    fit(resumed, data(pool), tmp_path, str(last), accumulate_grad_batches=2, **checkpoints(tmp_path / "some", 2))
+    run(resumed, str(last), **checkpoints(tmp_path / "some", 2))
     assert resumed.steps == whole.steps[-len(resumed.steps) :]
     assert die_after - 4 <= len(whole.steps) - len(resumed.steps) <= die_after
     assert torch.equal(resumed.weight, whole.weight)
@@ -162,16 +167,17 @@ def test_resuming_repeatedly(pool: str, tmp_path: Path, lives: tuple[int, ...]) 
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12 on any forked worker
-def test_workers_hand_out_the_same_batches(pool: str) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_workers_hand_out_the_same_batches(pool: str, packing: bool) -> None:
     """Batches prepared ahead by workers are counted when handed out, not when prepared."""
-    here, there = (data(pool, num_workers=count).train_dataloader() for count in (0, 1))
+    here, there = (data(pool, num_workers=count, packing=packing).train_dataloader() for count in (0, 1))
     expected = [batch["example_id"].tolist() for batch in here]
     iterator = iter(there)
     first = [next(iterator)["example_id"].tolist() for _ in range(3)]
     state = there.state_dict()
     assert (first, state["yielded"]) == (expected[:3], 3)
     del iterator
-    fresh: ResumableLoader = data(pool, num_workers=1).train_dataloader()
+    fresh: ResumableLoader = data(pool, num_workers=1, packing=packing).train_dataloader()
     fresh.load_state_dict(state)
     assert fresh.state_dict() == state
     assert [batch["example_id"].tolist() for batch in fresh] == expected[3:]

@@ -8,6 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dualsft.data import InstructionDataModule, read_records, selected_ids
+from dualsft.data.loaders import RowLists
 from dualsft.errors import UserError
 
 from .tiny_tokenizers import byte_level
@@ -76,6 +77,78 @@ def test_batches_carry_the_examples(pool: str) -> None:
             assert batch["labels"][row, :length].tolist() == expected["labels"]
             assert batch["attention_mask"][row].sum() == length
             assert set(batch["input_ids"][row, length:].tolist()) <= {data.tokenizer.pad_token_id}
+
+
+def test_packed_batches_carry_the_examples(pool: str) -> None:
+    """Packed, each example stands whole in its span; a row of max_length tokens holds several."""
+    data = module(pool, validation=pool, packing=True)
+    for loader in (data.pool_loader(), data.validation_loader(), data.train_dataloader()):
+        batches = list(loader)
+        assert sorted(ids(batches)) == OK
+        for batch in batches:
+            assert "attention_mask" not in batch
+            assert batch["input_ids"].shape[1] <= 40
+            for example, (row, first, length) in zip(batch["example_id"], batch["spans"].tolist(), strict=True):
+                expected = data.train_examples.dataset[int(example)]
+                assert batch["input_ids"][row, first : first + length].tolist() == expected["input_ids"]
+                assert batch["labels"][row, first : first + length].tolist() == expected["labels"]
+    (scoring,) = data.pool_loader()
+    assert len(scoring["input_ids"]) < len(OK)
+
+
+def test_evaluation_is_never_packed(pool: str) -> None:
+    """The batches that a validation loop gets are padded ones with a mask, packing or not."""
+    plain, packing = (module(pool, validation=pool, packing=flag).val_dataloader() for flag in (False, True))
+    for one, other in zip(plain, packing, strict=True):
+        assert one.keys() == other.keys() == {"example_id", "input_ids", "attention_mask", "labels"}
+        assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_start_leaves_batches_out_unread(pool: str, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader that starts at a later batch yields what is left of the whole, and reads nothing else."""
+    read: list[int] = []
+    data = module(pool, validation=pool, packing=packing, batch_tokens=20)
+    plain = RowLists.__getitem__
+    monkeypatch.setattr(RowLists, "__getitem__", lambda self, ids: (read.extend(ids), plain(self, ids))[1])
+    for make in (data.pool_loader, data.validation_loader):
+        whole = [batch["example_id"].tolist() for batch in make()]
+        assert len(whole) > 1
+        for start in range(len(whole) + 1):
+            read.clear()
+            assert [batch["example_id"].tolist() for batch in make(start=start)] == whole[start:]
+            assert read == [example for batch in whole[start:] for example in batch]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_another_budget_for_scoring(pool: str, packing: bool) -> None:
+    """A smaller budget than the module's gives the batches that a module of that budget has, over some ids too."""
+    data, small = (module(pool, validation=pool, packing=packing, batch_tokens=tokens) for tokens in (400, 20))
+    assert len(data.pool_loader()) == len(data.validation_loader()) == 1
+    for found, expected in (
+        (data.pool_loader(batch_tokens=20), small.pool_loader()),
+        (data.pool_loader([6, 2], batch_tokens=20), small.pool_loader([6, 2])),
+        (data.validation_loader(batch_tokens=20), small.validation_loader()),
+    ):
+        assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch in expected]
+    assert len(data.pool_loader(batch_tokens=20)) > 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_shares(tmp_path: Path, packing: bool) -> None:
+    """The shares, which need no batch, are those of the padding in the batches themselves."""
+    rows = [{"prompt": "why", "response": "sea " * (1 + i * i % 23)} for i in range(60)]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = module(str(path), packing=packing, batch_tokens=130, batch_size=6)
+    lengths = data.train_examples.lengths
+    for share, loader in (
+        (data.padding_share(), data.pool_loader()),
+        (data.training_padding_share(), data.train_dataloader()),
+    ):
+        slots = sum(batch["input_ids"].numel() for batch in loader)
+        assert share == pytest.approx(1 - lengths.sum() / slots)
+        assert 0 < share < 0.2
 
 
 def test_setup_is_lazy_and_done_once(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +234,9 @@ def test_a_batch_budget_below_an_example(pool: str) -> None:
     """An example that no batch may hold is refused when batches are made, by name."""
     with pytest.raises(UserError, match=r"Example \d has \d+ tokens, more than data\.batch_tokens=4"):
         module(pool, batch_tokens=4).pool_loader()
+    for stage in ("fit", "predict"):
+        with pytest.raises(UserError, match=r"Example \d has \d+ tokens, more than fit into a row of 4: raise data\."):
+            module(pool, validation=pool, batch_tokens=4, packing=True).setup(stage)
 
 
 def test_command_line(pool: str, tmp_path: Path) -> None:
@@ -173,6 +249,6 @@ def test_command_line(pool: str, tmp_path: Path) -> None:
     data = parser.instantiate(config).data
     assert sorted(ids(data.pool_loader())) == OK
     text = parser.format_help()
-    for option in ("train", "validation", "batch_tokens", "prompt_template", "selection", "seed"):
+    for option in ("train", "validation", "batch_tokens", "prompt_template", "selection", "seed", "packing"):
         assert f"--data.{option}" in text
     assert "Largest batch in tokens, padding included" in " ".join(text.split())
