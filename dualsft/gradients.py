@@ -1,24 +1,46 @@
-"""Passes over the data: Σ_i ∇l_i (columns) and, with a direction, <u, ∇l_i> (rows) of every example, in one backward.
+"""Passes over the data: Σ_i ∇l_i (columns), <u, ∇l_i> of every example (rows), or both in one backward.
 
 A pass excludes what is not finite and says so. A non-finite *loss* is seen before backward and its example left out of
 the batch. A non-finite *gradient* is seen when parts of it have been folded already, so the pass goes on only to find
 every such example, and is then repeated without them: the sums hold no trace of them.
+
+What a pass holds at the start of a batch is all that it needs to go on from there: it can be kept and taken up again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, Direction, RowSums
-from dualsft.objective import Batch, example_losses
+from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, widen, without
+from dualsft.objective import example_losses
+from dualsft.spot_check import spot_check
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 """Something that iterates for the caller and looks at the batches as they pass: progress, counts."""
+
+Batches = Callable[[int], Iterable[Batch]]
+"""Gives the pass's batches from the k-th on."""
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Keeps the state of a pass under way."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What an earlier, killed run kept."""
+
+    def due(self) -> bool:
+        """Whether it is time to keep the state again."""
+
+    def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Keep the state."""
 
 
 @dataclass
@@ -26,46 +48,83 @@ class GradientPass:
     """What one pass over some examples gave.
 
     Attributes:
-        sums: Parameter name -> Σ_i g_i over the counted examples.
+        sums: Parameter name -> Σ_i g_i over the counted examples; empty when no columns were asked for.
         rows: Example id -> <u, g_i>; empty when no direction was given.
+        tokens: Example id -> the contributions of its tokens to <u, g_i>, float64; empty unless asked for.
         counted: How many examples the sums hold.
         nonfinite: Ids of the examples whose loss or gradient is not finite; in neither sums nor rows.
-        coverage: Share of the model's weights that the rows cover.
+        covered: Names of the parameters that the rows cover.
     """
 
     sums: dict[str, Tensor]
     rows: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
     counted: int = 0
     nonfinite: set[int] = field(default_factory=set)
-    coverage: float = 0.0
+    covered: set[str] = field(default_factory=set)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and notes to keep, from which `from_state` makes the same again."""
+        tensors = {
+            "id": torch.tensor(list(self.rows), dtype=torch.int64),
+            "row": torch.tensor(list(self.rows.values()), dtype=torch.float64),
+            "tokens": torch.cat([torch.empty(0, dtype=torch.float64), *self.tokens.values()]),
+            "lengths": torch.tensor([len(values) for values in self.tokens.values()], dtype=torch.int64),
+            **{f"sum:{name}": total for name, total in self.sums.items()},
+        }
+        notes = {"counted": self.counted, "nonfinite": sorted(self.nonfinite), "covered": sorted(self.covered)}
+        return tensors, notes
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> "GradientPass":
+        """What `state` has kept."""
+        ids = tensors["id"].tolist()
+        return cls(
+            sums={name.removeprefix("sum:"): total for name, total in tensors.items() if name.startswith("sum:")},
+            rows=dict(zip(ids, tensors["row"].tolist(), strict=True)),
+            tokens=dict(zip(ids, tensors["tokens"].split(tensors["lengths"].tolist()), strict=False)),
+            counted=notes["counted"],
+            nonfinite=set(notes["nonfinite"]),
+            covered=set(notes["covered"]),
+        )
 
 
 def gradient_pass(
-    model: PreTrainedModel, batches: Iterable[Batch], watch: Watch = iter, direction: Direction | None = None
+    model: PreTrainedModel,
+    batches: Batches,
+    watch: Watch = iter,
+    direction: Direction | None = None,
+    *,
+    columns: bool = True,
+    by_token: bool = False,
+    keeper: Keeper | None = None,
 ) -> GradientPass:
     """Sum the gradients of all examples and, given u, take <u, g_i> of each, in one backward pass per batch.
 
     Args:
         model: The model at the scoring checkpoint, in evaluation mode.
-        batches: Re-iterable batches of examples (see `dualsft.objective.Batch`).
+        batches: Batches of examples (see `dualsft.layout.Batch`), the same ones whenever it is called.
         watch: Wraps the iteration, for progress.
         direction: u per trainable parameter; None skips the rows.
+        columns: Whether to sum the gradients; without, no weight gradient is computed.
+        by_token: Whether to keep the rows' contributions by token.
+        keeper: Keeps the state of the pass every so often, and has what an earlier run kept.
 
     Raises:
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
     """
-    excluded: set[int] = set()
-    with ColumnSums(model) as columns, RowSums(model, direction) if direction else nullcontext() as rows:
+    with ExitStack() as stack:
+        column_sums = stack.enter_context(ColumnSums(model)) if columns else None
+        row_sums = stack.enter_context(RowSums(model, direction, by_token)) if direction else None
+        if not columns:
+            stack.enter_context(_frozen(model))
+        attempt = _Pass(model, column_sums, row_sums)
+        attempt.take_up(keeper.load() if keeper else None)
         while True:
-            attempt = _Pass(model, columns, rows, excluded)
-            result = attempt.run(batches, watch)
+            result = attempt.run(batches, watch, keeper)
             if not attempt.void:
-                break
-            excluded = result.nonfinite
-            columns.reset()
-        if rows is not None:
-            result.coverage = rows.check_covered(columns.sums)
-    return result
+                return result
+            attempt = attempt.repeat()
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -82,57 +141,88 @@ class _Pass:
     """
 
     def __init__(
-        self, model: PreTrainedModel, columns: ColumnSums, rows: RowSums | None, excluded: Iterable[int]
+        self, model: PreTrainedModel, columns: ColumnSums | None, rows: RowSums | None, excluded: Iterable[int] = ()
     ) -> None:
         self._model, self._columns, self._rows = model, columns, rows
         self._excluded = frozenset(excluded)
-        self._result = GradientPass(columns.sums, nonfinite=set(excluded))
+        self._result = GradientPass(columns.sums if columns else {}, nonfinite=set(excluded))
+        self._done = 0
         self.void = False
 
-    def run(self, batches: Iterable[Batch], watch: Watch) -> GradientPass:
-        for batch in watch(batches):
-            self._score(_without({k: v.to(self._model.device) for k, v in batch.items()}, self._excluded))
+    def repeat(self) -> "_Pass":
+        """The next attempt, without the examples that spoilt this one."""
+        if self._columns:
+            self._columns.reset()
+        return _Pass(self._model, self._columns, self._rows, self._result.nonfinite)
+
+    def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
+        for batch in watch(batches(self._done)):
+            if keeper and keeper.due():
+                keeper.save(*self._state())
+            self._score(batch)
+            self._done += 1
+        self._note_covered()
         return self._result
 
     def _score(self, batch: Batch) -> None:
+        batch = without(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
         losses, batch = self._finite_losses(batch)
         if not len(losses):
             return
         losses.sum().backward()
-        if self._columns.poisoned:
+        if self._poisoned:
             self._find_nonfinite(batch)
+        elif not self.void:
+            self._count(batch)
+
+    def _count(self, batch: Batch) -> None:
+        ids, result = batch["example_id"].tolist(), self._result
+        first = not result.counted
+        result.counted += len(ids)
+        if self._rows is None:
             return
-        ids = batch["example_id"].tolist()
-        self._result.counted += len(ids)
-        if self._rows is not None:
-            self._result.rows.update(zip(ids, self._rows.read().tolist(), strict=True))
+        rows = self._rows.read().tolist()
+        result.rows.update(zip(ids, rows, strict=True))
+        if self._rows.by_token:
+            tokens = self._rows.read_tokens().cpu()
+            lengths = [length for _, _, length in self._rows.layout.spans]
+            result.tokens.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
+        if first:
+            with self._rows.paused(), self._columns.paused() if self._columns else nullcontext():
+                spot_check(self._model, self._rows, batch, rows, compute_dtype(self._model))
 
     def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The batch's losses ready for backward, without the examples whose loss is not finite."""
-        losses = self._forward(batch)
-        finite = losses.isfinite()
+        if not len(batch["example_id"]):
+            return torch.empty(0), batch
+        losses, batch = self._forward(batch)
+        finite = losses.detach().isfinite().cpu()
         if bool(finite.all()):
             return losses, batch
+        if "spans" in batch:  # a neighbour in the row spoils the finite ones too
+            finite = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
         self._result.nonfinite.update(batch["example_id"][~finite].tolist())
-        return self._finite_losses({k: v[finite] for k, v in batch.items()})
+        return self._finite_losses(without(batch, finite))
 
-    def _forward(self, batch: Batch) -> Tensor:
-        if not len(batch["input_ids"]):
-            return torch.empty(0)
+    @torch.no_grad()
+    def _is_finite_alone(self, batch: Batch, k: int) -> bool:
+        return bool(example_losses(self._model, _to(only(batch, k), self._model.device)).isfinite().all())
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Batch]:
+        layout = Layout.of(batch)
         if self._rows is not None:
-            self._rows.begin(*batch["input_ids"].shape)
-        return example_losses(self._model, batch)
+            self._rows.begin(layout)
+        try:
+            return example_losses(self._model, _to(batch, self._model.device), layout), batch
+        except AmbiguousShapeError:
+            return self._forward(widen(batch))
 
     def _find_nonfinite(self, batch: Batch) -> None:
         """Find which examples of a poisoned batch are to blame; the sums are void from here on."""
         self.void = True
-        found = set()
-        for k, example in enumerate(batch["example_id"].tolist()):
+        if self._columns:
             self._columns.reset()
-            self._forward({name: values[k : k + 1] for name, values in batch.items()}).sum().backward()
-            if self._columns.poisoned:
-                found.add(example)
-        self._columns.reset()
+        found = {i for k, i in enumerate(batch["example_id"].tolist()) if self._is_poison(only(batch, k))}
         if not found:
             raise UserError(
                 f"The gradients of the examples {batch['example_id'].tolist()} overflow {self._model.dtype} when "
@@ -140,7 +230,55 @@ class _Pass:
             )
         self._result.nonfinite |= found
 
+    def _is_poison(self, example: Batch) -> bool:
+        self._forward(example)[0].sum().backward()
+        poisoned = self._poisoned
+        if self._columns:
+            self._columns.reset()
+        return poisoned
 
-def _without(batch: Batch, excluded: Set[int]) -> Batch:
-    keep = torch.tensor([i not in excluded for i in batch["example_id"].tolist()], device=batch["input_ids"].device)
-    return batch if bool(keep.all()) else {name: values[keep] for name, values in batch.items()}
+    @property
+    def _poisoned(self) -> bool:
+        """Whether the last backward brought something that is not finite; without columns, as far as the rows show."""
+        if self._columns:
+            return self._columns.poisoned
+        assert self._rows is not None
+        return not bool(self._rows.read().isfinite().all())
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._note_covered()
+        tensors, notes = self._result.state()
+        return tensors, {**notes, "done": self._done, "void": self.void, "excluded": sorted(self._excluded)}
+
+    def _note_covered(self) -> None:
+        if self._rows:
+            self._result.covered |= self._rows.covered
+
+    def take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Go on from the state that an earlier run kept, if there is one."""
+        if kept is None:
+            return
+        tensors, notes = kept
+        self._done, self.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
+        sums = self._result.sums
+        self._result = GradientPass.from_state(tensors, notes)
+        for name, total in sums.items():
+            total.copy_(self._result.sums[name])
+        self._result.sums = sums
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight gradients while the context is open; backward needs none of them for the rows."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

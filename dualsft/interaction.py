@@ -13,13 +13,15 @@ ordinary backward pass over a batch of examples:
 *Rows.* Let f be a module with parameters w of its own, y = f(w, a) its output and e = ∂(Σ_i l_i)/∂y the gradient that
 backward brings. Its share of <u, g_i> is the local Jacobian-vector product (∂f/∂w) u_w dotted with e, over the outputs
 that belong to example i. Summed over all modules this is exact, and a tied weight counts once per use, as it must.
-For Linear the product is a Uᵀ, for Embedding U[id], and for anything else `torch.func.jvp` of the module's own forward.
+For Linear the product is a Uᵀ, for Embedding U[id], and for anything else `torch.func.jvp` of the module's own forward
+(`tap.py`). Where the columns are wanted too, Linear has a shorter way to the same number (`linear_tap.py`).
 
 *Columns.* The weight gradients of Σ_i l_i are Σ_i g_i already; each is folded into a float32 sum and dropped as soon as
 it is complete, so that one layer's dense gradient lives at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.errors import UserError
+from dualsft.layout import Layout
+from dualsft.linear_tap import LinearHook, is_plain_linear
 from dualsft.tap import TapHook, accumulator_dtype
 
 Direction = Mapping[str, Tensor]
@@ -57,11 +61,22 @@ class ColumnSums:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
+        for parameter in self._parameters.values():  # what an error has left half done
+            parameter.grad = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Fold nothing while this inner context is open."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _folder(self, name: str) -> Callable[[Tensor], None]:
         def fold(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._finite.append(parameter.grad.isfinite().all())
+            self._finite.append(torch.stack(torch.aminmax(parameter.grad)).isfinite().all())  # NaN is either
             self.sums[name].add_(parameter.grad)
             parameter.grad = None
 
@@ -84,95 +99,148 @@ class ColumnSums:
 class RowSums:
     """<u, g_i> of every example of the batch in flight, from taps on the modules' outputs while the context is open.
 
-    Use: ``with RowSums(model, u) as rows: rows.begin(b, t); losses(batch).sum().backward(); phi = rows.read()``.
+    Use: ``with RowSums(model, u) as rows: rows.begin(layout); losses(batch).sum().backward(); phi = rows.read()``.
 
     Args:
-        model: Any module whose trainable parameters are all used by the module that owns them.
-        direction: u for every trainable parameter.
+        model: Any module whose scored parameters are all used by the module that owns them.
+        direction: u for every parameter that is scored.
+        by_token: Whether to keep contributions by token too.
+
+    Attributes:
+        direction: u for every parameter that is scored.
+        layout: Of the batch in flight.
+        by_token: Whether contributions are kept by token.
+        anchor: A number that requires a gradient, so that backward reaches a tap on the output of frozen weights.
     """
 
-    def __init__(self, model: nn.Module, direction: Direction) -> None:
+    def __init__(self, model: nn.Module, direction: Direction, by_token: bool = False) -> None:
         self._model = model
-        self._direction = direction
-        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self.direction = direction
+        self._names = {id(p): name for name, p in model.named_parameters() if name in direction}
         self._handles: list[RemovableHandle] = []
-        self._batch = self._tokens = 0
-        self._rows: Tensor | None = None
-        self.tapped: set[int] = set()
+        self._tapped: set[int] = set()
+        self.by_token = by_token
+        self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+        self.layout = Layout(0, 0, ())
+        self._examples: Tensor | None = None
+        self._tokens: Tensor | None = None
 
     def __enter__(self) -> "RowSums":
         for path, module in self._model.named_modules():
-            own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+            own = {n: self._names[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in self._names}
             if own:
-                tangents = {n: self._direction[self._names[id(p)]] for n, p in own.items()}
-                hook = TapHook(self, path, module, tangents)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                tangents = {n: self.direction[name] for n, name in own.items()}
+                kind = LinearHook if is_plain_linear(module, tangents) else TapHook
+                hook = kind(self, path, module, tangents)
+                # before any hook of somebody else's: the output must still be the module's own
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, examples: int, tokens: int) -> None:
-        """Forget the last batch and expect one of this many examples, padded to this many tokens."""
-        self._batch, self._tokens, self._rows = examples, tokens, None
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tap nothing while this inner context is open."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def begin(self, layout: Layout) -> None:
+        """Forget the last batch and expect one of this layout."""
+        self.layout, self._examples, self._tokens = layout, None, None
 
     def read(self) -> Float[Tensor, " example"]:
-        """<u, g_i> of the batch whose backward has run."""
-        if self._rows is None:
-            raise RuntimeError("no backward pass has run since begin()")
-        return self._rows
-
-    def check_covered(self, sums: Mapping[str, Tensor]) -> float:
-        """The share of the model's weights that the rows cover: all but the frozen ones, or there is an error.
-
-        A weight that got no gradient counts as covered: its share of every row is zero.
+        """<u, g_i> of the batch whose backward has run, in the order of its layout.
 
         Raises:
-            UserError: naming the parameters that take part in the loss outside the forward of the module that owns
-                them, where no tap can see them.
+            RuntimeError: if none has.
         """
-        covered = {name for module, name in self._owned() if id(module) in self.tapped}
-        missed = [name for name, total in sums.items() if name not in covered and bool(total.count_nonzero())]
-        if missed:
-            kinds = {type(self._model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
-            raise UserError(
-                f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
-                f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
-                "the module that owns them."
-            )
-        weights = sum(parameter.numel() for parameter in self._model.parameters())
-        return sum(total.numel() for total in sums.values()) / weights
+        if self._examples is None and self._tokens is None:
+            raise RuntimeError("no backward pass has run since begin()")
+        rows = torch.zeros(len(self.layout.spans), dtype=torch.float64, device=self.anchor.device)
+        if self._tokens is not None:
+            rows += self.read_tokens().sum(1)
+        return rows if self._examples is None else rows + self._examples
 
-    def _owned(self) -> list[tuple[nn.Module, str]]:
-        return [
-            (module, self._names[id(p)])
+    def read_tokens(self) -> Float[Tensor, "example longest"]:
+        """The contributions of each token's forward and backward quantities, which add up to the example's <u, g_i>.
+
+        Token t of an example stands for every use of a weight at that place: all that it fed forward, weighted with
+        the gradient that came back to it.
+        """
+        assert self._tokens is not None
+        return self.layout.by_example(self._tokens)
+
+    @property
+    def covered(self) -> set[str]:
+        """Names of the parameters whose module has been tapped since the context was opened."""
+        return {
+            self._names[id(p)]
             for module in self._model.modules()
+            if id(module) in self._tapped
             for p in module.parameters(recurse=False)
             if id(p) in self._names
-        ]
+        }
 
-    def by_example(self, values: Tensor, where: str) -> Float[Tensor, "example rest"]:
-        """Bring a module's output (any number of dimensions) to one row per example.
+    def expect(self, shape: torch.Size, where: str) -> None:
+        """See, before backward, that an output of this shape can be split into examples.
 
         Raises:
-            UserError: if the output has neither a batch dimension in front nor flattened tokens.
+            AmbiguousShapeError: if the token axis is needed and cannot be told.
+            UserError: naming the module, if it cannot be split.
         """
-        if values.shape[0] == self._batch and (values.dim() == 1 or self._tokens in values.shape[1:]):
-            return values.reshape(self._batch, -1)
-        if values.shape[0] == self._batch * self._tokens:
-            return values.reshape(self._batch, -1)
+        if self._splits_tokens:
+            self.layout.token_axis(shape, where)
+        else:
+            self.layout.check_rows(shape, where)
+
+    @property
+    def _splits_tokens(self) -> bool:
+        return self.by_token or not self.layout.whole_rows
+
+    def touch(self, module: nn.Module) -> None:
+        """Note that this module takes part."""
+        self._tapped.add(id(module))
+
+    def add(self, x: Tensor, y: Tensor, where: str) -> None:
+        """Add the products x · y of two tensors of one module's output, or input, shape."""
+        wide = accumulator_dtype(x)
+        if self._splits_tokens:
+            x, y = self.layout.by_token(x, where), self.layout.by_token(y, where)
+            values = (x.to(wide) * y.to(wide)).sum(2).double()
+            self._tokens = values if self._tokens is None else self._tokens.add_(values)
+        else:
+            x, y = (part.reshape(self.layout.rows, -1).to(wide) for part in (x, y))
+            self.add_examples((x * y).sum(1))
+
+    def add_examples(self, values: Float[Tensor, " example"]) -> None:
+        """Add one number per example; all are added up in float64."""
+        values = values.double()
+        self._examples = values if self._examples is None else self._examples.add_(values)
+
+
+def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:
+    """See that every parameter with a gradient is one that the rows cover.
+
+    Args:
+        model: The model.
+        covered: Names of the parameters whose module has been tapped.
+        moved: Names of the parameters whose gradient is not zero.
+
+    Raises:
+        UserError: naming the parameters that take part in the loss outside the forward of the module that owns them,
+            where no tap can see them.
+    """
+    known = set(covered)
+    missed = [name for name in moved if name not in known]
+    if missed:
+        kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
         raise UserError(
-            f"The output of {where} has shape {tuple(values.shape)}, which cannot be split into {self._batch} examples "
-            f"of {self._tokens} tokens; freeze its parameters (requires_grad=False) to leave it out of the scores."
+            f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
+            f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
+            "the module that owns them."
         )
-
-    def broadcast(self, output: Tensor) -> Tensor:
-        """Give an output that is shared by the whole batch (learned positions) a batch dimension of its own."""
-        if output.dim() > 2 and output.shape[0] == 1 < self._batch and output.shape[1] == self._tokens:
-            return output.expand(self._batch, *output.shape[1:])
-        return output
-
-    def add(self, contribution: Float[Tensor, " example"]) -> None:
-        """Add one module's share."""
-        self._rows = contribution if self._rows is None else self._rows + contribution

@@ -6,13 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-Batch = dict[str, Tensor]
-"""``example_id`` (example), ``input_ids``, ``attention_mask`` and ``labels`` (example, token), right-padded."""
+from dualsft.layout import Batch, Layout
 
 
 def token_losses(
-    logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
-) -> tuple[Float[Tensor, "example token-1"], Int[Tensor, "example token-1"]]:
+    logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
+) -> tuple[Float[Tensor, "row token-1"], Int[Tensor, "row token-1"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at.
 
     The arithmetic is float32 whatever the logits' type (float64 stays), at the supervised positions alone: with a large
@@ -26,8 +25,18 @@ def token_losses(
     return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll), targets
 
 
-def example_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " example"]:
-    """l_i for each example of the batch, in nats per supervised token; 0 for one without supervised tokens."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    nll, targets = token_losses(logits, batch["labels"])
-    return nll.sum(1) / (targets != -100).sum(1).clamp(min=1)
+def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
+    """l_i for each example of the batch, in nats per supervised token; 0 for one without supervised tokens.
+
+    Args:
+        model: A causal language model.
+        batch: Padded or packed examples. The first token of a packed example has no label, as no token before it is
+            the example's own; without an attention mask the position ids keep packed examples apart.
+        layout: The batch's, if it is at hand.
+    """
+    layout = layout or Layout.of(batch)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    nll, targets = token_losses(model(**given, use_cache=False).logits, batch["labels"])
+    counted = (targets != -100).to(nll.dtype)
+    nll, counted = (layout.by_example(F.pad(values, (1, 0))) for values in (nll, counted))
+    return nll.sum(1) / counted.sum(1).clamp(min=1)

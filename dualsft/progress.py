@@ -1,17 +1,19 @@
 """Phases of a run: a progress bar while one runs, and what it cost afterwards."""
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from dualsft.objective import Batch
+from dualsft.layout import Batch
 
 
 @dataclass
@@ -23,8 +25,8 @@ class Phase:
         examples: Examples passed, each as often as it was passed.
         tokens: Supervised tokens passed.
         seconds: Wall time.
-        peak_memory_bytes: Peak memory by the end of the phase: allocated on the accelerator if there is one, else the
-            process's resident set.
+        peak_memory_bytes: Peak memory of the phase: allocated on the accelerator if there is one, else the process's
+            resident set.
     """
 
     name: str
@@ -48,16 +50,22 @@ class PhaseLog:
         self._show = show
 
     @contextmanager
-    def phase(self, name: str, examples: int) -> Iterator["Meter"]:
-        """Time a phase over this many examples; its batches go through the meter."""
-        phase, start = Phase(name), time.perf_counter()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        with tqdm(total=examples, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True) as bar:
-            yield Meter(phase, bar)
-        phase.seconds = time.perf_counter() - start
-        phase.peak_memory_bytes = _peak_memory(self._device)
-        self.phases.append(phase)
+    def phase(self, name: str, examples: int, earlier: dict[str, Any] | None = None) -> Iterator["Meter"]:
+        """Time a phase over this many examples; its batches go through the meter.
+
+        Args:
+            name: What is done.
+            examples: How many examples will pass.
+            earlier: What a killed run told of its part of the phase (`Meter.so_far`).
+        """
+        phase = _phase_from(earlier) if earlier else Phase(name)
+        _reset_peak_memory(self._device)
+        bar = tqdm(
+            total=examples, initial=phase.examples, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True
+        )
+        with bar:
+            yield (meter := Meter(phase, bar, self._device))
+        self.phases.append(_phase_from(meter.so_far()))
 
     def take(self) -> dict[str, Any]:
         """Remove the latest phase and return it as `restore` takes it."""
@@ -65,33 +73,70 @@ class PhaseLog:
 
     def restore(self, notes: dict[str, Any]) -> None:
         """Take over a phase that an earlier, killed run finished."""
-        self.phases.append(Phase(**{field.name: notes[field.name] for field in fields(Phase)}))
+        self.phases.append(_phase_from(notes))
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object a phase."""
-        return [asdict(phase) for phase in self.phases]
+        """One object a phase, with its supervised tokens per second."""
+        return [
+            {**asdict(phase), "tokens_per_second": phase.tokens / phase.seconds if phase.seconds else 0.0}
+            for phase in self.phases
+        ]
 
 
 class Meter:
-    """Counts batches as they pass, and moves the bar."""
+    """Counts batches as they pass, and moves the bar.
 
-    def __init__(self, phase: Phase, bar: Any) -> None:
-        self._phase, self._bar = phase, bar
-        self._start = time.perf_counter()
+    Args:
+        phase: What an earlier run has passed already.
+        bar: The progress bar.
+        device: Whose memory counts.
+    """
+
+    def __init__(self, phase: Phase, bar: Any, device: torch.device) -> None:
+        self._phase, self._bar, self._device = phase, bar, device
+        self._start = time.perf_counter() - phase.seconds
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on; each counts once its work is done."""
         for batch in batches:
             yield batch
-            self._phase.examples += len(batch["labels"])
+            self._phase.examples += len(batch["example_id"])
             self._phase.tokens += int((batch["labels"] != -100).sum())
             rate = self._phase.tokens / (time.perf_counter() - self._start)
             self._bar.set_postfix_str(f"{rate:,.0f} supervised tok/s", refresh=False)
-            self._bar.update(len(batch["labels"]))
+            self._bar.update(len(batch["example_id"]))
+
+    def so_far(self) -> dict[str, Any]:
+        """What has passed and what it cost, the part of an earlier run included."""
+        peak = max(self._phase.peak_memory_bytes, peak_memory(self._device))
+        return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 
 
-def _peak_memory(device: torch.device) -> int:
+def _phase_from(notes: dict[str, Any]) -> Phase:
+    return Phase(**{field.name: notes[field.name] for field in fields(Phase)})
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(OSError):  # a container may forbid it; then the peak is the process's so far
+            _CLEAR.write_text("5", encoding="ascii")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on an accelerator, or resident on the host, since the phase began.
+
+    Where the system cannot forget an earlier peak (anything but Linux), since the process began.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if _STATUS.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

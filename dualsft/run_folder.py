@@ -30,7 +30,17 @@ _WRITTEN = (
         "parameter_scores*",
         "mask.safetensors",
     ),
-    *("selected.jsonl", "warmup", "model", "model.*", "delta.safetensors*", "checkpoints", "logs", "metrics.json"),
+    *(
+        "selected.jsonl",
+        "token_scores.parquet",
+        "warmup",
+        "model",
+        "model.*",
+        "delta.safetensors*",
+        "checkpoints",
+        "logs",
+        "metrics.json",
+    ),
     *("selection", "random-selection", "fit-*", "eval-*"),
 )
 """Names, at the top of an output folder, of what the commands write there."""
@@ -149,6 +159,8 @@ class RunFolder:
         path = self._state / f"{phase}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, partial, {"notes": json.dumps(notes)})
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
         partial.replace(path)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -159,6 +171,10 @@ class RunFolder:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, json.loads(stored.metadata()["notes"])
+
+    def drop(self, phase: str) -> None:
+        """Forget a phase's state, if there is any."""
+        (self._state / f"{phase}.safetensors").unlink(missing_ok=True)
 
     def staging(self) -> Path:
         """A fresh folder to write results into before they are published."""

@@ -2,11 +2,12 @@
 
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
-with f a module, w its own parameters, e the gradient of its output. The product (∂f/∂w) u_w is a Uᵀ for Linear, U[id]
-for Embedding, and otherwise comes from forward-mode differentiation of the module's own forward; see `interaction.py`.
+with f a module, w its own parameters, e the gradient of its output. The product (∂f/∂w) u_w comes from forward-mode
+differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear, where nearly
+all the work is, has a file of its own (`linear_tap.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,8 @@ from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, is_out_of_memory
+from dualsft.layout import Layout
 
 
 def accumulator_dtype(parameter: Tensor) -> torch.dtype:
@@ -26,27 +28,48 @@ def accumulator_dtype(parameter: Tensor) -> torch.dtype:
 
 @runtime_checkable
 class Rows(Protocol):
-    """What a tap adds to; `dualsft.interaction.RowSums` is the one there is."""
+    """What a tap adds to; `dualsft.interaction.RowSums` is the one there is.
 
-    tapped: set[int]
+    Attributes:
+        layout: Of the batch in flight.
+        by_token: Whether contributions are kept for each token.
+        anchor: A number that requires a gradient, so that backward reaches a tap on the output of frozen weights.
+    """
 
-    def broadcast(self, output: Tensor) -> Tensor:
-        """Give an output that is shared by the whole batch a batch dimension of its own."""
+    layout: Layout
+    by_token: bool
+    anchor: Tensor
 
-    def by_example(self, values: Tensor, where: str) -> Float[Tensor, "example rest"]:
-        """Bring a module's output to one row per example."""
+    def expect(self, shape: torch.Size, where: str) -> None:
+        """See that an output of this shape can be split; before backward, which could not be taken back."""
 
-    def add(self, contribution: Float[Tensor, " example"]) -> None:
-        """Add one module's share."""
+    def add(self, x: Tensor, y: Tensor, where: str) -> None:
+        """Add the products x · y of two tensors of one module's output, or input, shape."""
+
+    def add_examples(self, values: Float[Tensor, " example"]) -> None:
+        """Add one number per example."""
+
+    def touch(self, module: nn.Module) -> None:
+        """Note that this module takes part."""
 
 
 class TapHook:
-    """A forward hook that puts a tap on every floating output of one module."""
+    """A forward hook that puts a tap on every floating output of one module.
+
+    Args:
+        rows: What the taps add to.
+        path: The module's name.
+        module: The module.
+        tangents: u for each of its own parameters.
+
+    Raises:
+        UserError: if the module's gradients are not sums over examples.
+    """
 
     def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Mapping[str, Tensor]) -> None:
         self._rows, self._tangents = rows, tangents
         self.where = f"{path} ({type(module).__name__})"
-        self._product = _PRODUCTS.get(type(module), _general_product)
+        self._product = _embedding_product if type(module) is nn.Embedding else _general_product
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(
                 f"{self.where} rescales its weights or gradients, so its gradients have no per-example sum."
@@ -59,29 +82,29 @@ class TapHook:
         inputs, layout = pytree.tree_flatten((args, kwargs))
         outputs, out_layout = pytree.tree_flatten(output)
         for k, value in enumerate(outputs):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
+            if isinstance(value, Tensor) and value.is_floating_point():
                 call = _Call(self, module, layout, inputs, k)
                 tensors = [given for given in inputs if isinstance(given, Tensor)]
-                outputs[k] = _Tap.apply(self._rows.broadcast(value), call, *tensors)
-                self._rows.tapped.add(id(module))
+                value = self._rows.layout.expand(value)
+                self._rows.expect(value.shape, self.where)
+                outputs[k] = _Tap.apply(value, call, self._rows.anchor, *tensors)
+        self._rows.touch(module)
         return pytree.tree_unflatten(outputs, out_layout)
 
     def contribute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Raises:
-            UserError: if the module cannot be differentiated forwards, or its output not be split into examples.
+            UserError: if the module cannot be differentiated forwards.
         """
         try:
             product = self._product(module, self._tangents, args, kwargs, k, e.dtype)
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
-        wide = accumulator_dtype(e)
-        by_example = self._rows.by_example(product.expand_as(e), self.where).to(wide)
-        self._rows.add((by_example * self._rows.by_example(e, self.where).to(wide)).sum(1))
+        self._rows.add(product.expand_as(e), e, self.where)
 
 
 class _Call:
@@ -108,7 +131,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, call: _Call, anchor: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*inputs)
         return output.view_as(output)
@@ -118,16 +141,7 @@ class _Tap(torch.autograd.Function):
         (e,) = grads
         inputs = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
         ctx.call.contribute(e.detach(), inputs)
-        return (e, None, *(None for _ in inputs))
-
-
-def _linear_product(
-    module: nn.Module, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype
-) -> Tensor:
-    bias = u["bias"].to(dtype) if "bias" in u else None
-    (a,) = args or kwargs.values()
-    weight = u["weight"].to(dtype) if "weight" in u else torch.zeros_like(module.weight, dtype=dtype)  # type: ignore[arg-type]
-    return F.linear(a.to(dtype), weight, bias)
+        return (e, None, None, *(None for _ in inputs))
 
 
 def _embedding_product(
@@ -155,6 +169,3 @@ def _general_product(
 
     with torch.no_grad():
         return jvp(forward, (own,), (tangents,))[1]
-
-
-_PRODUCTS: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear_product, nn.Embedding: _embedding_product}

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from dualsft.errors import UserError
 from dualsft.gradients import compute_dtype, gradient_pass
-from dualsft.objective import Batch, example_losses
+from dualsft.layout import Batch
+from dualsft.objective import example_losses
 from tests.selection.tiny import (
     Example,
     Gradients,
     assert_same_gradients,
     collate,
+    given,
     gradient_loop,
     inner,
     make,
@@ -49,16 +51,16 @@ def test_pass_equals_the_loop_over_examples(architecture: str) -> None:
     """Over several batches, each example's row and the sum of all gradients are those of the loop."""
     model, examples = make(architecture), make_examples()
     u, gradients = random_direction(model), gradient_loop(model, examples)
-    found = gradient_pass(model, batches_of(examples, 2), direction=u)
+    found = gradient_pass(model, given(batches_of(examples, 2)), direction=u)
     assert found.rows == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
     assert_same_gradients(found.sums, total(gradients), 2e-6)
-    assert (found.counted, found.nonfinite, found.coverage) == (5, set(), 1.0)
+    assert (found.counted, found.nonfinite, found.covered) == (5, set(), set(u))
 
 
 def test_pass_without_a_direction_has_sums_alone() -> None:
     """Without u there are no rows, and the sums are the same."""
     model, examples = make("gpt2"), make_examples()
-    found = gradient_pass(model, batches_of(examples, 3))
+    found = gradient_pass(model, given(batches_of(examples, 3)))
     assert found.rows == {}
     assert found.counted == 5
     assert_same_gradients(found.sums, total(gradient_loop(model, examples)), 1e-11)
@@ -74,7 +76,7 @@ def test_watch_sees_every_batch_once() -> None:
             seen.append(batch["example_id"].tolist())
             yield batch
 
-    gradient_pass(make("gpt2"), batches_of(make_examples(), 2), watch)
+    gradient_pass(make("gpt2"), given(batches_of(make_examples(), 2)), watch)
     assert seen == [[100, 101], [102, 103], [104]]
 
 
@@ -114,8 +116,8 @@ def exploding_model(root: float = torch.inf, dtype: torch.dtype = torch.float64)
 def assert_pass_without(model: Any, examples: list[Example], bad: set[int], size: int) -> None:
     """The pass marks the bad ones and is, but for them, the pass over the others."""
     u = random_direction(model)
-    found = gradient_pass(model, batches_of(examples, size), direction=u)
-    clean = gradient_pass(model, batches_of(examples, size, leave_out=bad), direction=u)
+    found = gradient_pass(model, given(batches_of(examples, size)), direction=u)
+    clean = gradient_pass(model, given(batches_of(examples, size, leave_out=bad)), direction=u)
     assert found.nonfinite == bad
     assert clean.nonfinite == set()
     assert found.counted == clean.counted == len(examples) - len(bad)
@@ -160,7 +162,7 @@ def test_both_kinds_of_nonfinite_examples_at_once() -> None:
 def test_nothing_finite_gives_empty_sums() -> None:
     """If no example is finite the pass counts none, and its sums are zero."""
     examples = [with_token(example, EXPLOSIVE) for example in make_examples((5, 6))]
-    found = gradient_pass(nan_model(), batches_of(examples, 2), direction=random_direction(nan_model()))
+    found = gradient_pass(nan_model(), given(batches_of(examples, 2)), direction=random_direction(nan_model()))
     assert (found.counted, found.rows, found.nonfinite) == (0, {}, {100, 101})
     assert not any(value.count_nonzero() for value in found.sums.values())
 
@@ -171,9 +173,9 @@ def test_an_overflow_of_finite_gradients_is_an_error() -> None:
     model = exploding_model(1.0, torch.float32)
     row = gradient_loop(model, [example])[0]["model.embed_tokens.weight"][EXPLOSIVE].abs().max()
     model = exploding_model(float(2e38 / row.double()) ** 0.5, torch.float32)
-    assert gradient_pass(model, batches_of([example], 1)).nonfinite == set()
+    assert gradient_pass(model, given(batches_of([example], 1))).nonfinite == set()
     with pytest.raises(UserError, match=r"\[100, 101\] overflow torch.float32.*data.batch_tokens"):
-        gradient_pass(model, batches_of([example, example], 2))
+        gradient_pass(model, given(batches_of([example, example], 2)))
 
 
 def test_compute_dtype_is_autocasts_where_it_is_on() -> None:

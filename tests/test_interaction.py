@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualsft.errors import UserError
-from dualsft.interaction import ColumnSums, RowSums
+from dualsft.interaction import ColumnSums, RowSums, check_covered
+from dualsft.layout import Layout
 from dualsft.objective import example_losses
-from dualsft.selection.phases import scoring_mode
+from dualsft.selection.scoring_mode import scoring_mode
 from tests.selection.tiny import (
     ARCHITECTURES,
     Example,
@@ -33,9 +34,9 @@ def both_sums(model: Any, examples: list[Example], u: Gradients) -> tuple[list[f
     """Rows and columns of one padded batch, by one backward pass."""
     batch = collate(examples)
     with ColumnSums(model) as columns, RowSums(model, u) as rows:
-        rows.begin(*batch["input_ids"].shape)
+        rows.begin(Layout.of(batch))
         example_losses(model, batch).sum().backward()
-        assert rows.check_covered(columns.sums) == 1.0
+        assert rows.covered == set(columns.sums)
         return rows.read().tolist(), columns.sums
 
 
@@ -116,7 +117,7 @@ def test_taps_do_not_keep_checkpointed_activations() -> None:
     seen: list[weakref.ref[Tensor]] = []
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
     with scoring_mode(model, checkpointing=True), RowSums(model, random_direction(model)) as rows:
-        rows.begin(*batch["input_ids"].shape)
+        rows.begin(Layout.of(batch))
         losses = example_losses(model, batch)
         gc.collect()
         assert [reference() for reference in seen] == [None]
@@ -137,13 +138,19 @@ class Toy(nn.Module):
         return self._use(self.middle, self.embed(ids)).square().mean((1, 2))
 
 
-def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients, float]:
-    """Rows, columns and coverage of a toy batch, with u = 1."""
-    u = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+def rectangle(rows: int, tokens: int) -> Layout:
+    """Examples of equal length."""
+    return Layout(rows, tokens, [(row, 0, tokens) for row in range(rows)])
+
+
+def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
+    """Rows and columns of a toy batch, with u = 1."""
+    u = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
     with ColumnSums(model) as columns, RowSums(model, u) as rows:
-        rows.begin(*ids.shape)
+        rows.begin(rectangle(*ids.shape))
         model(ids).sum().backward()
-        return rows.read(), columns.sums, rows.check_covered(columns.sums)
+        check_covered(model, rows.covered, [name for name, total in columns.sums.items() if total.any()])
+        return rows.read(), columns.sums
 
 
 def test_a_weight_used_outside_its_module_is_refused_by_name() -> None:
@@ -158,7 +165,7 @@ def test_a_weight_used_past_its_module_once_breaks_the_sum_identity() -> None:
     """Where the same weight is also used properly, no name is missing, but Σ_i φ_i and Σ_j φ_j disagree."""
     torch.manual_seed(0)
     model = Toy(nn.Linear(4, 4), lambda linear, x: linear(x) + F.linear(x.square(), linear.weight))
-    rows, columns, _ = toy_sums(model, torch.randint(11, (3, 5)))
+    rows, columns = toy_sums(model, torch.randint(11, (3, 5)))
     assert float(rows.sum()) != pytest.approx(sum(float(g.sum()) for g in columns.values()), rel=1e-2)
 
 
@@ -203,13 +210,12 @@ def test_every_output_of_a_module_is_tapped() -> None:
         return (found["a"] + found["b"].sin()).view_as(x)
 
     model, ids = Toy(Flat(), use).double(), torch.randint(11, (3, 5))
-    rows, _, coverage = toy_sums(model, ids)
+    rows, _ = toy_sums(model, ids)
     expected = [
         sum(float(g.sum()) for g in torch.autograd.grad(model(ids[k : k + 1]).sum(), list(model.parameters())))
         for k in range(3)
     ]
     assert rows.tolist() == pytest.approx(expected, rel=1e-12)
-    assert coverage == 1.0
 
 
 class OneWay(torch.autograd.Function):
@@ -253,13 +259,14 @@ def test_rescaling_embeddings_are_refused(options: dict[str, Any]) -> None:
         toy_sums(model, torch.randint(11, (3, 5)))
 
 
-def test_frozen_weights_are_not_covered() -> None:
-    """The coverage is the share of all weights, frozen ones included, and frozen weights have no sums."""
-    model = Toy(nn.Linear(4, 4))
+def test_frozen_weights_are_left_out() -> None:
+    """Frozen weights have no sums, and the rows are those of the others."""
+    torch.manual_seed(0)
+    model, ids = Toy(nn.Linear(4, 4)), torch.randint(11, (3, 5))
     model.embed.requires_grad_(False)
-    _, columns, coverage = toy_sums(model, torch.randint(11, (3, 5)))
+    rows, columns = toy_sums(model, ids)
     assert set(columns) == {"middle.weight", "middle.bias"}
-    assert coverage == 20 / 64
+    assert float(rows.sum()) == pytest.approx(sum(float(g.sum()) for g in columns.values()), rel=1e-5)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -304,7 +311,7 @@ def test_read_before_backward_is_an_error() -> None:
     """Rows belong to a batch whose backward has run."""
     model = make("llama")
     with RowSums(model, random_direction(model)) as rows:
-        rows.begin(2, 3)
+        rows.begin(rectangle(2, 3))
         with pytest.raises(RuntimeError, match="no backward pass"):
             rows.read()
 
@@ -313,5 +320,5 @@ def test_evaluation_is_not_tapped() -> None:
     """A forward pass without gradients leaves no trace in the rows' model."""
     model, batch = make("llama"), collate(make_examples())
     with RowSums(model, random_direction(model)) as rows, torch.no_grad():
-        rows.begin(*batch["input_ids"].shape)
+        rows.begin(Layout.of(batch))
         assert example_losses(model, batch).grad_fn is None

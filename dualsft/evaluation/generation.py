@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
-from dualsft.objective import Batch
+from dualsft.layout import Batch
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dualsft.data import InstructionDataModule, load_tokenizer
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import Generation, generate_answers
 from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
+from dualsft.layout import Batch
 from dualsft.models import Dtype, load_model
-from dualsft.objective import Batch
 
 
 class EvaluationModule(LightningModule):

@@ -16,8 +16,9 @@ from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import LanguageModelMetrics, check_validation_data
+from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
-from dualsft.objective import Batch, example_losses
+from dualsft.objective import example_losses
 from dualsft.selection import Selection, load_selection
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +19,7 @@ class ParameterStatistics:
         preconditioner: P, a diagonal: 1 for SGD, 1/(sqrt(ĉ)+eps) for Adam; float32.
         step_size: η, the length of the step that restricted training takes.
         num_examples: n, how many pool examples are scored.
+        pool_gradient: ḡ, the mean gradient over the pool, for a scorer that needs it; float32.
     """
 
     name: str
@@ -26,10 +28,18 @@ class ParameterStatistics:
     preconditioner: Float[Tensor, "*shape"]
     step_size: float
     num_examples: int
+    pool_gradient: Float[Tensor, "*shape"] | None = None
 
 
 class Scorer(ABC):
-    """A rule for the direction u, applied to one parameter at a time."""
+    """A rule for the direction u, applied to one parameter at a time.
+
+    Attributes:
+        needs_pool_gradient: Whether u depends on ḡ. If so the pool is passed twice, once for ḡ, which gives the
+            parameter scores, and once for the example scores; otherwise one pass gives both.
+    """
+
+    needs_pool_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:

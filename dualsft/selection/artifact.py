@@ -30,6 +30,10 @@ _SCHEMA = pa.schema(
         ("selected", pa.bool_()),
     ]
 )
+_TOKENS = "token_scores.parquet"
+_TOKEN_SCHEMA = pa.schema(
+    [("example_id", pa.int64()), ("token_id", pa.list_(pa.int32())), ("score", pa.list_(pa.float64()))]
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Selection:
     def examples(self) -> pa.Table:
         """One row per record of ``data.train``: example_id, score, num_tokens, status, selected."""
         return pq.read_table(self.folder / _EXAMPLES)
+
+    @cached_property
+    def token_scores(self) -> pa.Table | None:
+        """One row per scored example, if scores by token were asked for: example_id, token_id and score (lists)."""
+        path = self.folder / _TOKENS
+        return pq.read_table(path) if path.is_file() else None
 
     @property
     def example_ids(self) -> list[int]:
@@ -124,6 +134,7 @@ def write_selection(
     mask: Mapping[str, Tensor],
     selected_lines: Sequence[str],
     config: str,
+    token_scores: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Write every part of a selection into a folder of its own; see `publish` for the step that makes it visible.
 
@@ -135,8 +146,11 @@ def write_selection(
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
+        token_scores: Column name -> one value per scored example, if scores by token were asked for.
     """
     pq.write_table(pa.table(dict(examples), schema=_SCHEMA), folder / _EXAMPLES)
+    if token_scores is not None:
+        pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
     save_torch_state_dict(
         dict(sorted(parameter_scores.items())), folder, filename_pattern="parameter_scores{suffix}.safetensors"
     )

@@ -19,13 +19,17 @@ from dualsft.allocators import (
 from dualsft.data import Examples, InstructionDataModule, Records
 from dualsft.errors import UserError
 from dualsft.gradients import GradientPass, compute_dtype
+from dualsft.interaction import check_covered
+from dualsft.layout import Batch
 from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
-from dualsft.objective import Batch, example_losses
+from dualsft.objective import example_losses
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
-from dualsft.selection.phases import Phases, directions, second_moment_file, stored_second_moment
+from dualsft.selection.directions import directions
+from dualsft.selection.moments import second_moment_file, stored_second_moment
+from dualsft.selection.phases import Phases
 from dualsft.selection.prior import Prior
 from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
 from dualsft.selection.warmup import Warmup
@@ -50,6 +54,8 @@ class SelectionModule(LightningModule):
         prior: The objective's second term.
         dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        token_scores: Keep the contribution of each token to its example's score too; takes longer.
+        save_minutes: How often to keep the state of the phase under way, for --resume.
     """
 
     def __init__(
@@ -66,12 +72,16 @@ class SelectionModule(LightningModule):
         prior: Prior = Prior(),  # noqa: B008 (frozen)
         dtype: Dtype = "auto",
         gradient_checkpointing: bool = False,
+        token_scores: bool = False,
+        save_minutes: float = 10.0,
     ) -> None:
         super().__init__()
         check_budget("model.parameter_budget", parameter_budget)
         check_budget("model.data_budget", data_budget)
         if not step_size > 0:
             raise UserError(f"model.step_size is {step_size}; give a positive number.")
+        if not save_minutes > 0:
+            raise UserError(f"model.save_minutes is {save_minutes}; give a positive number of minutes.")
         if preconditioner == "adam" and warmup.fraction == 0 and warmup.checkpoint is None:
             raise UserError(
                 "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction "
@@ -87,6 +97,7 @@ class SelectionModule(LightningModule):
         self.warmup = warmup
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.token_scores, self.save_minutes = token_scores, save_minutes
 
     def configure_model(self) -> None:
         """Load the base model, or the scoring checkpoint that stands for a warm-up.
@@ -128,20 +139,23 @@ class SelectionModule(LightningModule):
         data_count, parameter_count = self._counts(len(pool))
         run.claim(inputs := describe_inputs(self, data, seed))
         log = PhaseLog(show, self.model.device)
-        scored, scores = self._score(Phases(self.model, data, run, log, seed), pool)
+        phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
+        scored, scores = self._score(phases, pool)
         identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
         scores = {name: score.float() for name, score in scores.items()}
         mask = self._choose_weights(scores, parameter_count)
         chosen = self._choose_examples(data.train_examples, scored, data_count)
         outcome = describe_outcome(data.train_examples, scored, chosen, mask, identity)
+        cost = {"scoring_batch_tokens": phases.batch_tokens, "phases": log.as_json()}
         write_selection(
             staged := run.staging(),
-            manifest={**inputs, **outcome, "phases": log.as_json()},
+            manifest={**inputs, **outcome, "coverage": self._coverage(mask), **cost},
             examples=_example_table(data.train_examples, scored, chosen),
             parameter_scores=scores,
             mask=mask,
             selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen)],
             config=config,
+            token_scores=_token_table(data.train_examples, scored) if self.token_scores else None,
         )
         publish(staged, run.path)
         run.finish()
@@ -188,10 +202,22 @@ class SelectionModule(LightningModule):
             moments = stored_second_moment(checkpoint, self.model) if adam else {}
         if not adam:
             moments.clear()
-        gradient = phases.validation_gradient(self.gradient_checkpointing)
-        u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(pool))
-        scored = phases.scores(u, pool, self.gradient_checkpointing)
+        gradient = phases.validation_gradient()
+        if not self.scorer.needs_pool_gradient:
+            u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(pool))
+            scored = phases.scores(u, pool, columns=True, by_token=self.token_scores)
+        else:
+            statistics = phases.pool_gradient(pool)
+            finite = [i for i in pool if i not in statistics.nonfinite]
+            u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(finite), statistics.sums)
+            scored = phases.scores(u, finite, columns=False, by_token=self.token_scores)
+            scored.sums, scored.nonfinite = statistics.sums, scored.nonfinite | statistics.nonfinite
+        check_covered(self.model, scored.covered, [n for n, total in scored.sums.items() if bool(total.any())])
         return scored, {name: total.mul_(u.pop(name)).cpu() for name, total in scored.sums.items()}
+
+    def _coverage(self, scores: Mapping[str, Tensor]) -> float:
+        """The share of the model's weights that have scores: all but the frozen ones."""
+        return sum(score.numel() for score in scores.values()) / sum(p.numel() for p in self.model.parameters())
 
     def _choose_weights(self, scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
         """Spend the parameter budget.
@@ -259,4 +285,13 @@ def _example_table(pool: Examples, scored: GradientPass, chosen: set[int]) -> di
         "num_tokens": [int(n) for n in pool.num_tokens],
         "status": ["nonfinite" if i in scored.nonfinite else status for i, status in enumerate(pool.status)],
         "selected": [i in chosen for i in ids],
+    }
+
+
+def _token_table(pool: Examples, scored: GradientPass) -> dict[str, list[Any]]:
+    ids = sorted(scored.tokens)
+    return {
+        "example_id": ids,
+        "token_id": [list(pool.dataset[i]["input_ids"]) for i in ids],
+        "score": [scored.tokens[i].tolist() for i in ids],
     }

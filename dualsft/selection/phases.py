@@ -1,29 +1,23 @@
-"""The phases that cost time: warm-up and validation gradient, which a killed run need not repeat, and the scores."""
+"""The phases that cost time: warm-up, gradients and scores; none is repeated by a run that goes on after a kill."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.gradients import GradientPass, gradient_pass
-from dualsft.models import checkpoint_activations, model_fingerprint, model_folder
+from dualsft.gradients import GradientPass
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
-from dualsft.scorers import ParameterStatistics, Scorer
-from dualsft.selection.warmup import EPS, Warmup, warm_up
-
-SECOND_MOMENT = "second_moment.safetensors"
-Moments = dict[str, Tensor]
-"""Parameter name -> ĉ, the bias-corrected second moment."""
+from dualsft.selection.keeping import PhaseKeeper
+from dualsft.selection.moments import SECOND_MOMENT, Moments
+from dualsft.selection.passes import Passes
+from dualsft.selection.warmup import Warmup, warm_up
 
 
 class Phases:
@@ -32,21 +26,37 @@ class Phases:
     Args:
         model: The base model, or the scoring checkpoint that stands for a warm-up.
         data: The pool and the validation set.
-        run: Keeps the state of finished phases.
+        run: Keeps the state of finished phases, and of the one under way.
         log: Keeps what each phase cost, and shows progress.
         seed: Decides which examples the warm-up draws, and their order.
+        checkpointing: Whether to recompute activations in the backward pass.
+        save_minutes: How often to keep the state of the phase under way.
     """
 
     def __init__(
-        self, model: PreTrainedModel, data: InstructionDataModule, run: RunFolder, log: PhaseLog, seed: int
+        self,
+        model: PreTrainedModel,
+        data: InstructionDataModule,
+        run: RunFolder,
+        log: PhaseLog,
+        seed: int,
+        checkpointing: bool = False,
+        save_minutes: float = 10.0,
     ) -> None:
         self._model, self._data, self._run, self._log, self._seed = model, data, run, log, seed
+        self._save_minutes = save_minutes
+        self._passes = Passes(model, run, log, data.batch_tokens, checkpointing, save_minutes)
+
+    @property
+    def batch_tokens(self) -> int:
+        """The largest scoring batch: the data module's, halved once if memory ran out."""
+        return self._passes.batch_tokens
 
     def warm_up(self, settings: Warmup) -> Moments:
         """Bring the model to the scoring checkpoint θ; its second moment, or nothing without a warm-up.
 
         Raises:
-            UserError: if the warm-up's loss stops being finite.
+            UserError: if the warm-up's loss stops being finite, or memory runs out.
         """
         if settings.fraction == 0:
             return {}
@@ -65,11 +75,15 @@ class Phases:
     def _warm_up(self, settings: Warmup) -> None:
         ids = settings.draw(self._data.train_examples.ok_ids(), self._seed)
         loader = self._data.training_loader(ids, self._seed)
-        with self._log.phase("warm-up", len(ids) * settings.epochs) as watch, _seeded(self._model, self._seed):
-            moments = warm_up(self._model, loader, settings.epochs, settings.learning_rate, watch)
+        keeper = PhaseKeeper(self._run, "warm-up", self._save_minutes)
+        count = len(ids) * settings.epochs
+        with self._log.phase("warm-up", count, keeper.earlier) as watch, _seeded(self._model, self._seed):
+            keeper.meter = watch
+            moments = warm_up(self._model, loader, settings.epochs, settings.learning_rate, watch, keeper)
         weights = {f"weight:{name}": p for name, p in self._model.named_parameters()}
         moments = {f"moment:{name}": moment for name, moment in moments.items()}
         self._run.save("warm-up", {**weights, **moments}, self._log.take())
+        keeper.drop()
 
     def _keep_checkpoint(self, moments: Moments) -> None:
         folder = self._run.path / "warmup"
@@ -77,154 +91,36 @@ class Phases:
         self._data.tokenizer.save_pretrained(folder)
         save_file({name: moment.contiguous().cpu() for name, moment in moments.items()}, folder / SECOND_MOMENT)
 
-    def validation_gradient(self, checkpointing: bool) -> dict[str, Tensor]:
+    def validation_gradient(self) -> dict[str, Tensor]:
         """v, the mean gradient over the validation examples, per parameter.
 
         Raises:
-            UserError: if no validation example has a finite loss and gradient.
+            UserError: if no validation example has a finite loss and gradient, or memory runs out.
         """
-        if (saved := self._run.load("validation-gradient")) is not None:
-            self._log.restore(saved[1])
-            return {name: value.to(self._model.device) for name, value in saved[0].items()}
-        with (
-            self._log.phase("validation gradient", len(self._data.validation_examples.ok_ids())) as watch,
-            scoring_mode(self._model, checkpointing),
-        ):
-            found = gradient_pass(self._model, self._data.validation_loader(), watch)
+        count = len(self._data.validation_examples.ok_ids())
+        found = self._passes.run("validation gradient", count, self._data.validation_loader)
         if not found.counted:
             raise UserError(
                 "No validation example has a finite loss and gradient at the scoring checkpoint; check the data."
             )
-        gradient = {name: total.div_(found.counted) for name, total in found.sums.items()}
-        self._run.save("validation-gradient", gradient, notes := self._log.take())
-        self._log.restore(notes)
-        return gradient
+        return {name: total.div_(found.counted) for name, total in found.sums.items()}
 
-    def scores(self, direction: dict[str, Tensor], pool: list[int], checkpointing: bool) -> GradientPass:
-        """Rows and columns of the interaction matrix over the pool."""
-        if (saved := self._run.load("scores")) is not None:
-            self._log.restore(saved[1])
-            sums = {name: total.to(self._model.device) for name, total in _under("sum", saved[0]).items()}
-            rows = dict(zip(saved[1]["ids"], saved[0]["rows"].tolist(), strict=True))
-            return GradientPass(sums, rows, len(rows), set(saved[1]["nonfinite"]), saved[1]["coverage"])
-        with self._log.phase("scores", len(pool)) as watch, scoring_mode(self._model, checkpointing):
-            found = gradient_pass(self._model, self._data.pool_loader(pool), watch, direction)
-        notes = {
-            **self._log.take(),
-            "ids": list(found.rows),
-            "nonfinite": sorted(found.nonfinite),
-            "coverage": found.coverage,
-        }
-        rows_kept = torch.tensor(list(found.rows.values()), dtype=torch.float64)
-        self._run.save("scores", {"rows": rows_kept, **{f"sum:{n}": t for n, t in found.sums.items()}}, notes)
-        self._log.restore(notes)
-        return found
+    def pool_gradient(self, pool: list[int]) -> GradientPass:
+        """Σ_i g_i over these examples: the statistics pass of a scorer whose direction depends on ḡ.
 
+        Raises:
+            UserError: if memory runs out.
+        """
+        return self._passes.run("pool gradient", len(pool), partial(self._data.pool_loader, pool))
 
-@torch.no_grad()
-def directions(
-    model: nn.Module, scorer: Scorer, gradient: dict[str, Tensor], moments: Moments, step_size: float, num_examples: int
-) -> dict[str, Tensor]:
-    """U for every trainable parameter; each v and ĉ is dropped from its mapping as soon as it has been used.
+    def scores(self, direction: dict[str, Tensor], pool: list[int], *, columns: bool, by_token: bool) -> GradientPass:
+        """The interaction matrix's rows over these examples, and its columns if they are not known yet.
 
-    Args:
-        model: The model at the scoring checkpoint.
-        scorer: The rule for u.
-        gradient: v per parameter.
-        moments: ĉ per parameter for P = 1/(sqrt(ĉ)+eps); empty for P = 1.
-        step_size: η.
-        num_examples: n.
-
-    Raises:
-        UserError: if a direction is not finite, or not of its parameter's shape.
-    """
-    chosen = {}
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        v = gradient.pop(name)
-        p = moments.pop(name).sqrt_().add_(EPS).reciprocal_() if moments else torch.ones_like(v)
-        u = scorer.direction(ParameterStatistics(name, weight, v, p, step_size, num_examples))
-        if not isinstance(u, Tensor) or u.shape != weight.shape or not bool(u.isfinite().all()):
-            raise UserError(f"{type(scorer).__name__} gave {name} a direction that is not finite or not of its shape.")
-        chosen[name] = u
-    return chosen
-
-
-def second_moment_file(checkpoint: str) -> Path:
-    """The file of ĉ beside a ready scoring checkpoint.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = model_folder(checkpoint) / SECOND_MOMENT
-    if not path.is_file():
-        raise UserError(
-            f"model.preconditioner is adam, but {checkpoint} has no {SECOND_MOMENT}; make the checkpoint with "
-            "model.warmup.keep, or set model.preconditioner to none."
-        )
-    return path
-
-
-def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
-    """ĉ beside a ready scoring checkpoint.
-
-    Raises:
-        UserError: if there is none, it cannot be read, or it belongs to another model.
-    """
-    path = second_moment_file(checkpoint)
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    try:
-        moments = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
-    return {name: moment.to(weights[name].device) for name, moment in moments.items()}
-
-
-def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:
-    """Fingerprints of a ready scoring checkpoint: SHA-256 of its weights and of its second moment's file, if any."""
-    path, digest = model_folder(checkpoint) / SECOND_MOMENT, None
-    if path.is_file():
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"fingerprint": model_fingerprint(checkpoint), "second_moment": digest}
-
-
-@contextmanager
-def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode, in which activation checkpointing works all the same.
-
-    A layer asks its ``training`` flag whether to checkpoint, and may ask the same flag whether to drop out: the flag is
-    up for the first question alone.
-    """
-    model.eval()
-    if not checkpointing:
-        yield
-        return
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _training(layers, False, then=True), _training(layers, False, then=True)
-
-    checkpoint_activations(model, context_fn=contexts)
-    try:
-        with _training(layers, True, then=False):
-            yield
-    finally:
-        checkpoint_activations(model)
-
-
-@contextmanager
-def _training(layers: Sequence[nn.Module], flag: bool, then: bool) -> Iterator[None]:
-    for layer in layers:
-        layer.training = flag
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = then
+        Raises:
+            UserError: if a module cannot be scored, or memory runs out.
+        """
+        loader = partial(self._data.pool_loader, pool)
+        return self._passes.run("scores", len(pool), loader, direction=direction, columns=columns, by_token=by_token)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dualsft.data import Examples, InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.gradients import GradientPass, compute_dtype
 from dualsft.models import model_fingerprint, tokenizer_fingerprint
-from dualsft.selection.phases import describe_checkpoint
+from dualsft.selection.moments import describe_checkpoint
 
 if TYPE_CHECKING:
     from dualsft.selection.module import SelectionModule
@@ -44,11 +44,13 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
             "max_length": data.max_length,
             "batch_tokens": data.batch_tokens,
             "batch_size": data.batch_size,
+            "packing": data.packing,
             "format": asdict(data.options),
         },
         "warmup": asdict(module.warmup),
         "scorer": _describe(module.scorer),
         "preconditioner": module.preconditioner,
+        "token_scores": module.token_scores,
         "step_size": module.step_size,
         "parameter_allocator": _describe(module.parameter_allocator),
         "data_allocator": _describe(module.data_allocator),
@@ -115,7 +117,6 @@ def describe_outcome(
                 "scored": sum(chosen.numel() for chosen in mask.values()),
             },
         },
-        "coverage": scored.coverage,
         "sum_identity": identity,
         "versions": {
             "python": platform.python_version(),

@@ -9,7 +9,7 @@ from dualsft.data import collate
 from dualsft.errors import UserError
 from dualsft.evaluation import Generation
 from dualsft.evaluation.generation import generate_answers, last_turn
-from dualsft.objective import Batch
+from dualsft.layout import Batch
 from tests.cases import tiny_llama, tiny_tokenizer
 
 GSM8K = r"#### (-?[\d.,]+)"

@@ -159,15 +159,16 @@ def test_sum_identity_is_reported(folder: Path, manifest: dict[str, Any]) -> Non
 
 
 def test_phases_tell_what_they_cost(manifest: dict[str, Any]) -> None:
-    """Each phase has a name, examples, supervised tokens, seconds and peak memory."""
+    """Each phase has a name, examples, supervised tokens, seconds, their ratio, and peak memory."""
     phases = manifest["phases"]
     assert [phase["name"] for phase in phases] == ["validation gradient", "scores"]
     assert [phase["examples"] for phase in phases] == [2, 8]
     totals = [manifest["data"][which]["supervised_tokens"] for which in ("validation", "train")]
     assert [phase["tokens"] for phase in phases] == totals
     for phase in phases:
-        assert set(phase) == {"name", "examples", "tokens", "seconds", "peak_memory_bytes"}
+        assert set(phase) == {"name", "examples", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes"}
         assert phase["seconds"] > 0
+        assert phase["tokens_per_second"] == phase["tokens"] / phase["seconds"]
         assert phase["peak_memory_bytes"] > 2**20
 
 

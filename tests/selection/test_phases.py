@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from dualsft.gradients import gradient_pass
 from dualsft.scorers import FirstOrder, ParameterStatistics, Scorer
-from dualsft.selection.phases import directions, scoring_mode
+from dualsft.selection.directions import directions
+from dualsft.selection.scoring_mode import scoring_mode
 from dualsft.selection.warmup import EPS
 from tests.selection.tiny import (
     assert_same_gradients,
     collate,
+    given,
     gradient_loop,
     inner,
     make,
@@ -29,7 +31,7 @@ def test_checkpointing_does_not_bring_dropout_back(architecture: str) -> None:
     assert max(getattr(model.config, name, 0.0) for name in ("attn_pdrop", "dropout")) > 0
     u, gradients = random_direction(model), gradient_loop(model, examples)
     with scoring_mode(model, checkpointing=True):
-        found = gradient_pass(model, [collate(examples)], direction=u)
+        found = gradient_pass(model, given([collate(examples)]), direction=u)
     assert list(found.rows.values()) == pytest.approx([inner(u, g) for g in gradients], rel=1e-9)
     assert_same_gradients(found.sums, total(gradients), 1e-11)
 
@@ -40,7 +42,7 @@ def test_checkpointing_recomputes(checkpointing: bool, calls_per_batch: int) -> 
     model, calls = make("gpt2"), []
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with scoring_mode(model, checkpointing):
-        gradient_pass(model, [collate(make_examples())])
+        gradient_pass(model, given([collate(make_examples())]))
     assert len(calls) == calls_per_batch
 
 

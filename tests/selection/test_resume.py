@@ -12,7 +12,7 @@ import pytest
 from dualsft import load_selection
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder
-from dualsft.selection import Warmup, module, phases
+from dualsft.selection import Warmup, module, passes, phases
 from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 OPTIONS: dict[str, Any] = {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)}
@@ -57,10 +57,10 @@ def killed_run(inputs: Inputs, folder: Path, options: dict[str, Any], *place: An
 PLACES = {
     "before the warm-up": (phases, "warm_up", 1, False),
     "in the warm-up": (phases, "warm_up", 1, True),
-    "before the validation gradient": (phases, "gradient_pass", 1, False),
-    "after the validation gradient": (phases, "gradient_pass", 1, True),
-    "before the scores": (phases, "gradient_pass", 2, False),
-    "after the scores": (phases, "gradient_pass", 2, True),
+    "before the validation gradient": (passes, "gradient_pass", 1, False),
+    "after the validation gradient": (passes, "gradient_pass", 1, True),
+    "before the scores": (passes, "gradient_pass", 2, False),
+    "after the scores": (passes, "gradient_pass", 2, True),
     "before staging": (module, "write_selection", 1, False),
     "after staging": (module, "write_selection", 1, True),
     "in publishing": (Path, "replace", 6, True),
@@ -86,11 +86,11 @@ def test_a_resumed_run_gives_the_same_bytes(
 
 def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that died in the scores repeats neither warm-up nor validation gradient, and still tells their cost."""
-    killed_run(inputs, tmp_path, OPTIONS, phases, "gradient_pass", 2, seed=1)
+    killed_run(inputs, tmp_path, OPTIONS, passes, "gradient_pass", 2, seed=1)
     warm_ups = kill_at(monkeypatch, phases, "warm_up")
-    passes = kill_at(monkeypatch, phases, "gradient_pass", call=2)
+    gradient_passes = kill_at(monkeypatch, passes, "gradient_pass", call=2)
     selection = select(inputs, tmp_path, OPTIONS, seed=1, resume=True)
-    assert (len(warm_ups), len(passes)) == (0, 1)
+    assert (len(warm_ups), len(gradient_passes)) == (0, 1)
     costs = selection.manifest["phases"]
     assert [(phase["name"], phase["examples"]) for phase in costs] == [
         ("warm-up", 8),
@@ -114,7 +114,7 @@ def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkey
 )
 def test_other_settings_do_not_resume(inputs: Inputs, tmp_path: Path, change: dict[str, Any], named: str) -> None:
     """What decides the outcome must be the same; what differs is named."""
-    killed_run(inputs, tmp_path, OPTIONS, phases, "gradient_pass", seed=1)
+    killed_run(inputs, tmp_path, OPTIONS, passes, "gradient_pass", seed=1)
     with pytest.raises(UserError, match=f"unfinished run with other settings {named}"):
         select(inputs, tmp_path, **{"options": OPTIONS, "seed": 1, **change}, resume=True)
 
@@ -123,7 +123,7 @@ def test_other_inputs_do_not_resume(tmp_path: Path) -> None:
     """The same paths with other contents are other inputs."""
     (tmp_path / "in").mkdir()
     inputs = write_inputs(tmp_path / "in")
-    killed_run(inputs, tmp_path / "out", SGD, phases, "gradient_pass")
+    killed_run(inputs, tmp_path / "out", SGD, passes, "gradient_pass")
     with open(inputs.train, "a", encoding="utf-8") as stream:
         stream.write('{"prompt": "one", "response": "more"}\n')
     (tmp_path / "other").mkdir()

@@ -22,7 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dualsft.objective import Batch, example_losses
+from dualsft.layout import Batch
+from dualsft.objective import example_losses
 
 VOCABULARY = 61
 _SIZES: dict[str, Any] = {
@@ -130,6 +131,11 @@ def collate(examples: Sequence[Example], ids: Sequence[int] | None = None) -> Ba
         "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
         "labels": pad_sequence([torch.tensor(labels) for _, labels in examples], batch_first=True, padding_value=-100),
     }
+
+
+def given(batches: list[Batch]) -> Callable[[int], list[Batch]]:
+    """Batches as a gradient pass takes them: from the k-th on."""
+    return lambda first: batches[first:]
 
 
 Gradients = dict[str, Tensor]
