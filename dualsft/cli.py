@@ -151,7 +151,7 @@ class DualSFTCLI(LightningCLI):
             seed=int(config.seed_everything),
             config=self.replay,
         )
-        print(summary(selection))
+        print(summary(selection, datamodule.tokenizer))
 
     def fit(self, model: MaskedFinetuneModule, datamodule: InstructionDataModule, **kwargs: Any) -> None:
         """Fine-tune, from the newest checkpoint if resuming."""
@@ -168,6 +168,8 @@ class DualSFTCLI(LightningCLI):
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
         folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
         write_atomically(folder.path / "config.yaml", self.replay)
+        share = datamodule.training_padding_share()
+        print(f"training on {len(datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         checkpoint = self._checkpoint(folder.path) if self.config["fit"].resume else None
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)

@@ -1,5 +1,10 @@
 """The one exception that a user is meant to read, and the one that can be met with a smaller batch."""
 
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -10,11 +15,40 @@ class UserError(Exception):
     """
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+# torch's allocators and C++'s, the system's own words, and those of CUDA's libraries for linear algebra
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is no memory left, on the accelerator or on the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def shortage(error: BaseException) -> str:
+    """How memory ran out, in a few words."""
+    asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
+    if asked is None:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    amount, unit = asked.groups()
+    if unit == "bytes":
+        amount, unit = f"{int(amount) / 2**20:,.0f}", "MiB"
+    return f"at a request for {amount} {unit}"
+
+
+@contextmanager
+def advising(where: str, advice: str) -> Iterator[None]:
+    """Answer a shortage of memory with advice, where there is nothing else to try.
+
+    Raises:
+        UserError: if memory runs out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"Memory ran out {where} ({shortage(error)}); {advice}.") from error

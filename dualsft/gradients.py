@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, Direction, RowSums
-from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, widen, without
+from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
 from dualsft.objective import example_losses
 from dualsft.spot_check import spot_check
 
@@ -201,19 +201,24 @@ class _Pass:
             return losses, batch
         if "spans" in batch:  # a neighbour in the row spoils the finite ones too
             finite = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
+            if bool(finite.all()):
+                raise UserError(
+                    f"The losses of the examples {batch['example_id'].tolist()} are not finite in packed rows, though "
+                    "each is alone; set data.packing to false."
+                )
         self._result.nonfinite.update(batch["example_id"][~finite].tolist())
         return self._finite_losses(without(batch, finite))
 
     @torch.no_grad()
     def _is_finite_alone(self, batch: Batch, k: int) -> bool:
-        return bool(example_losses(self._model, _to(only(batch, k), self._model.device)).isfinite().all())
+        return bool(example_losses(self._model, to_device(only(batch, k), self._model.device)).isfinite().all())
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Batch]:
         layout = Layout.of(batch)
         if self._rows is not None:
             self._rows.begin(layout)
         try:
-            return example_losses(self._model, _to(batch, self._model.device), layout), batch
+            return example_losses(self._model, to_device(batch, self._model.device), layout), batch
         except AmbiguousShapeError:
             return self._forward(widen(batch))
 
@@ -265,10 +270,6 @@ class _Pass:
         for name, total in sums.items():
             total.copy_(self._result.sums[name])
         self._result.sums = sums
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: values.to(device) for name, values in batch.items()}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ right-padded rows with one example each, or ``position_ids`` (row, token) and ``
 
 
 class AmbiguousShapeError(Exception):
-    """An output whose token axis cannot be told from another of the same size; a wider batch has no such doubt."""
+    """An output whose rows or tokens cannot be told from another axis of that size; a wider batch has no such doubt."""
 
 
 class Layout:
@@ -64,15 +64,22 @@ class Layout:
         inside = steps < length[:, None]
         return ((row * self.tokens + first)[:, None] + steps).where(inside, 0), inside
 
+    def token_axes(self, shape: Sequence[int]) -> list[int]:
+        """The axes of an output of rows that are as long as a row."""
+        if not shape or shape[0] != self.rows:
+            return []
+        return [axis for axis in range(1, len(shape)) if shape[axis] == self.tokens]
+
     def token_axis(self, shape: Sequence[int], where: str) -> int:
         """The axis of a module's output that counts tokens; 0 if rows and tokens are flattened into one.
 
         Raises:
-            AmbiguousShapeError: if two axes are as long as a row.
+            AmbiguousShapeError: if two axes are as long as a row, or the first may count either.
             UserError: if the output has neither rows and tokens nor flattened tokens.
         """
-        axes = [axis for axis in range(1, len(shape)) if shape[axis] == self.tokens]
-        if shape and shape[0] == self.rows and axes:
+        self._check_square(shape, where)
+        axes = self.token_axes(shape)
+        if axes:
             if len(axes) > 1:
                 raise AmbiguousShapeError(where)
             return axes[0]
@@ -81,16 +88,20 @@ class Layout:
         raise self._strange(shape, where)
 
     def check_rows(self, shape: Sequence[int], where: str) -> None:
-        """See that an output splits into rows, whichever axis counts tokens.
+        """See that an output splits into rows, whichever axis counts tokens, if any does.
 
         Raises:
-            UserError: if it does not.
+            AmbiguousShapeError: if its first axis may count either.
+            UserError: if it does not split.
         """
-        leading = shape[0] if shape else 0
-        if leading == self.rows and (len(shape) == 1 or self.tokens in shape[1:]):
-            return
-        if leading != self.rows * self.tokens:
+        self._check_square(shape, where)
+        if not shape or shape[0] not in (self.rows, self.rows * self.tokens):
             raise self._strange(shape, where)
+
+    def _check_square(self, shape: Sequence[int], where: str) -> None:
+        """See that the first axis does not count tokens of nobody's (learned positions), as many as there are rows."""
+        if shape and shape[0] == self.rows == self.tokens:
+            raise AmbiguousShapeError(where)
 
     def _strange(self, shape: Sequence[int], where: str) -> UserError:
         held = f"{self.rows} {'examples' if self.whole_rows else 'rows'} of {self.tokens} tokens"
@@ -105,11 +116,20 @@ class Layout:
         ordered = values.movedim(axis, 1) if axis else values
         return ordered.reshape(self.rows, self.tokens, -1)
 
+    def flat(self, values: Tensor, axis: int) -> Float[Tensor, "flat rest"]:
+        """Flatten rows and tokens of a module's output into one, given the axis that counts tokens."""
+        return values.movedim(axis, 1).reshape(self.rows * self.tokens, -1)
+
     def expand(self, output: Tensor) -> Tensor:
         """Give an output that is shared by the whole batch (learned positions) rows of its own."""
         if output.dim() > 2 and output.shape[0] == 1 < self.rows and output.shape[1] == self.tokens:
             return output.expand(self.rows, *output.shape[1:])
         return output
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on this device."""
+    return {name: values.to(device) for name, values in batch.items()}
 
 
 def only(batch: Batch, k: int) -> Batch:

@@ -73,8 +73,7 @@ class LinearHook:
         a, output = self._rows.layout.expand(a), self._rows.layout.expand(output)
         self._rows.expect(output.shape, self.where)
         self._rows.touch(module)
-        bias = module.bias if self._u_bias is not None else None
-        return _LinearTap.apply(output.detach(), a, module.weight, bias, self._rows.anchor, self)
+        return _LinearTap.apply(output.detach(), a, module.weight, module.bias, self._rows.anchor, self)
 
     def backward(self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
         """Add to the rows; the gradients of the input and of the weight, where needed."""
@@ -136,11 +135,11 @@ def example_gradients(
     wide = accumulator_dtype(e)
     gradient = e.new_empty(u.shape, dtype=dtype)
     step = max(1, _BLOCK // u.shape[1])
-    buffer = e.new_empty((min(step, len(u)), u.shape[1]), dtype=wide)
+    buffer = e.new_empty((2, min(step, len(u)), u.shape[1]), dtype=wide)
     values = []
     for first in range(0, len(u), step):
         block = slice(first, first + step)
-        part, total = _block_gradients(x[..., block], y, u[block].to(wide).reshape(-1), layout, buffer)
+        part, total = _block_gradients(x[..., block], y, u[block].to(wide), layout, buffer)
         values.append(part)
         gradient[block] = total
     return torch.stack(values).sum(0), gradient.t() if turned else gradient
@@ -149,17 +148,18 @@ def example_gradients(
 def _block_gradients(
     x: Float[Tensor, "row token m"],
     y: Float[Tensor, "row token n"],
-    u: Float[Tensor, " mn"],
+    u: Float[Tensor, "m n"],
     layout: Layout,
-    buffer: Float[Tensor, "step n"],
+    buffer: Float[Tensor, "2 step n"],
 ) -> tuple[Float[Tensor, " example"], Float[Tensor, "m n"]]:
-    one = buffer[: x.shape[-1]]
+    one, scratch = buffer[:, : x.shape[-1]]
     total = torch.zeros_like(one)
     products = []
     for row, first, length in layout.spans:
         span = slice(first, first + length)
         _outer(x[row, span], y[row, span], one)
-        products.append(torch.dot(one.view(-1), u))
+        # not torch.dot, which adds a million products in a handful of float32 numbers
+        products.append(torch.mul(one, u, out=scratch).sum())
         total.add_(one)
     return torch.stack(products).double(), total
 
@@ -183,7 +183,7 @@ class _LinearTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.hook = hook
         ctx.save_for_backward(a, weight)
-        return output.view_as(output)
+        return output.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -60,16 +60,15 @@ class PhaseLog:
         """
         phase = _phase_from(earlier) if earlier else Phase(name)
         _reset_peak_memory(self._device)
-        bar = tqdm(
-            total=examples, initial=phase.examples, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True
-        )
+        done = phase.examples % max(examples, 1)  # an earlier round, in vain, may have passed them all
+        bar = tqdm(total=examples, initial=done, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True)
         with bar:
             yield (meter := Meter(phase, bar, self._device))
         self.phases.append(_phase_from(meter.so_far()))
 
-    def take(self) -> dict[str, Any]:
-        """Remove the latest phase and return it as `restore` takes it."""
-        return asdict(self.phases.pop())
+    def latest(self) -> dict[str, Any]:
+        """The latest phase, as `restore` takes it."""
+        return asdict(self.phases[-1])
 
     def restore(self, notes: dict[str, Any]) -> None:
         """Take over a phase that an earlier, killed run finished."""
@@ -98,6 +97,8 @@ class Meter:
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the batches on; each counts once its work is done."""
+        if self._bar.n >= self._bar.total:  # another round, as the last one was in vain
+            self._bar.reset()
         for batch in batches:
             yield batch
             self._phase.examples += len(batch["example_id"])
@@ -110,6 +111,11 @@ class Meter:
         """What has passed and what it cost, the part of an earlier run included."""
         peak = max(self._phase.peak_memory_bytes, peak_memory(self._device))
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
+
+
+def say(message: str) -> None:
+    """Tell the user something, on a line of its own above the bar, if one is drawn."""
+    tqdm.write(f"dualsft: {message}", file=sys.stderr)
 
 
 def _phase_from(notes: dict[str, Any]) -> Phase:

@@ -1,19 +1,22 @@
 """The output folder of a run: claimed before work starts, never overwritten unasked, and resumable after a kill.
 
-While a run is under way its folder holds ``.unfinished/``: what the run is (``run.json``) and the state of its finished
-phases. It is removed when the run is complete.
+While a run is under way its folder holds ``.unfinished/``: what the run is (``run.json``) and the state of its phases.
+It is removed when the run is complete.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
@@ -79,6 +82,7 @@ class RunFolder:
             self._check_inputs(inputs)
         self._overwrite = overwrite
         self._claimed, self._made = False, not self.path.exists()
+        self._let_go: weakref.finalize[[int], RunFolder] | None = None
 
     def _check_inputs(self, inputs: Sequence[str | None]) -> None:
         here = self.path.resolve()
@@ -117,24 +121,51 @@ class RunFolder:
         Called once the input has been checked, so that a mistake leaves no trace in the folder.
 
         Raises:
-            UserError: if the folder's unfinished run is another one, naming what differs, or it cannot be written.
+            UserError: if the folder's unfinished run is another one, naming what differs, another process is at work
+                on it, or it cannot be written.
         """
         path = self._state / _RUN
-        if path.is_file() and not self._overwrite:
-            self._compare(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
-            return
         try:
+            before = path.read_text(encoding="utf-8") if path.is_file() else None
+            if before is not None:
+                self._hold(path)
+            if before is not None and not self._overwrite:
+                self._compare(json.loads(before), json.loads(json.dumps(identity)))
+                return
             self._clear()
             write_atomically(path, json.dumps(identity, indent=2))
             self._claimed = True
+            self._hold(path)
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."
             ) from error
 
+    def _hold(self, path: Path) -> None:
+        """Keep other processes out; the system lets go of the lock when this one ends, however it ends.
+
+        The lock is on the file that says what the run is. It would be lost if that were opened and closed again.
+        """
+        self._leave()
+        held = os.open(path, os.O_RDWR)
+        self._let_go = weakref.finalize(self, os.close, held)
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"Another process is at work on the run in {self.path}; let it finish, or choose another --output_dir."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _leave(self) -> None:
+        if self._let_go is not None:
+            self._let_go()
+
     def release(self) -> None:
         """After a mistake: drop a claim that has nothing worth resuming, so that the next try finds the folder free."""
-        resumable = {path.name for path in self._state.glob("*")} - {_RUN, "staging"} or list(self.path.rglob("*.ckpt"))
+        self._leave()
+        resumable = [*self._state.glob("*.safetensors"), *self.path.rglob("*.ckpt")]
         if self._claimed and not resumable:
             _empty(self.path)
             if self._made:
@@ -155,17 +186,29 @@ class RunFolder:
         _empty(self.path, keep=self._state)
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a finished phase's state, whole or not at all."""
-        path = self._state / f"{phase}.safetensors"
+        """Keep a phase's state, whole or not at all: until it is whole, what was kept before stays.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        path = self._file(phase)
         partial = path.with_suffix(".partial")
-        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, partial, {"notes": json.dumps(notes)})
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as stream:
+                write_tensors(stream, tensors, {"notes": json.dumps(notes)})
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"The state of the run cannot be kept in {self._state} ({error.strerror}); see that it can be written "
+                "and has room, and go on with --resume."
+            ) from error
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished phase's tensors and notes, or None if it has not been finished."""
-        path = self._state / f"{phase}.safetensors"
+        """The tensors and notes that were kept of a phase, or None; a tensor is read when it is first used."""
+        path = self._file(phase)
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as stored:
@@ -174,7 +217,10 @@ class RunFolder:
 
     def drop(self, phase: str) -> None:
         """Forget a phase's state, if there is any."""
-        (self._state / f"{phase}.safetensors").unlink(missing_ok=True)
+        self._file(phase).unlink(missing_ok=True)
+
+    def _file(self, phase: str) -> Path:
+        return self._state / f"{phase}.safetensors"
 
     def staging(self) -> Path:
         """A fresh folder to write results into before they are published."""
@@ -188,7 +234,8 @@ class RunFolder:
         done = self.path / ".finished"
         shutil.rmtree(done, ignore_errors=True)
         self._state.replace(done)
-        shutil.rmtree(done)
+        self._leave()
+        shutil.rmtree(done, ignore_errors=True)  # a network drive keeps files for as long as they are in memory
 
 
 def _empty(folder: Path, keep: Path | None = None) -> None:
@@ -206,3 +253,29 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+_TYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+
+
+def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, one tensor at a time: from an accelerator, no more than one is on the host at once."""
+    # the widest first, as the format asks for, so that each starts where its type may
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    ends = accumulate((tensors[name].nbytes for name in ordered), initial=0)
+    header = {
+        name: {"dtype": _TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": place}
+        for name, place in zip(ordered, pairwise(ends), strict=True)
+    }
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        stream.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

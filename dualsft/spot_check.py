@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.interaction import RowSums, check_covered
-from dualsft.layout import Batch, only
+from dualsft.layout import Batch, only, to_device
 from dualsft.objective import example_losses
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -33,7 +33,7 @@ def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Seque
     Raises:
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
-    tolerance = _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
+    tolerance = _tolerance(dtype)
     for k in sorted({0, len(found) - 1}):
         products, sizes = _products_alone(model, rows.direction, only(batch, k))
         check_covered(model, rows.covered, [name for name, size in sizes.items() if size])
@@ -46,6 +46,39 @@ def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Seque
                 f"{tolerance:g} of that is allowed), so it mixes examples, or uses a weight past the module that "
                 f"owns it{packing}."
             )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
+    """See that the first and the last example of a packed batch have the losses there that they have alone.
+
+    Args:
+        model: The model; in evaluation mode for as long as it takes.
+        batch: A packed batch; a padded one has nothing to check.
+        dtype: The type that activations have, which decides how close the losses must be.
+
+    Raises:
+        UserError: if they do not, so that the model lets packed examples see one another.
+    """
+    if "spans" not in batch:
+        return
+    training = model.training
+    model.eval()
+    together = example_losses(model, to_device(batch, model.device))
+    for k in sorted({0, len(together) - 1}):
+        alone = example_losses(model, to_device(only(batch, k), model.device))[0]
+        if not bool(together[k].isfinite()):  # spoilt by a neighbour that will be left out
+            continue
+        if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):
+            raise UserError(
+                f"{type(model).__name__} lets packed examples see one another: example {int(batch['example_id'][k])} "
+                f"has a loss of {together[k]:.6g} among others and {alone:.6g} alone; set data.packing to false."
+            )
+    model.train(training)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
 
 
 def _products_alone(
@@ -69,8 +102,7 @@ def _products_alone(
     asked = {name: p.requires_grad for name, p in scored.items()}
     handles = [_require(p).register_post_accumulate_grad_hook(taker(name)) for name, p in scored.items()]
     try:
-        batch = {name: values.to(model.device) for name, values in example.items()}
-        example_losses(model, batch).sum().backward()
+        example_losses(model, to_device(example, model.device)).sum().backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from dualsft.errors import UserError, is_out_of_memory
-from dualsft.layout import Layout
+from dualsft.layout import AmbiguousShapeError, Layout
 
 
 def accumulator_dtype(parameter: Tensor) -> torch.dtype:
@@ -67,8 +68,10 @@ class TapHook:
     """
 
     def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Mapping[str, Tensor]) -> None:
-        self._rows, self._tangents = rows, tangents
+        self._rows, self._tangents = rows, _under_every_name(module, tangents)
         self.where = f"{path} ({type(module).__name__})"
+        self._doubts: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
+        self._axes: dict[int, int] = {}  # output -> its token axis, where there was doubt
         self._product = _embedding_product if type(module) is nn.Embedding else _general_product
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(
@@ -86,10 +89,30 @@ class TapHook:
                 call = _Call(self, module, layout, inputs, k)
                 tensors = [given for given in inputs if isinstance(given, Tensor)]
                 value = self._rows.layout.expand(value)
-                self._rows.expect(value.shape, self.where)
+                self._expect(k, value.shape)
                 outputs[k] = _Tap.apply(value, call, self._rows.anchor, *tensors)
-        self._rows.touch(module)
+                self._rows.touch(module)
         return pytree.tree_unflatten(outputs, out_layout)
+
+    def _expect(self, k: int, shape: torch.Size) -> None:
+        """See that the k-th output can be split.
+
+        Axes that are as long as a row at two widths all count tokens, as those of attention weights do; the first is
+        the one whose tokens the output belongs to.
+
+        Raises:
+            AmbiguousShapeError: at the first width.
+            UserError: if it cannot be split.
+        """
+        try:
+            self._rows.expect(shape, self.where)
+        except AmbiguousShapeError:
+            tokens, axes = self._rows.layout.tokens, set(self._rows.layout.token_axes(shape))
+            width, before = self._doubts.setdefault(k, (tokens, axes))
+            if k not in self._axes and width != tokens and axes & before:
+                self._axes[k] = min(axes & before)
+            if k not in self._axes:
+                raise
 
     def contribute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
@@ -99,12 +122,22 @@ class TapHook:
         """
         try:
             product = self._product(module, self._tangents, args, kwargs, k, e.dtype)
-        except (NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # whatever the module's own code does not expect
             if is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
-        self._rows.add(product.expand_as(e), e, self.where)
+        product = product.expand_as(e)
+        if k in self._axes:
+            product, e = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
+        self._rows.add(product, e, self.where)
+
+
+def _under_every_name(module: nn.Module, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The directions under every name of each parameter; what a child owns as well, it uses under its own tap."""
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    by_parameter = {id(own[name]): u for name, u in tangents.items()}
+    return {name: by_parameter[id(p)] for name, p in own.items() if id(p) in by_parameter}
 
 
 class _Call:
@@ -114,6 +147,18 @@ class _Call:
         self._hook, self._module, self._layout, self._output = hook, module, layout, output
         self._slots = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         self._rest = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def explain(self, error: RuntimeError) -> None:
+        """Tell of inputs that cannot be had any more.
+
+        Raises:
+            UserError: naming the module, if they were modified in place.
+        """
+        if "modified by an inplace operation" in str(error):
+            raise UserError(
+                f"The input of {self._hook.where} is modified in place after its use there, so it cannot be scored; "
+                "freeze its parameters (requires_grad=False) to leave it out of the scores."
+            ) from error
 
     def contribute(self, e: Tensor, tensors: tuple[Tensor, ...]) -> None:
         """Add this call's share of the rows, given the gradient of the output and the tensors among the inputs."""
@@ -134,12 +179,16 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, call: _Call, anchor: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*inputs)
-        return output.view_as(output)
+        return output.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (e,) = grads
-        inputs = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+        try:
+            inputs = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+        except RuntimeError as error:
+            ctx.call.explain(error)
+            raise
         ctx.call.contribute(e.detach(), inputs)
         return (e, None, None, *(None for _ in inputs))
 
@@ -157,7 +206,7 @@ def _general_product(
     module: nn.Module, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype
 ) -> Tensor:
     """(∂f/∂w)u of the k-th output leaf by forward-mode differentiation of the module's forward in its own weights."""
-    own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False) if name in u}
+    own = {name: module.get_parameter(name).detach() for name in u}
     tangents = {name: u[name].to(parameter.dtype) for name, parameter in own.items()}
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         # a subclass; here too autograd gives the padding row no gradient
@@ -165,7 +214,8 @@ def _general_product(
         tangents["weight"][module.padding_idx] = 0
 
     def forward(parameters: dict[str, Tensor]) -> Tensor:
-        return pytree.tree_flatten(functional_call(module, parameters, args, kwargs))[0][k]
+        return pytree.tree_flatten(functional_call(module, parameters, args, kwargs, tie_weights=False))[0][k]
 
-    with torch.no_grad():
+    # fused attention has no forward-mode derivative
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         return jvp(forward, (own,), (tangents,))[1]

@@ -1,5 +1,7 @@
 """Lightning's Trainer with one more verb: select."""
 
+import signal
+import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -89,9 +91,18 @@ class _SelectionLoop(_PredictionLoop):
             raise UserError(
                 f"select runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
             )
+        _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), _fresh_casts(self._model.device):
             return self._model.run_phases(self._data, self._run_folder, self._seed, self._config, show)
+
+
+def _obey_sigterm(trainer: LightningTrainer) -> None:
+    """Let SIGTERM end the process as it would without Lightning, which keeps it for loops that look out for it."""
+    handlers: dict[Any, Any] = trainer._signal_connector._original_handlers
+    before = handlers.get(signal.SIGTERM)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fresh_casts(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,10 @@
+import errno
 import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +57,134 @@ def test_phases_survive(tmp_path: Path) -> None:
     assert run.load("second") is None
 
 
-def test_a_phase_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save that is broken off leaves nothing that could be taken for the phase."""
+def test_tensors_of_every_kind_survive(tmp_path: Path) -> None:
+    """Types, shapes, order and values, whatever their layout; an empty state, too."""
     run = unfinished(tmp_path / "run")
+    plain = {
+        "byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3, dtype=torch.float64),
+        "half": torch.randn(3, 5).bfloat16(),
+        "turned": torch.arange(6.0, dtype=torch.float64).view(2, 3).t(),
+        "every second": torch.arange(10)[::2],
+        "parameter": torch.nn.Parameter(torch.randn(4)),
+    }
+    for tensors in (plain, {}):
+        run.save("second", tensors, {"é": [1, None]})
+        found, notes = run.load("second") or ({}, {})
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+        assert all(found[name].dtype == value.dtype for name, value in tensors.items())
+        assert notes == {"é": [1, None]}
 
-    def broken(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+
+def test_what_is_done_to_loaded_tensors_stays_in_memory(tmp_path: Path) -> None:
+    """The state can be changed in place without changing what is kept, and outlives it."""
+    run = unfinished(tmp_path / "run")
+    tensors, _ = run.load("first") or ({}, {})
+    tensors["w"].add_(1)
+    again, _ = run.load("first") or ({}, {})
+    assert torch.equal(again["w"], torch.arange(3.0))
+    run.save("first", {"w": torch.zeros(3)}, {})
+    run.drop("first")
+    assert torch.equal(tensors["w"], torch.arange(3.0) + 1)
+
+
+@pytest.mark.parametrize("phase", ["first", "second"])
+def test_a_phase_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """A save that is broken off leaves nothing that could be taken for the phase, and an older state as it was."""
+    run = unfinished(tmp_path / "run")
+    before = run.load(phase)
+
+    def broken(stream: Any, *_: Any) -> None:
+        stream.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder, "save_file", broken)
+    monkeypatch.setattr(run_folder, "write_tensors", broken)
     with pytest.raises(KeyboardInterrupt):
-        run.save("second", {}, {})
-    assert run.load("second") is None
+        run.save(phase, {}, {})
+    assert str(run.load(phase)) == str(before)
+
+
+def test_a_full_disk_is_told_and_not_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written whole is removed, what was kept stays, and the way on is told."""
+    run = unfinished(tmp_path / "run")
+
+    def full(stream: Any, *_: Any) -> None:
+        stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_tensors", full)
+    with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(No space left on device\); see that it can"):
+        run.save("first", {}, {})
+    assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "run.json"]
+    assert run.load("first") is not None
+
+
+def test_one_tensor_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is gone from the host before the next one comes there."""
+    run = unfinished(tmp_path)
+    tensors = {str(k): torch.full((100,), float(k)) for k in range(4)}
+    copies: list[weakref.ref[torch.Tensor]] = []
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        assert not any(reference() is not None for reference in copies)
+        copies.append(weakref.ref(copy := tensor.clone()))
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "cpu", copied)
+    run.save("second", tensors, {})
+    assert len(copies) == 4
+
+
+LOCK = """
+import fcntl, sys
+stream = open(sys.argv[1], "r+")
+try:
+    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("held", flush=True)
+except BlockingIOError:
+    print("refused", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process(path: Path) -> Iterator[str]:
+    """One that tries to hold a run until the context is left; what it says of it."""
+    command = [sys.executable, "-c", LOCK, str(path / ".unfinished" / "run.json")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path, how: str) -> None:
+    """Two of them would write into each other's files; once the other has ended, however, the run goes on."""
+    unfinished(tmp_path)
+    before = names(tmp_path)
+    with another_process(tmp_path) as says:
+        assert says == "held"
+        with pytest.raises(UserError, match="Another process is at work on the run in"):
+            RunFolder(tmp_path, **{how: True}).claim(IDENTITY)
+        assert names(tmp_path) == before
+    RunFolder(tmp_path, **{how: True}).claim(IDENTITY)
+
+
+@pytest.mark.parametrize("how", ["anew", "resume", "overwrite"])
+def test_a_claimed_run_is_held(tmp_path: Path, how: str) -> None:
+    """From the claim on, until it is finished or let go."""
+    if how != "anew":
+        unfinished(tmp_path)
+    run = RunFolder(tmp_path, **{how: True} if how != "anew" else {})
+    run.claim(IDENTITY)
+    run.save("first", {}, {})
+    with another_process(tmp_path) as says:
+        assert says == "refused"
+    run.release()
+    with another_process(tmp_path) as says:
+        assert says == "held"
 
 
 def test_finish_leaves_the_results_alone(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import LanguageModelMetrics, check_validation_data
+from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
 from dualsft.objective import example_losses
 from dualsft.selection import Selection, load_selection
+from dualsft.spot_check import check_packing
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -79,7 +81,7 @@ class MaskedFinetuneModule(LightningModule):
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.metrics = LanguageModelMetrics()
-        self._configured = False
+        self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         # a checkpoint holds the masters alone; the other weights are the base model's
         self.strict_loading = False
@@ -149,15 +151,18 @@ class MaskedFinetuneModule(LightningModule):
         """Mean loss of the batch's examples.
 
         Raises:
-            UserError: if it is not finite: the next step would ruin the weights.
+            UserError: if it is not finite: the next step would ruin the weights; or if the model mixes packed examples.
         """
+        if not self._packing_checked:
+            check_packing(self.model, batch, compute_dtype(self.model))
+            self._packing_checked = True
         loss = example_losses(self.model, batch).mean()
         if not bool(loss.isfinite()):
             raise UserError(
                 f"The training loss became {loss.item()} in epoch {self.current_epoch}, at the examples "
                 f"{batch['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
             )
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["example_id"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

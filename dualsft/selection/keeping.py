@@ -16,19 +16,18 @@ class PhaseKeeper:
         run: The run.
         phase: The phase's name in the folder.
         minutes: How often to keep the state.
+
+    Attributes:
+        earlier: What the phase has cost before its present start, in a killed run or for nothing; empty if it is new.
+        meter: Measures what the phase costs, from its start.
     """
 
     def __init__(self, run: RunFolder, phase: str, minutes: float) -> None:
         self._run, self._name, self._seconds = run, f"{phase}.under-way", 60 * minutes
         self._kept = run.load(self._name)
         self._last = time.monotonic()
+        self.earlier: dict[str, Any] = self._kept[1] if self._kept else {}
         self.meter: Meter | None = None
-        self.notes: dict[str, Any] = {}
-
-    @property
-    def earlier(self) -> dict[str, Any]:
-        """The notes that an earlier, killed run kept; empty if there was none."""
-        return self._kept[1] if self._kept else {}
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What an earlier, killed run kept; handed out once, so that it is not held in memory."""
@@ -41,9 +40,15 @@ class PhaseKeeper:
 
     def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Keep the state, with what the phase has cost so far."""
-        cost = self.meter.so_far() if self.meter else {}
-        self._run.save(self._name, tensors, {**notes, **self.notes, **cost})
+        assert self.meter is not None
+        self._run.save(self._name, tensors, {**notes, **self.meter.so_far()})
         self._last = time.monotonic()
+
+    def begin_again(self) -> None:
+        """Forget what has been kept, but not the time it took."""
+        assert self.meter is not None
+        self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
+        self.drop()
 
     def drop(self) -> None:
         """Forget what has been kept."""

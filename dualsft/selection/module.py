@@ -33,6 +33,7 @@ from dualsft.selection.phases import Phases
 from dualsft.selection.prior import Prior
 from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
 from dualsft.selection.warmup import Warmup
+from dualsft.spot_check import check_packing
 
 Preconditioner = Literal["none", "adam"]
 
@@ -165,7 +166,8 @@ class SelectionModule(LightningModule):
         """The ids of the examples to score.
 
         Raises:
-            UserError: if there is none, nothing to validate on, or the gradients would be float16.
+            UserError: if there is none, nothing to validate on, the gradients would be float16, or the model mixes
+                packed examples.
         """
         for name, examples in (("train", data.train_examples), ("validation", data.validation_examples)):
             if not examples.ok_ids():
@@ -179,6 +181,8 @@ class SelectionModule(LightningModule):
                 "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "
                 "or bf16-mixed."
             )
+        if data.packing:
+            check_packing(self.model, next(iter(data.pool_loader())), compute_dtype(self.model))
         return data.train_examples.ok_ids()
 
     def _counts(self, examples: int) -> tuple[int, int]:

@@ -1,23 +1,20 @@
 """The phases that cost time: warm-up, gradients and scores; none is repeated by a run that goes on after a kill."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
-from dualsft.errors import UserError
+from dualsft.data import Examples, InstructionDataModule
+from dualsft.errors import UserError, advising
 from dualsft.gradients import GradientPass
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.selection.keeping import PhaseKeeper
 from dualsft.selection.moments import SECOND_MOMENT, Moments
 from dualsft.selection.passes import Passes
-from dualsft.selection.warmup import Warmup, warm_up
+from dualsft.selection.warmup import ADVICE, Warmup, warm_up
 
 
 class Phases:
@@ -45,7 +42,8 @@ class Phases:
     ) -> None:
         self._model, self._data, self._run, self._log, self._seed = model, data, run, log, seed
         self._save_minutes = save_minutes
-        self._passes = Passes(model, run, log, data.batch_tokens, checkpointing, save_minutes)
+        longest = max(_longest(examples) for examples in (data.train_examples, data.validation_examples))
+        self._passes = Passes(model, run, log, data.batch_tokens, longest, checkpointing, save_minutes)
 
     @property
     def batch_tokens(self) -> int:
@@ -60,36 +58,41 @@ class Phases:
         """
         if settings.fraction == 0:
             return {}
+        keeper = PhaseKeeper(self._run, "warm-up", self._save_minutes)
         if (saved := self._run.load("warm-up")) is None:
-            self._warm_up(settings)
-            saved = self._run.load("warm-up")
+            self._warm_up(settings, keeper)
+            saved = self._run.load("warm-up")  # from where the moments need no memory until they are used
             assert saved is not None
         else:
             self._model.load_state_dict(_under("weight", saved[0]), strict=False)
-        self._log.restore(saved[1])
+            self._log.restore(saved[1])
+        keeper.drop()
         moments = {name: moment.to(self._model.device) for name, moment in _under("moment", saved[0]).items()}
         if settings.keep:
             self._keep_checkpoint(moments)
         return moments
 
-    def _warm_up(self, settings: Warmup) -> None:
+    def _warm_up(self, settings: Warmup, keeper: PhaseKeeper) -> None:
         ids = settings.draw(self._data.train_examples.ok_ids(), self._seed)
         loader = self._data.training_loader(ids, self._seed)
-        keeper = PhaseKeeper(self._run, "warm-up", self._save_minutes)
         count = len(ids) * settings.epochs
-        with self._log.phase("warm-up", count, keeper.earlier) as watch, _seeded(self._model, self._seed):
-            keeper.meter = watch
-            moments = warm_up(self._model, loader, settings.epochs, settings.learning_rate, watch, keeper)
+        with advising("in the warm-up", ADVICE), self._log.phase("warm-up", count, keeper.earlier) as keeper.meter:
+            moments = warm_up(
+                self._model, loader, settings.epochs, settings.learning_rate, keeper.meter, keeper, self._seed
+            )
         weights = {f"weight:{name}": p for name, p in self._model.named_parameters()}
         moments = {f"moment:{name}": moment for name, moment in moments.items()}
-        self._run.save("warm-up", {**weights, **moments}, self._log.take())
-        keeper.drop()
+        self._run.save("warm-up", {**weights, **moments}, self._log.latest())
 
     def _keep_checkpoint(self, moments: Moments) -> None:
         folder = self._run.path / "warmup"
-        self._model.save_pretrained(folder)
-        self._data.tokenizer.save_pretrained(folder)
-        save_file({name: moment.contiguous().cpu() for name, moment in moments.items()}, folder / SECOND_MOMENT)
+        if folder.exists():  # whole, as it came here in one step
+            return
+        staged = self._run.staging()
+        self._model.save_pretrained(staged)
+        self._data.tokenizer.save_pretrained(staged)
+        save_file({name: moment.contiguous().cpu() for name, moment in moments.items()}, staged / SECOND_MOMENT)
+        staged.replace(folder)
 
     def validation_gradient(self) -> dict[str, Tensor]:
         """v, the mean gradient over the validation examples, per parameter.
@@ -109,9 +112,12 @@ class Phases:
         """Σ_i g_i over these examples: the statistics pass of a scorer whose direction depends on ḡ.
 
         Raises:
-            UserError: if memory runs out.
+            UserError: if no example has a finite loss and gradient, or memory runs out.
         """
-        return self._passes.run("pool gradient", len(pool), partial(self._data.pool_loader, pool))
+        found = self._passes.run("pool gradient", len(pool), partial(self._data.pool_loader, pool))
+        if not found.counted:
+            raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
+        return found
 
     def scores(self, direction: dict[str, Tensor], pool: list[int], *, columns: bool, by_token: bool) -> GradientPass:
         """The interaction matrix's rows over these examples, and its columns if they are not known yet.
@@ -123,12 +129,8 @@ class Phases:
         return self._passes.run("scores", len(pool), loader, direction=direction, columns=columns, by_token=by_token)
 
 
-@contextmanager
-def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Dropout by this seed, whatever has drawn random numbers before."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _longest(examples: Examples) -> int:
+    return int(examples.lengths[examples.ok_ids()].max())
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

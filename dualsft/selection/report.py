@@ -45,6 +45,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
             "batch_tokens": data.batch_tokens,
             "batch_size": data.batch_size,
             "packing": data.packing,
+            "padding_share": data.padding_share(),
             "format": asdict(data.options),
         },
         "warmup": asdict(module.warmup),

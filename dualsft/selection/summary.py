@@ -1,10 +1,19 @@
 """A selection in a few lines, for the terminal."""
 
+from transformers import PreTrainedTokenizerBase
+
 from dualsft.selection.artifact import Selection
 
+_SHOWN_EXAMPLES, _SHOWN_TOKENS = 3, 5
 
-def summary(selection: Selection) -> str:
-    """What was scored and chosen, what was left out and why, what it cost, and where it lies."""
+
+def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """What was scored and chosen, what was left out and why, what it cost, and where it lies.
+
+    Args:
+        selection: A finished selection.
+        tokenizer: Spells the tokens, where the selection has scores by token.
+    """
     m = selection.manifest
     examples, parameters = m["counts"]["examples"], m["counts"]["parameters"]
     left_out = {k: v for k, v in m["data"]["train"]["status"].items() if k != "ok" and v}
@@ -20,12 +29,30 @@ def summary(selection: Selection) -> str:
         f"({parameters['selected'] / parameters['scored']:.1%}; {m['coverage']:.0%} covered by the scores)",
         f"sums        rows {identity['row_sum']:.6g}, columns {identity['column_sum']:.6g} "
         f"(difference {identity['relative_difference']:.1e} of the scores' size)",
+        f"batches     {'packed' if m['data']['packing'] else 'padded'} to {m['scoring_batch_tokens']:,} tokens, "
+        f"{m['data']['padding_share']:.1%} padding",
     ]
     for phase in m["phases"]:
-        rate = phase["tokens"] / phase["seconds"] if phase["seconds"] else 0.0
         lines.append(
-            f"{phase['name']:<21} {phase['examples']:>8,} examples {phase['seconds']:>8.1f} s {rate:>10,.0f} "
-            f"supervised tokens/s {phase['peak_memory_bytes'] / 2**20:>8,.0f} MiB peak"
+            f"{phase['name']:<21} {phase['examples']:>8,} examples {phase['seconds']:>8.1f} s "
+            f"{phase['tokens_per_second']:>10,.0f} supervised tokens/s {phase['peak_memory_bytes'] / 2**20:>8,.0f} "
+            "MiB peak"
         )
+    if tokenizer is not None:
+        lines += _telling_tokens(selection, tokenizer)
     lines.append(f"wrote       {selection.folder}")
     return "\n".join(lines)
+
+
+def _telling_tokens(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that contribute most to the best examples, with their shares of the example's score."""
+    if selection.token_scores is None:
+        return []
+    rows = sorted(selection.token_scores.to_pylist(), key=lambda row: -sum(row["score"]))[:_SHOWN_EXAMPLES]
+    lines = ["tokens      that contribute most to the best examples, each with its share of the example's score"]
+    for row in rows:
+        total = sum(row["score"])
+        best = sorted(zip(row["score"], row["token_id"], strict=True), reverse=True)[:_SHOWN_TOKENS]
+        spelt = "  ".join(f"{tokenizer.decode([token])!r} {score / total:.0%}" for score, token in best if score > 0)
+        lines.append(f"  example {row['example_id']:,} ({total:.3g})  {spelt}")
+    return lines

@@ -4,12 +4,12 @@
 Source: arXiv 2605.06166 (10% of the pool, 1 epoch, learning rate 2e-5).
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,12 +18,18 @@ from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
-from dualsft.errors import UserError, is_out_of_memory
+from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
-from dualsft.layout import Batch, split
+from dualsft.layout import Batch, only, split, to_device
 from dualsft.objective import example_losses
+from dualsft.progress import say
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+ADVICE = (
+    "beside the model and a batch it takes 16 bytes for each weight: set model.gradient_checkpointing and go on with "
+    "--resume, or start anew (--overwrite) with a lower data.batch_tokens or data.batch_size, with "
+    "model.warmup.fraction 0, or with a ready model.warmup.checkpoint"
+)
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -75,6 +81,7 @@ def warm_up(
     learning_rate: float,
     watch: Watch = iter,
     keeper: Keeper | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Fine-tune every weight in place with AdamW (no weight decay).
 
@@ -85,24 +92,138 @@ def warm_up(
         learning_rate: AdamW's, constant.
         watch: Wraps the iteration, for progress.
         keeper: Keeps the state of the warm-up every so often, and has what an earlier run kept.
+        seed: Decides what dropout leaves out.
 
     Returns:
         Parameter name -> ĉ, the bias-corrected second moment, float32, of the parameter's shape.
 
     Raises:
-        UserError: if the loss stops being finite, or memory runs out for the second time.
+        UserError: if a loss or gradient stops being finite, or memory runs out for the second time.
     """
-    run = _WarmUp(model, learning_rate)
-    first, done = run.take_up(keeper.load() if keeper else None)
-    model.train()
-    for epoch in range(first, epochs):
-        for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
-            if keeper and keeper.due():
-                keeper.save(*run.state(epoch, k))
-            run.step(batch)
-        done = 0
-    model.eval()
-    return run.second_moment()
+    run = _WarmUp(model, learning_rate, seed)
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            run.all_steps(batches, epochs, watch, keeper)
+        return run.second_moment()
+    finally:
+        run.close()
+
+
+class _WarmUp:
+    """The warm-up's model, masters and optimizer; its state at the start of a step is all that it needs to go on."""
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._compact = CompactParameters(model)
+        masters = self._compact.parameters()
+        self._optimizer = AdamW(masters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
+        self._compact.write_back_after(self._optimizer)
+        self._compact.attach()
+        self._parts = 1
+
+    def all_steps(self, batches: Iterable[Batch], epochs: int, watch: Watch, keeper: Keeper | None) -> None:
+        """Every step that an earlier run has not done."""
+        first, done = self._take_up(keeper.load() if keeper else None)
+        self._model.train()
+        for epoch in range(first, epochs):
+            for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
+                if keeper and keeper.due():
+                    keeper.save(*self._state(epoch, k))
+                while not self._step(batch, epoch, k):
+                    if keeper:  # at once: the step must not be taken in one piece by a run that goes on from here
+                        keeper.save(*self._state(epoch, k))
+            done = 0
+
+    def close(self) -> None:
+        """Take the hooks from the model; the warm-up is over, or has failed."""
+        self._compact.detach()
+        self._model.eval()
+
+    def _step(self, batch: Batch, epoch: int, k: int) -> bool:
+        """One optimizer step on the batch's mean loss; False if memory ran out, and it is to be taken again in halves.
+
+        What dropout draws goes by the step alone: a run that goes on from here draws the same.
+        """
+        torch.manual_seed(_mixed(self._seed, epoch, k))
+        try:
+            self._backward(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = shortage(error)
+        else:
+            self._optimizer.step()
+            return True
+        self._halve(reason)  # outside the handler, whose traceback holds on to the batch
+        return False
+
+    def _backward(self, batch: Batch) -> None:
+        count = len(batch["example_id"])
+        for part in split(batch, self._parts):
+            losses = example_losses(self._model, to_device(part, self._model.device))
+            if not bool(losses.isfinite().all()):
+                raise UserError(_not_finite("loss", self._culprits(part, losses)))
+            (losses.sum() / count).backward()
+        extremes = [torch.stack(m.grad.aminmax()) for m in self._compact.masters if m.grad is not None]
+        if not bool(torch.stack(extremes).isfinite().all()):
+            raise UserError(_not_finite("gradient", batch["example_id"].tolist()))
+
+    @torch.no_grad()
+    def _culprits(self, batch: Batch, losses: Float[Tensor, " example"]) -> list[int]:
+        """The ids of the examples whose loss is not finite; in a packed row it spoils its neighbours' too."""
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        alone = [k for k in bad if "spans" in batch and not bool(self._loss_alone(batch, k).isfinite())]
+        return [int(batch["example_id"][k]) for k in alone or bad]
+
+    def _loss_alone(self, batch: Batch, k: int) -> Tensor:
+        return example_losses(self._model, to_device(only(batch, k), self._model.device))
+
+    def _halve(self, reason: str) -> None:
+        if self._parts > 1:
+            raise UserError(f"Memory ran out in the warm-up ({reason}) with half batches already; {ADVICE}.")
+        say(f"memory ran out in the warm-up ({reason}); it goes on in half batches.")
+        self._parts = 2
+        for parameter in (*self._model.parameters(), *self._compact.masters):  # what the failed backward left half done
+            parameter.grad = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def second_moment(self) -> dict[str, Tensor]:
+        """ĉ of every parameter, zero for one that takes no part; nothing is left of the optimizer's state."""
+        weights = dict(self._model.named_parameters())
+        moments = {}
+        for name, master in zip(self._compact.names, self._compact.masters, strict=True):
+            state = self._optimizer.state.pop(master, None)
+            moment = state["exp_avg_sq"] if state else torch.zeros_like(master)
+            correction = 1 - BETAS[1] ** float(state["step"]) if state else 1.0
+            moments[name] = moment.div_(correction).view_as(weights[name])
+        return moments
+
+    def _state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it takes to go on with this batch of this epoch."""
+        tensors = {}
+        for k, master in enumerate(self._compact.masters):
+            tensors[f"master:{k}"] = master
+            tensors |= {f"{name}:{k}": value for name, value in self._optimizer.state[master].items()}
+        return tensors, {"epoch": epoch, "done": done, "parts": self._parts}
+
+    def _take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
+        """Go on from the state that an earlier run kept; the epoch, and how many of its batches are done."""
+        if kept is None:
+            return 0, 0
+        tensors, notes = kept
+        for k, master in enumerate(self._compact.masters):
+            master.data.copy_(tensors[f"master:{k}"])
+            state = {name: tensors[f"{name}:{k}"] for name in _ADAM_STATE if f"{name}:{k}" in tensors}
+            self._optimizer.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in state.items()}
+        self._compact.write_back()
+        self._parts = notes["parts"]
+        return notes["epoch"], notes["done"]
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed from several numbers, as different as can be from that of any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch]:
@@ -114,101 +235,8 @@ def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch
     return batches
 
 
-class _WarmUp:
-    """The warm-up's model, masters and optimizer; its state at the start of a step is all that it needs to go on."""
-
-    def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
-        self._model = model
-        self._compact = CompactParameters(model)
-        masters = self._compact.parameters()
-        self._optimizer = AdamW(masters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
-        self._compact.write_back_after(self._optimizer)
-        self._compact.attach()
-        self._parts = 1
-
-    def step(self, batch: Batch) -> None:
-        """One optimizer step on the batch's mean loss; in halves from the first time that memory runs out."""
-        try:
-            self._backward(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).strip().split("\n")[0]
-        else:
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            return
-        self._halve(reason)
-        self.step(batch)
-
-    def _backward(self, batch: Batch) -> None:
-        count = len(batch["example_id"])
-        for part in split(batch, self._parts):
-            losses = example_losses(self._model, {k: v.to(self._model.device) for k, v in part.items()})
-            _check_finite(losses, part)
-            (losses.sum() / count).backward()
-
-    def _halve(self, reason: str) -> None:
-        if self._parts > 1:
-            raise UserError(
-                f"Memory ran out in the warm-up with half batches too ({reason}); lower data.batch_tokens or "
-                "data.batch_size, or set model.gradient_checkpointing."
-            )
-        print(f"dualsft: memory ran out in the warm-up ({reason}); it goes on in half batches.", file=sys.stderr)
-        self._parts = 2
-        self._optimizer.zero_grad()
-        for parameter in self._model.parameters():  # what the failed backward left half done
-            parameter.grad = None
-
-    def second_moment(self) -> dict[str, Tensor]:
-        """ĉ of every parameter; the warm-up is over."""
-        self._compact.detach()
-        return _second_moment(self._compact, self._optimizer, dict(self._model.named_parameters()))
-
-    def state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it takes to go on with this batch of this epoch."""
-        tensors = {"random": torch.get_rng_state()}
-        if self._model.device.type == "cuda":
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self._model.device)
-        for k, master in enumerate(self._compact.masters):
-            tensors[f"master:{k}"] = master
-            tensors |= {f"{name}:{k}": value for name, value in self._optimizer.state[master].items()}
-        return tensors, {"epoch": epoch, "done": done, "parts": self._parts}
-
-    def take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
-        """Go on from the state that an earlier run kept; the epoch, and how many of its batches are done."""
-        if kept is None:
-            return 0, 0
-        tensors, notes = kept
-        torch.set_rng_state(tensors["random"])
-        if "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self._model.device)
-        for k, master in enumerate(self._compact.masters):
-            master.data.copy_(tensors[f"master:{k}"])
-            state = {
-                name: tensors[f"{name}:{k}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in tensors
-            }
-            self._optimizer.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in state.items()}
-        self._compact.write_back()
-        self._parts = notes["parts"]
-        return notes["epoch"], notes["done"]
-
-
-def _check_finite(losses: Float[Tensor, " example"], batch: Batch) -> None:
-    if not bool(losses.isfinite().all()):
-        bad = batch["example_id"][~losses.isfinite().cpu()].tolist()
-        raise UserError(
-            f"The warm-up's loss is not finite at the examples {bad}; remove them from data.train, lower "
-            "model.warmup.learning_rate, or set model.warmup.fraction to 0."
-        )
-
-
-def _second_moment(
-    compact: CompactParameters, optimizer: AdamW, weights: dict[str, torch.nn.Parameter]
-) -> dict[str, Tensor]:
-    moments = {}
-    for name, master in zip(compact.names, compact.masters, strict=True):
-        state = optimizer.state.pop(master)
-        correction = 1 - BETAS[1] ** float(state["step"])
-        moments[name] = state["exp_avg_sq"].div_(correction).view_as(weights[name])
-    return moments
+def _not_finite(what: str, examples: list[int]) -> str:
+    return (
+        f"The warm-up's {what} is not finite at the examples {examples}; remove them from data.train, lower "
+        "model.warmup.learning_rate, or set model.warmup.fraction to 0."
+    )

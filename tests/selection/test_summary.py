@@ -12,5 +12,6 @@ def test_summary_tells_what_happened(inputs: Inputs, tmp_path: Path) -> None:
     assert lines[1].startswith("weights     1,000 of ")
     assert "100% covered by the scores" in lines[1]
     assert lines[2].startswith("sums        rows ")
-    assert [line.split("  ")[0] for line in lines[3:5]] == ["validation gradient", "scores"]
+    assert lines[3].startswith("batches     padded to 100 tokens, ")
+    assert [line.split("  ")[0] for line in lines[4:6]] == ["validation gradient", "scores"]
     assert lines[-1] == f"wrote       {tmp_path / 'out'}"

@@ -1,13 +1,18 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import AdamW
 
+from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.objective import example_losses
 from dualsft.selection.warmup import BETAS, EPS, Warmup, warm_up
+from tests.selection.kills import kill_at
+from tests.selection.runs import ADAM, Inputs, select
 from tests.selection.tiny import assert_same_gradients, collate, make, make_examples
+from tests.selection.traps import SHORTAGES, Shortage, poison
 
 
 def batches() -> list[Any]:
@@ -80,6 +85,122 @@ def test_a_loss_that_is_not_finite_names_its_examples() -> None:
         model.model.embed_tokens.weight[60] = torch.nan
     with pytest.raises(UserError, match=r"not finite at the examples \[3\]; .*model\.warmup\.learning_rate"):
         warm_up(model, [collate(examples)], epochs=1, learning_rate=1e-3)
+
+
+def test_a_loss_that_a_packed_neighbour_spoils_is_not_blamed() -> None:
+    """In a packed row, too, only the example is named that is not finite alone."""
+    model, examples = make("llama"), [([1, 5, 6, 7], [-100, 5, 6, 7]), ([1, 60, 8], [-100, 60, 8]), ([1, 9], [-100, 9])]
+    poison(model, 60, "loss")
+    rows = [{"example_id": 10 + k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(examples)]
+    batch: Any = collate_packed([rows], 0)
+    assert not example_losses(model, batch).isfinite().any()
+    with pytest.raises(UserError, match=r"loss is not finite at the examples \[11\]; "):
+        warm_up(model, [batch], epochs=1, learning_rate=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights() -> None:
+    """Its batch is named before the step is taken."""
+    model = make("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    poison(model, make_examples()[3][0][0], "gradient")
+    with pytest.raises(UserError, match=r"gradient is not finite at the examples \[0, 1, 2, 3, 4\]; "):
+        warm_up(model, [collate(make_examples())], epochs=1, learning_rate=1e-3)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_weight_that_takes_no_part_has_no_second_moment() -> None:
+    """It is zero, and the weight stays."""
+    model = make("llama")
+    model.spare = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    moments = warm_up(model, batches(), epochs=1, learning_rate=1e-3)
+    assert torch.equal(moments["spare"], torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(model.spare, torch.ones(3, dtype=torch.float64))
+
+
+class Notebook:
+    """A keeper that notes what it is given, and has something to begin with."""
+
+    def __init__(self, kept: Any = None, due: bool = False) -> None:
+        self.kept, self.notes, self._due = kept, [], due
+
+    def load(self) -> Any:
+        """What there is to begin with."""
+        return self.kept
+
+    def due(self) -> bool:
+        """Always or never."""
+        return self._due
+
+    def save(self, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
+        """Keep copies."""
+        self.notes.append(({name: value.detach().clone() for name, value in tensors.items()}, notes))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_a_warm_up_goes_on_from_any_step(step: int) -> None:
+    """With its dropout, its optimizer's state and its place in the data, to the very same weights and moments."""
+    model, notebook = make("gpt2"), Notebook(due=True)
+    expected = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook, seed=3)
+    assert [(notes["epoch"], notes["done"]) for _, notes in notebook.notes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    resumed = make("gpt2")
+    torch.rand(7)  # whatever else has drawn random numbers
+    moments = warm_up(resumed, batches(), 2, 1e-3, keeper=Notebook(notebook.notes[step]), seed=3)
+    assert all(torch.equal(moments[name], moment) for name, moment in expected.items())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_dropout_goes_by_seed_epoch_and_step() -> None:
+    """Other seeds drop others, and so does every step; the caller's random numbers are left alone."""
+    first = []
+    for seed in (0, 0, 1):
+        model = make("gpt2")
+        state = torch.get_rng_state()
+        warm_up(model, batches() * 2, epochs=2, learning_rate=1e-3, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        first.append(model.transformer.wte.weight.detach())
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", SHORTAGES)
+def test_a_shortage_halves_the_batch_but_not_the_step(
+    kind: str, backward: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the step that failed on, each batch goes in two parts; weights and moments are the same up to rounding."""
+    plain, model, notebook = make("llama"), make("llama"), Notebook()
+    expected = warm_up(plain, batches(), epochs=2, learning_rate=1e-3)
+    trap = Shortage(SHORTAGES[kind], 2, backward=backward)
+    trap.attach(model)
+    moments = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook)
+    assert trap.runs == 1 + 1 + 3 * 2
+    assert_same_gradients(moments, expected, 1e-12)
+    for (name, found), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12, msg=name)
+    assert [notes for _, notes in notebook.notes] == [{"epoch": 0, "done": 1, "parts": 2}]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("dualsft: memory ran out in the warm-up (")
+    assert told.endswith("; it goes on in half batches.")
+
+
+def test_a_second_shortage_stops_the_warm_up() -> None:
+    """With advice, and nothing of it stays on the model."""
+    model = make("llama")
+    Shortage(SHORTAGES["accelerator"], 2, 4, backward=True).attach(model)
+    with pytest.raises(UserError, match=r"in the warm-up \(at a request for 2.00 GiB\) with half batches already; "):
+        warm_up(model, batches(), epochs=2, learning_rate=1e-3)
+    assert not any(module.training for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_shortage_in_the_optimizer_is_told_with_advice(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller batch would not help there."""
+    kill_at(monkeypatch, AdamW, "step", error=SHORTAGES["accelerator"])
+    with pytest.raises(UserError, match=r"in the warm-up \(at a request for 2.00 GiB\); beside the model and a batch"):
+        select(inputs, tmp_path / "out", ADAM)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_draw_is_a_share_in_source_order() -> None:

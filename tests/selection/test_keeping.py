@@ -1,0 +1,196 @@
+"""A run killed in the middle of a phase goes on with the batch that it was at, to the same result."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualsft import SelectionModule, gradients, load_selection, run_folder
+from dualsft.progress import PhaseLog
+from dualsft.run_folder import RunFolder
+from dualsft.selection import passes, warmup
+from dualsft.selection.keeping import PhaseKeeper
+from tests.selection.kills import KilledError, kill_at, killed_run
+from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
+from tests.selection.tiny import collate, make_examples
+from tests.selection.traps import PoolAware, poisoned_by
+
+ALWAYS: dict[str, Any] = {"save_minutes": 1e-9}
+"""The state is kept before every batch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is selected, and by which module."""
+
+    options: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    module: type[SelectionModule] = SelectionModule
+
+
+CASES = {
+    "a warm-up with dropout, and one pass": Case(ADAM, {"batch_tokens": 60}),
+    "one pass that meets infinite gradients": Case(
+        {**SGD, "token_scores": True}, {"batch_tokens": 60}, poisoned_by(gradient="W")
+    ),
+    "two passes over packed rows, by token, that meet what is not finite": Case(
+        {**SGD, "scorer": PoolAware(), "token_scores": True},
+        {"packing": True, "batch_tokens": 96},
+        poisoned_by(gradient="4", loss="P"),
+    ),
+}
+KILLS = {
+    "as soon as the state is kept": (PhaseKeeper, "save", 2, True),
+    "while the state is written": (run_folder, "write_tensors", 3, True),
+}
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A model with dropout."""
+    inputs = write_inputs(tmp_path_factory.mktemp("forgetful"))
+    path = Path(inputs.model) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.5}))
+    return inputs
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A selection, to be made."""
+    found = CASES[request.param]
+    monkeypatch.setattr("tests.selection.runs.SelectionModule", found.module)
+    return found
+
+
+def resumed_until_done(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> int:
+    """Resumes a run that dies at the same place each time (see `kill_at`), until it gets past it; counts the deaths."""
+    for deaths in range(100):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, *place)
+            try:
+                select(inputs, folder, options, resume=True, **run)
+            except KilledError:
+                continue
+            return deaths
+    raise AssertionError("no progress")
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_run_killed_at_every_batch_gives_the_same_bytes(
+    forgetful: Inputs, tmp_path: Path, case: Case, kill: str
+) -> None:
+    """A run that gets no further than one batch before it dies ends in the artifact of the unbroken run."""
+    select(forgetful, tmp_path / "unbroken", case.options, data=case.data, seed=1)
+    options = {**case.options, **ALWAYS}
+    deaths = resumed_until_done(forgetful, tmp_path / "killed", options, *KILLS[kill], data=case.data, seed=1)
+    assert deaths >= 4
+    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
+    assert not (tmp_path / "killed" / ".unfinished").exists()
+    if case.module is not SelectionModule:
+        assert "nonfinite" in load_selection(tmp_path / "killed").examples["status"].to_pylist()
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
+    batches: list[tuple[int, ...]] = []
+    for place in (warmup, gradients):
+        original = place.example_losses
+
+        def noting(model: Any, batch: Any, *rest: Any, original: Any = original) -> Any:
+            batches.append(tuple(batch["example_id"].tolist()))
+            return original(model, batch, *rest)
+
+        monkeypatch.setattr(place, "example_losses", noting)
+    return batches
+
+
+def test_no_batch_is_passed_twice(forgetful: Inputs, tmp_path: Path, passed: list[tuple[int, ...]]) -> None:
+    """All killed parts together take each batch once, and tell of the examples and tokens of an unbroken run."""
+    data = {"batch_tokens": 60}
+    unbroken = select(forgetful, tmp_path / "unbroken", ADAM, data=data)
+    expected = Counter(passed)
+    passed.clear()
+    place = (PhaseKeeper, "save", 2, True)
+    deaths = resumed_until_done(forgetful, tmp_path / "killed", {**ADAM, **ALWAYS}, *place, data=data)
+    assert Counter(passed) == expected
+    assert deaths == sum(expected.values()) - 1
+    costs = [
+        [(phase["name"], phase["examples"], phase["tokens"]) for phase in selection.manifest["phases"]]
+        for selection in (unbroken, load_selection(tmp_path / "killed"))
+    ]
+    assert costs[0] == costs[1]
+
+
+def test_time_and_memory_of_killed_parts_count(inputs: Inputs, tmp_path: Path) -> None:
+    """A resumed phase has the seconds of all its parts, and the larger peak."""
+    options = {**SGD, **ALWAYS}
+    killed_run(inputs, tmp_path, options, PhaseKeeper, "save", 3, True)
+    state = RunFolder(tmp_path, resume=True)
+    tensors, notes = state.load("scores.under-way") or ({}, {})
+    state.save("scores.under-way", tensors, {**notes, "seconds": 1000.0, "peak_memory_bytes": 2**50})
+    (phase,) = select(inputs, tmp_path, options, resume=True).manifest["phases"][1:]
+    assert phase["name"] == "scores"
+    assert 1000 < phase["seconds"] < 1100
+    assert phase["peak_memory_bytes"] == 2**50
+
+
+@pytest.mark.parametrize("options", [SGD, ADAM])
+def test_nothing_is_kept_of_a_phase_that_is_finished(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Not even if the run was killed between the one and the other."""
+    killed_run(inputs, tmp_path, {**options, **ALWAYS}, PhaseKeeper, "drop", 1)
+    (left,) = tmp_path.rglob("*.under-way.safetensors")
+    kill_at(monkeypatch, passes, "gradient_pass")
+    with pytest.raises(KilledError):
+        select(inputs, tmp_path, {**options, **ALWAYS}, resume=True)
+    assert not left.exists()
+
+
+def test_the_state_is_kept_as_often_as_asked(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default not at all in a run of seconds."""
+    saves = kill_at(monkeypatch, PhaseKeeper, "save")
+    select(inputs, tmp_path, ADAM)
+    assert saves == []
+
+
+def keeper_of(folder: Path, minutes: float = 1.0) -> PhaseKeeper:
+    """A keeper in a claimed folder."""
+    run = RunFolder(folder, resume=True)
+    run.claim({})
+    return PhaseKeeper(run, "scores", minutes)
+
+
+def test_a_keeper_is_due_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the minutes are over, counted from the start and from the end of each keeping."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    keeper = keeper_of(tmp_path, minutes=2.0)
+    with PhaseLog(show=False).phase("scores", 5) as keeper.meter:
+        for seconds, due in ((119.0, False), (1.0, True)):
+            now[0] += seconds
+            assert keeper.due() is due
+        keeper.save({}, {})
+        assert not keeper.due()
+
+
+def test_a_keeper_hands_its_state_out_once(tmp_path: Path) -> None:
+    """What it has read does not stay in memory, but what it has cost stays known."""
+    keeper = keeper_of(tmp_path)
+    with PhaseLog(show=False).phase("scores", 5) as keeper.meter:
+        list(keeper.meter([collate(make_examples())]))
+        keeper.save({"w": torch.ones(2)}, {"done": 1})
+    later = keeper_of(tmp_path)
+    tensors, notes = later.load() or ({}, {})
+    assert torch.equal(tensors["w"], torch.ones(2))
+    assert (notes["done"], notes["examples"]) == (1, 5)
+    assert later.load() is None
+    assert later.earlier["examples"] == 5
+    later.drop()
+    assert keeper_of(tmp_path).load() is None

@@ -1,0 +1,143 @@
+"""An example that is not finite is left out alone, whatever shares its row, its batch or its scorer's passes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualsft.data.packing import collate_packed
+from dualsft.errors import UserError
+from dualsft.gradients import gradient_pass
+from dualsft.layout import Batch
+from dualsft.objective import example_losses
+from tests.selection.runs import LINES, OK, SGD, Inputs, select
+from tests.selection.tiny import (
+    Example,
+    assert_same_gradients,
+    given,
+    gradient_loop,
+    inner,
+    make,
+    make_examples,
+    random_direction,
+    total,
+)
+from tests.selection.traps import Kind, PoolAware, poison, poisoned_by
+
+BAD = {"loss": 58, "gradient": 59}
+"""The token that each kind of trap is sprung by."""
+
+
+def examples_with(*kinds: Kind) -> list[Example]:
+    """Six examples, of which one has the token of each of these kinds, in its middle."""
+    clean = [[7 if i in BAD.values() else i for i in ids] for ids, _ in make_examples((9, 4, 13, 5, 7, 6))]
+    for k, kind in zip((2, 4), kinds, strict=False):
+        clean[k][3] = BAD[kind]
+    return [(ids, [-100, *ids[1:]]) for ids in clean]
+
+
+def packed(examples: list[Example], rows: list[list[int]]) -> Batch:
+    """Rows of examples by their places; an example's id is 100 + its place."""
+    named = [{"example_id": 100 + k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(examples)]
+    batch: Any = collate_packed([[named[k] for k in row] for row in rows], 0)
+    return batch
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "rows and columns": {"columns": True},
+    "by token": {"columns": True, "by_token": True},
+    "rows alone": {"columns": False},
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "columns alone"])
+@pytest.mark.parametrize("kinds", [("gradient",), ("gradient", "loss")], ids="+".join)
+def test_a_packed_row_loses_the_bad_example_alone(kinds: tuple[Kind, ...], way: str) -> None:
+    """Its neighbours, which it spoils, are scored as if it were not there."""
+    model, examples = make("llama"), examples_with(*kinds)
+    u = random_direction(model)
+    gradients = gradient_loop(model, examples)  # of a model without traps
+    for kind in kinds:
+        poison(model, BAD[kind], kind)
+    batches = [packed(examples, [[0, 1, 2], [3, 4]]), packed(examples, [[5]])]
+    direction = None if way == "columns alone" else u
+    found = gradient_pass(model, given(batches), direction=direction, **WAYS.get(way, {}))
+    bad = {2, 4} if len(kinds) == 2 else {2}
+    assert found.nonfinite == {100 + k for k in bad}
+    assert found.counted == 6 - len(bad)
+    good = [k for k in range(6) if k not in bad]
+    expected = {100 + k: inner(u, gradients[k]) for k in good}
+    if direction:
+        assert found.rows == {i: pytest.approx(value, rel=1e-6, abs=1e-9) for i, value in expected.items()}
+    if way != "rows alone":
+        assert_same_gradients(found.sums, total([gradients[k] for k in good]), 1e-9)
+    if way == "by token":
+        assert {i: math.fsum(values) for i, values in found.tokens.items()} == pytest.approx(found.rows)
+        assert {i: len(values) for i, values in found.tokens.items()} == {100 + k: len(examples[k][0]) for k in good}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_the_neighbours_are_spoilt_indeed(kind: Kind) -> None:
+    """Without the search for the one to blame, attention would lose its neighbours in the row too."""
+    model, examples = make("llama"), examples_with(kind)
+    poison(model, BAD[kind], kind)
+    batch = packed(examples, [[1, 2], [3]])
+    losses = example_losses(model, batch)
+    if kind == "loss":
+        assert losses.isfinite().tolist() == [False, False, True]
+        return
+    assert losses.isfinite().all()
+    (gradient,) = torch.autograd.grad(losses.sum(), [model.model.embed_tokens.weight])
+    spoilt = set((~gradient.isfinite()).any(1).nonzero().flatten().tolist())
+    assert set(examples[1][0]) <= spoilt
+
+
+def test_a_row_that_only_packing_spoils_is_an_error() -> None:
+    """If each of its examples is finite alone there is nobody to blame, and it is said how to mend it."""
+    model, examples = make("llama"), examples_with()
+
+    def spoil(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        if int((kwargs["position_ids"] == 0).sum()) > 1:
+            output.logits = output.logits * torch.nan
+        return output
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    with pytest.raises(UserError, match=r"\[100, 101\] are not finite in packed rows, though each is alone; set data"):
+        gradient_pass(model, given([packed(examples, [[0, 1]])]))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_both_passes_of_a_scorer_leave_out_the_same(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """With a scorer of two passes, all scores are those of the pool without the bad examples, and their sums agree."""
+    bad = {0, 9}  # the only ones with these letters
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("".join(f"{line}\n" for i, line in enumerate(LINES) if i not in bad), encoding="utf-8")
+    options = {**SGD, "scorer": PoolAware(), "data_budget": 3}
+    data = {"packing": packing}
+    expected = select(Inputs(inputs.model, str(rest), inputs.validation), tmp_path / "rest", options, data=data)
+    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    found = select(inputs, tmp_path / "all", options, data=data)
+    assert {i for i, s in enumerate(found.examples["status"].to_pylist()) if s == "nonfinite"} == bad
+    scores = [[s for s in e.examples["score"].to_pylist() if s is not None] for e in (found, expected)]
+    assert len(scores[0]) == len(OK) - len(bad)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-5 * max(map(abs, scores[1])))
+    assert_same_gradients(found.parameter_scores(), expected.parameter_scores(), 1e-5)
+    assert [record["prompt"] for record in found.records] == [record["prompt"] for record in expected.records]
+    assert found.manifest["sum_identity"]["relative_difference"] < 1e-5
+    passed = {phase["name"]: phase["examples"] for phase in found.manifest["phases"]}
+    assert passed == {"validation gradient": 2, "pool gradient": 2 * len(OK), "scores": len(OK) - len(bad)}
+
+
+def test_a_pool_without_a_finite_example_has_no_gradient(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the pool that is named, not the scorer that was to divide by none."""
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"prompt": "Paris", "response": "y"}\n')
+    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(loss="P"))
+    with pytest.raises(UserError, match=r"No example of data\.train has a finite loss and gradient"):
+        select(Inputs(inputs.model, str(pool), inputs.validation), tmp_path / "out", {**SGD, "scorer": PoolAware()})

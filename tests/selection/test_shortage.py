@@ -1,0 +1,115 @@
+"""A real shortage of memory on the host, through the command line."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dualsft import load_selection
+from tests.cases import sums, tiny_tokenizer, write_jsonl
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the address space cannot be measured"),
+]
+
+MEASURE = """
+import atexit, pathlib, runpy, sys
+atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr))
+runpy.run_module("dualsft", run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A selection that is nearly all logits, so that what it takes goes by the size of a batch."""
+
+    folder: Path
+
+    def run(self, name: str, batch_tokens: int, limit: int = 0) -> subprocess.CompletedProcess[str]:
+        """The command under a limit of its address space in bytes; without one, it tells of its peak in the end."""
+        limited = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024), sys.executable, "-m", "dualsft"]
+        program = limited if limit else [sys.executable, "-c", MEASURE]
+        options = {
+            "model.model_name_or_path": self.folder / "model",
+            "data.train": self.folder / "pool.jsonl",
+            "data.validation": self.folder / "validation.jsonl",
+            "model.preconditioner": "none",
+            "model.warmup.fraction": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.enable_progress_bar": "false",
+            "data.batch_tokens": batch_tokens,
+            "output_dir": self.folder / name,
+        }
+        return subprocess.run(
+            [*program, "select", *(f"--{key}={value}" for key, value in options.items())],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    def peak(self, name: str, batch_tokens: int) -> int:
+        """The largest address space in bytes that it takes without a limit."""
+        told = self.run(name, batch_tokens).stderr
+        found = re.search(r"VmPeak:\s+(\d+) kB", told)
+        assert found, told
+        return 1024 * int(found[1])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A tiny model with a large vocabulary, and a pool that fills a batch of 2,048 tokens."""
+    folder = tmp_path_factory.mktemp("job")
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=40_000,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_jsonl(folder / "pool.jsonl", sums(120))
+    write_jsonl(folder / "validation.jsonl", sums(2))
+    return Job(folder)
+
+
+def test_a_real_shortage_halves_the_batches_or_stops_with_advice(job: Job) -> None:
+    """Where half a batch fits, the scores are those of half batches; where it does not, the command says what to do."""
+    quarter, whole = job.peak("quarter", 512), job.peak("whole", 2048)
+    assert whole - quarter > 400 * 2**20  # what a batch takes stands out
+    assert job.run("half", 1024).returncode == 0
+    # a half batch takes a third of the way from a quarter to the whole
+    enough = job.run("enough", 2048, limit=quarter + (whole - quarter) * 2 // 3)
+    assert enough.returncode == 0, enough.stderr
+    assert re.fullmatch(
+        r"dualsft: memory ran out in the scores \(at a request for \d+ MiB\); it starts again with batches of 1024 "
+        r"tokens, not 2048\.",
+        enough.stderr.strip().splitlines()[-1],
+    )
+    half, found = load_selection(job.folder / "half"), load_selection(job.folder / "enough")
+    assert found.examples.equals(half.examples)
+    assert found.manifest["scoring_batch_tokens"] == 1024
+    short = job.run("short", 2048, limit=quarter + (whole - quarter) // 8)
+    assert short.returncode == 1
+    assert "Traceback" not in short.stderr
+    assert re.fullmatch(
+        r"dualsft: error: Memory ran out in the scores \(at a request for \d+ MiB\) with batches of 1024 tokens, "
+        r"halved already; set model\.gradient_checkpointing and .*\.",
+        short.stderr.strip().splitlines()[-1],
+    )
+    assert sorted(path.name for path in (job.folder / "short").iterdir()) == [".unfinished"]

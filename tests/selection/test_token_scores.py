@@ -1,0 +1,49 @@
+"""Scores by token: what is written, that it adds up, and what is shown."""
+
+from pathlib import Path
+
+import pytest
+
+from dualsft.selection import Selection
+from dualsft.selection.summary import summary
+from tests.cases import tiny_tokenizer
+from tests.selection.runs import OK, SGD, Inputs, select
+
+
+@pytest.fixture(scope="module")
+def with_tokens(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Selection:
+    """A selection with scores by token."""
+    return select(inputs, tmp_path_factory.mktemp("tokens"), {**SGD, "token_scores": True})
+
+
+def test_token_scores_add_up_to_the_example_scores(inputs: Inputs, with_tokens: Selection) -> None:
+    """One row per scored example, one score per token of it, and their sum is the example's score."""
+    table = with_tokens.token_scores
+    assert table is not None
+    scores = dict(zip(*with_tokens.examples.select(["example_id", "score"]).to_pydict().values(), strict=True))
+    examples = inputs.examples("train")
+    assert table["example_id"].to_pylist() == OK
+    for row in table.to_pylist():
+        assert row["token_id"] == examples[row["example_id"]][0]
+        assert len(row["score"]) == len(row["token_id"])
+        assert sum(row["score"]) == pytest.approx(scores[row["example_id"]], rel=1e-12)
+
+
+def test_token_scores_change_nothing_else(inputs: Inputs, with_tokens: Selection, tmp_path: Path) -> None:
+    """Example scores are those of a selection without them, and nothing is written where they are not asked for."""
+    without = select(inputs, tmp_path / "out", SGD)
+    assert without.token_scores is None
+    assert not (tmp_path / "out" / "token_scores.parquet").exists()
+    found, expected = (s.examples["score"].to_pylist() for s in (with_tokens, without))
+    assert found == [value if value is None else pytest.approx(value, rel=1e-4, abs=1e-12) for value in expected]
+
+
+def test_the_summary_spells_the_telling_tokens(with_tokens: Selection) -> None:
+    """The best examples come with their best tokens, spelt, and each token's share of the score."""
+    lines = summary(with_tokens, tiny_tokenizer()).splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("tokens"))
+    scores = with_tokens.examples["score"].to_pylist()
+    best = max(OK, key=lambda i: scores[i])
+    assert lines[first + 1].startswith(f"  example {best} ({scores[best]:.3g})  '")
+    assert "%" in lines[first + 1]
+    assert "tokens      that" not in summary(with_tokens)
