@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from dualsft.arguments import prepare
 from dualsft.data import InstructionDataModule
-from dualsft.errors import UserError
+from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule
 from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
 from dualsft.messages import plainly
@@ -263,6 +263,10 @@ def main() -> None:
         _fail(str(error), 1)
     except ArgumentError as error:
         _fail(plainly(str(error)), 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(f"memory ran out ({shortage(error)}); lower data.batch_tokens, or set model.dtype to bfloat16.", 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command with --resume goes on from what is finished.", 130)
 

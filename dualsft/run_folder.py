@@ -11,18 +11,17 @@ import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
 
-_RUN = "run.json"
-_RESULTS = ("manifest.json", "delta.safetensors", "metrics.json")
+_RUN, _MANIFEST, _FINISHED = "run.json", "manifest.json", ".finished"
+_RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json")
 _WRITTEN = (
     *(
         ".unfinished",
@@ -58,6 +57,10 @@ class RunFolder:
         overwrite: Replace what is there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
 
+    Attributes:
+        complete: Whether resuming has found a selection that is finished: whoever resumes after each kill may come once
+            too often.
+
     Raises:
         UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input.
     """
@@ -72,6 +75,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(folder)
         self._state = self.path / ".unfinished"
+        self.complete = False
         if resume and overwrite:
             raise UserError("--resume and --overwrite contradict each other; give one of them.")
         if self.path.exists() and not self.path.is_dir():
@@ -99,6 +103,8 @@ class RunFolder:
                     f"{self.path} holds files that no run of ours wrote{named}; they are left alone: choose another "
                     "--output_dir."
                 )
+        elif resume and not self._state.is_dir() and (self.path / _MANIFEST).is_file():
+            self.complete = True
         elif not self._state.is_dir():
             advice = "there is nothing to resume; " if resume else ""
             raise UserError(
@@ -115,6 +121,16 @@ class RunFolder:
         finished = (self.path / "config.yaml").is_file() and any((self.path / name).is_file() for name in _RESULTS)
         return finished or self._state.is_dir()
 
+    def confirm(self, identity: Mapping[str, Any]) -> None:
+        """See that the finished selection which resuming has found is the one that was asked for.
+
+        Raises:
+            UserError: if it is another one, naming what differs.
+        """
+        manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
+        self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
+        shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # a kill in the last moment leaves it
+
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Start writing: say what this run is, so that nothing else is taken for its continuation.
 
@@ -124,6 +140,11 @@ class RunFolder:
             UserError: if the folder's unfinished run is another one, naming what differs, another process is at work
                 on it, or it cannot be written.
         """
+        if self.complete:
+            raise UserError(
+                f"{self.path} holds a finished selection, there is nothing to resume; choose another --output_dir or "
+                "give --overwrite."
+            )
         path = self._state / _RUN
         try:
             before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -174,8 +195,8 @@ class RunFolder:
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
             raise UserError(
-                f"{self.path} holds an unfinished run with other settings ({', '.join(differing)}); resume it with "
-                "its own settings, or give --overwrite."
+                f"{self.path} holds {'a finished' if self.complete else 'an unfinished'} run with other settings "
+                f"({', '.join(differing)}); resume it with its own settings, or give --overwrite."
             )
 
     def _clear(self) -> None:
@@ -194,16 +215,16 @@ class RunFolder:
         path = self._file(phase)
         partial = path.with_suffix(".partial")
         try:
-            with open(partial, "wb") as stream:
-                write_tensors(stream, tensors, {"notes": json.dumps(notes)})
-                stream.flush()
+            whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(whole, partial, {"notes": json.dumps(notes)})
+            with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise UserError(
-                f"The state of the run cannot be kept in {self._state} ({error.strerror}); see that it can be written "
-                "and has room, and go on with --resume."
+                f"The state of the run cannot be kept in {self._state} ({error}); see that it can be written and has "
+                "room, and go on with --resume."
             ) from error
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -231,7 +252,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Declare the run complete, in one step, and drop its state."""
-        done = self.path / ".finished"
+        done = self.path / _FINISHED
         shutil.rmtree(done, ignore_errors=True)
         self._state.replace(done)
         self._leave()
@@ -253,29 +274,3 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-_TYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
-
-
-def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, one tensor at a time: from an accelerator, no more than one is on the host at once."""
-    # the widest first, as the format asks for, so that each starts where its type may
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    ends = accumulate((tensors[name].nbytes for name in ordered), initial=0)
-    header = {
-        name: {"dtype": _TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": place}
-        for name, place in zip(ordered, pairwise(ends), strict=True)
-    }
-    text = json.dumps({"__metadata__": metadata, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for name in ordered:
-        stream.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,8 +1,6 @@
-import errno
 import json
 import subprocess
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dualsft import run_folder
 from dualsft.errors import UserError
@@ -96,11 +95,11 @@ def test_a_phase_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     run = unfinished(tmp_path / "run")
     before = run.load(phase)
 
-    def broken(stream: Any, *_: Any) -> None:
-        stream.write(b"half")
+    def broken(tensors: Any, path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder, "write_tensors", broken)
+    monkeypatch.setattr(run_folder, "save_file", broken)
     with pytest.raises(KeyboardInterrupt):
         run.save(phase, {}, {})
     assert str(run.load(phase)) == str(before)
@@ -110,31 +109,15 @@ def test_a_full_disk_is_told_and_not_filled_up(tmp_path: Path, monkeypatch: pyte
     """What could not be written whole is removed, what was kept stays, and the way on is told."""
     run = unfinished(tmp_path / "run")
 
-    def full(stream: Any, *_: Any) -> None:
-        stream.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(tensors: Any, path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(run_folder, "write_tensors", full)
-    with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(No space left on device\); see that it can"):
+    monkeypatch.setattr(run_folder, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(.*No space left.*\); see that it can"):
         run.save("first", {}, {})
     assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "run.json"]
     assert run.load("first") is not None
-
-
-def test_one_tensor_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is gone from the host before the next one comes there."""
-    run = unfinished(tmp_path)
-    tensors = {str(k): torch.full((100,), float(k)) for k in range(4)}
-    copies: list[weakref.ref[torch.Tensor]] = []
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        assert not any(reference() is not None for reference in copies)
-        copies.append(weakref.ref(copy := tensor.clone()))
-        return copy
-
-    monkeypatch.setattr(torch.Tensor, "cpu", copied)
-    run.save("second", tensors, {})
-    assert len(copies) == 4
 
 
 LOCK = """
@@ -237,7 +220,7 @@ def test_a_finished_folder_is_not_written_to(tmp_path: Path, options: dict[str, 
     """Results are replaced only where that is asked for."""
     finished(tmp_path)
     with pytest.raises(UserError, match=message):
-        RunFolder(tmp_path, **options)
+        RunFolder(tmp_path, **options).claim(IDENTITY)
     assert names(tmp_path) == ["config.yaml", "manifest.json"]
 
 

@@ -138,7 +138,11 @@ class SelectionModule(LightningModule):
         """
         pool = self._check_input(data)
         data_count, parameter_count = self._counts(len(pool))
-        run.claim(inputs := describe_inputs(self, data, seed))
+        inputs = describe_inputs(self, data, seed)
+        if run.complete:
+            run.confirm(inputs)
+            return load_selection(run.path)
+        run.claim(inputs)
         log = PhaseLog(show, self.model.device)
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scored, scores = self._score(phases, pool)
@@ -182,7 +186,8 @@ class SelectionModule(LightningModule):
                 "or bf16-mixed."
             )
         if data.packing:
-            check_packing(self.model, next(iter(data.pool_loader())), compute_dtype(self.model))
+            few = data.pool_loader(batch_tokens=min(data.max_length, data.batch_tokens))
+            check_packing(self.model, next(iter(few)), compute_dtype(self.model))
         return data.train_examples.ok_ids()
 
     def _counts(self, examples: int) -> tuple[int, int]:

@@ -46,7 +46,7 @@ CASES = {
 }
 KILLS = {
     "as soon as the state is kept": (PhaseKeeper, "save", 2, True),
-    "while the state is written": (run_folder, "write_tensors", 3, True),
+    "while the state is written": (run_folder, "save_file", 3, True),
 }
 
 

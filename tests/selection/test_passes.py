@@ -98,7 +98,7 @@ def test_a_shortage_halves_the_batches(
 
 @pytest.mark.parametrize("kind", SHORTAGES)
 @pytest.mark.parametrize(
-    ("place", "name", "call"), [(tap, "jvp", 2), (tap.F, "embedding", 4), (spot_check, "check_covered", 2)]
+    ("place", "name", "call"), [(tap, "jvp", 2), (tap.F, "embedding", 3), (spot_check, "check_covered", 2)]
 )
 def test_a_shortage_is_known_wherever_it_is_met(
     inputs: Inputs,

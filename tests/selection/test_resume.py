@@ -117,13 +117,27 @@ def test_a_finished_selection_is_replaced_only_when_asked(inputs: Inputs, tmp_pa
     """Without overwrite it stays; with it the new selection is there alone, in its own settings."""
     select(inputs, tmp_path, {**OPTIONS, "data_budget": 2})
     before = contents(tmp_path)
-    for resume in (False, True):
-        with pytest.raises(UserError, match="already holds files"):
-            select(inputs, tmp_path, SGD, resume=resume)
+    with pytest.raises(UserError, match="already holds files"):
+        select(inputs, tmp_path, SGD)
+    with pytest.raises(UserError, match=r"holds a finished run with other settings \(.*budgets.*\)"):
+        select(inputs, tmp_path, SGD, resume=True)
     assert contents(tmp_path) == before
     select(inputs, tmp_path, {**SGD, "data_budget": 1}, overwrite=True)
     assert len(load_selection(tmp_path).example_ids) == 1
     assert not (tmp_path / "warmup").exists()
+
+
+def test_resuming_a_finished_selection_changes_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    """A run killed after its last step is complete; resuming it once more says so, and sweeps up."""
+    first = select(inputs, tmp_path, SGD)
+    before = contents(tmp_path)
+    (tmp_path / ".finished").mkdir()
+    again = select(inputs, tmp_path, SGD, resume=True)
+    assert contents(tmp_path) == before
+    assert again.manifest == first.manifest
+    assert not (tmp_path / ".finished").exists()
+    with pytest.raises(UserError, match="holds a finished selection"):
+        RunFolder(tmp_path, resume=True).claim({})
 
 
 def run_in_child(inputs: Inputs, folder: Path, started: Path, options: dict[str, Any], data: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+import errno
+
+import pytest
+import torch
+
+from dualsft.errors import UserError, advising, is_out_of_memory, shortage
+from tests.selection.traps import SHORTAGES
+
+TOLD = {"accelerator": "at a request for 2.00 GiB", "host": "at a request for 2,048 MiB", "python": "MemoryError"}
+
+
+@pytest.mark.parametrize("kind", SHORTAGES)
+def test_a_shortage_is_told_in_a_few_words(kind: str) -> None:
+    """How much was asked for where it is known, in units that can be read, and never a page."""
+    assert is_out_of_memory(SHORTAGES[kind])
+    assert shortage(SHORTAGES[kind]) == TOLD[kind]
+    with pytest.raises(UserError) as told, advising("in the warm-up", "buy more"):
+        raise SHORTAGES[kind]
+    assert str(told.value) == f"Memory ran out in the warm-up ({TOLD[kind]}); buy more."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_shortage_is_known_by_many_names(error: Exception) -> None:
+    """Those of torch's allocators, of CUDA's libraries, of C++ and of the system."""
+    assert is_out_of_memory(error)
+    assert "\n" not in shortage(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "x"), UserError("Memory ran out"), ValueError()]
+)
+def test_other_errors_are_no_shortage(error: Exception) -> None:
+    """They pass through the advice as they are."""
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as found, advising("in the warm-up", "buy more"):
+        raise error
+    assert found.value is error
+
+
+def test_the_systems_own_shortage_is_known() -> None:
+    """What torch raises when it asks for more than there can be."""
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(found.value)
+    assert shortage(found.value) == "at a request for 1,099,511,627,776 MiB"
