@@ -1,27 +1,29 @@
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, RowSums, check_covered
-from dualsft.layout import Layout
+from dualsft.layout import AmbiguousShapeError, Layout
 from dualsft.objective import example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 from tests.selection.tiny import (
     ARCHITECTURES,
     Example,
     Gradients,
+    assert_rows,
     assert_same_gradients,
     collate,
     gradient_loop,
-    inner,
-    inner_size,
     llama,
     make,
     make_examples,
@@ -38,39 +40,6 @@ def both_sums(model: Any, examples: list[Example], u: Gradients) -> tuple[list[f
         example_losses(model, batch).sum().backward()
         assert rows.covered == set(columns.sums)
         return rows.read().tolist(), columns.sums
-
-
-def assert_rows(found: list[float], u: Gradients, gradients: list[Gradients], relative: float) -> None:
-    """Equal up to a fraction of the size of the numbers that were added."""
-    assert len(found) == len(gradients)
-    for value, g in zip(found, gradients, strict=True):
-        assert value == pytest.approx(inner(u, g), rel=0.0, abs=relative * inner_size(u, g))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_both_sums_equal_a_loop_over_examples(architecture: str) -> None:
-    """In a padded batch of mixed lengths, rows and columns are those of autograd over single unpadded examples.
-
-    GPT-2 and OPT compute in float64 throughout; the others' norms and softmax are float32 whatever the weights are.
-    """
-    model, examples = make(architecture), make_examples()
-    u = random_direction(model)
-    gradients = gradient_loop(model, examples)
-    rows, columns = both_sums(model, examples, u)
-    exact = 1e-11 if architecture in ("gpt2", "opt") else 2e-6
-    assert_rows(rows, u, gradients, exact)
-    assert_same_gradients(columns, total(gradients), exact)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_sums_equal_the_float64_loop(architecture: str) -> None:
-    """A float32 model's rows and columns differ from the same weights' float64 ones by rounding alone."""
-    model, examples = make(architecture, torch.float32), make_examples()
-    u = random_direction(model)
-    rows, columns = both_sums(model, examples, u)
-    gradients = gradient_loop(model.double(), examples)
-    assert_rows(rows, u, gradients, 1e-5)
-    assert_same_gradients(columns, total(gradients), 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])
@@ -143,6 +112,16 @@ def rectangle(rows: int, tokens: int) -> Layout:
     return Layout(rows, tokens, [(row, 0, tokens) for row in range(rows)])
 
 
+def assert_exact(model: nn.Module, ids: Tensor) -> None:
+    """Rows and columns of a toy batch are those of autograd over each example alone."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows, columns = toy_sums(model, ids)
+    alone = [torch.autograd.grad(model(ids[k : k + 1]).sum(), list(trained.values())) for k in range(len(ids))]
+    gradients = [dict(zip(trained, found, strict=True)) for found in alone]
+    assert_rows(rows.tolist(), {name: torch.ones_like(p) for name, p in trained.items()}, gradients, 1e-12)
+    assert_same_gradients(columns, total(gradients), 1e-12)
+
+
 def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
     """Rows and columns of a toy batch, with u = 1."""
     u = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -209,13 +188,7 @@ def test_every_output_of_a_module_is_tapped() -> None:
         found, _ = flat(x, power=3)
         return (found["a"] + found["b"].sin()).view_as(x)
 
-    model, ids = Toy(Flat(), use).double(), torch.randint(11, (3, 5))
-    rows, _ = toy_sums(model, ids)
-    expected = [
-        sum(float(g.sum()) for g in torch.autograd.grad(model(ids[k : k + 1]).sum(), list(model.parameters())))
-        for k in range(3)
-    ]
-    assert rows.tolist() == pytest.approx(expected, rel=1e-12)
+    assert_exact(Toy(Flat(), use).double(), torch.randint(11, (3, 5)))
 
 
 class OneWay(torch.autograd.Function):
@@ -248,6 +221,246 @@ def test_a_module_without_forward_derivative_is_refused_by_name() -> None:
     """A custom kernel that forward-mode differentiation cannot enter is named."""
     with pytest.raises(UserError, match=r"middle \(Kernel\) has no forward-mode derivative"):
         toy_sums(Toy(Kernel()), torch.randint(11, (3, 5)))
+
+
+class Fickle(nn.Module):
+    """Cannot be called again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.called = nn.Parameter(torch.ones(4)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale, once."""
+        if self.called:
+            raise KeyError("gone")
+        self.called = True
+        return x * self.scale
+
+
+def test_whatever_a_module_answers_with_is_told_as_its_own() -> None:
+    """An error in a module's own code, met as it is differentiated, names the module."""
+    with pytest.raises(UserError, match=r"middle \(Fickle\) has no forward-mode derivative.*gone"):
+        toy_sums(Toy(Fickle()), torch.randint(11, (3, 5)))
+
+
+class Bias(nn.Module):
+    """Needs its input for nothing but the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add."""
+        return x + self.bias
+
+
+def test_an_input_that_is_modified_in_place_is_refused_by_name() -> None:
+    """A tap needs the module's input in the backward pass; if it is gone, the module is named."""
+
+    def use(bias: nn.Module, x: Tensor) -> Tensor:
+        x = x * 1
+        y = bias(x)
+        x.mul_(2)
+        return x + y
+
+    with pytest.raises(UserError, match=r"The input of middle \(Bias\) is modified in place"):
+        toy_sums(Toy(Bias(), use), torch.randint(11, (3, 5)))
+
+
+@pytest.mark.parametrize("middle", [nn.Linear(4, 4), nn.LayerNorm(4), Bias()], ids=lambda m: type(m).__name__)
+def test_outputs_may_be_modified_in_place(middle: nn.Module) -> None:
+    """As residuals are, whichever tap they come from: an embedding's, a linear layer's, any other's."""
+
+    def use(module: nn.Module, x: Tensor) -> Tensor:
+        x *= 2
+        y = module(x.sin())
+        y += x
+        y[:, 0] = x[:, 1]
+        return y
+
+    assert_exact(Toy(middle, use).double(), torch.randint(11, (3, 5)))
+
+
+class Twice(nn.Module):
+    """One parameter by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift."""
+        return x * self.scale + self.shift
+
+
+class Head(nn.Module):
+    """Uses its parameter, which is also its child's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Bias()
+        self.bias = self.child.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The child's forward and more."""
+        return self.child(x).sin() * self.bias
+
+
+@pytest.mark.parametrize("middle", [Twice, Head])
+def test_each_use_of_a_shared_parameter_counts_once(middle: type[nn.Module]) -> None:
+    """Under a second name in the same module, or as a child's too."""
+    assert_exact(Toy(middle()).double(), torch.randint(11, (3, 5)))
+
+
+class Scaled(nn.Linear):
+    """Not only a Wᵀ + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A linear layer's output, bent by its own weight."""
+        return super().forward(x) * self.weight.sum()
+
+
+class Pair(nn.Module):
+    """Two linear layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One behind the other."""
+        return self.second(self.first(x).sin())
+
+
+def frozen(layer: nn.Module, name: str) -> nn.Module:
+    """The layer with one of its parameters frozen."""
+    layer.get_parameter(name).requires_grad_(False)
+    return layer
+
+
+LINEAR: dict[str, Callable[[], nn.Module]] = {
+    "frozen weight": lambda: frozen(nn.Linear(4, 4), "weight"),
+    "frozen bias": lambda: frozen(nn.Linear(4, 4), "bias"),
+    "Conv1D with a frozen weight": lambda: frozen(Conv1D(4, 4), "weight"),
+    "Conv1D with a frozen bias": lambda: frozen(Conv1D(4, 4), "bias"),
+    "narrow": lambda: nn.Linear(4, 2),
+    "wide": lambda: nn.Linear(4, 7, bias=False),
+    "subclass": lambda: Scaled(4, 4),
+    "shared weight": Pair,
+}
+
+
+@pytest.mark.parametrize("breaks_even", [(0.0, 0.0), (1e9, 0.0)], ids=["by gradient", "by product"])
+@pytest.mark.parametrize("middle", LINEAR)
+def test_linear_layers_of_all_kinds_are_exact(
+    middle: str, breaks_even: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a part frozen, of any shape, sharing a weight, or with a forward of their own, by both ways."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("dualsft.linear_tap._BREAK_EVEN", {"cpu": breaks_even, "cuda": breaks_even})
+    assert_exact(Toy(LINEAR[middle]()).double(), torch.randint(11, (3, 5)))
+
+
+def test_a_parametrized_linear_layer_is_refused_by_name() -> None:
+    """What makes a weight of another parameter has no examples in its output."""
+    linear = parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"middle\.parametrizations\.weight \(ParametrizationList\)"):
+        toy_sums(Toy(linear), torch.randint(11, (3, 5)))
+
+
+def test_a_bias_without_a_direction_keeps_its_column() -> None:
+    """A parameter that is summed but not scored loses nothing by the tap on its layer."""
+    torch.manual_seed(0)
+    model, ids = Toy(nn.Linear(4, 4)).double(), torch.randint(11, (3, 5))
+    with ColumnSums(model) as columns, RowSums(model, {"middle.weight": torch.ones(4, 4)}) as rows:
+        rows.begin(rectangle(3, 5))
+        model(ids).sum().backward()
+    expected = torch.autograd.grad(model(ids).sum(), [model.get_parameter("middle.bias")])[0]
+    torch.testing.assert_close(columns.sums["middle.bias"], expected)
+
+
+def test_an_output_per_example_needs_no_token_axis() -> None:
+    """A pooled output is its example's as a whole; of tokens it has none, and whoever wants them is told so."""
+    torch.manual_seed(0)
+    model = Toy(nn.Linear(4, 6), lambda pool, x: x * pool(x.mean(1)).sum(-1)[:, None, None]).double()
+    assert_exact(model, ids := torch.randint(11, (3, 5)))
+    with RowSums(model, {"middle.weight": torch.ones(6, 4)}, by_token=True) as rows:
+        rows.begin(rectangle(3, 5))
+        with pytest.raises(UserError, match=r"middle \(Linear\) has shape \(3, 6\)"):
+            model(ids)
+
+
+class Hidden(nn.Module):
+    """Hides its output in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        """Scale."""
+        return SimpleNamespace(value=x * self.scale)
+
+
+def test_an_output_that_is_not_found_is_not_taken_for_covered() -> None:
+    """A module that gives out no tensor where taps look for one is named, as if it had not been called."""
+    with pytest.raises(UserError, match=r"\(Hidden\).*middle\.scale"):
+        toy_sums(Toy(Hidden(), lambda hidden, x: hidden(x).value), torch.randint(11, (3, 5)))
+
+
+class Scores(nn.Module):
+    """Gives out a square over tokens for each head, as attention gives out its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (example, head, token, token)."""
+        return (x @ x.mT)[:, None].sin() * self.scale
+
+
+@pytest.mark.parametrize("tokens", [(5, 6), (4, 5), (5, 4)])
+def test_squares_over_tokens_are_told_at_the_second_width(tokens: tuple[int, int]) -> None:
+    """Two axes that follow the row's length are both tokens, though there be four heads and four tokens."""
+    torch.manual_seed(0)
+    model = Toy(Scores(), lambda scores, x: (scores(x) @ x[:, None]).sum(1)).double()
+    u = torch.randn(4, 1, 1, dtype=torch.float64)
+    with RowSums(model, {"middle.scale": u}, by_token=True) as rows:
+        rows.begin(rectangle(3, tokens[0]))
+        with pytest.raises(AmbiguousShapeError):
+            model(torch.randint(11, (3, tokens[0])))
+        for width in reversed(tokens):
+            rows.begin(rectangle(3, width))
+            model(ids := torch.randint(11, (3, width))).sum().backward()
+            torch.testing.assert_close(rows.read_tokens(), contributions_of_scores(model, ids, u))
+
+
+def contributions_of_scores(model: Toy, ids: Tensor, u: Tensor) -> Tensor:
+    """By hand: Σ over heads and keys of u · ∂y/∂scale · ∂l/∂y at each query."""
+    x = model.embed(ids).detach()
+    squares = (x @ x.mT)[:, None].sin()
+    y = (squares * model.middle.scale).detach().requires_grad_()
+    (e,) = torch.autograd.grad((y @ x[:, None]).sum(1).square().mean((1, 2)).sum(), [y])
+    return (squares * u * e).sum((1, 3))
+
+
+def test_token_contributions_by_hand() -> None:
+    """Without attention, token t contributes what its own l_t gives: e_t · (U x_t + u_b), and (Wᵀ e_t) · U[id_t]."""
+    torch.manual_seed(0)
+    model, ids = Toy(nn.Linear(4, 3)).double(), torch.randint(11, (3, 5))
+    u = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with RowSums(model, u, by_token=True) as rows:
+        rows.begin(rectangle(3, 5))
+        model(ids).sum().backward()
+    x = model.embed(ids)
+    e = 2 * model.middle(x) / (5 * 3)
+    linear = (e * (x @ u["middle.weight"].T + u["middle.bias"])).sum(2)
+    embedding = (e @ model.middle.weight * u["embed.weight"][ids]).sum(2)
+    torch.testing.assert_close(rows.read_tokens(), (linear + embedding).detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])

@@ -1,16 +1,36 @@
 """Tiny models of several architectures, tiny examples, and the slow obvious reference for all gradients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -20,8 +40,13 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
+from dualsft.data.packing import collate_packed
 from dualsft.layout import Batch
 from dualsft.objective import example_losses
 
@@ -58,6 +83,11 @@ def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**_SIZES))
 
 
+def gemma2() -> PreTrainedModel:
+    """Attention in plain steps with capped scores, which returns its weights; norms in float32."""
+    return Gemma2ForCausalLM(Gemma2Config(**{**_SIZES, "pad_token_id": 0, "sliding_window": 16}))
+
+
 def gemma3(**options: Any) -> PreTrainedModel:
     """A scaled embedding, four norms a block, tied head."""
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**_SIZES, "pad_token_id": 0, "sliding_window": 8, **options}))
@@ -65,10 +95,61 @@ def gemma3(**options: Any) -> PreTrainedModel:
 
 def mixtral() -> PreTrainedModel:
     """Experts in one tensor over flattened tokens, routers."""
-    config = MixtralConfig(**_SIZES, num_local_experts=3, num_experts_per_tok=2)
-    model = MixtralForCausalLM(config)
-    model.set_experts_implementation("eager")
-    return model
+    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=3, num_experts_per_tok=2))
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Norms per head, narrow experts."""
+    options = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **options))
+
+
+def deepseek_v3() -> PreTrainedModel:
+    """Attention through a bottleneck; a dense layer, then one of routed and shared experts in groups."""
+    bottleneck = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"moe_intermediate_size": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    groups = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 2}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**_SIZES, **bottleneck, **experts, **groups}))
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Attention that owns sinks and returns its weights, experts with biases."""
+    options = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 16, "rope_parameters": None}
+    return GptOssForCausalLM(GptOssConfig(**_SIZES, **options))
+
+
+def falcon() -> PreTrainedModel:
+    """Attention and MLP side by side, whose outputs are modified in place."""
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def bloom() -> PreTrainedModel:
+    """Positions as biases of attention, a norm behind the embedding, tied head."""
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2))
+
+
+def bert() -> PreTrainedModel:
+    """A head whose bias is its own and its child's; learned positions and types shared by the batch."""
+    return BertLMHeadModel(BertConfig(**_SIZES, is_decoder=True))
+
+
+def doge() -> PreTrainedModel:
+    """Attention that owns a weight and calls a fused kernel; residuals with weights."""
+    return DogeForCausalLM(DogeConfig(**_SIZES))
+
+
+def lfm2() -> PreTrainedModel:
+    """A gated convolution over tokens, whose weight its parent uses."""
+    layers = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "num_key_value_heads": 2}
+    return Lfm2ForCausalLM(Lfm2Config(**{**_SIZES, **layers}))
+
+
+def rwkv() -> PreTrainedModel:
+    """A recurrent state instead of attention."""
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, context_length=64, **sizes))
 
 
 def opt() -> PreTrainedModel:
@@ -90,9 +171,18 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "gpt2": gpt2,
     "qwen3": qwen3,
+    "gemma2": gemma2,
     "gemma3": gemma3,
     "mixtral": mixtral,
+    "qwen3 moe": qwen3_moe,
+    "deepseek v3": deepseek_v3,
+    "gpt-oss": gpt_oss,
     "opt": opt,
+    "falcon": falcon,
+    "bloom": bloom,
+    "bert": bert,
+    "doge": doge,
+    "rwkv": rwkv,
 }
 
 
@@ -100,10 +190,41 @@ def make(architecture: str, dtype: torch.dtype = torch.float64, seed: int = 0) -
     """A model in evaluation mode whose norms and biases are random too, so that nothing is at a special point."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[architecture]()
+    model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype).eval()
+
+
+class _NoFloat32(TorchFunctionMode):
+    """Whatever asks for float32 gets float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Models stay in float64 where they would compute in float32 whatever their weights are, as norms do."""
+    call, inside = nn.Module.__call__, False
+
+    def wide_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return call(module, *args, **kwargs)
+        inside = True
+        try:
+            with _NoFloat32():
+                return call(module, *args, **kwargs)
+        finally:
+            inside = False
+
+    with mock.patch.object(nn.Module, "__call__", wide_call):
+        yield
 
 
 Example = tuple[list[int], list[int]]
@@ -131,6 +252,13 @@ def collate(examples: Sequence[Example], ids: Sequence[int] | None = None) -> Ba
         "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
         "labels": pad_sequence([torch.tensor(labels) for _, labels in examples], batch_first=True, padding_value=-100),
     }
+
+
+def pack(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> Batch:
+    """Rows of examples, given by their places, which are their ids."""
+    named = [{"example_id": k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(examples)]
+    batch: Any = collate_packed([[named[k] for k in row] for row in rows], pad_token_id=0)
+    return batch
 
 
 def given(batches: list[Batch]) -> Callable[[int], list[Batch]]:
@@ -182,6 +310,13 @@ def random_direction(model: PreTrainedModel, seed: int = 2) -> Gradients:
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def assert_rows(found: Sequence[float], u: Gradients, gradients: Sequence[Gradients], relative: float) -> None:
+    """Equal to <u, g_i> up to a fraction of the size of the numbers that were added."""
+    assert len(found) == len(gradients)
+    for value, g in zip(found, gradients, strict=True):
+        assert abs(value - inner(u, g)) <= relative * inner_size(u, g)
 
 
 def assert_same_gradients(found: Gradients, expected: Gradients, relative: float) -> None:
