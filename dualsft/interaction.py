@@ -10,8 +10,8 @@ Source: Chen, Yang, Wu, "One Algorithm, Two Goals: Dual Scoring for Parameter an
 arXiv 2605.06166. M has (examples x weights) entries and is never formed; neither is any g_i. Both sums come from one
 ordinary backward pass over a batch of examples:
 
-*Rows.* Let f be a module with parameters w of its own, y = f(w, a) its output and e = ∂(Σ_i l_i)/∂y the gradient that
-backward brings. Its share of <u, g_i> is the local Jacobian-vector product (∂f/∂w) u_w dotted with e, over the outputs
+*Rows.* Let f be a module whose own forward uses parameters w, nearly always those that it owns (`placement.py`),
+y = f(w, a) its output and e = ∂(Σ_i l_i)/∂y the gradient that backward brings. Its share of <u, g_i> is the local Jacobian-vector product (∂f/∂w) u_w dotted with e, over the outputs
 that belong to example i. Summed over all modules this is exact, and a tied weight counts once per use, as it must.
 For Linear the product is a Uᵀ, for Embedding U[id], and for anything else `torch.func.jvp` of the module's own forward
 (`tap.py`). Where the columns are wanted too, Linear has a shorter way to the same number (`linear_tap.py`).
@@ -23,6 +23,7 @@ it is complete, so that one layer's dense gradient lives at a time.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.errors import UserError
-from dualsft.layout import Layout
+from dualsft.layout import AmbiguousShapeError, Layout
 from dualsft.linear_tap import LinearHook, is_plain_linear
+from dualsft.placement import Places, placements
 from dualsft.tap import TapHook, accumulator_dtype
 
 Direction = Mapping[str, Tensor]
@@ -102,7 +104,7 @@ class RowSums:
     Use: ``with RowSums(model, u) as rows: rows.begin(layout); losses(batch).sum().backward(); phi = rows.read()``.
 
     Args:
-        model: Any module whose scored parameters are all used by the module that owns them.
+        model: Any module; where each parameter is scored is seen at its first forward pass.
         direction: u for every parameter that is scored.
         by_token: Whether to keep contributions by token too.
 
@@ -118,6 +120,8 @@ class RowSums:
         self.direction = direction
         self._names = {id(p): name for name, p in model.named_parameters() if name in direction}
         self._handles: list[RemovableHandle] = []
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._places: Places | None = None
         self._tapped: set[int] = set()
         self.by_token = by_token
         self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
@@ -126,15 +130,29 @@ class RowSums:
         self._tokens: Tensor | None = None
 
     def __enter__(self) -> "RowSums":
-        for path, module in self._model.named_modules():
-            own = {n: self._names[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in self._names}
-            if own:
-                tangents = {n: self.direction[name] for n, name in own.items()}
-                kind = LinearHook if is_plain_linear(module, tangents) else TapHook
-                hook = kind(self, path, module, tangents)
-                # before any hook of somebody else's: the output must still be the module's own
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        self._handles = [self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)]
+        self._tap()
         return self
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See, at the first forward pass, where each parameter is to be scored."""
+        if self._places is None and torch.is_grad_enabled():
+            self._places = {}  # the observed pass does not ask again
+            try:
+                self._places = placements(model, self._names, self._expect_some, args, kwargs)
+            except BaseException:
+                self._places = None
+                raise
+            self._tap()
+
+    def _tap(self) -> None:
+        for module, here in (self._places or {}).items():
+            own = module.named_parameters(remove_duplicate=False)
+            tangents = {n: self.direction[self._names[id(p)]] for n, p in own if self._names.get(id(p)) in here}
+            kind = LinearHook if is_plain_linear(module, tangents) else TapHook
+            hook = kind(self, self._paths[module], module, tangents)
+            # before any hook of somebody else's: the output must still be the module's own
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
@@ -177,14 +195,9 @@ class RowSums:
 
     @property
     def covered(self) -> set[str]:
-        """Names of the parameters whose module has been tapped since the context was opened."""
-        return {
-            self._names[id(p)]
-            for module in self._model.modules()
-            if id(module) in self._tapped
-            for p in module.parameters(recurse=False)
-            if id(p) in self._names
-        }
+        """Names of the parameters that have been scored, each where it is used, since the context was opened."""
+        places = self._places or {}
+        return {name for module, here in places.items() if id(module) in self._tapped for name in here}
 
     def expect(self, shape: torch.Size, where: str) -> None:
         """See, before backward, that an output of this shape can be split into examples.
@@ -197,6 +210,14 @@ class RowSums:
             self.layout.token_axis(shape, where)
         else:
             self.layout.check_rows(shape, where)
+
+    def _expect_some(self, output: Tensor, where: str) -> None:
+        """See that an output can be split; that its token axis is in doubt at this width alone is no refusal."""
+        try:
+            self.expect(self.layout.expand(output).shape, where)
+        except AmbiguousShapeError:
+            if self.layout.rows == self.layout.tokens:
+                raise
 
     @property
     def _splits_tokens(self) -> bool:

@@ -61,14 +61,14 @@ class TapHook:
         rows: What the taps add to.
         path: The module's name.
         module: The module.
-        tangents: u for each of its own parameters.
+        tangents: u for each parameter that is scored here, under every name it has in the module.
 
     Raises:
         UserError: if the module's gradients are not sums over examples.
     """
 
     def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Mapping[str, Tensor]) -> None:
-        self._rows, self._tangents = rows, _under_every_name(module, tangents)
+        self._rows, self._tangents = rows, tangents
         self.where = f"{path} ({type(module).__name__})"
         self._doubts: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where there was doubt
@@ -131,13 +131,6 @@ class TapHook:
         if k in self._axes:
             product, e = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
         self._rows.add(product, e, self.where)
-
-
-def _under_every_name(module: nn.Module, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The directions under every name of each parameter; what a child owns as well, it uses under its own tap."""
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    by_parameter = {id(own[name]): u for name, u in tangents.items()}
-    return {name: by_parameter[id(p)] for name, p in own.items() if id(p) in by_parameter}
 
 
 class _Call:

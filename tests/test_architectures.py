@@ -23,7 +23,6 @@ from tests.selection.tiny import (
     float64_throughout,
     given,
     gradient_loop,
-    lfm2,
     make,
     make_examples,
     pack,
@@ -35,7 +34,7 @@ EXAMPLES = make_examples()
 FLOAT64, FLOAT32 = 1e-12, 1e-5
 """How near to float64 autograd, relative to the numbers that are added."""
 
-FORGETFUL = {"gpt-oss", "opt", "falcon", "bloom", "bert", "rwkv"}
+FORGETFUL = {"gpt-oss", "opt", "falcon", "bloom", "bert", "rwkv", "lfm2", "mamba"}
 """What lets packed examples see one another: other positions than ids, a state, or attention that is not told."""
 
 
@@ -114,16 +113,6 @@ def test_packing_that_is_not_kept_apart_is_refused(architecture: str) -> None:
     model = make(architecture)
     with pytest.raises(UserError, match=r"cannot be scored in batches.*set data\.packing to false"):
         gradient_pass(model, given([pack([[0, 3, 1], [2, 4]], EXAMPLES)]), direction=random_direction(model))
-
-
-def test_a_weight_that_its_parent_uses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixer that takes its convolution's weight past the convolution's forward is not scored without it."""
-    monkeypatch.setitem(ARCHITECTURES, "lfm2", lfm2)
-    model = make("lfm2")
-    with pytest.raises(
-        UserError, match=r"outside their own module's forward \(Conv1d\).*layers\.0\.conv\.conv\.weight"
-    ):
-        gradient_pass(model, given([collate(EXAMPLES)]), direction=random_direction(model))
 
 
 @pytest.mark.usefixtures("way")

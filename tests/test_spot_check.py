@@ -44,11 +44,12 @@ def test_a_model_that_mixes_examples_is_refused(columns: bool, dtype: torch.dtyp
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_a_weight_used_past_its_module_is_found_before_the_second_batch() -> None:
-    """A gradient that no tap sees is named from the first batch's examples, not at the end of the pass."""
+def test_a_weight_that_cannot_be_followed_is_found_before_the_second_batch() -> None:
+    """A parameter that a closure holds on to has no derivative that a module could give; the first batch shows it."""
     model = make("llama")
     model.model.holder = nn.LayerNorm(16, dtype=torch.float64)
-    model.model.layers[0].register_forward_hook(lambda _, args, output: output * model.model.holder.weight)
+    held = model.model.holder.weight
+    model.model.layers[0].register_forward_hook(lambda _, args, output: output * held)
     seen: list[int] = []
 
     def watch(batches: Any) -> Any:
@@ -57,7 +58,7 @@ def test_a_weight_used_past_its_module_is_found_before_the_second_batch() -> Non
             yield batch
 
     batches = given([collate(make_examples()), collate(make_examples(seed=3))])
-    with pytest.raises(UserError, match=r"used outside their own module's forward.*LayerNorm.*model\.holder\.weight"):
+    with pytest.raises(UserError, match=r"example 0 scores .* alone .*past the module that owns it"):
         gradient_pass(model, batches, watch, random_direction(model))
     assert seen == [1]
 

@@ -33,6 +33,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -146,6 +148,11 @@ def lfm2() -> PreTrainedModel:
     return Lfm2ForCausalLM(Lfm2Config(**{**_SIZES, **layers}))
 
 
+def mamba() -> PreTrainedModel:
+    """A state space, its convolution used by the mixer around it."""
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
+
+
 def rwkv() -> PreTrainedModel:
     """A recurrent state instead of attention."""
     sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -183,6 +190,8 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": bert,
     "doge": doge,
     "rwkv": rwkv,
+    "lfm2": lfm2,
+    "mamba": mamba,
 }
 
 
