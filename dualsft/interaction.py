@@ -12,10 +12,10 @@ ordinary backward pass over a batch of examples:
 
 *Rows.* Let f be a module whose own forward uses parameters w, nearly always those that it owns (`placement.py`),
 y = f(w, a) its output and e = ∂(Σ_i l_i)/∂y the gradient that backward brings. Its share of <u, g_i> is the local
-Jacobian-vector product (∂f/∂w) u_w dotted with e, over the outputs that belong to example i. Summed over all modules this
-is exact, and a tied weight counts once per use, as it must. For Linear the product is a Uᵀ, for Embedding U[id], and for
-anything else `torch.func.jvp` of the module's own forward (`tap.py`). Where the columns are wanted too, Linear has a
-shorter way to the same number (`linear_tap.py`).
+Jacobian-vector product (∂f/∂w) u_w dotted with e, over the outputs that belong to example i. Summed over all modules
+this is exact, and a tied weight counts once per use, as it must. For Linear the product is a Uᵀ, for Embedding U[id],
+and for anything else `torch.func.jvp` of the module's own forward (`tap.py`). Where the columns are wanted too, Linear
+has a shorter way to the same number (`linear_tap.py`).
 
 *Columns.* The weight gradients of Σ_i l_i are Σ_i g_i already; each is folded into a float32 sum and dropped as soon as
 it is complete, so that one layer's dense gradient lives at a time.
