@@ -20,7 +20,7 @@ from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, Direction, RowSums
 from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
 from dualsft.objective import example_losses
-from dualsft.spot_check import spot_check
+from dualsft.spot_check import shares_rows, spot_check
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 """Something that iterates for the caller and looks at the batches as they pass: progress, counts."""
@@ -147,6 +147,7 @@ class _Pass:
         self._excluded = frozenset(excluded)
         self._result = GradientPass(columns.sums if columns else {}, nonfinite=set(excluded))
         self._done = 0
+        self._checked: set[bool] = set()
         self.void = False
 
     def repeat(self) -> "_Pass":
@@ -166,18 +167,18 @@ class _Pass:
 
     def _score(self, batch: Batch) -> None:
         batch = without(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
-        losses, batch = self._finite_losses(batch)
-        if not len(losses):
-            return
-        losses.sum().backward()
-        if self._poisoned:
-            self._find_nonfinite(batch)
-        elif not self.void:
-            self._count(batch)
+        losses, batch, alone = self._finite_losses(batch)
+        if len(losses):
+            losses.sum().backward()
+            if self._poisoned:
+                self._find_nonfinite(batch)
+            elif not self.void:
+                self._count(batch)
+        for example in alone:
+            self._score(example)
 
     def _count(self, batch: Batch) -> None:
         ids, result = batch["example_id"].tolist(), self._result
-        first = not result.counted
         result.counted += len(ids)
         if self._rows is None:
             return
@@ -187,30 +188,35 @@ class _Pass:
             tokens = self._rows.read_tokens().cpu()
             lengths = [length for _, _, length in self._rows.layout.spans]
             result.tokens.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
-        if first:
+        if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
+            self._checked.add(sharing)
             with self._rows.paused(), self._columns.paused() if self._columns else nullcontext():
                 spot_check(self._model, self._rows, batch, rows, compute_dtype(self._model))
 
-    def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """The batch's losses ready for backward, without the examples whose loss is not finite."""
+    def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch, list[Batch]]:
+        """The batch's losses ready for backward, its examples without the others, and those to be scored alone.
+
+        An example whose loss is not finite by itself is left out. One that only padding, or a neighbour in its row,
+        brings to that is scored by itself, unless the batch without the neighbour will do.
+        """
         if not len(batch["example_id"]):
-            return torch.empty(0), batch
+            return torch.empty(0), batch, []
         losses, batch = self._forward(batch)
         finite = losses.detach().isfinite().cpu()
         if bool(finite.all()):
-            return losses, batch
-        if "spans" in batch:  # a neighbour in the row spoils the finite ones too
-            finite = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
-            if bool(finite.all()):
-                raise UserError(
-                    f"The losses of the examples {batch['example_id'].tolist()} are not finite in packed rows, though "
-                    "each is alone; set data.packing to false."
-                )
-        self._result.nonfinite.update(batch["example_id"][~finite].tolist())
-        return self._finite_losses(without(batch, finite))
+            return losses, batch, []
+        sound = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
+        if not bool(sound.all()):
+            self._result.nonfinite.update(batch["example_id"][~sound].tolist())
+            return self._finite_losses(without(batch, sound))
+        alone = [only(batch, k) for k, ok in enumerate(finite.tolist()) if not ok]
+        losses, batch, more = self._finite_losses(without(batch, finite))
+        return losses, batch, [*alone, *more]
 
     @torch.no_grad()
     def _is_finite_alone(self, batch: Batch, k: int) -> bool:
+        if len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),):
+            return False  # it is alone already
         return bool(example_losses(self._model, to_device(only(batch, k), self._model.device)).isfinite().all())
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Batch]:

@@ -51,9 +51,8 @@ def placements(
             if inner is not outer and inner in places:
                 places[inner] -= here  # the outer forward's derivative has that use in it
     seen = {name for here in places.values() for name in here}
-    for module in model.modules():
-        if module not in observer.called:  # may be another time, as an expert that no token went to
-            places[module] |= {names[id(p)] for p in module.parameters(recurse=False) if id(p) in names} - seen
+    for module in set(model.modules()) - observer.unsplit:  # may be used another time, as an expert without tokens
+        places[module] |= {names[id(p)] for p in module.parameters(recurse=False) if id(p) in names} - seen
     return {module: here for module, here in places.items() if here}
 
 
@@ -90,7 +89,7 @@ class _Observer:
         self._names, self._splits = names, splits
         self._within = {m: {names[id(p)] for p in m.parameters() if id(p) in names} for m in model.modules()}
         self._paths = {module: path for path, module in model.named_modules()}
-        self.called: set[nn.Module] = set()
+        self.unsplit: set[nn.Module] = set()
         self._calls: list[_Observed] = []
         self._handles: list[Any] = []
 
@@ -111,11 +110,12 @@ class _Observer:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self._calls.pop()
-        self.called.add(module)
         leaves, layout = pytree.tree_flatten(output)
         outputs = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
         used = call.deferred | self._used(list(outputs.values()), call)
-        error = self._refusal(module, call, list(outputs.values())) if used else None
+        error = self._refusal(module, call, list(outputs.values())) if self._within[module] else None
+        if error is not None:
+            self.unsplit.add(module)
         here = used & self._within[module] if error is None else set()
         self.places[module] |= here
         self._leave(used - here, call, error)

@@ -1,4 +1,4 @@
-"""A pass checks its rows against autograd on two of its own examples before it goes on to the others.
+"""A pass checks its rows against autograd on some of its own examples before it goes on to the others.
 
 What an architecture may do wrong without a word, such as mixing examples of one batch, letting packed examples see one
 another, or using a weight past its module, shows here: the row of an example in its batch must be <u, ∇l_i> of the same
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.interaction import RowSums, check_covered
-from dualsft.layout import Batch, only, to_device
+from dualsft.layout import Batch, Layout, only, to_device
 from dualsft.objective import example_losses
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -23,7 +23,7 @@ _BLOCK = 2**20
 
 
 def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Sequence[float], dtype: torch.dtype) -> None:
-    """Compare the rows of a batch's first and last example with autograd over each alone.
+    """Compare the rows of some of a batch's examples with autograd over each alone.
 
     Args:
         model: The model, without hooks of ours.
@@ -36,7 +36,7 @@ def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Seque
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
     tolerance = _tolerance(dtype)
-    for k in sorted({0, len(found) - 1}):
+    for k in _telling(batch):
         products, sizes = _products_alone(model, rows.direction, only(batch, k))
         check_covered(model, rows.covered, [name for name, size in sizes.items() if size])
         alone, scale = sum(products.values()), sum(sizes.values())
@@ -52,7 +52,7 @@ def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Seque
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
-    """See that the first and the last example of a packed batch have the losses there that they have alone.
+    """See that some examples of a packed batch have the losses there that they have alone.
 
     Args:
         model: The model; in evaluation mode for as long as it takes.
@@ -67,7 +67,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
     training = model.training
     model.eval()
     together = example_losses(model, to_device(batch, model.device))
-    for k in sorted({0, len(together) - 1}):
+    for k in _telling(batch):
         alone = example_losses(model, to_device(only(batch, k), model.device))[0]
         if not bool(together[k].isfinite()):  # spoilt by a neighbour that will be left out
             continue
@@ -77,6 +77,18 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
                 f"has a loss of {together[k]:.6g} among others and {alone:.6g} alone; set data.packing to false."
             )
     model.train(training)
+
+
+def _telling(batch: Batch) -> list[int]:
+    """The first and the last example, and one behind another in its row, as the first of a row sees no other."""
+    spans = Layout.of(batch).spans
+    behind = [k for k, (_, first, _) in enumerate(spans) if first]
+    return sorted({0, len(spans) - 1, *behind[-1:]})
+
+
+def shares_rows(batch: Batch) -> bool:
+    """Whether an example stands behind another in its row."""
+    return any(first for _, first, _ in Layout.of(batch).spans)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -435,6 +435,30 @@ def test_an_output_that_is_hidden_is_left_to_the_module_around_it() -> None:
     assert_exact(model.double(), torch.randint(11, (3, 5)))
 
 
+class Sometimes(nn.Module):
+    """Uses its weight on long rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale, if it is worth it."""
+        return x * self.scale if x.shape[1] > 4 else x.sin()
+
+
+def test_a_weight_that_is_not_used_at_first_is_scored_when_it_is() -> None:
+    """What the first batch does not tell of a weight is taken to be as usual: its own module uses it."""
+    torch.manual_seed(0)
+    model = Toy(Sometimes()).double()
+    with RowSums(model, {"middle.scale": torch.ones(4)}) as rows:
+        for tokens in (4, 5):
+            rows.begin(rectangle(3, tokens))
+            model(ids := torch.randint(11, (3, tokens))).sum().backward()
+    alone = [torch.autograd.grad(model(row[None]).sum(), [model.middle.scale])[0].sum() for row in ids]
+    torch.testing.assert_close(rows.read(), torch.stack(alone))
+
+
 class Scores(nn.Module):
     """Gives out a square over tokens for each head, as attention gives out its weights."""
 

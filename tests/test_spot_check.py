@@ -9,7 +9,7 @@ from dualsft.errors import UserError
 from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
 from dualsft.spot_check import check_packing
-from tests.selection.tiny import collate, given, make, make_examples, random_direction
+from tests.selection.tiny import collate, given, make, make_examples, pack, random_direction
 
 
 def packed(lengths: tuple[int, ...] = (9, 4, 13, 5)) -> Batch:
@@ -95,3 +95,18 @@ def test_a_pass_over_packed_rows_of_a_forgetful_model_is_refused() -> None:
     model = forgetful(make("llama"))
     with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
         gradient_pass(model, given([packed()]), direction=random_direction(model))
+
+
+@pytest.mark.parametrize("rows", [[[[0], [1, 2], [3]]], [[[0], [3]], [[1, 2]]]], ids=["inside", "later"])
+def test_mixing_is_found_wherever_the_first_shared_row_is(rows: list[list[list[int]]]) -> None:
+    """Between examples with rows of their own, or in a later batch than those, which come first."""
+    examples = make_examples((16, 7, 9, 15))
+    model = forgetful(make("llama"))
+    with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
+        gradient_pass(model, given([pack(part, examples) for part in rows]), direction=random_direction(model))
+
+
+def test_the_first_of_a_row_is_not_asked_alone() -> None:
+    """It sees nothing of those behind it, so a row of their losses tells."""
+    with pytest.raises(UserError, match=r"lets packed examples see .*example 2 "):
+        check_packing(forgetful(make("llama")), pack([[0, 1, 2], [3]], make_examples((9, 4, 5, 13))), torch.float64)

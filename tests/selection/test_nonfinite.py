@@ -16,6 +16,7 @@ from tests.selection.runs import LINES, OK, SGD, Inputs, select
 from tests.selection.tiny import (
     Example,
     assert_same_gradients,
+    collate,
     given,
     gradient_loop,
     inner,
@@ -94,18 +95,23 @@ def test_the_neighbours_are_spoilt_indeed(kind: Kind) -> None:
     assert set(examples[1][0]) <= spoilt
 
 
-def test_a_row_that_only_packing_spoils_is_an_error() -> None:
-    """If each of its examples is finite alone there is nobody to blame, and it is said how to mend it."""
-    model, examples = make("llama"), examples_with()
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_only_its_company_spoils_is_scored_alone(packing: bool) -> None:
+    """An example that is finite by itself is not left out for what padding or a neighbour makes of it."""
+    model, examples = make("llama"), examples_with()[:3]
+    u, gradients = random_direction(model), gradient_loop(model, examples)
 
     def spoil(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        if int((kwargs["position_ids"] == 0).sum()) > 1:
-            output.logits = output.logits * torch.nan
+        starts = (kwargs["position_ids"] == 0).sum(1) if packing else 1 + (kwargs["attention_mask"] == 0).sum(1)
+        output.logits = output.logits.masked_fill((starts > 1)[:, None, None], torch.nan)
         return output
 
     model.register_forward_hook(spoil, with_kwargs=True)
-    with pytest.raises(UserError, match=r"\[100, 101\] are not finite in packed rows, though each is alone; set data"):
-        gradient_pass(model, given([packed(examples, [[0, 1]])]))
+    batch = packed(examples, [[0, 1], [2]]) if packing else collate(examples, [100, 101, 102])
+    found = gradient_pass(model, given([batch]), direction=u)
+    assert found.rows == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
+    assert_same_gradients(found.sums, total(gradients), 2e-6)
+    assert (found.counted, found.nonfinite) == (3, set())
 
 
 @pytest.mark.parametrize("packing", [False, True])
