@@ -6,7 +6,8 @@
 For each number of tokens per example it prints the time of a plain pass, of the one pass that first-order scoring
 takes (rows and columns), and of the row pass of second-order scoring (no weight gradients), each as the median over
 rounds of the ratio to the plain pass of the same round; and the model's floating-point operations per second in the
-one pass. The spot check, which a pass makes once on two examples, is timed by itself.
+one pass. What a pass does once, on its first batch, to see which module uses which weight and to check two or three
+rows against autograd, is timed by itself, in plain batches.
 """
 
 import argparse
@@ -150,7 +151,7 @@ def main() -> None:
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights:,} weights, {options.dtype}, {options.device}, {torch.get_num_threads()} threads, torch", end=" ")
     print(f"{torch.__version__}, {options.batch_tokens} tokens a batch, checkpointing {options.checkpointing}")
-    print("tokens/example   plain s   one pass/plain   row pass/plain   one pass GFLOP/s   spot check (plain batches)")
+    print("tokens/example   plain s   one pass/plain   row pass/plain   one pass GFLOP/s   extra of the first batch")
     for length in options.lengths:
         examples = options.batch_tokens // length
         batches = [make_batch(model, examples, length) for _ in range(options.batches)]
@@ -159,7 +160,7 @@ def main() -> None:
         rate = flops(model, examples * length, length, options.checkpointing) / found["plain"] / found["one pass"]
         print(
             f"{length:14d} {found['plain']:9.3f} {found['one pass']:16.3f} {found['row pass']:16.3f} "
-            f"{rate / 1e9:18.0f} {found['first batch']:28.2f}",
+            f"{rate / 1e9:18.0f} {found['first batch']:25.2f}",
             flush=True,
         )
 
