@@ -8,7 +8,7 @@ What a pass holds at the start of a batch is all that it needs to go on from the
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
-from dualsft.interaction import ColumnSums, Direction, RowSums
+from dualsft.interaction import ColumnSums, Direction, RowSums, paused
 from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
 from dualsft.objective import example_losses
 from dualsft.spot_check import shares_rows, spot_check
@@ -190,7 +190,7 @@ class _Pass:
             result.tokens.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
         if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
             self._checked.add(sharing)
-            with self._rows.paused(), self._columns.paused() if self._columns else nullcontext():
+            with paused(self._rows, self._columns):
                 spot_check(self._model, self._rows, batch, rows, compute_dtype(self._model))
 
     def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch, list[Batch]]:

@@ -67,15 +67,6 @@ class ColumnSums:
         for parameter in self._parameters.values():  # what an error has left half done
             parameter.grad = None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Fold nothing while this inner context is open."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
     def _folder(self, name: str) -> Callable[[Tensor], None]:
         def fold(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -158,15 +149,6 @@ class RowSums:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Tap nothing while this inner context is open."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch and expect one of this layout."""
@@ -266,3 +248,16 @@ def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]
             f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
             "the module that owns them."
         )
+
+
+@contextmanager
+def paused(*contexts: ColumnSums | RowSums | None) -> Iterator[None]:
+    """Sum nothing while this inner context is open."""
+    given = [context for context in contexts if context is not None]
+    for context in given:
+        context.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        for context in given:
+            context.__enter__()
