@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
-from dualsft.layout import Batch, only, split, to_device
+from dualsft.layout import Batch, only, split, to_device, without
 from dualsft.objective import example_losses
 from dualsft.progress import say
 
@@ -158,33 +157,58 @@ class _WarmUp:
         return False
 
     def _backward(self, batch: Batch) -> None:
+        """The gradient of the batch's mean loss, without the examples that are not finite."""
         count = len(batch["example_id"])
         for part in split(batch, self._parts):
             losses = example_losses(self._model, to_device(part, self._model.device))
             if not bool(losses.isfinite().all()):
-                raise UserError(_not_finite("loss", self._culprits(part, losses)))
+                suspects = {int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()}
+                return self._backward_without("loss", batch, suspects)
             (losses.sum() / count).backward()
+        if not self._finite_gradients():
+            self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
+
+    def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
+        """Begin the step again without those of the suspects that are not finite by themselves either.
+
+        Raises:
+            UserError: if the examples of the batch, several, are all like that, or none is.
+        """
+        self._drop_gradients()
+        ids = batch["example_id"].tolist()
+        bad = [i for k, i in enumerate(ids) if i in suspects and not self._finite_alone(only(batch, k))]
+        if not bad or len(bad) == len(ids) > 1:
+            raise UserError(
+                f"The warm-up's {what} is not finite at the examples {bad or ids}; remove them from data.train, lower "
+                "model.warmup.learning_rate, or set model.warmup.fraction to 0."
+            )
+        say(f"the warm-up leaves out the examples {bad}: their {what} is not finite.")
+        if len(bad) < len(ids):
+            self._backward(without(batch, torch.tensor([i not in bad for i in ids])))
+
+    def _finite_alone(self, example: Batch) -> bool:
+        loss = example_losses(self._model, to_device(example, self._model.device)).sum()
+        if not bool(loss.isfinite()):
+            return False
+        loss.backward()
+        finite = self._finite_gradients()
+        self._drop_gradients()
+        return finite
+
+    def _finite_gradients(self) -> bool:
         extremes = [torch.stack(m.grad.aminmax()) for m in self._compact.masters if m.grad is not None]
-        if not bool(torch.stack(extremes).isfinite().all()):
-            raise UserError(_not_finite("gradient", batch["example_id"].tolist()))
+        return not extremes or bool(torch.stack(extremes).isfinite().all())
 
-    @torch.no_grad()
-    def _culprits(self, batch: Batch, losses: Float[Tensor, " example"]) -> list[int]:
-        """The ids of the examples whose loss is not finite; in a packed row it spoils its neighbours' too."""
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        alone = [k for k in bad if "spans" in batch and not bool(self._loss_alone(batch, k).isfinite())]
-        return [int(batch["example_id"][k]) for k in alone or bad]
-
-    def _loss_alone(self, batch: Batch, k: int) -> Tensor:
-        return example_losses(self._model, to_device(only(batch, k), self._model.device))
+    def _drop_gradients(self) -> None:
+        for parameter in (*self._model.parameters(), *self._compact.masters):
+            parameter.grad = None
 
     def _halve(self, reason: str) -> None:
         if self._parts > 1:
             raise UserError(f"Memory ran out in the warm-up ({reason}) with half batches already; {ADVICE}.")
         say(f"memory ran out in the warm-up ({reason}); it goes on in half batches.")
         self._parts = 2
-        for parameter in (*self._model.parameters(), *self._compact.masters):  # what the failed backward left half done
-            parameter.grad = None
+        self._drop_gradients()  # what the failed backward left half done
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -233,10 +257,3 @@ def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch
     batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     batches.load_state_dict({"epoch": epoch, "yielded": done, "batches": len(batches)})
     return batches
-
-
-def _not_finite(what: str, examples: list[int]) -> str:
-    return (
-        f"The warm-up's {what} is not finite at the examples {examples}; remove them from data.train, lower "
-        "model.warmup.learning_rate, or set model.warmup.fraction to 0."
-    )

@@ -5,14 +5,13 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.objective import example_losses
 from dualsft.selection.warmup import BETAS, EPS, Warmup, warm_up
 from tests.selection.kills import kill_at
 from tests.selection.runs import ADAM, Inputs, select
-from tests.selection.tiny import assert_same_gradients, collate, make, make_examples
-from tests.selection.traps import SHORTAGES, Shortage, poison
+from tests.selection.tiny import Example, assert_same_gradients, collate, make, make_examples, pack
+from tests.selection.traps import SHORTAGES, Kind, Shortage, poison
 
 
 def batches() -> list[Any]:
@@ -76,36 +75,49 @@ def test_bfloat16_weights_learn_in_float32() -> None:
     assert all(moment.dtype == torch.float32 for moment in moments.values())
 
 
-def test_a_loss_that_is_not_finite_names_its_examples() -> None:
-    """Only the bad ones are named, with the ways out."""
+def spoilt(kind: Kind) -> Any:
+    """A model whose loss, or gradient, is not finite wherever token 60 occurs."""
     model = make("llama")
-    examples = [([1 if i == 60 else i for i in ids], labels) for ids, labels in make_examples()]
-    examples[3] = ([60, *examples[3][0][1:]], examples[3][1])
-    with torch.no_grad():
-        model.model.embed_tokens.weight[60] = torch.nan
-    with pytest.raises(UserError, match=r"not finite at the examples \[3\]; .*model\.warmup\.learning_rate"):
-        warm_up(model, [collate(examples)], epochs=1, learning_rate=1e-3)
+    poison(model, 60, kind)
+    return model
 
 
-def test_a_loss_that_a_packed_neighbour_spoils_is_not_blamed() -> None:
-    """In a packed row, too, only the example is named that is not finite alone."""
-    model, examples = make("llama"), [([1, 5, 6, 7], [-100, 5, 6, 7]), ([1, 60, 8], [-100, 60, 8]), ([1, 9], [-100, 9])]
-    poison(model, 60, "loss")
-    rows = [{"example_id": 10 + k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(examples)]
-    batch: Any = collate_packed([rows], 0)
-    assert not example_losses(model, batch).isfinite().any()
-    with pytest.raises(UserError, match=r"loss is not finite at the examples \[11\]; "):
-        warm_up(model, [batch], epochs=1, learning_rate=1e-3)
+def some_with(*places: int) -> list[Example]:
+    """Five examples, of which those at these places have token 60."""
+    clean = [([1 if i == 60 else i for i in ids], labels) for ids, labels in make_examples()]
+    return [([60, *ids[1:]], labels) if k in places else (ids, labels) for k, (ids, labels) in enumerate(clean)]
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights() -> None:
-    """Its batch is named before the step is taken."""
-    model = make("llama")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    poison(model, make_examples()[3][0][0], "gradient")
-    with pytest.raises(UserError, match=r"gradient is not finite at the examples \[0, 1, 2, 3, 4\]; "):
-        warm_up(model, [collate(make_examples())], epochs=1, learning_rate=1e-3)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_an_example_that_is_not_finite_is_left_out_alone(
+    kind: Kind, packing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step is that of the others, though it spoils its batch or its row, and one line says so."""
+    examples = some_with(3)
+    others = [example for k, example in enumerate(examples) if k != 3]
+    batch = pack([[0, 3, 1], [2, 4]], examples) if packing else collate(examples)
+    found, expected = spoilt(kind), spoilt(kind)
+    warm_up(found, [batch, collate(others)], epochs=1, learning_rate=1e-3)
+    assert f"leaves out the examples [3]: their {kind} is not finite" in capsys.readouterr().err
+    warm_up(expected, [collate(others)] * 2, epochs=1, learning_rate=1e-3)
+    for (name, weight), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
+
+
+def test_a_batch_of_one_bad_example_is_no_step() -> None:
+    """The weights and the other steps are as if it were not there."""
+    found, expected = spoilt("loss"), spoilt("loss")
+    warm_up(found, [collate(some_with(0)[:1]), collate(some_with())], epochs=1, learning_rate=1e-3)
+    warm_up(expected, [collate(some_with())], epochs=1, learning_rate=1e-3)
+    for weight, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_batch_of_which_nothing_is_finite_is_an_error() -> None:
+    """The warm-up has run away, or the data are no good: its examples are named, with the ways out."""
+    with pytest.raises(UserError, match=r"loss is not finite at the examples \[0, 1\]; .*model\.warmup\.learning_rate"):
+        warm_up(spoilt("loss"), [collate(some_with(0, 1)[:2])], epochs=1, learning_rate=1e-3)
 
 
 def test_a_weight_that_takes_no_part_has_no_second_moment() -> None:
