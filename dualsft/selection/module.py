@@ -32,6 +32,7 @@ from dualsft.selection.moments import second_moment_file, stored_second_moment
 from dualsft.selection.phases import Phases
 from dualsft.selection.prior import Prior
 from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
+from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.warmup import Warmup
 from dualsft.spot_check import check_packing
 
@@ -155,12 +156,12 @@ class SelectionModule(LightningModule):
         write_selection(
             staged := run.staging(),
             manifest={**inputs, **outcome, "coverage": self._coverage(mask), **cost},
-            examples=_example_table(data.train_examples, scored, chosen),
+            examples=example_table(data.train_examples, scored, chosen),
             parameter_scores=scores,
             mask=mask,
             selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen)],
             config=config,
-            token_scores=_token_table(data.train_examples, scored) if self.token_scores else None,
+            token_scores=token_table(data.train_examples, scored) if self.token_scores else None,
         )
         publish(staged, run.path)
         run.finish()
@@ -284,23 +285,3 @@ class _Rows(Sequence[Mapping[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._ids)
-
-
-def _example_table(pool: Examples, scored: GradientPass, chosen: set[int]) -> dict[str, list[Any]]:
-    ids = range(len(pool.status))
-    return {
-        "example_id": list(ids),
-        "score": [scored.rows.get(i) for i in ids],
-        "num_tokens": [int(n) for n in pool.num_tokens],
-        "status": ["nonfinite" if i in scored.nonfinite else status for i, status in enumerate(pool.status)],
-        "selected": [i in chosen for i in ids],
-    }
-
-
-def _token_table(pool: Examples, scored: GradientPass) -> dict[str, list[Any]]:
-    ids = sorted(scored.tokens)
-    return {
-        "example_id": ids,
-        "token_id": [list(pool.dataset[i]["input_ids"]) for i in ids],
-        "score": [scored.tokens[i].tolist() for i in ids],
-    }
