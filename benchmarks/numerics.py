@@ -27,7 +27,7 @@ from dualsft.gradients import Batches, GradientPass, gradient_pass
 from dualsft.interaction import Direction
 from dualsft.layout import only
 from dualsft.models import Dtype, load_model
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.quickstart.run import ASSETS, POOL
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import directions

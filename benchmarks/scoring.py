@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, Direction, RowSums, paused
 from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.spot_check import shares_rows, spot_check
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.interaction import RowSums, check_covered
 from dualsft.layout import Batch, Layout, only, to_device
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_PRECISION_TOLERANCE = 5e-2  # of the size of what was added; up to 1.5e-2 has been seen on short examples

@@ -13,7 +13,7 @@ from dualsft.errors import UserError
 from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
 from dualsft.linear_tap import LinearHook
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.selection.tiny import (
     ARCHITECTURES,
     Gradients,

@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LinearLR
 
 from dualsft.compact import CompactParameters
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.cases import random_batch, random_mask, tiny_llama
 
 STEPS, ACCUMULATED = 6, 2

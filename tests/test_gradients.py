@@ -8,7 +8,7 @@ from torch import Tensor
 from dualsft.errors import UserError
 from dualsft.gradients import compute_dtype, gradient_pass
 from dualsft.layout import Batch
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.selection.tiny import (
     Example,
     Gradients,

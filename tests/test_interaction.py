@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from dualsft.errors import UserError
 from dualsft.interaction import ColumnSums, RowSums, check_covered
 from dualsft.layout import AmbiguousShapeError, Layout
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 from tests.selection.tiny import (
     ARCHITECTURES,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.cases import random_batch, tiny_llama
 from tests.selection.tiny import collate, given, llama, make_examples, random_direction
 

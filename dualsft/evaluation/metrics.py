@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from dualsft.objective import token_losses
+from dualsft.objectives import token_losses
 
 
 class LanguageModelMetrics(torch.nn.Module):

@@ -19,7 +19,7 @@ from dualsft.evaluation import LanguageModelMetrics, check_validation_data
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.selection import Selection, load_selection
 from dualsft.spot_check import check_packing
 

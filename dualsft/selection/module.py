@@ -1,7 +1,7 @@
 """The phases of a selection, in order: warm-up, validation gradient, direction, rows and columns, budgets, artifact."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from lightning import LightningModule
@@ -11,22 +11,22 @@ from dualsft.allocators import (
     DataAllocator,
     GlobalTopK,
     ParameterAllocator,
-    ScoredExamples,
     TopK,
     check_budget,
     count_of,
 )
-from dualsft.data import Examples, InstructionDataModule, Records
+from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.gradients import GradientPass, compute_dtype
 from dualsft.interaction import check_covered
 from dualsft.layout import Batch
 from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.choosing import choose_examples, choose_weights
 from dualsft.selection.directions import directions
 from dualsft.selection.moments import second_moment_file, stored_second_moment
 from dualsft.selection.phases import Phases
@@ -149,8 +149,16 @@ class SelectionModule(LightningModule):
         scored, scores = self._score(phases, pool)
         identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
         scores = {name: score.float() for name, score in scores.items()}
-        mask = self._choose_weights(scores, parameter_count)
-        chosen = self._choose_examples(data.train_examples, scored, data_count)
+        mask = choose_weights(self.parameter_allocator, scores, parameter_count)
+        pool_examples = data.train_examples
+        chosen = choose_examples(
+            self.data_allocator,
+            scored.rows,
+            pool_examples.num_tokens,
+            pool_examples.records,
+            data_count,
+            self.data_budget,
+        )
         outcome = describe_outcome(data.train_examples, scored, chosen, mask, identity)
         cost = {"scoring_batch_tokens": phases.batch_tokens, "phases": log.as_json()}
         write_selection(
@@ -228,60 +236,3 @@ class SelectionModule(LightningModule):
     def _coverage(self, scores: Mapping[str, Tensor]) -> float:
         """The share of the model's weights that have scores: all but the frozen ones."""
         return sum(score.numel() for score in scores.values()) / sum(p.numel() for p in self.model.parameters())
-
-    def _choose_weights(self, scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-        """Spend the parameter budget.
-
-        Raises:
-            UserError: if the allocator does not keep to the budget, or to the parameters.
-        """
-        mask = self.parameter_allocator.allocate(scores, budget)
-        count = sum(int(chosen.sum()) for chosen in mask.values())
-        if count != budget or {n: m.shape for n, m in mask.items()} != {n: s.shape for n, s in scores.items()}:
-            raise UserError(
-                f"{type(self.parameter_allocator).__name__} chose {count:,} weights of {len(mask)} parameters where "
-                f"{budget:,} of {len(scores)} were due; mend the allocator."
-            )
-        return mask
-
-    def _choose_examples(self, pool: Examples, scored: GradientPass, budget: int) -> set[int]:
-        """Spend the data budget on the examples that could be scored; non-finite ones may lower what it buys.
-
-        Raises:
-            UserError: if a count was asked for and too few examples are finite, or none is.
-        """
-        ids = sorted(scored.rows)
-        if not ids:
-            raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
-        if isinstance(self.data_budget, int) and budget > len(ids):
-            raise UserError(
-                f"model.data_budget is {budget:,}, but only {len(ids):,} examples have finite scores; lower it."
-            )
-        examples = ScoredExamples(
-            torch.tensor(ids),
-            torch.tensor([scored.rows[i] for i in ids], dtype=torch.float64),
-            torch.tensor([pool.num_tokens[i] for i in ids]),
-            _Rows(pool.records, ids),
-        )
-        budget = min(budget, len(ids))
-        chosen = self.data_allocator.allocate(examples, budget).tolist()
-        distinct = len(set(chosen) & set(ids))
-        if not len(chosen) == distinct == budget:
-            raise UserError(
-                f"{type(self.data_allocator).__name__} chose {len(chosen):,} examples, {distinct:,} different ones "
-                f"of the pool, where {budget:,} were due; mend the allocator."
-            )
-        return set(chosen)
-
-
-class _Rows(Sequence[Mapping[str, Any]]):
-    """Some of the records, read when they are asked for."""
-
-    def __init__(self, records: Records, ids: list[int]) -> None:
-        self._records, self._ids = records, ids
-
-    def __getitem__(self, k: Any) -> Any:
-        return self._records[self._ids[k]]
-
-    def __len__(self) -> int:
-        return len(self._ids)

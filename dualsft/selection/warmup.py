@@ -20,7 +20,7 @@ from dualsft.data import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
 from dualsft.layout import Batch, only, split, to_device, without
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.progress import say
 
 BETAS, EPS = (0.9, 0.999), 1e-8

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from dualsft.data import TrainingBatches
 from dualsft.errors import UserError
 from dualsft.models import load_model
-from dualsft.objective import example_losses, token_losses
+from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
 from tests.cases import save_tiny_model, write_jsonl
 from tests.finetune.runs import CHOSEN, Workspace, adamw, make_workspace, select, trainer, weights

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from dualsft.errors import UserError
 from dualsft.layout import only
 from dualsft.models import load_model
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.finetune.runs import Workspace, adamw, trainer, weights
 
 

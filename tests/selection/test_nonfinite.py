@@ -11,7 +11,7 @@ from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from tests.selection.runs import LINES, OK, SGD, Inputs, select
 from tests.selection.tiny import (
     Example,

@@ -6,7 +6,7 @@ import torch
 from torch.optim import AdamW
 
 from dualsft.errors import UserError
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 from dualsft.selection.warmup import BETAS, EPS, Warmup, warm_up
 from tests.selection.kills import kill_at
 from tests.selection.runs import ADAM, Inputs, select

@@ -50,7 +50,7 @@ from transformers import (
 
 from dualsft.data.packing import collate_packed
 from dualsft.layout import Batch
-from dualsft.objective import example_losses
+from dualsft.objectives import example_losses
 
 VOCABULARY = 61
 _SIZES: dict[str, Any] = {

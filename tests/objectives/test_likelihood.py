@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dualsft.objective import example_losses, token_losses
+from dualsft.objectives import example_losses, token_losses
 from tests.selection.tiny import collate, make, make_examples
 
 
