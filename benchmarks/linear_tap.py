@@ -57,7 +57,7 @@ def both_ways(
         return (x.flatten(1).float() * y.flatten(1).float()).sum(1)
 
     def by_gradient() -> torch.Tensor:
-        return example_gradients(e, a, u, layout, dtype)[0]
+        return example_gradients(e, a, [u], layout, dtype)[0]
 
     return tuple(seconds(device, work, rounds) for work in (alone, by_gradient, by_product))  # type: ignore[return-value]
 

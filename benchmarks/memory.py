@@ -46,7 +46,7 @@ def score(model: Any, options: argparse.Namespace) -> None:
     """Rows and columns of all examples, in one pass."""
     direction = {n: torch.full_like(p, 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
     with scoring_mode(model, checkpointing=False):
-        gradient_pass(model, lambda first: islice(batches(model, options), first, None), direction=direction)
+        gradient_pass(model, lambda first: islice(batches(model, options), first, None), directions=[direction])
 
 
 def train(model: Any, options: argparse.Namespace) -> None:

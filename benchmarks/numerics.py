@@ -105,8 +105,8 @@ def score(
     validation = run(model, data.validation_loader)
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
     u = directions(model, FirstOrder(), gradient, {n: m.clone() for n, m in moments.items()}, STEP_SIZE, len(ids))
-    found = run(model, lambda first: data.pool_loader(ids, first), direction=u)
-    rows = torch.tensor([found.rows[i] for i in ids], dtype=torch.float64)
+    found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])
+    rows = torch.tensor([found.rows[0][i] for i in ids], dtype=torch.float64)
     return Scores(rows, {name: u[name] * total for name, total in found.sums.items()})
 
 
@@ -122,7 +122,7 @@ def autograd_pass(model: PreTrainedModel, batches: Batches, direction: Direction
             total += gradient[name]
         if direction is not None:
             products = (float((gradient[name].double() * direction[name]).sum()) for name in named)
-            found.rows[int(alone["example_id"])] = sum(products)
+            found.rows[0][int(alone["example_id"])] = sum(products)
     return found
 
 

@@ -1,5 +1,8 @@
 """Passes over the data: Σ_i ∇l_i (columns), <u, ∇l_i> of every example (rows), or both in one backward.
 
+The same pass sums squared gradients, and, given another derivative than the first, products with the Hessian
+(`curvature.py`); l_i is an example's likelihood unless another loss is given.
+
 A pass excludes what is not finite and says so. A non-finite *loss* is seen before backward and its example left out of
 the batch. A non-finite *gradient* is seen when parts of it have been folded already, so the pass goes on only to find
 every such example, and is then repeated without them: the sums hold no trace of them.
@@ -7,7 +10,7 @@ every such example, and is then repeated without them: the sums hold no trace of
 What a pass holds at the start of a batch is all that it needs to go on from there: it can be kept and taken up again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +30,12 @@ Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 
 Batches = Callable[[int], Iterable[Batch]]
 """Gives the pass's batches from the k-th on."""
+
+Losses = Callable[[PreTrainedModel, Batch, Layout], Tensor]
+"""The loss of each example of a batch, (example)."""
+
+Derivative = Callable[[Tensor], None]
+"""Differentiates a scalar loss, so that whatever is to be summed over the batches becomes the parameters' ``grad``."""
 
 
 @runtime_checkable
@@ -49,55 +58,64 @@ class GradientPass:
 
     Attributes:
         sums: Parameter name -> Σ_i g_i over the counted examples; empty when no columns were asked for.
-        rows: Example id -> <u, g_i>; empty when no direction was given.
-        tokens: Example id -> the contributions of its tokens to <u, g_i>, float64; empty unless asked for.
+        rows: For each direction, example id -> <u, g_i>.
+        tokens: For each direction, example id -> the contributions of its tokens to <u, g_i>, float64; empty unless
+            asked for.
         counted: How many examples the sums hold.
         nonfinite: Ids of the examples whose loss or gradient is not finite; in neither sums nor rows.
         covered: Names of the parameters that the rows cover.
     """
 
     sums: dict[str, Tensor]
-    rows: dict[int, float] = field(default_factory=dict)
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    rows: list[dict[int, float]] = field(default_factory=list)
+    tokens: list[dict[int, Tensor]] = field(default_factory=list)
     counted: int = 0
     nonfinite: set[int] = field(default_factory=set)
     covered: set[str] = field(default_factory=set)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes to keep, from which `from_state` makes the same again."""
-        tensors = {
-            "id": torch.tensor(list(self.rows), dtype=torch.int64),
-            "row": torch.tensor(list(self.rows.values()), dtype=torch.float64),
-            "tokens": torch.cat([torch.empty(0, dtype=torch.float64), *self.tokens.values()]),
-            "lengths": torch.tensor([len(values) for values in self.tokens.values()], dtype=torch.int64),
-            **{f"sum:{name}": total for name, total in self.sums.items()},
-        }
+        tensors = {f"sum:{name}": total for name, total in self.sums.items()}
+        for k, rows in enumerate(self.rows):
+            tensors[f"id:{k}"] = torch.tensor(list(rows), dtype=torch.int64)
+            tensors[f"row:{k}"] = torch.tensor(list(rows.values()), dtype=torch.float64)
+        for k, tokens in enumerate(self.tokens):
+            tensors[f"tokens:{k}"] = torch.cat([torch.empty(0, dtype=torch.float64), *tokens.values()])
+            tensors[f"lengths:{k}"] = torch.tensor([len(values) for values in tokens.values()], dtype=torch.int64)
         notes = {"counted": self.counted, "nonfinite": sorted(self.nonfinite), "covered": sorted(self.covered)}
         return tensors, notes
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> "GradientPass":
         """What `state` has kept."""
-        ids = tensors["id"].tolist()
+        ids = [tensors[f"id:{k}"].tolist() for k in range(sum(name.startswith("id:") for name in tensors))]
+        by_token = "tokens:0" in tensors
         return cls(
             sums={name.removeprefix("sum:"): total for name, total in tensors.items() if name.startswith("sum:")},
-            rows=dict(zip(ids, tensors["row"].tolist(), strict=True)),
-            tokens=dict(zip(ids, tensors["tokens"].split(tensors["lengths"].tolist()), strict=False)),
+            rows=[dict(zip(of, tensors[f"row:{k}"].tolist(), strict=True)) for k, of in enumerate(ids)],
+            tokens=[dict(zip(of, _pieces(tensors, k), strict=True)) for k, of in enumerate(ids) if by_token],
             counted=notes["counted"],
             nonfinite=set(notes["nonfinite"]),
             covered=set(notes["covered"]),
         )
 
 
+def _pieces(tensors: Mapping[str, Tensor], k: int) -> Sequence[Tensor]:
+    return tensors[f"tokens:{k}"].split(tensors[f"lengths:{k}"].tolist())
+
+
 def gradient_pass(
     model: PreTrainedModel,
     batches: Batches,
     watch: Watch = iter,
-    direction: Direction | None = None,
+    directions: Sequence[Direction] = (),
     *,
     columns: bool = True,
+    squared: bool = False,
     by_token: bool = False,
     keeper: Keeper | None = None,
+    losses: Losses = example_losses,
+    derivative: Derivative = Tensor.backward,
 ) -> GradientPass:
     """Sum the gradients of all examples and, given u, take <u, g_i> of each, in one backward pass per batch.
 
@@ -105,20 +123,23 @@ def gradient_pass(
         model: The model at the scoring checkpoint, in evaluation mode.
         batches: Batches of examples (see `dualsft.layout.Batch`), the same ones whenever it is called.
         watch: Wraps the iteration, for progress.
-        direction: u per trainable parameter; None skips the rows.
+        directions: Any number of u, each per trainable parameter; rows are taken for all of them at once.
         columns: Whether to sum the gradients; without, no weight gradient is computed.
+        squared: Whether to sum the squares of the gradients' entries instead, with a backward pass for each example.
         by_token: Whether to keep the rows' contributions by token.
         keeper: Keeps the state of the pass every so often, and has what an earlier run kept.
+        losses: l_i of each example of a batch.
+        derivative: What takes the place of a backward pass.
 
     Raises:
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
     """
     with ExitStack() as stack:
-        column_sums = stack.enter_context(ColumnSums(model)) if columns else None
-        row_sums = stack.enter_context(RowSums(model, direction, by_token)) if direction else None
+        column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
+        row_sums = stack.enter_context(RowSums(model, directions, by_token)) if directions else None
         if not columns:
             stack.enter_context(_frozen(model))
-        attempt = _Pass(model, column_sums, row_sums)
+        attempt = _Pass(model, column_sums, row_sums, losses, derivative)
         attempt.take_up(keeper.load() if keeper else None)
         while True:
             result = attempt.run(batches, watch, keeper)
@@ -141,11 +162,21 @@ class _Pass:
     """
 
     def __init__(
-        self, model: PreTrainedModel, columns: ColumnSums | None, rows: RowSums | None, excluded: Iterable[int] = ()
+        self,
+        model: PreTrainedModel,
+        columns: ColumnSums | None,
+        rows: RowSums | None,
+        losses: Losses,
+        derivative: Derivative,
+        excluded: Iterable[int] = (),
     ) -> None:
         self._model, self._columns, self._rows = model, columns, rows
+        self._losses, self._derivative = losses, derivative
         self._excluded = frozenset(excluded)
         self._result = GradientPass(columns.sums if columns else {}, nonfinite=set(excluded))
+        if rows is not None:
+            self._result.rows = [{} for _ in rows.directions]
+            self._result.tokens = [{} for _ in rows.directions if rows.by_token]
         self._done = 0
         self._checked: set[bool] = set()
         self.void = False
@@ -154,22 +185,29 @@ class _Pass:
         """The next attempt, without the examples that spoilt this one."""
         if self._columns:
             self._columns.reset()
-        return _Pass(self._model, self._columns, self._rows, self._result.nonfinite)
+        return _Pass(self._model, self._columns, self._rows, self._losses, self._derivative, self._result.nonfinite)
 
     def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
         for batch in watch(batches(self._done)):
             if keeper and keeper.due():
                 keeper.save(*self._state())
-            self._score(batch)
+            for part in self._parts(batch):
+                self._score(part)
             self._done += 1
         self._note_covered()
         return self._result
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What is differentiated at once: the batch, or each of its examples where their squares are summed."""
+        if self._columns is None or not self._columns.squared:
+            return [batch]
+        return [only(batch, k) for k in range(len(batch["example_id"]))]
 
     def _score(self, batch: Batch) -> None:
         batch = without(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
         losses, batch, alone = self._finite_losses(batch)
         if len(losses):
-            losses.sum().backward()
+            self._derivative(losses.sum())
             if self._poisoned:
                 self._find_nonfinite(batch)
             elif not self.void:
@@ -183,11 +221,12 @@ class _Pass:
         if self._rows is None:
             return
         rows = self._rows.read().tolist()
-        result.rows.update(zip(ids, rows, strict=True))
-        if self._rows.by_token:
-            tokens = self._rows.read_tokens().cpu()
-            lengths = [length for _, _, length in self._rows.layout.spans]
-            result.tokens.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
+        for of_direction, values in zip(result.rows, rows, strict=True):
+            of_direction.update(zip(ids, values, strict=True))
+        lengths = [length for _, _, length in self._rows.layout.spans]
+        for k, kept in enumerate(result.tokens):
+            tokens = self._rows.read_tokens(k).cpu()
+            kept.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
         if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
             self._checked.add(sharing)
             with paused(self._rows, self._columns):
@@ -217,14 +256,16 @@ class _Pass:
     def _is_finite_alone(self, batch: Batch, k: int) -> bool:
         if len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),):
             return False  # it is alone already
-        return bool(example_losses(self._model, to_device(only(batch, k), self._model.device)).isfinite().all())
+        alone = only(batch, k)
+        losses = self._losses(self._model, to_device(alone, self._model.device), Layout.of(alone))
+        return bool(losses.isfinite().all())
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Batch]:
         layout = Layout.of(batch)
         if self._rows is not None:
             self._rows.begin(layout)
         try:
-            return example_losses(self._model, to_device(batch, self._model.device), layout), batch
+            return self._losses(self._model, to_device(batch, self._model.device), layout), batch
         except AmbiguousShapeError:
             return self._forward(widen(batch))
 
@@ -242,7 +283,7 @@ class _Pass:
         self._result.nonfinite |= found
 
     def _is_poison(self, example: Batch) -> bool:
-        self._forward(example)[0].sum().backward()
+        self._derivative(self._forward(example)[0].sum())
         poisoned = self._poisoned
         if self._columns:
             self._columns.reset()

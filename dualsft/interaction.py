@@ -21,7 +21,7 @@ has a shorter way to the same number (`linear_tap.py`).
 it is complete, so that one layer's dense gradient lives at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -44,11 +44,17 @@ Direction = Mapping[str, Tensor]
 class ColumnSums:
     """Σ_i g_i of every trainable parameter, accumulated over all backward passes while the context is open.
 
+    Args:
+        model: Any module.
+        squared: Whether to sum the squares of the entries instead; a backward pass must then be one example's.
+
     Attributes:
+        squared: Whether the squares are summed.
         sums: Parameter name -> sum of gradients, of the parameter's shape, in float32 (float64 for float64 weights).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, squared: bool = False) -> None:
+        self.squared = squared
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.sums = {n: torch.zeros_like(p, dtype=accumulator_dtype(p)) for n, p in self._parameters.items()}
         self._handles: list[RemovableHandle] = []
@@ -71,7 +77,10 @@ class ColumnSums:
         def fold(parameter: Tensor) -> None:
             assert parameter.grad is not None
             self._finite.append(torch.stack(torch.aminmax(parameter.grad)).isfinite().all())  # NaN is either
-            self.sums[name].add_(parameter.grad)
+            if self.squared:
+                self.sums[name].addcmul_(wide := parameter.grad.to(self.sums[name].dtype), wide)
+            else:
+                self.sums[name].add_(parameter.grad)
             parameter.grad = None
 
         return fold
@@ -93,24 +102,24 @@ class ColumnSums:
 class RowSums:
     """<u, g_i> of every example of the batch in flight, from taps on the modules' outputs while the context is open.
 
-    Use: ``with RowSums(model, u) as rows: rows.begin(layout); losses(batch).sum().backward(); phi = rows.read()``.
+    Use: ``with RowSums(model, [u]) as rows: rows.begin(layout); losses(batch).sum().backward(); phi = rows.read()[0]``.
 
     Args:
         model: Any module; where each parameter is scored is seen at its first forward pass.
-        direction: u for every parameter that is scored.
+        directions: One u or more, each for every parameter that is scored.
         by_token: Whether to keep contributions by token too.
 
     Attributes:
-        direction: u for every parameter that is scored.
+        directions: One u or more, each for every parameter that is scored.
         layout: Of the batch in flight.
         by_token: Whether contributions are kept by token.
         anchor: A number that requires a gradient, so that backward reaches a tap on the output of frozen weights.
     """
 
-    def __init__(self, model: nn.Module, direction: Direction, by_token: bool = False) -> None:
+    def __init__(self, model: nn.Module, directions: Sequence[Direction], by_token: bool = False) -> None:
         self._model = model
-        self.direction = direction
-        self._names = {id(p): name for name, p in model.named_parameters() if name in direction}
+        self.directions = directions
+        self._names = {id(p): name for name, p in model.named_parameters() if name in directions[0]}
         self._handles: list[RemovableHandle] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._places: Places | None = None
@@ -118,8 +127,8 @@ class RowSums:
         self.by_token = by_token
         self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
         self.layout = Layout(0, 0, ())
-        self._examples: Tensor | None = None
-        self._tokens: Tensor | None = None
+        self._examples: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
 
     def __enter__(self) -> "RowSums":
         self._handles = [self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)]
@@ -140,8 +149,9 @@ class RowSums:
     def _tap(self) -> None:
         for module, here in (self._places or {}).items():
             own = module.named_parameters(remove_duplicate=False)
-            tangents = {n: self.direction[self._names[id(p)]] for n, p in own if self._names.get(id(p)) in here}
-            kind = LinearHook if is_plain_linear(module, tangents) else TapHook
+            names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in here}
+            tangents = [{n: u[name] for n, name in names.items()} for u in self.directions]
+            kind = LinearHook if is_plain_linear(module, tangents[0]) else TapHook
             hook = kind(self, self._paths[module], module, tangents)
             # before any hook of somebody else's: the output must still be the module's own
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -152,29 +162,31 @@ class RowSums:
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch and expect one of this layout."""
-        self.layout, self._examples, self._tokens = layout, None, None
+        self.layout, self._examples, self._tokens = layout, {}, {}
 
-    def read(self) -> Float[Tensor, " example"]:
+    def read(self) -> Float[Tensor, "direction example"]:
         """<u, g_i> of the batch whose backward has run, in the order of its layout.
 
         Raises:
             RuntimeError: if none has.
         """
-        if self._examples is None and self._tokens is None:
+        if not self._examples and not self._tokens:
             raise RuntimeError("no backward pass has run since begin()")
-        rows = torch.zeros(len(self.layout.spans), dtype=torch.float64, device=self.anchor.device)
-        if self._tokens is not None:
-            rows += self.read_tokens().sum(1)
-        return rows if self._examples is None else rows + self._examples
+        shape = (len(self.directions), len(self.layout.spans))
+        rows = torch.zeros(shape, dtype=torch.float64, device=self.anchor.device)
+        for k, values in self._examples.items():
+            rows[k] += values
+        for k in self._tokens:
+            rows[k] += self.read_tokens(k).sum(1)
+        return rows
 
-    def read_tokens(self) -> Float[Tensor, "example longest"]:
-        """The contributions of each token's forward and backward quantities, which add up to the example's <u, g_i>.
+    def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
+        """The contributions of each token's forward and backward quantities, which add up to <u, g_i> of the k-th u.
 
         Token t of an example stands for every use of a weight at that place: all that it fed forward, weighted with
         the gradient that came back to it.
         """
-        assert self._tokens is not None
-        return self.layout.by_example(self._tokens)
+        return self.layout.by_example(self._tokens[k])
 
     @property
     def covered(self) -> set[str]:
@@ -210,21 +222,21 @@ class RowSums:
         """Note that this module takes part."""
         self._tapped.add(id(module))
 
-    def add(self, x: Tensor, y: Tensor, where: str) -> None:
-        """Add the products x · y of two tensors of one module's output, or input, shape."""
+    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
+        """Add to the rows of the k-th u the products x · y of two tensors of one module's output, or input, shape."""
         wide = accumulator_dtype(x)
         if self._splits_tokens:
             x, y = self.layout.by_token(x, where), self.layout.by_token(y, where)
             values = (x.to(wide) * y.to(wide)).sum(2).double()
-            self._tokens = values if self._tokens is None else self._tokens.add_(values)
+            self._tokens[k] = self._tokens[k].add_(values) if k in self._tokens else values
         else:
             x, y = (part.reshape(self.layout.rows, -1).to(wide) for part in (x, y))
-            self.add_examples((x * y).sum(1))
+            self.add_examples(k, (x * y).sum(1))
 
-    def add_examples(self, values: Float[Tensor, " example"]) -> None:
-        """Add one number per example; all are added up in float64."""
+    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
+        """Add one number per example to the rows of the k-th u; all are added up in float64."""
         values = values.double()
-        self._examples = values if self._examples is None else self._examples.add_(values)
+        self._examples[k] = self._examples[k].add_(values) if k in self._examples else values
 
 
 def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:

@@ -9,12 +9,13 @@ columns Σ_i dW_i are wanted too. In units of 2 x tokens x weights floating-poin
 
 So the first is near the limit for long examples, the second better for short ones; `by_gradient_pays` is the rule.
 Without columns there is only the second, at the 1 unit that the weight gradient would have cost. Contributions by token
-come from the second alone.
+come from the second alone. Several directions U share the dW_i of the first; each takes a product of its own of the
+second.
 
 The layer's own backward is replaced whole, so that the weight gradient is not formed twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,15 +56,15 @@ class LinearHook:
         rows: What the tap adds to.
         path: The module's name.
         module: The module.
-        tangents: u for its weight and, if it is scored, its bias.
+        tangents: For each direction, u for its weight and, if it is scored, its bias.
     """
 
-    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Mapping[str, Tensor]) -> None:
+    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
         self._rows = rows
         self.where = f"{path} ({type(module).__name__})"
         self._transposed = type(module) is Conv1D
-        self._u = tangents["weight"].t() if self._transposed else tangents["weight"]
-        self._u_bias = tangents.get("bias")
+        self._us = [u["weight"].t() if self._transposed else u["weight"] for u in tangents]
+        self._u_biases = [u["bias"] for u in tangents if "bias" in u]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """The module's output with the tap on it, as a forward hook returns it."""
@@ -80,11 +81,11 @@ class LinearHook:
         weight = weight.t() if self._transposed else weight
         needs_input, needs_weight = needs
         narrow = a.to(e.dtype)
-        if self._u_bias is not None:
-            self._rows.add(e, self._u_bias.to(e.dtype).expand_as(e), self.where)
+        for k, u in enumerate(self._u_biases):
+            self._rows.add(k, e, u.to(e.dtype).expand_as(e), self.where)
         gradient = self._weigh(e, narrow, weight.dtype) if needs_weight else None
         if not needs_weight:
-            self._add_product(e, narrow)
+            self._add_products(e, narrow)
         if gradient is not None and self._transposed:
             gradient = gradient.t()
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient
@@ -95,20 +96,22 @@ class LinearHook:
         by_gradient = (
             not self._rows.by_token
             and _rows_and_tokens(e, layout)
-            and by_gradient_pays(layout.mean_length, self._u.numel(), e.device.type)
+            and by_gradient_pays(layout.mean_length, self._us[0].numel(), e.device.type)
         )
         if by_gradient:
-            values, gradient = example_gradients(e, a, self._u, layout, dtype)
-            self._rows.add_examples(values)
+            values, gradient = example_gradients(e, a, self._us, layout, dtype)
+            for k, of_examples in enumerate(values):
+                self._rows.add_examples(k, of_examples)
             return gradient
-        self._add_product(e, a)
+        self._add_products(e, a)
         return e.flatten(0, -2).t() @ a.flatten(0, -2)
 
-    def _add_product(self, e: Tensor, a: Tensor) -> None:
-        out_features, in_features = self._u.shape
-        u = self._u.to(e.dtype)
-        x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
-        self._rows.add(x, y, self.where)
+    def _add_products(self, e: Tensor, a: Tensor) -> None:
+        for k, direction in enumerate(self._us):
+            u = direction.to(e.dtype)
+            out_features, in_features = u.shape
+            x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
+            self._rows.add(k, x, y, self.where)
 
 
 def _rows_and_tokens(e: Tensor, layout: Layout) -> bool:
@@ -119,27 +122,28 @@ def _rows_and_tokens(e: Tensor, layout: Layout) -> bool:
 def example_gradients(
     e: Float[Tensor, "*tokens out"],
     a: Float[Tensor, "*tokens in"],
-    u: Float[Tensor, "out in"],
+    us: Sequence[Float[Tensor, "out in"]],
     layout: Layout,
     dtype: torch.dtype,
-) -> tuple[Float[Tensor, " example"], Float[Tensor, "out in"]]:
-    """<e_iᵀ a_i, U> of every example, and Σ_i e_iᵀ a_i in this type, a block of the matrix at a time.
+) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "out in"]]:
+    """<e_iᵀ a_i, U> of every direction U and example, and Σ_i e_iᵀ a_i in this type, a block of the matrix at a time.
 
     The block's longer side comes first, which is what matrix multiplication into few rows is slow at; the sum over
     examples is float32 at least.
     """
-    out_features, in_features = u.shape
+    out_features, in_features = us[0].shape
     e, a = (part.reshape(layout.rows, layout.tokens, -1) for part in (e, a))
     turned = in_features > out_features
-    x, y, u = (a, e, u.t()) if turned else (e, a, u)
+    x, y, us = (a, e, [u.t() for u in us]) if turned else (e, a, us)
     wide = accumulator_dtype(e)
-    gradient = e.new_empty(u.shape, dtype=dtype)
-    step = max(1, _BLOCK // u.shape[1])
-    buffer = e.new_empty((2, min(step, len(u)), u.shape[1]), dtype=wide)
+    height, width = us[0].shape
+    gradient = e.new_empty((height, width), dtype=dtype)
+    step = max(1, _BLOCK // width)
+    buffer = e.new_empty((2, min(step, height), width), dtype=wide)
     values = []
-    for first in range(0, len(u), step):
+    for first in range(0, height, step):
         block = slice(first, first + step)
-        part, total = _block_gradients(x[..., block], y, u[block].to(wide), layout, buffer)
+        part, total = _block_gradients(x[..., block], y, [u[block].to(wide) for u in us], layout, buffer)
         values.append(part)
         gradient[block] = total
     return torch.stack(values).sum(0), gradient.t() if turned else gradient
@@ -148,10 +152,10 @@ def example_gradients(
 def _block_gradients(
     x: Float[Tensor, "row token m"],
     y: Float[Tensor, "row token n"],
-    u: Float[Tensor, "m n"],
+    us: Sequence[Float[Tensor, "m n"]],
     layout: Layout,
     buffer: Float[Tensor, "2 step n"],
-) -> tuple[Float[Tensor, " example"], Float[Tensor, "m n"]]:
+) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "m n"]]:
     one, scratch = buffer[:, : x.shape[-1]]
     total = torch.zeros_like(one)
     products = []
@@ -159,9 +163,9 @@ def _block_gradients(
         span = slice(first, first + length)
         _outer(x[row, span], y[row, span], one)
         # not torch.dot, which adds a million products in a handful of float32 numbers
-        products.append(torch.mul(one, u, out=scratch).sum())
+        products += [torch.mul(one, u, out=scratch).sum() for u in us]
         total.add_(one)
-    return torch.stack(products).double(), total
+    return torch.stack(products).double().view(-1, len(us)).t(), total
 
 
 def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:

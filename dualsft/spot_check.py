@@ -22,14 +22,16 @@ _BLOCK = 2**20
 """Entries that are multiplied at a time: copies of a large embedding would be the peak of the whole pass."""
 
 
-def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Sequence[float], dtype: torch.dtype) -> None:
+def spot_check(
+    model: PreTrainedModel, rows: RowSums, batch: Batch, found: Sequence[Sequence[float]], dtype: torch.dtype
+) -> None:
     """Compare the rows of some of a batch's examples with autograd over each alone.
 
     Args:
         model: The model, without hooks of ours.
         rows: What the batch was scored with.
         batch: The batch.
-        found: Its rows.
+        found: Its rows, for each direction.
         dtype: The type that activations have, which decides how close they must be.
 
     Raises:
@@ -37,14 +39,15 @@ def spot_check(model: PreTrainedModel, rows: RowSums, batch: Batch, found: Seque
     """
     tolerance = _tolerance(dtype)
     for k in _telling(batch):
-        products, sizes = _products_alone(model, rows.direction, only(batch, k))
-        check_covered(model, rows.covered, [name for name, size in sizes.items() if size])
-        alone, scale = sum(products.values()), sum(sizes.values())
-        if not abs(found[k] - alone) <= tolerance * scale:
+        products = _products_alone(model, rows.directions, only(batch, k))
+        check_covered(model, rows.covered, [name for name, (_, sizes) in products.items() if any(sizes)])
+        for values, alone, scale in zip(found, *_added(products), strict=True):
+            if abs(values[k] - alone) <= tolerance * scale:
+                continue
             packing = "; set data.packing to false" if "spans" in batch else ""
             raise UserError(
                 f"{type(model).__name__} cannot be scored in batches: example {int(batch['example_id'][k])} scores "
-                f"{found[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
+                f"{values[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
                 f"{tolerance:g} of that is allowed), so it mixes examples, or uses a weight past the module that "
                 f"owns it{packing}."
             )
@@ -96,22 +99,17 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _products_alone(
-    model: PreTrainedModel, direction: Mapping[str, Tensor], example: Batch
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Parameter name -> <u, g> and Σ|u g| over that parameter, of one example by itself."""
-    scored = {name: p for name, p in model.named_parameters() if name in direction}
-    products: dict[str, float] = {}
-    sizes: dict[str, float] = {}
+    model: PreTrainedModel, directions: Sequence[Mapping[str, Tensor]], example: Batch
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Parameter name -> <u, g> and Σ|u g| over that parameter for each u, of one example by itself."""
+    scored = {name: p for name, p in model.named_parameters() if name in directions[0]}
+    products: dict[str, tuple[list[float], list[float]]] = {}
 
     def taker(name: str) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            products[name] = sizes[name] = 0.0
-            pair = (parameter.grad.flatten(), direction[name].flatten())
-            for g, u in zip(*(values.split(_BLOCK) for values in pair), strict=True):
-                entries = g.double() * u
-                products[name] += float(entries.sum())
-                sizes[name] += float(entries.abs().sum())
+            found = [_product_and_size(parameter.grad, u[name]) for u in directions]
+            products[name] = ([product for product, _ in found], [size for _, size in found])
             parameter.grad = None
 
         return take
@@ -125,7 +123,23 @@ def _products_alone(
             handle.remove()
         for name, parameter in scored.items():
             parameter.requires_grad_(asked[name])
-    return products, sizes
+    return products
+
+
+def _product_and_size(gradient: Tensor, u: Tensor) -> tuple[float, float]:
+    product = size = 0.0
+    pair = (gradient.flatten(), u.flatten())
+    for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
+        entries = g.double() * part
+        product += float(entries.sum())
+        size += float(entries.abs().sum())
+    return product, size
+
+
+def _added(products: Mapping[str, tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """<u, g> and Σ|u g| over all parameters, for each u."""
+    values, sizes = zip(*products.values(), strict=True)
+    return [sum(of) for of in zip(*values, strict=True)], [sum(of) for of in zip(*sizes, strict=True)]
 
 
 def _require(parameter: nn.Parameter) -> nn.Parameter:

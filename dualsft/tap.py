@@ -7,7 +7,7 @@ differentiation of the module's own forward, whatever the module is; for Embeddi
 all the work is, has a file of its own (`linear_tap.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,11 +44,11 @@ class Rows(Protocol):
     def expect(self, shape: torch.Size, where: str) -> None:
         """See that an output of this shape can be split; before backward, which could not be taken back."""
 
-    def add(self, x: Tensor, y: Tensor, where: str) -> None:
-        """Add the products x · y of two tensors of one module's output, or input, shape."""
+    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
+        """Add to the rows of the k-th u the products x · y of two tensors of one module's output, or input, shape."""
 
-    def add_examples(self, values: Float[Tensor, " example"]) -> None:
-        """Add one number per example."""
+    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
+        """Add one number per example to the rows of the k-th direction."""
 
     def touch(self, module: nn.Module) -> None:
         """Note that this module takes part."""
@@ -61,13 +61,13 @@ class TapHook:
         rows: What the taps add to.
         path: The module's name.
         module: The module.
-        tangents: u for each parameter that is scored here, under every name it has in the module.
+        tangents: For each direction, u for each parameter that is scored here, under every name it has in the module.
 
     Raises:
         UserError: if the module's gradients are not sums over examples.
     """
 
-    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Mapping[str, Tensor]) -> None:
+    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
         self._rows, self._tangents = rows, tangents
         self.where = f"{path} ({type(module).__name__})"
         self._doubts: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
@@ -120,17 +120,29 @@ class TapHook:
         Raises:
             UserError: if the module cannot be differentiated forwards.
         """
+        for direction, tangents in enumerate(self._tangents):
+            product = self._forward_derivative(module, tangents, args, kwargs, k, e.dtype).expand_as(e)
+            gradient = e
+            if k in self._axes:
+                product, gradient = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
+            self._rows.add(direction, product, gradient, self.where)
+
+    def _forward_derivative(
+        self,
+        module: nn.Module,
+        tangents: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        k: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         try:
-            product = self._product(module, self._tangents, args, kwargs, k, e.dtype)
+            return self._product(module, tangents, args, kwargs, k, dtype)
         except Exception as error:  # whatever the module's own code does not expect
             if is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
             raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
-        product = product.expand_as(e)
-        if k in self._axes:
-            product, e = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
-        self._rows.add(product, e, self.where)
 
 
 class _Call:

@@ -51,8 +51,8 @@ def test_pass_equals_the_loop_over_examples(architecture: str) -> None:
     """Over several batches, each example's row and the sum of all gradients are those of the loop."""
     model, examples = make(architecture), make_examples()
     u, gradients = random_direction(model), gradient_loop(model, examples)
-    found = gradient_pass(model, given(batches_of(examples, 2)), direction=u)
-    assert found.rows == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
+    found = gradient_pass(model, given(batches_of(examples, 2)), directions=[u])
+    assert found.rows[0] == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
     assert_same_gradients(found.sums, total(gradients), 2e-6)
     assert (found.counted, found.nonfinite, found.covered) == (5, set(), set(u))
 
@@ -61,7 +61,7 @@ def test_pass_without_a_direction_has_sums_alone() -> None:
     """Without u there are no rows, and the sums are the same."""
     model, examples = make("gpt2"), make_examples()
     found = gradient_pass(model, given(batches_of(examples, 3)))
-    assert found.rows == {}
+    assert found.rows == []
     assert found.counted == 5
     assert_same_gradients(found.sums, total(gradient_loop(model, examples)), 1e-11)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -116,12 +116,12 @@ def exploding_model(root: float = torch.inf, dtype: torch.dtype = torch.float64)
 def assert_pass_without(model: Any, examples: list[Example], bad: set[int], size: int) -> None:
     """The pass marks the bad ones and is, but for them, the pass over the others."""
     u = random_direction(model)
-    found = gradient_pass(model, given(batches_of(examples, size)), direction=u)
-    clean = gradient_pass(model, given(batches_of(examples, size, leave_out=bad)), direction=u)
+    found = gradient_pass(model, given(batches_of(examples, size)), directions=[u])
+    clean = gradient_pass(model, given(batches_of(examples, size, leave_out=bad)), directions=[u])
     assert found.nonfinite == bad
     assert clean.nonfinite == set()
     assert found.counted == clean.counted == len(examples) - len(bad)
-    assert found.rows == pytest.approx(clean.rows, rel=1e-5, abs=1e-6)
+    assert found.rows[0] == pytest.approx(clean.rows[0], rel=1e-5, abs=1e-6)
     assert_same_gradients(found.sums, clean.sums, 2e-6)
     expected: Gradients = total(gradient_loop(model, [e for k, e in enumerate(examples) if 100 + k not in bad]))
     assert_same_gradients(found.sums, expected, 2e-6)
@@ -162,8 +162,8 @@ def test_both_kinds_of_nonfinite_examples_at_once() -> None:
 def test_nothing_finite_gives_empty_sums() -> None:
     """If no example is finite the pass counts none, and its sums are zero."""
     examples = [with_token(example, EXPLOSIVE) for example in make_examples((5, 6))]
-    found = gradient_pass(nan_model(), given(batches_of(examples, 2)), direction=random_direction(nan_model()))
-    assert (found.counted, found.rows, found.nonfinite) == (0, {}, {100, 101})
+    found = gradient_pass(nan_model(), given(batches_of(examples, 2)), directions=[random_direction(nan_model())])
+    assert (found.counted, found.rows[0], found.nonfinite) == (0, {}, {100, 101})
     assert not any(value.count_nonzero() for value in found.sums.values())
 
 

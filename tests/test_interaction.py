@@ -35,11 +35,11 @@ from tests.selection.tiny import (
 def both_sums(model: Any, examples: list[Example], u: Gradients) -> tuple[list[float], Gradients]:
     """Rows and columns of one padded batch, by one backward pass."""
     batch = collate(examples)
-    with ColumnSums(model) as columns, RowSums(model, u) as rows:
+    with ColumnSums(model) as columns, RowSums(model, [u]) as rows:
         rows.begin(Layout.of(batch))
         example_losses(model, batch).sum().backward()
         assert rows.covered == set(columns.sums)
-        return rows.read().tolist(), columns.sums
+        return rows.read()[0].tolist(), columns.sums
 
 
 @pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])
@@ -85,7 +85,7 @@ def test_taps_do_not_keep_checkpointed_activations() -> None:
     model, batch = make("llama"), collate(make_examples())
     seen: list[weakref.ref[Tensor]] = []
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
-    with scoring_mode(model, checkpointing=True), RowSums(model, random_direction(model)) as rows:
+    with scoring_mode(model, checkpointing=True), RowSums(model, [random_direction(model)]) as rows:
         rows.begin(Layout.of(batch))
         losses = example_losses(model, batch)
         gc.collect()
@@ -126,11 +126,11 @@ def assert_exact(model: nn.Module, ids: Tensor) -> None:
 def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
     """Rows and columns of a toy batch, with u = 1."""
     u = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    with ColumnSums(model) as columns, RowSums(model, u) as rows:
+    with ColumnSums(model) as columns, RowSums(model, [u]) as rows:
         rows.begin(rectangle(*ids.shape))
         model(ids).sum().backward()
         check_covered(model, rows.covered, [name for name, total in columns.sums.items() if total.any()])
-        return rows.read(), columns.sums
+        return rows.read()[0], columns.sums
 
 
 def test_a_weight_used_outside_its_module_is_scored_where_it_is_used() -> None:
@@ -398,7 +398,7 @@ def test_a_bias_without_a_direction_keeps_its_column() -> None:
     """A parameter that is summed but not scored loses nothing by the tap on its layer."""
     torch.manual_seed(0)
     model, ids = Toy(nn.Linear(4, 4)).double(), torch.randint(11, (3, 5))
-    with ColumnSums(model) as columns, RowSums(model, {"middle.weight": torch.ones(4, 4)}) as rows:
+    with ColumnSums(model) as columns, RowSums(model, [{"middle.weight": torch.ones(4, 4)}]) as rows:
         rows.begin(rectangle(3, 5))
         model(ids).sum().backward()
     expected = torch.autograd.grad(model(ids).sum(), [model.get_parameter("middle.bias")])[0]
@@ -410,7 +410,7 @@ def test_an_output_per_example_needs_no_token_axis() -> None:
     torch.manual_seed(0)
     model = Toy(nn.Linear(4, 6), lambda pool, x: x * pool(x.mean(1)).sum(-1)[:, None, None]).double()
     assert_exact(model, ids := torch.randint(11, (3, 5)))
-    with RowSums(model, {"middle.weight": torch.ones(6, 4)}, by_token=True) as rows:
+    with RowSums(model, [{"middle.weight": torch.ones(6, 4)}], by_token=True) as rows:
         rows.begin(rectangle(3, 5))
         with pytest.raises(UserError, match=r"middle \(Linear\) has shape \(3, 6\)"):
             model(ids)
@@ -451,12 +451,12 @@ def test_a_weight_that_is_not_used_at_first_is_scored_when_it_is() -> None:
     """What the first batch does not tell of a weight is taken to be as usual: its own module uses it."""
     torch.manual_seed(0)
     model = Toy(Sometimes()).double()
-    with RowSums(model, {"middle.scale": torch.ones(4)}) as rows:
+    with RowSums(model, [{"middle.scale": torch.ones(4)}]) as rows:
         for tokens in (4, 5):
             rows.begin(rectangle(3, tokens))
             model(ids := torch.randint(11, (3, tokens))).sum().backward()
     alone = [torch.autograd.grad(model(row[None]).sum(), [model.middle.scale])[0].sum() for row in ids]
-    torch.testing.assert_close(rows.read(), torch.stack(alone))
+    torch.testing.assert_close(rows.read()[0], torch.stack(alone))
 
 
 class Scores(nn.Module):
@@ -477,7 +477,7 @@ def test_squares_over_tokens_are_told_at_the_second_width(tokens: tuple[int, int
     torch.manual_seed(0)
     model = Toy(Scores(), lambda scores, x: (scores(x) @ x[:, None]).sum(1)).double()
     u = torch.randn(4, 1, 1, dtype=torch.float64)
-    with RowSums(model, {"middle.scale": u}, by_token=True) as rows:
+    with RowSums(model, [{"middle.scale": u}], by_token=True) as rows:
         rows.begin(rectangle(3, tokens[0]))
         with pytest.raises(AmbiguousShapeError):
             model(torch.randint(11, (3, tokens[0])))
@@ -501,7 +501,7 @@ def test_token_contributions_by_hand() -> None:
     torch.manual_seed(0)
     model, ids = Toy(nn.Linear(4, 3)).double(), torch.randint(11, (3, 5))
     u = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    with RowSums(model, u, by_token=True) as rows:
+    with RowSums(model, [u], by_token=True) as rows:
         rows.begin(rectangle(3, 5))
         model(ids).sum().backward()
     x = model.embed(ids)
@@ -571,7 +571,7 @@ def test_bfloat16_rows_are_close_to_float64() -> None:
 def test_read_before_backward_is_an_error() -> None:
     """Rows belong to a batch whose backward has run."""
     model = make("llama")
-    with RowSums(model, random_direction(model)) as rows:
+    with RowSums(model, [random_direction(model)]) as rows:
         rows.begin(rectangle(2, 3))
         with pytest.raises(RuntimeError, match="no backward pass"):
             rows.read()
@@ -580,6 +580,6 @@ def test_read_before_backward_is_an_error() -> None:
 def test_evaluation_is_not_tapped() -> None:
     """A forward pass without gradients leaves no trace in the rows' model."""
     model, batch = make("llama"), collate(make_examples())
-    with RowSums(model, random_direction(model)) as rows, torch.no_grad():
+    with RowSums(model, [random_direction(model)]) as rows, torch.no_grad():
         rows.begin(Layout.of(batch))
         assert example_losses(model, batch).grad_fn is None

@@ -35,7 +35,7 @@ def scoring(model: PreTrainedModel, examples: int) -> Callable[[], object]:
         for k in range(first, examples // 10):
             yield random_batch(10, 24, seed=k, ragged=False)
 
-    return lambda: gradient_pass(model, batches, direction=direction)
+    return lambda: gradient_pass(model, batches, directions=[direction])
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -100,7 +100,7 @@ def test_dense_gradients_are_never_all_there(way: str, monkeypatch: pytest.Monke
     direction = random_direction(model)
 
     def score(columns: bool) -> int:
-        return peak(lambda: gradient_pass(model, given([batch]), direction=direction, columns=columns))
+        return peak(lambda: gradient_pass(model, given([batch]), directions=[direction], columns=columns))
 
     def plain() -> None:
         example_losses(model, batch).sum().backward()

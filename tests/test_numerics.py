@@ -110,7 +110,7 @@ def u(model: PreTrainedModel, data: InstructionDataModule, short: list[int]) -> 
 @pytest.fixture(scope="module")
 def alone(model: PreTrainedModel, data: InstructionDataModule, short: list[int], u: dict[str, Tensor]) -> GradientPass:
     """The short examples' scores, each in a batch of its own."""
-    return gradient_pass(model, given([batch for i in short for batch in data.pool_loader([i])]), direction=u)
+    return gradient_pass(model, given([batch for i in short for batch in data.pool_loader([i])]), directions=[u])
 
 
 Batcher = Callable[[InstructionDataModule, list[int]], Batches]
@@ -156,8 +156,8 @@ def test_scores_do_not_depend_on_the_batches(
 ) -> None:
     """However examples are batched, padded, packed or recomputed, scores are those of each alone to five digits."""
     with scoring_mode(model, checkpointing=company == "checkpointed"):
-        found = gradient_pass(model, COMPANY[company](data, short), direction=u)
-    assert found.rows == pytest.approx(alone.rows, rel=0.0, abs=1e-5 * max(map(abs, alone.rows.values())))
+        found = gradient_pass(model, COMPANY[company](data, short), directions=[u])
+    assert found.rows[0] == pytest.approx(alone.rows[0], rel=0.0, abs=1e-5 * max(map(abs, alone.rows[0].values())))
     assert relative_error((found.sums[name], total) for name, total in alone.sums.items()) <= 1e-5
 
 
@@ -172,7 +172,7 @@ def test_same_batches_give_the_same_bits(dtype: Dtype, packing: bool, data: Inst
         else [collate(rows[:6], 0), collate(rows[6:], 0)]
     )
     direction = {name: torch.full_like(p, 1e-9, dtype=torch.float32) for name, p in model.named_parameters()}
-    first, second = (gradient_pass(model, given(batches), direction=direction) for _ in range(2))
+    first, second = (gradient_pass(model, given(batches), directions=[direction]) for _ in range(2))
     assert first.rows == second.rows
     assert all(torch.equal(total, second.sums[name]) for name, total in first.sums.items())
 
@@ -208,8 +208,8 @@ def test_small_scores_are_not_lost(model: PreTrainedModel, tmp_path: Path) -> No
     assert len(scores.half().unique()) < len(lines) / 4
 
     rounded = {name: direction.half().float() for name, direction in u.items()}
-    found = gradient_pass(model, lambda first: data.pool_loader(None, first), direction=rounded, columns=False)
-    rows = torch.tensor([found.rows[i] for i in range(len(lines))], dtype=torch.float64)
+    found = gradient_pass(model, lambda first: data.pool_loader(None, first), directions=[rounded], columns=False)
+    rows = torch.tensor([found.rows[0][i] for i in range(len(lines))], dtype=torch.float64)
     assert relative_error([(rows, scores)]) > 0.5
 
 

@@ -40,7 +40,7 @@ def test_a_model_that_mixes_examples_is_refused(columns: bool, dtype: torch.dtyp
     """Rows that depend on the company are found on the first batch, and named with the example and both numbers."""
     model = mixing(make("llama", dtype))
     with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be scored in batches: example 0 scores .* alone"):
-        gradient_pass(model, given([collate(make_examples())]), direction=random_direction(model), columns=columns)
+        gradient_pass(model, given([collate(make_examples())]), directions=[random_direction(model)], columns=columns)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -59,7 +59,7 @@ def test_a_weight_that_cannot_be_followed_is_found_before_the_second_batch() -> 
 
     batches = given([collate(make_examples()), collate(make_examples(seed=3))])
     with pytest.raises(UserError, match=r"example 0 scores .* alone .*past the module that owns it"):
-        gradient_pass(model, batches, watch, random_direction(model))
+        gradient_pass(model, batches, watch, [random_direction(model)])
     assert seen == [1]
 
 
@@ -94,7 +94,7 @@ def test_a_pass_over_packed_rows_of_a_forgetful_model_is_refused() -> None:
     """The spot check alone, without `check_packing`, also refuses, and says to set packing to false."""
     model = forgetful(make("llama"))
     with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
-        gradient_pass(model, given([packed()]), direction=random_direction(model))
+        gradient_pass(model, given([packed()]), directions=[random_direction(model)])
 
 
 @pytest.mark.parametrize("rows", [[[[0], [1, 2], [3]]], [[[0], [3]], [[1, 2]]]], ids=["inside", "later"])
@@ -103,7 +103,7 @@ def test_mixing_is_found_wherever_the_first_shared_row_is(rows: list[list[list[i
     examples = make_examples((16, 7, 9, 15))
     model = forgetful(make("llama"))
     with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
-        gradient_pass(model, given([pack(part, examples) for part in rows]), direction=random_direction(model))
+        gradient_pass(model, given([pack(part, examples) for part in rows]), directions=[random_direction(model)])
 
 
 def test_the_first_of_a_row_is_not_asked_alone() -> None:

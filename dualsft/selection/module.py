@@ -147,13 +147,13 @@ class SelectionModule(LightningModule):
         log = PhaseLog(show, self.model.device)
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scored, scores = self._score(phases, pool)
-        identity = sum_identity(scored.rows, scores, compute_dtype(self.model))
+        identity = sum_identity(scored.rows[0], scores, compute_dtype(self.model))
         scores = {name: score.float() for name, score in scores.items()}
         mask = choose_weights(self.parameter_allocator, scores, parameter_count)
         pool_examples = data.train_examples
         chosen = choose_examples(
             self.data_allocator,
-            scored.rows,
+            scored.rows[0],
             pool_examples.num_tokens,
             pool_examples.records,
             data_count,

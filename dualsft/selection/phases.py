@@ -126,7 +126,7 @@ class Phases:
             UserError: if a module cannot be scored, or memory runs out.
         """
         loader = partial(self._data.pool_loader, pool)
-        return self._passes.run("scores", len(pool), loader, direction=direction, columns=columns, by_token=by_token)
+        return self._passes.run("scores", len(pool), loader, directions=[direction], columns=columns, by_token=by_token)
 
 
 def _longest(examples: Examples) -> int:

@@ -112,7 +112,7 @@ def describe_outcome(
     """What was scored and chosen, how well the sums agree, and with which versions."""
     return {
         "counts": {
-            "examples": {"selected": len(chosen), "scored": len(scored.rows), "rows": len(pool.status)},
+            "examples": {"selected": len(chosen), "scored": len(scored.rows[0]), "rows": len(pool.status)},
             "parameters": {
                 "selected": sum(int(chosen.sum()) for chosen in mask.values()),
                 "scored": sum(chosen.numel() for chosen in mask.values()),

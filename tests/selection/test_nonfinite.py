@@ -63,20 +63,20 @@ def test_a_packed_row_loses_the_bad_example_alone(kinds: tuple[Kind, ...], way: 
     for kind in kinds:
         poison(model, BAD[kind], kind)
     batches = [packed(examples, [[0, 1, 2], [3, 4]]), packed(examples, [[5]])]
-    direction = None if way == "columns alone" else u
-    found = gradient_pass(model, given(batches), direction=direction, **WAYS.get(way, {}))
+    directions = [] if way == "columns alone" else [u]
+    found = gradient_pass(model, given(batches), directions=directions, **WAYS.get(way, {}))
     bad = {2, 4} if len(kinds) == 2 else {2}
     assert found.nonfinite == {100 + k for k in bad}
     assert found.counted == 6 - len(bad)
     good = [k for k in range(6) if k not in bad]
     expected = {100 + k: inner(u, gradients[k]) for k in good}
-    if direction:
-        assert found.rows == {i: pytest.approx(value, rel=1e-6, abs=1e-9) for i, value in expected.items()}
+    if directions:
+        assert found.rows[0] == {i: pytest.approx(value, rel=1e-6, abs=1e-9) for i, value in expected.items()}
     if way != "rows alone":
         assert_same_gradients(found.sums, total([gradients[k] for k in good]), 1e-9)
     if way == "by token":
-        assert {i: math.fsum(values) for i, values in found.tokens.items()} == pytest.approx(found.rows)
-        assert {i: len(values) for i, values in found.tokens.items()} == {100 + k: len(examples[k][0]) for k in good}
+        assert {i: math.fsum(values) for i, values in found.tokens[0].items()} == pytest.approx(found.rows[0])
+        assert {i: len(values) for i, values in found.tokens[0].items()} == {100 + k: len(examples[k][0]) for k in good}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -108,8 +108,8 @@ def test_what_only_its_company_spoils_is_scored_alone(packing: bool) -> None:
 
     model.register_forward_hook(spoil, with_kwargs=True)
     batch = packed(examples, [[0, 1], [2]]) if packing else collate(examples, [100, 101, 102])
-    found = gradient_pass(model, given([batch]), direction=u)
-    assert found.rows == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
+    found = gradient_pass(model, given([batch]), directions=[u])
+    assert found.rows[0] == pytest.approx({100 + k: inner(u, g) for k, g in enumerate(gradients)}, rel=1e-5)
     assert_same_gradients(found.sums, total(gradients), 2e-6)
     assert (found.counted, found.nonfinite) == (3, set())
 

@@ -31,8 +31,8 @@ def test_checkpointing_does_not_bring_dropout_back(architecture: str) -> None:
     assert max(getattr(model.config, name, 0.0) for name in ("attn_pdrop", "dropout")) > 0
     u, gradients = random_direction(model), gradient_loop(model, examples)
     with scoring_mode(model, checkpointing=True):
-        found = gradient_pass(model, given([collate(examples)]), direction=u)
-    assert list(found.rows.values()) == pytest.approx([inner(u, g) for g in gradients], rel=1e-9)
+        found = gradient_pass(model, given([collate(examples)]), directions=[u])
+    assert list(found.rows[0].values()) == pytest.approx([inner(u, g) for g in gradients], rel=1e-9)
     assert_same_gradients(found.sums, total(gradients), 1e-11)
 
 
