@@ -102,7 +102,7 @@ def score(
     model: PreTrainedModel, moments: dict[str, Tensor], data: InstructionDataModule, ids: list[int], run: Pass
 ) -> Scores:
     """The first-order chain over these examples, each pass by `run`."""
-    validation = run(model, data.validation_loader)
+    validation = run(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
     u = directions(model, FirstOrder(), gradient, {n: m.clone() for n, m in moments.items()}, STEP_SIZE, len(ids))
     found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])

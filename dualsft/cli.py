@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from dualsft.arguments import prepare
-from dualsft.data import InstructionDataModule
+from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule
 from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
@@ -102,7 +102,7 @@ class DualSFTCLI(LightningCLI):
         self.folder: RunFolder | None = None  # validate may only print its figures
         if config.output_dir:
             keys = ("model.model_name_or_path", "model.selection", "model.warmup.checkpoint", "data.train")
-            inputs = [config.get(key) for key in (*keys, "data.validation")]
+            inputs = [*map(config.get, keys), *validation_sources(config.get("data.validation")).values()]
             how = {"resume": config.resume, "overwrite": config.overwrite}
             self.folder = RunFolder(config.output_dir, **how, inputs=inputs)
         once = {"resume": False, "overwrite": False}
@@ -161,9 +161,8 @@ class DualSFTCLI(LightningCLI):
         check_trainer(self.trainer)
         datamodule.setup("fit")
         model.configure_model()
-        check_vocabulary(model.model, datamodule.train_examples.largest_id())
-        if datamodule.validation:
-            check_vocabulary(model.model, datamodule.validation_examples.largest_id())
+        for examples in (datamodule.train_examples, *datamodule.validation_sets.values()):
+            check_vocabulary(model.model, examples.largest_id())
         settings = self.config["fit"].as_dict()
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
         folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
@@ -198,6 +197,17 @@ class DualSFTCLI(LightningCLI):
             if self.trainer.state.status == TrainerStatus.INTERRUPTED:
                 raise KeyboardInterrupt from stop
             raise
+
+    def validate(
+        self, model: EvaluationModule, datamodule: InstructionDataModule, verbose: bool = True, **kwargs: Any
+    ) -> None:
+        """Evaluate, and list the metrics of named sets; Lightning's table would repeat all of them for each set."""
+        named = datamodule.named_validation
+        self.trainer.validate(model, datamodule=datamodule, verbose=verbose and not named, **kwargs)
+        if verbose and named:
+            width = max(map(len, self.trainer.callback_metrics), default=0)
+            for name, value in self.trainer.callback_metrics.items():
+                print(f"{name:<{width}}  {float(value):.6g}")
 
     def after_validate(self) -> None:
         """Keep the metrics, if there is a folder to keep them in."""

@@ -13,7 +13,7 @@ from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from dualsft.data import InstructionDataModule
+from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
@@ -50,7 +50,8 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` goes on from the last finished phase.
         """
-        inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, datamodule.validation)
+        validation = validation_sources(datamodule.validation).values()
+        inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
         loop = _SelectionLoop(self, model, datamodule, run, seed, config)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from dualsft.cli import main, run
 from dualsft.errors import UserError
 from dualsft.finetune import ExportModel
+from dualsft.models import load_model
 from dualsft.selection import load_selection
-from tests.cases import save_tiny_model, write_jsonl
+from tests.cases import VOCABULARY, save_tiny_model, tiny_tokenizer, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
@@ -113,6 +115,108 @@ def test_print_config_is_replayable(job: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "printed.yaml").write_text(printed)
     run(["select", "--config", str(tmp_path / "printed.yaml"), "--output_dir", str(tmp_path / "out")])
     assert load_selection(tmp_path / "out").manifest["counts"]["examples"]["selected"] == 5
+
+
+@pytest.fixture
+def sets(job: Path, tmp_path: Path) -> dict[str, str]:
+    """Two validation sets, whose names do not sort in the order given."""
+    lines = (job / "pool.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("zeta", lines[:3]), ("b-2", lines[3:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    return {name: str(tmp_path / f"{name}.jsonl") for name in ("zeta", "b-2")}
+
+
+def parsed(capsys: pytest.CaptureFixture[str], verb: str, *arguments: str) -> Any:
+    """What a verb makes of `data.validation`."""
+    with pytest.raises(SystemExit) as stop:
+        run([verb, *arguments, "--print_config"])
+    assert not stop.value.code
+    return yaml.safe_load(capsys.readouterr().out)["data"]["validation"]
+
+
+@pytest.mark.parametrize("verb", ["select", "fit", "validate"])
+def test_forms_of_named_validation_sets(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration, JSON, and an option per name say the same, in order; a name adds to a mapping."""
+    given = {"zeta": "a.jsonl", "b-2": "b.jsonl", "seed": "c.jsonl"}
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"data": {"validation": given}}, sort_keys=False))
+    config = ["--config", str(tmp_path / "sets.yaml")]
+    forms = {
+        "configuration": config,
+        "JSON": ["--data.validation", json.dumps(given)],
+        "options": [part for name, path in given.items() for part in (f"--data.validation.{name}", path)],
+        "options with =": [f"--data.validation.{name}={path}" for name, path in given.items()],
+    }
+    for form, arguments in forms.items():
+        assert list(parsed(capsys, verb, *arguments).items()) == list(given.items()), form
+    assert parsed(capsys, verb, *config, "--data.validation.b-2", "x", "--data.validation.d", "y") == {
+        **given,
+        **{"b-2": "x", "d": "y"},
+    }
+    assert parsed(capsys, verb, *config, "--data.validation", "x") == "x"
+    assert parsed(capsys, verb, *config, "--data.validation", '{"d": "y"}') == {"d": "y"}
+
+
+def test_named_validation_sets_are_reported(
+    job: Path, sets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validate prints and writes each set's metrics once, fit logs them, and both replay from their configuration."""
+    named = [part for name, path in sets.items() for part in (f"--data.validation.{name}", path)]
+    at = ["--model.model_name_or_path", str(job / "model"), *QUIET]
+    run(["validate", *at, *named, "--output_dir", str(tmp_path / "a")])
+    printed = capsys.readouterr().out
+    run(["validate", "--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")])
+    first, again = (json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("a", "b"))
+    assert first == again
+    assert [line.split() for line in printed.splitlines()] == [[name, f"{value:.6g}"] for name, value in first.items()]
+    assert {"loss", "loss/zeta", "loss/b-2"} <= first.keys()
+    run(["validate", *at, *named, "--verbose", "false"])
+    assert capsys.readouterr().out.count("loss/zeta") == 1  # the replay's
+    config = ["--config", str(job / "job.yaml"), "--data.validation", json.dumps(sets)]
+    run(["fit", *config, "--output_dir", str(tmp_path / "fit")])
+    header = (tmp_path / "fit" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val_loss", "val_loss/zeta", "val_loss/b-2"} <= set(header)
+    assert yaml.safe_load((tmp_path / "fit" / "config.yaml").read_text())["data"]["validation"] == sets
+
+
+@pytest.mark.parametrize("verb", ["select", "fit", "validate"])
+def test_no_set_is_overwritten(
+    verb: str,
+    job: Path,
+    sets: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--overwrite of a folder that any of the sets lies in is refused, and the set stays."""
+    output = tmp_path / "out"
+    (output / "logs").mkdir(parents=True)
+    (output / ".unfinished").mkdir()
+    inside = Path(sets["b-2"]).rename(output / "logs" / "b-2.jsonl")
+    at = ["--config", str(job / "job.yaml"), "--output_dir", str(output), "--overwrite"]
+    named = ["--data.validation", json.dumps({**sets, "b-2": str(inside)})]
+    code, told = failure([verb, *at, *named], capsys, monkeypatch)
+    assert code == 1
+    assert f"--overwrite would delete {inside}" in told
+    assert inside.is_file()
+
+
+def test_every_set_is_checked_against_the_vocabulary(
+    job: Path, sets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that the model has no embedding for is found in the last set, before the folder is touched."""
+    model = load_model(str(job / "model"))
+    model.resize_token_embeddings(VOCABULARY - 1)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    last = write_jsonl(
+        tmp_path / "last.jsonl", [{"prompt": "x", "response": tiny_tokenizer().decode([VOCABULARY - 1])}]
+    )
+    config = ["--config", str(job / "job.yaml"), "--model.model_name_or_path", str(tmp_path / "model")]
+    named = ["--data.validation", json.dumps({**sets, "last": last})]
+    code, told = failure(["fit", *config, *named, "--output_dir", str(tmp_path / "out")], capsys, monkeypatch)
+    assert code == 1
+    assert "The data hold token id 299" in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -258,6 +362,9 @@ FIT_MISTAKES = {
     "half-precision trainer": (["--trainer.precision", "bf16-true"], 1, "trainer.precision is bf16-true"),
     "several processes": (["--trainer.devices", "2"], 1, "fit runs on one process"),
     "strategy": (["--trainer.strategy", "ddp"], 1, "DDPStrategy"),
+    "no validation set": (["--data.validation", "{}"], 1, "data.validation is an empty mapping"),
+    "name of a set": (["--data.validation.a.b", "x"], 1, "data.validation names a set 'a.b'"),
+    "missing set": (["--data.validation.a", "nowhere.jsonl"], 1, "data.validation.a: nowhere.jsonl does not exist"),
     "small batches": (["--data.batch_tokens", "3"], 1, "data.batch_tokens"),
     "divergence": (["--optimizer.lr", "1e30"], 1, "training loss became"),
     "learning rate": (["--optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),

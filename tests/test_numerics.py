@@ -96,7 +96,7 @@ def short(data: InstructionDataModule) -> list[int]:
 
 def direction_at(model: PreTrainedModel, data: InstructionDataModule, count: int) -> dict[str, Tensor]:
     """U = (η/n) v for a pool of this many examples and the step size 2e-5."""
-    found = gradient_pass(model, data.validation_loader)
+    found = gradient_pass(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / found.counted for name, total in found.sums.items()}
     return directions(model, FirstOrder(), gradient, {}, 2e-5, count)
 

@@ -1,6 +1,27 @@
+from pathlib import Path
+
+import pytest
 import torch
 
-from dualsft.trainer import _fresh_casts
+from dualsft import InstructionDataModule, SelectionModule
+from dualsft.errors import UserError
+from dualsft.trainer import Trainer, _fresh_casts
+from tests.cases import sums, write_jsonl
+
+
+def test_no_validation_set_is_overwritten(tmp_path: Path) -> None:
+    """`select` refuses to overwrite a folder that one of several validation sets lies in."""
+    for name in (".unfinished", "logs"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    sets = {
+        "a": write_jsonl(tmp_path / "a.jsonl", sums(2)),
+        "b": write_jsonl(tmp_path / "out" / "logs" / "b.jsonl", sums(2)),
+    }
+    run = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data = InstructionDataModule(sets["a"], sets, tokenizer="x")
+    with pytest.raises(UserError, match=r"--overwrite would delete .*b\.jsonl"):
+        run.select(SelectionModule("x"), data, str(tmp_path / "out"), overwrite=True)
+    assert Path(sets["b"]).is_file()
 
 
 def test_a_change_of_weights_shows_under_autocast() -> None:

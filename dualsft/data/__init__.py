@@ -9,6 +9,7 @@ from dualsft.data.packed_batches import packed_batches
 from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
 from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
+from dualsft.data.sources import validation_key, validation_sources
 from dualsft.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -32,4 +33,6 @@ __all__ = [
     "padding_share",
     "read_records",
     "selected_ids",
+    "validation_key",
+    "validation_sources",
 ]

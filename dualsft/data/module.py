@@ -1,7 +1,8 @@
-"""The pool and the validation set as a LightningDataModule: what ``data.*`` on the command line configures."""
+"""The pool and the validation sets as a LightningDataModule: what ``data.*`` on the command line configures."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
@@ -16,8 +17,11 @@ from dualsft.data.packed_batches import packed_batches
 from dualsft.data.packing import PackedBatch
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
+from dualsft.data.sources import validation_key, validation_sources
 from dualsft.data.tokenizer import load_tokenizer, pad_id
 from dualsft.errors import UserError
+
+_TRAIN, _VALIDATION = "data.train", validation_key(None)
 
 
 class InstructionDataModule(LightningDataModule):
@@ -25,7 +29,8 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         train: The pool: a jsonl, json, parquet, csv or tsv file, a folder of them, or a Hugging Face dataset id.
-        validation: What the model is meant to get better at; the same kinds of source.
+        validation: What the model is meant to get better at: a source of the same kinds, or a mapping of names to
+            several.
         tokenizer: A tokenizer, or the path or hub id of one; on the command line the model's own.
         format: Format of the records; ``auto`` recognises it by their columns.
         prompt_column: Column of the prompt, if not ``prompt``.
@@ -39,19 +44,23 @@ class InstructionDataModule(LightningDataModule):
         packing: Pack several examples into one row of max_length tokens instead of padding each; attention stays
             within an example.
         train_split: Split to load if ``train`` is a Hugging Face dataset.
-        validation_split: Split to load if ``validation`` is a Hugging Face dataset.
+        validation_split: Split to load of each source of ``validation`` that is a Hugging Face dataset.
         selection: Directory of a finished selection: train on its selected examples alone.
         seed: Decides which examples meet in a training batch and the order of the batches.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
 
+    Attributes:
+        named_validation: Whether ``validation`` is a mapping.
+
     Raises:
-        UserError: If an option is out of range or two contradict each other.
+        UserError: If an option is out of range, two contradict each other, or ``validation`` is a mapping that is empty
+            or has a name that is not made of letters, digits, ``_`` and ``-``.
     """
 
     def __init__(
         self,
         train: str | None = None,
-        validation: str | None = None,
+        validation: str | dict[str, str] | None = None,
         tokenizer: Any = None,
         format: Format = "auto",
         prompt_column: str | None = None,
@@ -80,7 +89,14 @@ class InstructionDataModule(LightningDataModule):
         self.packing = packing
         self.selection, self.seed, self.num_workers = selection, seed, num_workers
         self.train, self.validation = train, validation
-        self._sources = {"train": (train, train_split), "validation": (validation, validation_split)}
+        self.named_validation = isinstance(validation, dict)
+        paths = validation_sources(validation)
+        self._keys = {name: validation_key(name if self.named_validation else None) for name in paths}
+        self._sources: dict[str, tuple[str | None, str]] = {
+            _TRAIN: (train, train_split),
+            _VALIDATION: (None, validation_split),
+            **{key: (paths[name], validation_split) for name, key in self._keys.items()},
+        }
         self._tokenizer = tokenizer
         self._examples: dict[str, Examples] = {}
 
@@ -103,41 +119,44 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: If ``data.train`` is not given or cannot be used.
         """
-        return self._encoded("train")
+        return self._encoded(_TRAIN)
 
     @property
-    def validation_examples(self) -> Examples:
-        """The validation set, encoded on first use.
+    def validation_sets(self) -> dict[str, Examples]:
+        """The validation sets by name, in the order given, each encoded on first use.
+
+        A single source has the name ``validation``; without a source there is no set.
 
         Raises:
-            UserError: If ``data.validation`` is not given or cannot be used.
+            UserError: If a source cannot be used.
         """
-        return self._encoded("validation")
+        return {name: self._encoded(key) for name, key in self._keys.items()}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and encodes what a stage needs, once.
 
         Args:
-            stage: ``fit`` needs the pool and takes a validation set if there is one, ``validate`` needs the
-                validation set, and anything else needs both.
+            stage: ``fit`` needs the pool and takes the validation sets there are, ``validate`` needs a validation set,
+                and anything else needs both.
 
         Raises:
             UserError: If a source cannot be used, or a fit would have nothing to train on.
         """
         self._spare_misplaced_warnings()
-        needed = {"fit": ["train"], "validate": ["validation"]}.get(stage or "", ["train", "validation"])
-        if stage == "fit" and self._has_validation:
-            needed.append("validation")
-        for name in sorted(needed, key=lambda name: self._sources[name][0] is not None):  # missing ones cost no reading
-            self._encoded(name)
+        validation = list(self._keys.values())
+        if not validation and stage != "fit":
+            validation = [_VALIDATION]  # which is refused as not given
+        needed = validation if stage == "validate" else [_TRAIN, *validation]
+        for key in sorted(needed, key=lambda key: self._sources[key][0] is not None):  # missing ones cost no reading
+            self._encoded(key)
         self._make_batches(fit=stage == "fit")
 
     def _make_batches(self, fit: bool) -> None:
         """Cuts the batches once for the sake of the mistakes that show when they are cut."""
-        if "train" in self._examples:
+        if _TRAIN in self._examples:
             _ = self.train_dataloader() if fit else self.pool_loader()
-        if "validation" in self._examples:
-            self.validation_loader()
+        for name in self._keys:
+            self.validation_loader(name)
 
     def train_dataloader(self) -> ResumableLoader:
         """Training batches over the examples that have labels, of the selection where one is given.
@@ -148,12 +167,17 @@ class InstructionDataModule(LightningDataModule):
         return self.training_loader(self._train_ids(), self.seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Validation batches, never packed; an empty list, which Lightning passes over, without a validation set."""
-        if not self._has_validation:
-            return []
-        examples = self.validation_examples
-        batches = length_batches(examples.lengths, self.batch_tokens, ids=examples.ok_ids())
-        return self._scoring_loader(examples, batches, packed=False)  # metrics and generation want a mask
+        """Validation batches, never packed.
+
+        Returns:
+            A loader, or a list with one for each set in the order of `validation_sets` if there are several; an empty
+            list, which Lightning passes over, without a validation set.
+
+        Raises:
+            UserError: If a source cannot be used.
+        """
+        loaders = [self._evaluation_loader(key) for key in self._keys.values()]
+        return loaders[0] if len(loaders) == 1 else loaders
 
     def training_loader(self, ids: Sequence[int], seed: int) -> ResumableLoader:
         """Shuffled training batches over some examples of the pool."""
@@ -175,15 +199,25 @@ class InstructionDataModule(LightningDataModule):
         examples = self.train_examples
         return self._scoring_loader(examples, self._scoring_batches(examples, ids, batch_tokens)[start:], self.packing)
 
-    def validation_loader(self, start: int = 0, batch_tokens: int | None = None) -> DataLoader[Batch | PackedBatch]:
-        """Batches for scoring over the validation examples that have labels, the longest first.
+    def validation_loader(
+        self, name: str = "validation", start: int = 0, batch_tokens: int | None = None
+    ) -> DataLoader[Batch | PackedBatch]:
+        """Batches for scoring over the examples of one validation set that have labels, the longest first.
 
         Args:
+            name: The set's name in `validation_sets`.
             start: How many of the first batches to leave out; they are not even read.
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
+
+        Raises:
+            KeyError: If there is no set of that name.
+            UserError: If its source cannot be used, or one of its examples is too long for a batch.
         """
-        examples = self.validation_examples
-        return self._scoring_loader(examples, self._scoring_batches(examples, None, batch_tokens)[start:], self.packing)
+        key = self._keys[name]
+        examples = self._encoded(key)
+        with self._naming(key):
+            batches = self._scoring_batches(examples, None, batch_tokens)
+        return self._scoring_loader(examples, batches[start:], self.packing)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""
@@ -199,25 +233,39 @@ class InstructionDataModule(LightningDataModule):
         batches = cast(TrainingBatches, self.train_dataloader().sampler)
         return padding_share(self.train_examples.lengths, batches)
 
-    @property
-    def _has_validation(self) -> bool:
-        return self._sources["validation"][0] is not None
-
     def _spare_misplaced_warnings(self) -> None:
         # Batches come from memory and cost about a millisecond: Lightning's advice on workers does not apply.
         warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-        if not self._has_validation:  # Lightning knows no quieter way of having no validation loader
+        if not self._keys:  # Lightning knows no quieter way of having no validation loader
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
-    def _encoded(self, name: str) -> Examples:
-        if name not in self._examples:
-            path, split = self._sources[name]
+    def _encoded(self, key: str) -> Examples:
+        if key not in self._examples:
+            path, split = self._sources[key]
             if path is None:
-                raise UserError(f"data.{name} is not given: name a file, a folder or a Hugging Face dataset id.")
-            self._examples[name] = encode_examples(
-                read_records(path, split), self.tokenizer, self.options, self.max_length
-            )
-        return self._examples[name]
+                raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
+            tokenizer = self.tokenizer  # whose mistakes are not the source's
+            with self._naming(key):
+                self._examples[key] = encode_examples(
+                    read_records(path, split), tokenizer, self.options, self.max_length
+                )
+        return self._examples[key]
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """Says which of several validation sets a mistake is in."""
+        try:
+            yield
+        except UserError as error:
+            if key in (_TRAIN, _VALIDATION):
+                raise
+            raise UserError(f"{key}: {error}") from error
+
+    def _evaluation_loader(self, key: str) -> DataLoader[Any]:
+        examples = self._encoded(key)
+        with self._naming(key):
+            batches = length_batches(examples.lengths, self.batch_tokens, ids=examples.ok_ids())
+        return self._scoring_loader(examples, batches, packed=False)  # metrics and generation want a mask
 
     def _scoring_batches(
         self, examples: Examples, ids: Sequence[int] | None, batch_tokens: int | None

@@ -2,6 +2,15 @@
 
 from dualsft.evaluation.generation import Generation
 from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
-from dualsft.evaluation.module import EvaluationModule, check_validation_data
+from dualsft.evaluation.module import EvaluationModule
+from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 
-__all__ = ["EvaluationModule", "ExactMatch", "Generation", "LanguageModelMetrics", "check_validation_data"]
+__all__ = [
+    "EvaluationModule",
+    "ExactMatch",
+    "Generation",
+    "LanguageModelMetrics",
+    "ValidationMetrics",
+    "check_validation_data",
+    "validation_names",
+]

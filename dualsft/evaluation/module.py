@@ -1,18 +1,19 @@
 """`dualsft validate`: any checkpoint, any data."""
 
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 
-from dualsft.data import InstructionDataModule, load_tokenizer
-from dualsft.errors import UserError
+from dualsft.data import load_tokenizer
 from dualsft.evaluation.generation import Generation, generate_answers
-from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
+from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.layout import Batch
 from dualsft.models import Dtype, load_model
 
 
 class EvaluationModule(LightningModule):
     """Evaluates a checkpoint on ``data.validation``: loss, perplexity, token accuracy, exact match.
+
+    Of several validation sets it reports each (``loss/NAME``) and the mean over the sets (``loss``).
 
     Args:
         model_name_or_path: The checkpoint: a Hugging Face folder or hub id with safetensors weights.
@@ -30,52 +31,33 @@ class EvaluationModule(LightningModule):
         self.model_name_or_path = model_name_or_path
         self.generation = generation
         self.dtype_name: Dtype = dtype
-        self.metrics = LanguageModelMetrics()
-        self.exact_match = ExactMatch()
 
     def setup(self, stage: str) -> None:
         """Look at the data before anything is loaded.
 
         Raises:
-            UserError: if the validation data hold nothing to evaluate on.
+            UserError: if a validation set holds nothing to evaluate on.
         """
         check_validation_data(self.trainer)
+        exact_match = self.generation.max_new_tokens > 0
+        self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match)
 
     def configure_model(self) -> None:
         """Load the checkpoint."""
         self.model = load_model(self.model_name_or_path, self.dtype_name)
         self.tokenizer = load_tokenizer(self.model_name_or_path)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take in one batch."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take in one batch of the validation set of this index."""
         logits: Tensor = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
-        self.metrics.update(logits, batch["labels"])
+        self.metrics.tokens(dataloader_idx).update(logits, batch["labels"])
         if self.generation.max_new_tokens:
             answers, references = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
             extract = self.generation.extract
-            self.exact_match.update([extract(a) for a in answers], [extract(r) for r in references])
+            self.metrics.answers(dataloader_idx).update([extract(a) for a in answers], [extract(r) for r in references])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self.log_dict(self.metrics.compute())
-        self.metrics.reset()
-        if self.generation.max_new_tokens:
-            self.log("exact_match", self.exact_match.compute())
-            self.exact_match.reset()
-
-
-def check_validation_data(trainer: Trainer) -> None:
-    """Lightning passes over an empty validation set without a word, and would report no metrics.
-
-    Raises:
-        UserError: if a validation set is given and none of its examples has labels.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, InstructionDataModule) or data.validation is None or data.validation_examples.ok_ids():
-        return
-    counts = ", ".join(f"{count} {status}" for status, count in data.validation_examples.counts().items())
-    raise UserError(
-        f"No example of data.validation has a response within data.max_length={data.max_length} tokens ({counts})."
-    )
+        """Log the metrics, under names without a loader's number, which Lightning adds in a step."""
+        self.log_dict(self.metrics.finish())

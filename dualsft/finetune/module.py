@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
-from dualsft.evaluation import LanguageModelMetrics, check_validation_data
+from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
@@ -80,7 +80,6 @@ class MaskedFinetuneModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer or default_optimizer, lr_scheduler
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.metrics = LanguageModelMetrics()
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         # a checkpoint holds the masters alone; the other weights are the base model's
@@ -94,6 +93,7 @@ class MaskedFinetuneModule(LightningModule):
         """
         check_trainer(self.trainer)
         check_validation_data(self.trainer)
+        self.metrics = ValidationMetrics(validation_names(self.trainer))
 
     def configure_model(self) -> None:
         """Load the base model and put the compact parameters on it, once.
@@ -165,18 +165,19 @@ class MaskedFinetuneModule(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["example_id"]))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take in one batch."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take in one batch of the validation set of this index."""
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
-        self.metrics.update(logits, batch["labels"])
+        self.metrics.tokens(dataloader_idx).update(logits, batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``."""
-        measured = self.metrics.compute()
-        self.metrics.reset()
-        self.log_dict({f"val_{name}": value for name, value in measured.items()})
+        """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``.
+
+        Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
+        """
+        self.log_dict({f"val_{name}": value for name, value in self.metrics.finish().items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the masters, with what they belong to, and the gradients of an accumulation under way; nothing else."""

@@ -182,7 +182,7 @@ class SelectionModule(LightningModule):
             UserError: if there is none, nothing to validate on, the gradients would be float16, or the model mixes
                 packed examples.
         """
-        for name, examples in (("train", data.train_examples), ("validation", data.validation_examples)):
+        for name, examples in (("train", data.train_examples), ("validation", data.validation_sets["validation"])):
             if not examples.ok_ids():
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")

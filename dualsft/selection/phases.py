@@ -42,7 +42,7 @@ class Phases:
     ) -> None:
         self._model, self._data, self._run, self._log, self._seed = model, data, run, log, seed
         self._save_minutes = save_minutes
-        longest = max(_longest(examples) for examples in (data.train_examples, data.validation_examples))
+        longest = max(_longest(examples) for examples in (data.train_examples, data.validation_sets["validation"]))
         self._passes = Passes(model, run, log, data.batch_tokens, longest, checkpointing, save_minutes)
 
     @property
@@ -100,8 +100,9 @@ class Phases:
         Raises:
             UserError: if no validation example has a finite loss and gradient, or memory runs out.
         """
-        count = len(self._data.validation_examples.ok_ids())
-        found = self._passes.run("validation gradient", count, self._data.validation_loader)
+        count = len(self._data.validation_sets["validation"].ok_ids())
+        loader = partial(self._data.validation_loader, "validation")
+        found = self._passes.run("validation gradient", count, loader)
         if not found.counted:
             raise UserError(
                 "No validation example has a finite loss and gradient at the scoring checkpoint; check the data."

@@ -40,7 +40,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         "tokenizer": {"fingerprint": tokenizer_fingerprint(data.tokenizer)},
         "data": {
             "train": _describe_examples(data.train, data.train_examples),
-            "validation": _describe_examples(data.validation, data.validation_examples),
+            "validation": _describe_examples(data.validation, data.validation_sets["validation"]),
             "max_length": data.max_length,
             "batch_tokens": data.batch_tokens,
             "batch_size": data.batch_size,
@@ -64,7 +64,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _describe_examples(path: str | None, examples: Examples) -> dict[str, Any]:
+def _describe_examples(path: str | dict[str, str] | None, examples: Examples) -> dict[str, Any]:
     return {
         "path": path,
         "fingerprint": examples.records.fingerprint,

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from dualsft.data import InstructionDataModule, read_records, selected_ids
+from dualsft.data import InstructionDataModule, read_records, selected_ids, validation_sources
 from dualsft.data.loaders import RowLists
 from dualsft.errors import UserError
+from tests.cases import write_jsonl
 
 from .tiny_tokenizers import byte_level
 
@@ -24,6 +25,12 @@ def pool(tmp_path: Path) -> str:
     rows = [{"prompt": "x" * 60 if i == 5 else "the sea?", "response": text} for i, text in enumerate(RESPONSES)]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """Three rows of plain text, one of them blank."""
+    return write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in ("the sea", " ", "deep and wide is it")])
 
 
 def module(train: str | None, **options: Any) -> InstructionDataModule:
@@ -165,6 +172,102 @@ def test_setup_is_lazy_and_done_once(pool: str, monkeypatch: pytest.MonkeyPatch)
         data.setup(stage)
     assert read == ["b", "a"]
     assert data.train_examples is data.train_examples
+
+
+def test_named_validation_sets(pool: str, other: str) -> None:
+    """Sets come in the order given, each as it would be alone; a name shares nothing with the pool's or a source's."""
+    given = {"wide": other, "train": pool, "validation": other, "a-1": pool}
+    data = module(other, validation=given)
+    assert (data.validation, data.named_validation) == (given, True)
+    assert list(data.validation_sets) == list(given)
+    for name, examples in data.validation_sets.items():
+        alone = module(None, validation=given[name]).validation_sets["validation"]
+        assert examples.records.fingerprint == alone.records.fingerprint
+        assert (examples.status, examples.lengths.tolist()) == (alone.status, alone.lengths.tolist())
+        assert data.validation_sets[name] is examples
+    assert len(data.train_examples) == 3
+
+
+def test_a_single_source_is_called_validation(pool: str) -> None:
+    """A plain source is a set without a name of its own, and no source is no set."""
+    data = module(pool, validation=pool)
+    assert (data.validation, data.named_validation, list(data.validation_sets)) == (pool, False, ["validation"])
+    data = module(pool)
+    assert (data.validation, data.named_validation, data.validation_sets) == (None, False, {})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loaders_of_named_sets(pool: str, other: str, packing: bool) -> None:
+    """Each set has the batches, for scoring and for validation, that it has as the only source, in the order given."""
+    options: dict[str, Any] = {"packing": packing, "batch_tokens": 40}
+    data = module(None, validation={"b": pool, "a": other}, **options)
+    loaders = data.val_dataloader()
+    assert isinstance(loaders, list)
+    for name, source, loader in zip(("b", "a"), (pool, other), loaders, strict=True):
+        alone = module(None, validation=source, **options)
+        assert ids(loader) == ids(alone.val_dataloader())
+        assert ids(data.validation_loader(name)) == ids(alone.validation_loader())
+        assert ids(data.validation_loader(name, 1, 30)) == ids(alone.validation_loader(start=1, batch_tokens=30))
+    assert ids(module(None, validation={"a": pool}, **options).val_dataloader()) == ids(loaders[0])
+    with pytest.raises(KeyError):
+        data.validation_loader()
+
+
+def test_named_sets_are_read_lazily_and_once(pool: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader reads its own set alone, a stage what is still missing; one split serves all sets."""
+    read: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "dualsft.data.module.read_records", lambda path, split: (read.append((path, split)), read_records(path))[1]
+    )
+    data = module(pool, validation={"b": pool, "a": other}, train_split="t", validation_split="v")
+    assert read == []
+    data.validation_loader("a")
+    assert read == [(other, "v")]
+    data.setup("validate")
+    assert read == [(other, "v"), (pool, "v")]
+    for stage in ("fit", None):
+        data.setup(stage)
+    assert read == [(other, "v"), (pool, "v"), (pool, "t")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "is an empty mapping"),
+        ({"a": "x", "b c": "x"}, "names a set 'b c': use letters, digits, _ and - alone"),
+        ({"a/b": "x"}, "names a set 'a/b'"),
+        ({"a.b": "x"}, "names a set 'a.b'"),
+        ({"": "x"}, "names a set ''"),
+        ({2024: "x"}, "names a set 2024, which is not text: put the name in quotes"),
+    ],
+)
+def test_names_that_cannot_be_used(given: dict[Any, str], words: str) -> None:
+    """A mapping without sets, or with names that would not do for metrics and columns, is refused at construction."""
+    with pytest.raises(UserError, match=rf"^data\.validation {words}"):
+        validation_sources(given)
+    if all(isinstance(name, str) for name in given):
+        with pytest.raises(UserError, match=rf"^data\.validation {words}"):
+            module(None, validation=given)
+
+
+def test_mistakes_in_a_named_set_are_told_with_its_name(pool: str, tmp_path: Path) -> None:
+    """Missing files, unknown columns and examples too long for a batch: each says in which set; others do not."""
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"q": "the sea?", "a": "wide"}])
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "the sea?", "response": "the sea " * 30}])
+    for source, words in (
+        ("nowhere.jsonl", r"nowhere\.jsonl does not exist"),
+        (odd, "The columns q, a fit no format"),
+        (long, r"Example 0 has 40 tokens, more than data\.batch_tokens=39"),
+    ):
+        for stage in ("fit", "validate"):
+            with pytest.raises(UserError, match=rf"^data\.validation\.odd-1: {words}"):
+                module(pool, validation={"sound": pool, "odd-1": source}, batch_tokens=39).setup(stage)
+        with pytest.raises(UserError, match=rf"^{words}" if source != "nowhere.jsonl" else words):
+            module(pool, validation=source, batch_tokens=39).setup("validate")
+    with pytest.raises(UserError, match=r"data\.validation\.b: Example 0 has 40 tokens"):
+        module(None, validation={"a": pool, "b": long}, batch_tokens=39).val_dataloader()
+    with pytest.raises(UserError, match=r"^data\.tokenizer is not given"):
+        module(pool, validation={"sound": pool}, tokenizer=None).setup("validate")
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict", None])

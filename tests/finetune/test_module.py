@@ -5,12 +5,12 @@ import pytest
 import torch
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
-from dualsft.data import TrainingBatches
+from dualsft.data import TrainingBatches, read_records
 from dualsft.errors import UserError
 from dualsft.models import load_model
 from dualsft.objectives import example_losses, token_losses
@@ -92,7 +92,7 @@ def test_validation_metrics_are_those_of_the_trained_weights(workspace: Workspac
     logged = {name: value.item() for name, value in run.callback_metrics.items()}
     nll, hits = [], []
     with torch.no_grad():
-        for row in data.validation_examples.dataset:
+        for row in data.validation_sets["validation"].dataset:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
             logits = module.model.eval()(input_ids=ids).logits
             losses, targets = token_losses(logits, labels)
@@ -111,6 +111,45 @@ def test_fit_without_validation_data(workspace: Workspace, folder: Path) -> None
     run = trainer(folder, max_epochs=1)
     run.fit(module, datamodule=workspace.data(validation=None))
     assert set(run.callback_metrics) == {"train_loss"}
+
+
+def halves(workspace: Workspace, folder: Path) -> dict[str, str]:
+    """The validation set in two unequal parts, under names that do not sort in the order given."""
+    folder.mkdir()
+    rows = list(read_records(workspace.validation))
+    parts = {"zeta": rows[:4], "b-2": rows[4:]}
+    return {name: write_jsonl(folder / f"{name}.jsonl", part) for name, part in parts.items()}
+
+
+def test_validation_metrics_by_set(workspace: Workspace, folder: Path) -> None:
+    """Named sets are logged each as if alone, and beside them their mean, while the same weights are trained."""
+    found: dict[str, dict[str, float]] = {}
+    trained = []
+    sets = halves(workspace, folder)
+    for name, source in {"both": sets, **sets}.items():
+        module, run = workspace.module(), trainer(folder)
+        run.fit(module, datamodule=workspace.data(validation=source))
+        found[name] = {key: value.item() for key, value in run.callback_metrics.items()}
+        trained.append(weights(module))
+    both = found.pop("both")
+    metrics = ("val_loss", "val_perplexity", "val_token_accuracy")
+    assert both.keys() == {"train_loss", *(f"{metric}{part}" for metric in metrics for part in ("", "/zeta", "/b-2"))}
+    for metric in metrics:
+        assert [both[f"{metric}/{name}"] for name in sets] == [alone[metric] for alone in found.values()]
+        assert both[metric] == pytest.approx(sum(alone[metric] for alone in found.values()) / 2, rel=1e-6)
+    assert both["val_loss/zeta"] != both["val_loss/b-2"]
+    for other in trained[1:]:
+        assert_equal(other, trained[0])
+
+
+def test_the_mean_over_the_sets_can_be_monitored(workspace: Workspace, folder: Path) -> None:
+    """Early stopping and checkpoints go by `val_loss`, or by the loss of one set."""
+    best = ModelCheckpoint(folder / "best", monitor="val_loss")
+    stop = EarlyStopping("val_loss/b-2", mode="max", patience=1)
+    run = trainer(folder, max_epochs=9, callbacks=[best, stop])
+    run.fit(workspace.module(), datamodule=workspace.data(validation=halves(workspace, folder)))
+    assert run.current_epoch == 2  # the loss falls, so that the second epoch is the first without a new maximum
+    assert best.best_model_score == run.callback_metrics["val_loss"]
 
 
 class Modes(Callback):
@@ -230,8 +269,9 @@ def test_selection_for_another_model_is_refused(workspace: Workspace, tmp_path: 
 def test_validation_set_without_responses_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     """Lightning would skip it in silence."""
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "1 + 1?", "response": ""}])
-    with pytest.raises(UserError, match=r"data.validation.*\(0 ok, 1 empty, 0 truncated\)"):
-        trainer(tmp_path).fit(workspace.module(), datamodule=workspace.data(validation=empty))
+    for given, key in ((empty, "data.validation"), ({"a": workspace.pool, "b": empty}, "data.validation.b")):
+        with pytest.raises(UserError, match=rf"No example of {key} has .*\(0 ok, 1 empty, 0 truncated\)"):
+            trainer(tmp_path).fit(workspace.module(), datamodule=workspace.data(validation=given))
 
 
 class SaveOften(Callback):
@@ -246,12 +286,14 @@ class SaveOften(Callback):
         trainer.save_checkpoint(self._folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")
 
 
-def resumable(workspace: Workspace, folder: Path, callback: Callback, resume: Path | None) -> dict[str, Tensor]:
+def resumable(
+    workspace: Workspace, folder: Path, callback: Callback, resume: Path | None, **data: Any
+) -> dict[str, Tensor]:
     """The final weights of a run with accumulation, clipping and a schedule, unbroken or resumed."""
     torch.manual_seed(0 if resume is None else 1)
     module = workspace.module(lr_scheduler=decaying)
     run = trainer(folder, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[callback])
-    run.fit(module, datamodule=workspace.data(), ckpt_path=resume, weights_only=True)
+    run.fit(module, datamodule=workspace.data(**data), ckpt_path=resume, weights_only=True)
     return weights(module)
 
 
@@ -270,6 +312,17 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(workspace: Workspace, folder
     for path in saved[:-1]:
         again = ModelCheckpoint(folder / "a", filename="{step}", every_n_train_steps=1, save_top_k=-1)
         assert_equal(resumable(workspace, folder, again, path), unbroken)
+
+
+def test_resuming_with_named_validation_sets(workspace: Workspace, folder: Path) -> None:
+    """From a checkpoint after any batch but the last, the weights are those of a run with one validation set."""
+    unbroken = resumable(workspace, folder, SaveOften(folder / "a"), None)
+    sets = halves(workspace, folder / "sets")
+    assert_equal(resumable(workspace, folder, SaveOften(folder / "b"), None, validation=sets), unbroken)
+    saved = sorted((folder / "b").glob("*.ckpt"))
+    assert len(saved) > 6
+    for path in saved[:-1]:
+        assert_equal(resumable(workspace, folder, SaveOften(folder / "c"), path, validation=sets), unbroken)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Inputs:
     def examples(self, which: str) -> dict[int, Example]:
         """Token ids and labels by example id, of the examples that have labels."""
         data = self.data()
-        examples = data.train_examples if which == "train" else data.validation_examples
+        examples = data.train_examples if which == "train" else data.validation_sets["validation"]
         rows = (examples.dataset[i] for i in examples.ok_ids())
         return {row["example_id"]: (list(row["input_ids"]), list(row["labels"])) for row in rows}
 
