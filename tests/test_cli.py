@@ -269,7 +269,7 @@ MISTAKES = {
     "wrong type": (["--data.batch_tokens", "many"], 2, "data.batch_tokens"),
     "warm-up share": (["--model.warmup.fraction", "2"], 1, "model.warmup.fraction is 2"),
     "adam without warm-up": (["--model.warmup.fraction", "0"], 1, "needs the second moment of a warm-up"),
-    "prior": (["--model.prior.weight", "0.2"], 1, "model.prior.weight is 0.2"),
+    "prior": (["--model.prior.weight", "-0.2"], 1, "model.prior.weight is -0.2"),
     "no model": (["--model.model_name_or_path", "./no-such-model"], 1, "./no-such-model"),
 }
 

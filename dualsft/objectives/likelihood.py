@@ -1,7 +1,7 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -9,20 +9,48 @@ from transformers import PreTrainedModel
 from dualsft.layout import Batch, Layout
 
 
+def supervised_logits(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
+    """The logits from which supervised tokens are predicted, and where among the tokens after the first those are.
+
+    The logits are float32 at least, whatever the model's type, and taken at these positions alone: with a large
+    vocabulary they are the largest tensor there is, and prompts need none.
+
+    Args:
+        model: A causal language model.
+        batch: Padded or packed examples. The first token of a packed example has no label, as no token before it is
+            the example's own; without an attention mask the position ids keep packed examples apart.
+    """
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return _at_supervised(model(**given, use_cache=False).logits, batch["labels"])
+
+
+def _at_supervised(
+    logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
+) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
+    supervised = labels[:, 1:] != -100
+    scores = logits[:, :-1][supervised]
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)), supervised
+
+
+def mean_over_tokens(
+    values: Float[Tensor, " supervised"], supervised: Bool[Tensor, "row next"], layout: Layout
+) -> Float[Tensor, " example"]:
+    """The mean of a value of each supervised token over each example's; 0 for an example without any."""
+    spread = torch.zeros(supervised.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
+    total, counted = (layout.by_example(F.pad(part, (1, 0))) for part in (spread, supervised.to(values.dtype)))
+    return total.sum(1) / counted.sum(1).clamp(min=1)
+
+
 def token_losses(
     logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
-) -> tuple[Float[Tensor, "row token-1"], Int[Tensor, "row token-1"]]:
-    """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at.
-
-    The arithmetic is float32 whatever the logits' type (float64 stays), at the supervised positions alone: with a large
-    vocabulary the logits are the largest tensor there is, and prompts need none.
-    """
-    targets = labels[:, 1:]
-    supervised = targets != -100
-    scores = logits[:, :-1][supervised]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    nll = F.cross_entropy(scores, targets[supervised], reduction="none")
-    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll), targets
+) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
+    """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at."""
+    scores, supervised = _at_supervised(logits, labels)
+    nll = F.cross_entropy(scores, labels[:, 1:][supervised], reduction="none")
+    spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
+    return spread, labels[:, 1:]
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
@@ -30,13 +58,9 @@ def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None =
 
     Args:
         model: A causal language model.
-        batch: Padded or packed examples. The first token of a packed example has no label, as no token before it is
-            the example's own; without an attention mask the position ids keep packed examples apart.
+        batch: Padded or packed examples (see `supervised_logits`).
         layout: The batch's, if it is at hand.
     """
-    layout = layout or Layout.of(batch)
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    nll, targets = token_losses(model(**given, use_cache=False).logits, batch["labels"])
-    counted = (targets != -100).to(nll.dtype)
-    nll, counted = (layout.by_example(F.pad(values, (1, 0))) for values in (nll, counted))
-    return nll.sum(1) / counted.sum(1).clamp(min=1)
+    scores, supervised = supervised_logits(model, batch)
+    nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
+    return mean_over_tokens(nll, supervised, layout or Layout.of(batch))

@@ -1,25 +1,41 @@
-"""What a scorer is given and what it gives back."""
+"""What a scorer is given and what it gives back.
+
+    u = (η/n) P ⊙ ( v − ½ η H (P ⊙ ḡ) )
+
+with v = ∇V(θ) the validation gradient, ḡ the mean gradient over the n pool examples, P the optimizer's diagonal
+preconditioner, η the step size and H = ∇²V(θ). Source: arXiv 2605.06166.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+Statistic = Literal["pool_gradient", "second_moment", "empirical_fisher", "hessian_vector", "hessian_vector_difference"]
+"""What a scorer may ask for beside the validation gradient and the preconditioner."""
+
 
 @dataclass(frozen=True)
 class ParameterStatistics:
-    """What is known of one parameter when its direction is chosen; all tensors have the parameter's shape.
+    """What is known of one parameter when its direction is chosen.
+
+    All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). What the
+    scorer does not name in its ``needs`` is None.
 
     Attributes:
         name: The parameter's name.
         weight: θ, the weights at the scoring checkpoint.
-        validation_gradient: v = ∇V(θ), float32.
-        preconditioner: P, a diagonal: 1 for SGD, 1/(sqrt(ĉ)+eps) for Adam; float32.
+        validation_gradient: v = ∇V(θ).
+        preconditioner: P, a diagonal: 1 for SGD, 1/(sqrt(ĉ)+eps) for Adam.
         step_size: η, the length of the step that restricted training takes.
-        num_examples: n, how many pool examples are scored.
-        pool_gradient: ḡ, the mean gradient over the pool, for a scorer that needs it; float32.
+        num_examples: n, over how many pool examples the mean gradient is taken.
+        pool_gradient: ḡ, the mean gradient over the pool.
+        second_moment: ĉ, the bias-corrected second moment that the warm-up's Adam kept.
+        empirical_fisher: The mean of the squared entries of the validation examples' gradients.
+        hessian_vector: H (P ⊙ ḡ), the Hessian of V along the pool step.
     """
 
     name: str
@@ -29,17 +45,22 @@ class ParameterStatistics:
     step_size: float
     num_examples: int
     pool_gradient: Float[Tensor, "*shape"] | None = None
+    second_moment: Float[Tensor, "*shape"] | None = None
+    empirical_fisher: Float[Tensor, "*shape"] | None = None
+    hessian_vector: Float[Tensor, "*shape"] | None = None
 
 
 class Scorer(ABC):
     """A rule for the direction u, applied to one parameter at a time.
 
     Attributes:
-        needs_pool_gradient: Whether u depends on ḡ. If so the pool is passed twice, once for ḡ, which gives the
-            parameter scores, and once for the example scores; otherwise one pass gives both.
+        needs: What ``direction`` uses beside the validation gradient and the preconditioner; a scorer with options may
+            set it in its constructor. With ``pool_gradient``, or a product with the Hessian along the pool step, the
+            pool is passed twice: once for ḡ, which gives the parameter scores too, and once for the example scores.
+            Otherwise one pass gives both.
     """
 
-    needs_pool_gradient: ClassVar[bool] = False
+    needs: Collection[Statistic] = ()
 
     @abstractmethod
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
@@ -48,3 +69,20 @@ class Scorer(ABC):
         An example's utility is then <u, g_i> and a weight's importance u_j Σ_i g_ij: positive where training on the
         example, or training the weight, is predicted to lower the validation objective.
         """
+
+
+class SecondOrderScorer(Scorer):
+    """A scorer whose direction has the quadratic term: a subclass says what it takes for H (P ⊙ ḡ), and no more.
+
+    Its ``needs`` must hold ``pool_gradient``, or a product with the Hessian.
+    """
+
+    @abstractmethod
+    def curvature(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
+        """H (P ⊙ ḡ) for one parameter, of its shape, without regard to η."""
+
+    def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
+        """(η/n) P ⊙ (v − ½ η H (P ⊙ ḡ)), of the parameter's shape."""
+        s = statistics
+        slope = s.validation_gradient - (s.step_size / 2) * self.curvature(s)
+        return (s.step_size / s.num_examples) * s.preconditioner * slope

@@ -50,7 +50,10 @@ class Selection:
 
     @cached_property
     def examples(self) -> pa.Table:
-        """One row per record of ``data.train``: example_id, score, num_tokens, status, selected."""
+        """One row per record of ``data.train``: example_id, score, num_tokens, status, selected.
+
+        With several validation sets also score_NAME of each, of which score is the combination.
+        """
         return pq.read_table(self.folder / _EXAMPLES)
 
     @cached_property
@@ -141,14 +144,15 @@ def write_selection(
     Args:
         folder: An empty folder.
         manifest: All but the schema version.
-        examples: Column name -> one value per record of ``data.train``.
+        examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
         parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
         token_scores: Column name -> one value per scored example, if scores by token were asked for.
     """
-    pq.write_table(pa.table(dict(examples), schema=_SCHEMA), folder / _EXAMPLES)
+    sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
+    pq.write_table(pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets])), folder / _EXAMPLES)
     if token_scores is not None:
         pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
     save_torch_state_dict(

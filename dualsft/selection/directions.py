@@ -1,49 +1,94 @@
-"""From statistics to the direction u, one parameter at a time."""
+"""From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.scorers import ParameterStatistics, Scorer
-from dualsft.selection.moments import Moments
-from dualsft.selection.warmup import EPS
+from dualsft.scorers import Scorer
+from dualsft.selection.statistics import Statistics
+from dualsft.selection.validation_sets import Combination, combined
 
 
 @torch.no_grad()
-def directions(
-    model: nn.Module,
-    scorer: Scorer,
-    gradient: dict[str, Tensor],
-    moments: Moments,
-    step_size: float,
-    num_examples: int,
-    pool_sums: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """U for every trainable parameter; each v and ĉ is dropped from its mapping as soon as it has been used.
+def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
+    """U for every trainable parameter.
 
     Args:
-        model: The model at the scoring checkpoint.
         scorer: The rule for u.
-        gradient: v per parameter.
-        moments: ĉ per parameter for P = 1/(sqrt(ĉ)+eps); empty for P = 1.
+        statistics: What is known.
         step_size: η.
-        num_examples: n.
-        pool_sums: Σ_i g_i per parameter, for a scorer that needs ḡ.
 
     Raises:
         UserError: if a direction is not finite, or not of its parameter's shape.
     """
     chosen = {}
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        v = gradient.pop(name)
-        p = moments.pop(name).sqrt_().add_(EPS).reciprocal_() if moments else torch.ones_like(v)
-        mean = None if pool_sums is None else pool_sums[name] / num_examples
-        u = scorer.direction(ParameterStatistics(name, weight, v, p, step_size, num_examples, mean))
-        if not isinstance(u, Tensor) or u.shape != weight.shape or not bool(u.isfinite().all()):
-            raise UserError(f"{type(scorer).__name__} gave {name} a direction that is not finite or not of its shape.")
-        chosen[name] = u
+    for known in statistics.by_parameter(step_size):
+        u = scorer.direction(known)
+        if not isinstance(u, Tensor) or u.shape != known.weight.shape or not bool(u.isfinite().all()):
+            raise UserError(
+                f"{type(scorer).__name__} gave {known.name} a direction that is not finite or not of its shape."
+            )
+        chosen[known.name] = u
     return chosen
+
+
+def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """U ⊙ m; parameters without a chosen weight are left out, so that no tap is spent on them."""
+    return {name: u[name] * chosen.to(u[name].device) for name, chosen in mask.items() if bool(chosen.any())}
+
+
+@dataclass(frozen=True)
+class ColumnTotals:
+    """What the parameter scores of one validation set add up to.
+
+    Attributes:
+        total: Σ_j φ_j.
+        size: Σ_j |φ_j|.
+    """
+
+    total: float
+    size: float
+
+
+def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> ColumnTotals:
+    """Σ_j u_j Σ_i g_ij, and the size of its summands."""
+    return _together([_totals(_score(u, sums, name)) for name in u])
+
+
+def parameter_scores(
+    us: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], combination: Combination
+) -> tuple[dict[str, Tensor], list[ColumnTotals]]:
+    """φ_j = u_j Σ_i g_ij of every weight, the validation sets combined, and what each set's add up to.
+
+    Args:
+        us: u of each validation set, by parameter name.
+        sums: Σ_i g_i by parameter name.
+        combination: How the sets' scores become one.
+
+    Returns:
+        Parameter name -> φ_j, float32, of the parameter's shape, on the host; totals in the order of ``us``.
+    """
+    scores = {}
+    totals: list[list[ColumnTotals]] = [[] for _ in us]
+    for name in us[0]:
+        found = [_score(u, sums, name) for u in us]
+        for k, score in enumerate(found):
+            totals[k].append(_totals(score))
+        scores[name] = combined(found, combination).float().cpu()
+    return scores, [_together(of) for of in totals]
+
+
+def _score(u: Mapping[str, Tensor], sums: Mapping[str, Tensor], name: str) -> Tensor:
+    return sums[name].to(u[name].device) * u[name]
+
+
+def _totals(score: Tensor) -> ColumnTotals:
+    return ColumnTotals(float(score.sum(dtype=torch.float64)), float(score.abs().sum(dtype=torch.float64)))
+
+
+def _together(totals: Sequence[ColumnTotals]) -> ColumnTotals:
+    return ColumnTotals(math.fsum(of.total for of in totals), math.fsum(of.size for of in totals))

@@ -6,33 +6,32 @@ from typing import Literal
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from dualsft.allocators import (
-    DataAllocator,
-    GlobalTopK,
-    ParameterAllocator,
-    TopK,
-    check_budget,
-    count_of,
-)
+from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget, count_of
+from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.gradients import GradientPass, compute_dtype
-from dualsft.interaction import check_covered
+from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
-from dualsft.objectives import example_losses
+from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
 from dualsft.selection.choosing import choose_examples, choose_weights
-from dualsft.selection.directions import directions
-from dualsft.selection.moments import second_moment_file, stored_second_moment
+from dualsft.selection.moments import Moments, second_moment_file, stored_second_moment
+from dualsft.selection.objective import ValidationObjective, check_needs
+from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
-from dualsft.selection.prior import Prior
-from dualsft.selection.report import describe_inputs, describe_outcome, sum_identity
+from dualsft.selection.report import describe_inputs, describe_outcome
+from dualsft.selection.scoring import Scoring
+from dualsft.selection.step import StepSize, check_step_size
 from dualsft.selection.tables import example_table, token_table
+from dualsft.selection.teacher import Teacher
+from dualsft.selection.terms import check_names, further_terms, validation_terms
+from dualsft.selection.validation_sets import Combination
 from dualsft.selection.warmup import Warmup
 from dualsft.spot_check import check_packing
 
@@ -47,13 +46,20 @@ class SelectionModule(LightningModule):
         scorer: The rule for the direction u that scores both sides.
         preconditioner: The optimizer that the fine-tune will use: none (SGD) or adam, which needs the second moment of
             a warm-up.
-        step_size: η, the length of the step whose gain is predicted; scales all scores alike.
+        step_size: η, the length of the step whose gain is predicted: a number, or auto for the step at which a
+            second-order scorer predicts the largest gain. At first order it scales all scores alike.
         parameter_budget: Weights to train: a fraction in (0, 1], a count, or null for all.
         data_budget: Examples to train on: a fraction in (0, 1] of those with a response, a count, or null for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
         warmup: How the scoring checkpoint is made.
-        prior: The objective's second term.
+        prior: The objective's second term, which keeps what the base model knew.
+        objectives: Further terms of one's own, by class path.
+        combination: How an example's, or a weight's, scores for several validation sets become one.
+        order: both chooses each side by one scoring of everything; parameters, or data, chooses that side and takes the
+            other whole; parameters_then_data re-scores the examples by the chosen weights alone, data_then_parameters
+            the weights by the chosen examples alone.
+        rounds: How often the two sides are re-scored by each other in the last two orders.
         dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
@@ -65,13 +71,17 @@ class SelectionModule(LightningModule):
         model_name_or_path: str,
         scorer: Scorer | None = None,
         preconditioner: Preconditioner = "adam",
-        step_size: float = 2e-5,
+        step_size: StepSize = 2e-5,
         parameter_budget: int | float | None = 0.1,
         data_budget: int | float | None = 0.1,
         parameter_allocator: ParameterAllocator | None = None,
         data_allocator: DataAllocator | None = None,
         warmup: Warmup = Warmup(),  # noqa: B008 (frozen)
         prior: Prior = Prior(),  # noqa: B008 (frozen)
+        objectives: list[Objective] | None = None,
+        combination: Combination = "mean",
+        order: Order = "both",
+        rounds: int = 1,
         dtype: Dtype = "auto",
         gradient_checkpointing: bool = False,
         token_scores: bool = False,
@@ -80,8 +90,6 @@ class SelectionModule(LightningModule):
         super().__init__()
         check_budget("model.parameter_budget", parameter_budget)
         check_budget("model.data_budget", data_budget)
-        if not step_size > 0:
-            raise UserError(f"model.step_size is {step_size}; give a positive number.")
         if not save_minutes > 0:
             raise UserError(f"model.save_minutes is {save_minutes}; give a positive number of minutes.")
         if preconditioner == "adam" and warmup.fraction == 0 and warmup.checkpoint is None:
@@ -91,12 +99,18 @@ class SelectionModule(LightningModule):
             )
         self.model_name_or_path = model_name_or_path
         self.scorer = scorer or FirstOrder()
+        check_needs(self.scorer, warmup.fraction > 0 or warmup.checkpoint is not None)
+        check_step_size(step_size, self.scorer)
+        check_order(order, rounds)
         self.preconditioner = preconditioner
         self.step_size = step_size
-        self.parameter_budget, self.data_budget = parameter_budget, data_budget
+        self.parameter_budget = None if order == "data" else parameter_budget
+        self.data_budget = None if order == "parameters" else data_budget
         self.parameter_allocator = parameter_allocator or GlobalTopK()
         self.data_allocator = data_allocator or TopK()
-        self.warmup = warmup
+        self.warmup, self.prior, self.objectives = warmup, prior, objectives or []
+        check_names([SelfDistillation(prior), *self.objectives])
+        self.combination, self.order, self.rounds = combination, order, rounds
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.token_scores, self.save_minutes = token_scores, save_minutes
@@ -108,17 +122,20 @@ class SelectionModule(LightningModule):
             UserError: if it cannot be loaded, or the checkpoint has another architecture than the base model.
         """
         checkpoint = self.warmup.checkpoint
-        self.model = load_model(checkpoint or self.model_name_or_path, self.dtype_name)
+        self.model = self._load(checkpoint or self.model_name_or_path)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         if checkpoint and shapes != parameter_shapes(self.model_name_or_path):
             raise UserError(
                 f"model.warmup.checkpoint {checkpoint} has other weights, by name or shape, than "
                 f"{self.model_name_or_path}; give a checkpoint of that model."
             )
-        self.model.eval()
-        self.model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
         if self.gradient_checkpointing:
             checkpoint_activations(self.model)
+
+    def _load(self, name_or_path: str) -> PreTrainedModel:
+        model = load_model(name_or_path, self.dtype_name).eval()
+        model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
+        return model
 
     def forward(self, batch: Batch) -> Tensor:
         """l_i of each example of the batch; Lightning asks every module for a forward."""
@@ -128,9 +145,9 @@ class SelectionModule(LightningModule):
         """Run every phase that an earlier, killed run has not finished, and write the selection.
 
         Args:
-            data: The pool and the validation set, set up.
+            data: The pool and the validation sets, set up.
             run: The output folder; claimed here, once the input is known to be good.
-            seed: Decides which examples the warm-up draws, and their order.
+            seed: Decides which examples the warm-up and the prior draw, and their order.
             config: YAML that replays the run, kept beside the results.
             show: Whether to draw progress bars.
 
@@ -138,38 +155,31 @@ class SelectionModule(LightningModule):
             UserError: on input that cannot be scored or budgets that cannot be met.
         """
         pool = self._check_input(data)
-        data_count, parameter_count = self._counts(len(pool))
+        chooser = self._chooser(data, len(pool))
         inputs = describe_inputs(self, data, seed)
         if run.complete:
             run.confirm(inputs)
             return load_selection(run.path)
-        run.claim(inputs)
+        # a step size that turns out to be of no use may still be changed; `Phases.settle` binds the run to one
+        run.claim({key: value for key, value in inputs.items() if key != "step_size"})
         log = PhaseLog(show, self.model.device)
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
-        scored, scores = self._score(phases, pool)
-        identity = sum_identity(scored.rows[0], scores, compute_dtype(self.model))
-        scores = {name: score.float() for name, score in scores.items()}
-        mask = choose_weights(self.parameter_allocator, scores, parameter_count)
-        pool_examples = data.train_examples
-        chosen = choose_examples(
-            self.data_allocator,
-            scored.rows[0],
-            pool_examples.num_tokens,
-            pool_examples.records,
-            data_count,
-            self.data_budget,
-        )
-        outcome = describe_outcome(data.train_examples, scored, chosen, mask, identity)
+        scoring = self._scoring(phases, data, pool, seed)
+        chosen = choose(self.order, self.rounds, scoring, chooser, pool)
+        named = data.named_validation
+        outcome = describe_outcome(data.train_examples, chosen, scoring, named)
         cost = {"scoring_batch_tokens": phases.batch_tokens, "phases": log.as_json()}
         write_selection(
             staged := run.staging(),
-            manifest={**inputs, **outcome, "coverage": self._coverage(mask), **cost},
-            examples=example_table(data.train_examples, scored, chosen),
-            parameter_scores=scores,
-            mask=mask,
-            selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen)],
+            manifest={**inputs, **outcome, "coverage": self._coverage(chosen.mask), **cost},
+            examples=example_table(
+                data.train_examples, chosen.example_scores, scoring.nonfinite, chosen.examples, named
+            ),
+            parameter_scores=chosen.parameter_scores,
+            mask=chosen.mask,
+            selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen.examples)],
             config=config,
-            token_scores=token_table(data.train_examples, scored) if self.token_scores else None,
+            token_scores=token_table(data.train_examples, chosen.example_scores) if self.token_scores else None,
         )
         publish(staged, run.path)
         run.finish()
@@ -182,13 +192,16 @@ class SelectionModule(LightningModule):
             UserError: if there is none, nothing to validate on, the gradients would be float16, or the model mixes
                 packed examples.
         """
-        for name, examples in (("train", data.train_examples), ("validation", data.validation_sets["validation"])):
+        sets = {f"validation.{n}" if data.named_validation else n: of for n, of in data.validation_sets.items()}
+        for name, examples in {"train": data.train_examples, **sets}.items():
             if not examples.ok_ids():
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
             check_vocabulary(self.model, examples.largest_id())
-        if self.warmup.checkpoint is not None and self.preconditioner == "adam":
+        if self.warmup.checkpoint is not None and self._needs_second_moment:
             second_moment_file(self.warmup.checkpoint)
+        if "hessian_vector_difference" in self.scorer.needs:
+            check_differences(self.model)
         if compute_dtype(self.model) == torch.float16:
             raise UserError(
                 "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "
@@ -199,39 +212,51 @@ class SelectionModule(LightningModule):
             check_packing(self.model, next(iter(few)), compute_dtype(self.model))
         return data.train_examples.ok_ids()
 
-    def _counts(self, examples: int) -> tuple[int, int]:
-        """How many examples and how many weights the budgets buy.
+    def _chooser(self, data: InstructionDataModule, examples: int) -> Chooser:
+        """What spends the budgets.
 
         Raises:
             UserError: if a count is above what there is.
         """
+        data_count = count_of("model.data_budget", self.data_budget, examples)
         weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (
-            count_of("model.data_budget", self.data_budget, examples),
-            count_of("model.parameter_budget", self.parameter_budget, weights),
+        parameter_count = count_of("model.parameter_budget", self.parameter_budget, weights)
+        pool = data.train_examples
+        return Chooser(
+            lambda scores: choose_weights(self.parameter_allocator, scores, parameter_count),
+            lambda scores: choose_examples(
+                self.data_allocator, scores, pool.num_tokens, pool.records, data_count, self.data_budget
+            ),
         )
 
-    def _score(self, phases: Phases, pool: list[int]) -> tuple[GradientPass, dict[str, Tensor]]:
-        """The example scores, and φ_j of every weight, on the host."""
-        checkpoint, adam = self.warmup.checkpoint, self.preconditioner == "adam"
-        if checkpoint is None:
-            moments = phases.warm_up(self.warmup)
-        else:
-            moments = stored_second_moment(checkpoint, self.model) if adam else {}
-        if not adam:
-            moments.clear()
-        gradient = phases.validation_gradient()
-        if not self.scorer.needs_pool_gradient:
-            u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(pool))
-            scored = phases.scores(u, pool, columns=True, by_token=self.token_scores)
-        else:
-            statistics = phases.pool_gradient(pool)
-            finite = [i for i in pool if i not in statistics.nonfinite]
-            u = directions(self.model, self.scorer, gradient, moments, self.step_size, len(finite), statistics.sums)
-            scored = phases.scores(u, finite, columns=False, by_token=self.token_scores)
-            scored.sums, scored.nonfinite = statistics.sums, scored.nonfinite | statistics.nonfinite
-        check_covered(self.model, scored.covered, [n for n, total in scored.sums.items() if bool(total.any())])
-        return scored, {name: total.mul_(u.pop(name)).cpu() for name, total in scored.sums.items()}
+    def _scoring(self, phases: Phases, data: InstructionDataModule, pool: list[int], seed: int) -> Scoring:
+        """The objective at the scoring checkpoint, its gradients taken, and what scores by it."""
+        untouched = self.warmup.checkpoint is None and self.warmup.fraction == 0
+        teacher = Teacher(self.model, lambda: self._load(self.model_name_or_path), untouched)
+        further = further_terms([SelfDistillation(self.prior), *self.objectives], data, teacher, seed)
+        objective = ValidationObjective(
+            self.model,
+            self.scorer,
+            phases,
+            validation_terms(data),
+            further,
+            self._moments(phases),
+            self.preconditioner == "adam",
+        )
+        objective.take_gradients()
+        return Scoring(
+            self.model, self.scorer, objective, phases, pool, self.step_size, self.combination, self.token_scores
+        )
+
+    def _moments(self, phases: Phases) -> Moments:
+        """Bring the model to the scoring checkpoint; its second moment, where anything takes it."""
+        if self.warmup.checkpoint is None:
+            return phases.warm_up(self.warmup)
+        return stored_second_moment(self.warmup.checkpoint, self.model) if self._needs_second_moment else {}
+
+    @property
+    def _needs_second_moment(self) -> bool:
+        return self.preconditioner == "adam" or "second_moment" in self.scorer.needs
 
     def _coverage(self, scores: Mapping[str, Tensor]) -> float:
         """The share of the model's weights that have scores: all but the frozen ones."""

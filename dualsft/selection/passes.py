@@ -1,5 +1,6 @@
 """Gradient passes of a run: resumed after a kill, and begun again with half the batch when memory runs out."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,7 +58,7 @@ class Passes:
         self.batch_tokens: int = halved[1]["batch_tokens"] if halved else batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
-        """One pass; an earlier run's, if it finished it.
+        """One pass; an earlier run's, if it finished it. Its sums are on the host, in a file until they are used.
 
         Args:
             name: What the pass is called in the log.
@@ -68,17 +69,24 @@ class Passes:
         Raises:
             UserError: if an example cannot be scored, or memory runs out for the second time.
         """
-        key = name.replace(" ", "-")
+        key = re.sub(r"[^\w.-]+", "-", name)
         keeper = PhaseKeeper(self._run, key, self._save_minutes)
         if (saved := self._run.load(key)) is None:
-            while (found := self._attempt(name, examples, loader, keeper, options)) is None:
-                pass
-            tensors, notes = found.state()
-            self._run.save(key, tensors, {**notes, **self._log.latest()})
+            self._save(key, name, examples, loader, keeper, options)
+            saved = self._run.load(key)  # so that the sums leave the device, and the host's memory if need be
+            assert saved is not None
         else:
-            found = self._restore(*saved)
+            self._log.restore(saved[1])
         keeper.drop()
-        return found
+        return GradientPass.from_state(*saved)
+
+    def _save(
+        self, key: str, name: str, examples: int, loader: Loader, keeper: PhaseKeeper, options: dict[str, Any]
+    ) -> None:
+        while (found := self._attempt(name, examples, loader, keeper, options)) is None:
+            pass
+        tensors, notes = found.state()
+        self._run.save(key, tensors, {**notes, **self._log.latest()})
 
     def _attempt(
         self, name: str, examples: int, loader: Loader, keeper: PhaseKeeper, options: dict[str, Any]
@@ -120,9 +128,3 @@ class Passes:
             )
         self.batch_tokens, self._halved = half, True
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
-
-    def _restore(self, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> GradientPass:
-        self._log.restore(notes)
-        found = GradientPass.from_state(tensors, notes)
-        found.sums = {name: total.to(self._model.device) for name, total in found.sums.items()}
-        return found

@@ -1,11 +1,20 @@
-"""The phases that cost time: warm-up, gradients and scores; none is repeated by a run that goes on after a kill."""
+"""The phases that cost time: warm-up, gradients, Hessian-vector products, scores; none is repeated after a kill."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.curvature import (
+    HessianVectorProduct,
+    check_differences,
+    difference_step,
+    displaced,
+    twice_differentiable,
+)
 from dualsft.data import Examples, InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.gradients import GradientPass
@@ -14,7 +23,13 @@ from dualsft.run_folder import RunFolder
 from dualsft.selection.keeping import PhaseKeeper
 from dualsft.selection.moments import SECOND_MOMENT, Moments
 from dualsft.selection.passes import Passes
+from dualsft.selection.step import StepSize
+from dualsft.selection.terms import Term
 from dualsft.selection.warmup import ADVICE, Warmup, warm_up
+
+_STEP = "step-size"
+Part = tuple[float, Mapping[str, Tensor]]
+"""A weight, and what it weighs: a sum by parameter name."""
 
 
 class Phases:
@@ -42,7 +57,7 @@ class Phases:
     ) -> None:
         self._model, self._data, self._run, self._log, self._seed = model, data, run, log, seed
         self._save_minutes = save_minutes
-        longest = max(_longest(examples) for examples in (data.train_examples, data.validation_sets["validation"]))
+        longest = max(map(_longest, (data.train_examples, *data.validation_sets.values())))
         self._passes = Passes(model, run, log, data.batch_tokens, longest, checkpointing, save_minutes)
 
     @property
@@ -67,7 +82,7 @@ class Phases:
             self._model.load_state_dict(_under("weight", saved[0]), strict=False)
             self._log.restore(saved[1])
         keeper.drop()
-        moments = {name: moment.to(self._model.device) for name, moment in _under("moment", saved[0]).items()}
+        moments = _under("moment", saved[0])
         if settings.keep:
             self._keep_checkpoint(moments)
         return moments
@@ -91,43 +106,113 @@ class Phases:
         staged = self._run.staging()
         self._model.save_pretrained(staged)
         self._data.tokenizer.save_pretrained(staged)
-        save_file({name: moment.contiguous().cpu() for name, moment in moments.items()}, staged / SECOND_MOMENT)
+        save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
         staged.replace(folder)
 
-    def validation_gradient(self) -> dict[str, Tensor]:
-        """v, the mean gradient over the validation examples, per parameter.
-
-        Raises:
-            UserError: if no validation example has a finite loss and gradient, or memory runs out.
-        """
-        count = len(self._data.validation_sets["validation"].ok_ids())
-        loader = partial(self._data.validation_loader, "validation")
-        found = self._passes.run("validation gradient", count, loader)
-        if not found.counted:
-            raise UserError(
-                "No validation example has a finite loss and gradient at the scoring checkpoint; check the data."
-            )
-        return {name: total.div_(found.counted) for name, total in found.sums.items()}
-
-    def pool_gradient(self, pool: list[int]) -> GradientPass:
-        """Σ_i g_i over these examples: the statistics pass of a scorer whose direction depends on ḡ.
+    def gradient(self, term: Term) -> Part:
+        """A term's share of v = ∇V(θ): its weight over the number of its examples, and the sum of their gradients.
 
         Raises:
             UserError: if no example has a finite loss and gradient, or memory runs out.
         """
-        found = self._passes.run("pool gradient", len(pool), partial(self._data.pool_loader, pool))
+        return self._sum(term, "gradient")
+
+    def squared_gradient(self, term: Term) -> Part:
+        """A term's empirical Fisher, the same with squared entries.
+
+        Raises:
+            UserError: if no example has a finite loss and gradient, or memory runs out.
+        """
+        return self._sum(term, "squared gradient", squared=True)
+
+    def hessian_vector(self, term: Term, direction: Mapping[str, Tensor], occasion: str = "") -> Part:
+        """A term's share of H d, by differentiating twice.
+
+        Args:
+            term: The term.
+            direction: d per trainable parameter.
+            occasion: What sets this pass apart from an earlier one, for its name.
+
+        Raises:
+            UserError: if the model cannot be differentiated twice, or memory runs out.
+        """
+        with twice_differentiable():
+            derivative = HessianVectorProduct(self._model, direction)
+            return self._sum(term, f"Hessian-vector product{occasion}", derivative=derivative)
+
+    def hessian_vector_difference(
+        self, term: Term, direction: Mapping[str, Tensor], occasion: str = ""
+    ) -> tuple[Part, Part]:
+        """A term's share of H d, as the central difference of two sums.
+
+        Args:
+            term: The term.
+            direction: d per trainable parameter.
+            occasion: What sets these passes apart from earlier ones, for their names.
+
+        Raises:
+            UserError: if the weights are in half precision, or memory runs out.
+        """
+        check_differences(self._model)
+        step = difference_step(self._model, direction)
+        parts = []
+        for sign, way in ((1, "forward"), (-1, "backward")):
+            with displaced(self._model, direction, sign * step):
+                weight, sums = self._sum(term, f"gradient a step {way}{occasion}", moved=True)
+            parts.append((sign * weight / (2 * step), sums))
+        return parts[0], parts[1]
+
+    def _sum(self, term: Term, what: str, moved: bool = False, **options: Any) -> Part:
+        with term.losses(moved) as losses:
+            found = self._passes.run(term.phase(what), term.examples, term.loader, losses=losses, **options)
+        if not found.counted:
+            raise UserError(
+                f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data."
+            )
+        return term.weight / found.counted, found.sums
+
+    def settle(self, step_size: StepSize) -> None:
+        """Bind the run to this step size: from here on its scores depend on it.
+
+        Raises:
+            UserError: if the run that goes on here was bound to another one.
+        """
+        kept = self._run.load(_STEP)
+        if kept is None:
+            self._run.save(_STEP, {}, {"step_size": step_size})
+        elif kept[1]["step_size"] != step_size:
+            raise UserError(
+                f"{self._run.path} holds scores made with model.step_size {kept[1]['step_size']}, not {step_size}; "
+                "resume it with that, or give --overwrite."
+            )
+
+    def pool_gradient(self, pool: list[int], name: str = "pool gradient") -> GradientPass:
+        """Σ_i g_i over these examples: the statistics pass.
+
+        Raises:
+            UserError: if no example has a finite loss and gradient, or memory runs out.
+        """
+        found = self._passes.run(name, len(pool), partial(self._data.pool_loader, pool))
         if not found.counted:
             raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
         return found
 
-    def scores(self, direction: dict[str, Tensor], pool: list[int], *, columns: bool, by_token: bool) -> GradientPass:
-        """The interaction matrix's rows over these examples, and its columns if they are not known yet.
+    def scores(
+        self,
+        directions: Sequence[Mapping[str, Tensor]],
+        pool: list[int],
+        name: str = "scores",
+        *,
+        columns: bool,
+        by_token: bool,
+    ) -> GradientPass:
+        """The interaction matrix's rows over these examples for each u, and Σ_i g_i if it is not known yet.
 
         Raises:
             UserError: if a module cannot be scored, or memory runs out.
         """
         loader = partial(self._data.pool_loader, pool)
-        return self._passes.run("scores", len(pool), loader, directions=[direction], columns=columns, by_token=by_token)
+        return self._passes.run(name, len(pool), loader, directions=directions, columns=columns, by_token=by_token)
 
 
 def _longest(examples: Examples) -> int:

@@ -1,28 +1,24 @@
-"""What the manifest says of a run: its inputs, its outcome, and the sum identity that checks both score vectors."""
+"""What the manifest says of a run: its inputs and its outcome."""
 
 import importlib.metadata
 import json
-import math
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dualsft.data import Examples, InstructionDataModule
-from dualsft.errors import UserError
-from dualsft.gradients import GradientPass, compute_dtype
+from dualsft.gradients import compute_dtype
 from dualsft.models import model_fingerprint, tokenizer_fingerprint
 from dualsft.selection.moments import describe_checkpoint
+from dualsft.selection.order import Chosen
+from dualsft.selection.scoring import Scoring
 
 if TYPE_CHECKING:
     from dualsft.selection.module import SelectionModule
 
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "datasets", "tokenizers", "safetensors")
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_PRECISION_TOLERANCE = 2e-2
 
 
 def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed: int) -> dict[str, Any]:
@@ -40,7 +36,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         "tokenizer": {"fingerprint": tokenizer_fingerprint(data.tokenizer)},
         "data": {
             "train": _describe_examples(data.train, data.train_examples),
-            "validation": _describe_examples(data.validation, data.validation_sets["validation"]),
+            "validation": _describe_validation(data),
             "max_length": data.max_length,
             "batch_tokens": data.batch_tokens,
             "batch_size": data.batch_size,
@@ -49,6 +45,10 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
             "format": asdict(data.options),
         },
         "warmup": asdict(module.warmup),
+        "prior": asdict(module.prior),
+        "objectives": [_describe(objective) for objective in module.objectives],
+        "combination": module.combination,
+        "order": {"name": module.order, "rounds": module.rounds},
         "scorer": _describe(module.scorer),
         "preconditioner": module.preconditioner,
         "token_scores": module.token_scores,
@@ -64,7 +64,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _describe_examples(path: str | dict[str, str] | None, examples: Examples) -> dict[str, Any]:
+def _describe_examples(path: str | None, examples: Examples) -> dict[str, Any]:
     return {
         "path": path,
         "fingerprint": examples.records.fingerprint,
@@ -74,51 +74,48 @@ def _describe_examples(path: str | dict[str, str] | None, examples: Examples) ->
     }
 
 
+def _describe_validation(data: InstructionDataModule) -> dict[str, Any]:
+    """The one validation set, or each by its name."""
+    if isinstance(data.validation, dict):
+        return {name: _describe_examples(data.validation[name], of) for name, of in data.validation_sets.items()}
+    return _describe_examples(data.validation, data.validation_sets["validation"])
+
+
 def _describe(part: object) -> dict[str, Any]:
     kind = type(part)
-    options = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    options = {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "needs"}
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
         "options": json.loads(json.dumps(options, default=str)),
     }
 
 
-def sum_identity(rows: Mapping[int, float], scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """Both sides of Σ_i φ_i = Σ_j φ_j, the predicted improvement, and how far apart they are.
+def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, Any]:
+    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
 
-    The difference is told relative to Σ_j |φ_j|, the size of the numbers that were added.
-
-    Raises:
-        UserError: if they differ by more than rounding: then the scores are wrong, and nothing may be built on them.
+    Args:
+        pool: The examples.
+        chosen: What was scored and chosen.
+        scoring: Tells of the sums and the prediction.
+        named: Whether each validation set is told of by its name.
     """
-    row_sum = math.fsum(rows.values())
-    column_sum = math.fsum(float(score.sum(dtype=torch.float64)) for score in scores.values())
-    scale = math.fsum(float(score.abs().sum(dtype=torch.float64)) for score in scores.values())
-    difference = abs(row_sum - column_sum) / scale if scale else 0.0
-    tolerance = _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
-    if not difference <= tolerance:
-        raise UserError(
-            f"The example scores add up to {row_sum:.6g} and the parameter scores to {column_sum:.6g}, which must be "
-            f"the same number (difference {difference:.2g} of the scores' size, {tolerance:g} allowed for {dtype}); "
-            "the model uses a weight in a way that cannot be seen from its module, or the gradients overflow: please "
-            "report it."
-        )
-    return {"row_sum": row_sum, "column_sum": column_sum, "relative_difference": difference, "tolerance": tolerance}
-
-
-def describe_outcome(
-    pool: Examples, scored: GradientPass, chosen: set[int], mask: Mapping[str, Tensor], identity: dict[str, float]
-) -> dict[str, Any]:
-    """What was scored and chosen, how well the sums agree, and with which versions."""
+    identities = list(scoring.identity.values())
+    worst = max(identities, key=lambda of: of["relative_difference"])
     return {
         "counts": {
-            "examples": {"selected": len(chosen), "scored": len(scored.rows[0]), "rows": len(pool.status)},
+            "examples": {
+                "selected": len(chosen.examples),
+                "scored": len(chosen.example_scores.scores),
+                "rows": len(pool.status),
+            },
             "parameters": {
-                "selected": sum(int(chosen.sum()) for chosen in mask.values()),
-                "scored": sum(chosen.numel() for chosen in mask.values()),
+                "selected": sum(int(mask.sum()) for mask in chosen.mask.values()),
+                "scored": sum(mask.numel() for mask in chosen.mask.values()),
             },
         },
-        "sum_identity": identity,
+        "sum_identity": {**worst, "sets": scoring.identity} if named else worst,
+        "prediction": scoring.prediction(named),
+        "rounds": chosen.rounds,
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -24,22 +24,26 @@ def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _training(layers, False, then=True), _training(layers, False, then=True)
+        return _Training(layers, False, then=True), _Training(layers, False, then=True)
 
     checkpoint_activations(model, context_fn=contexts)
     try:
-        with _training(layers, True, then=False):
+        with _Training(layers, True, then=False):
             yield
     finally:
         checkpoint_activations(model)
 
 
-@contextmanager
-def _training(layers: Sequence[nn.Module], flag: bool, then: bool) -> Iterator[None]:
-    for layer in layers:
-        layer.training = flag
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = then
+class _Training(AbstractContextManager[None]):
+    """The layers' flag up or down while the context is open; it may be opened again, as differentiating twice does."""
+
+    def __init__(self, layers: Sequence[nn.Module], flag: bool, then: bool) -> None:
+        self._layers, self._flag, self._then = layers, flag, then
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer.training = self._flag
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.training = self._then

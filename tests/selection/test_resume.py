@@ -80,7 +80,6 @@ def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"options": {**OPTIONS, "step_size": 1.0}}, r"\(step_size\)"),
         ({"options": {**OPTIONS, "warmup": Warmup(0.5)}}, r"\(warmup\)"),
         ({"options": {**OPTIONS, "dtype": "float64"}}, r"\(model\)"),
         ({"options": {**OPTIONS, "data_budget": 3, "preconditioner": "none"}}, r"\(budgets, preconditioner\)"),
@@ -95,6 +94,18 @@ def test_other_settings_do_not_resume(inputs: Inputs, tmp_path: Path, change: di
     killed_run(inputs, tmp_path, OPTIONS, passes, "gradient_pass", seed=1)
     with pytest.raises(UserError, match=f"unfinished run with other settings {named}"):
         select(inputs, tmp_path, **{"options": OPTIONS, "seed": 1, **change}, resume=True)
+
+
+def test_the_step_size_may_change_until_scores_depend_on_it(inputs: Inputs, tmp_path: Path) -> None:
+    """A run that dies before its directions are made goes on with another step size; after that, not."""
+    other = {**OPTIONS, "step_size": 1.0}
+    expected = contents(select(inputs, tmp_path / "unbroken", other, seed=1).folder)
+    killed_run(inputs, tmp_path / "early", OPTIONS, passes, "gradient_pass", 1, True, seed=1)
+    select(inputs, tmp_path / "early", other, seed=1, resume=True)
+    assert contents(tmp_path / "early") == expected
+    killed_run(inputs, tmp_path / "late", OPTIONS, passes, "gradient_pass", 2, seed=1)
+    with pytest.raises(UserError, match=r"holds scores made with model\.step_size 2e-05, not 1\.0"):
+        select(inputs, tmp_path / "late", other, seed=1, resume=True)
 
 
 def test_other_inputs_do_not_resume(tmp_path: Path) -> None:

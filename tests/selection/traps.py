@@ -118,7 +118,7 @@ class Shortage:
 class PoolAware(Scorer):
     """U = v - ḡ, which needs the pool's gradient."""
 
-    needs_pool_gradient = True
+    needs = ("pool_gradient",)
 
     def direction(self, statistics: ParameterStatistics) -> Tensor:
         """In proportion to η/n."""

@@ -1,0 +1,118 @@
+"""Products of the Hessian H = ∇²V(θ) with one direction d in weight space, without the Hessian.
+
+    exact                H d = ∇_θ <∇V(θ), d>                        differentiates twice; fused attention cannot
+    finite difference    H d = (∇V(θ + εd) − ∇V(θ − εd)) / 2ε        two passes of plain gradients, error of order ε²
+
+Either is a sum over examples like the gradient itself and comes from the same passes (`gradients.py`). The difference
+is for models that cannot be differentiated twice. It needs weights in float32 or float64: added to bfloat16 weights, εd
+is lost in their rounding.
+
+Source: B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from dualsft.errors import UserError, is_out_of_memory
+from dualsft.gradients import compute_dtype
+
+_RELATIVE_STEP = {torch.float32: 1e-3, torch.float64: 1e-5}
+"""ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large."""
+
+
+class HessianVectorProduct:
+    """A derivative for `dualsft.gradients.gradient_pass`: each trainable parameter's ``grad`` becomes (∇² loss) d.
+
+    Args:
+        model: The model; unfused attention must be on (`twice_differentiable`).
+        direction: d per trainable parameter, of its shape.
+    """
+
+    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._direction = direction
+
+    def __call__(self, loss: Tensor) -> None:
+        """Differentiate twice.
+
+        Raises:
+            UserError: if some operation of the model has no second derivative.
+        """
+        try:
+            parameters = list(self._parameters.values())
+            found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            # a gradient that depends on no weight has no row in the Hessian
+            gradients = {
+                n: g for n, g in zip(self._parameters, found, strict=True) if g is not None and g.requires_grad
+            }
+            if gradients:
+                along = [self._direction[name].to(gradient.dtype) for name, gradient in gradients.items()]
+                torch.autograd.backward(list(gradients.values()), along)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"The model cannot be differentiated twice ({reason}); set the scorer's method to finite_difference, "
+                "or use another scorer."
+            ) from error
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Attention in plain steps: fused kernels have no second derivative."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
+
+
+def check_differences(model: PreTrainedModel) -> None:
+    """See that a finite difference along the weights can be told from rounding.
+
+    Raises:
+        UserError: if the weights are stored, or computed with, in half precision.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad} | {compute_dtype(model)}
+    if half := sorted(str(kind).removeprefix("torch.") for kind in kinds if kind not in _RELATIVE_STEP):
+        raise UserError(
+            f"A finite difference of gradients drowns in the rounding of {half[0]}; set model.dtype to float32 and "
+            "trainer.precision to 32-true, or the scorer's method to exact."
+        )
+
+
+def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
+    """ε: so long that ‖εd‖ is a small share of ‖θ‖, both over all trainable weights.
+
+    Raises:
+        UserError: if the direction is zero, so that there is nothing to step along.
+    """
+    weights = {name: p for name, p in model.named_parameters() if name in direction}
+    share = max(_RELATIVE_STEP[p.dtype] for p in weights.values())
+    length = _norm(direction.values())
+    if length == 0:
+        raise UserError("The pool's mean gradient is zero, so there is no step along it; check the pool.")
+    return share * _norm(weights.values()) / length
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(math.fsum(float(t.detach().double().square().sum()) for t in tensors))
+
+
+@contextmanager
+def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """The model at θ + step · d while the context is open; at θ again, bit for bit, afterwards."""
+    weights = {name: p for name, p in model.named_parameters() if name in direction}
+    kept = {name: p.detach().clone() for name, p in weights.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.add_(direction[name].to(parameter.dtype), alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(kept[name])

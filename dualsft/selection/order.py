@@ -1,0 +1,114 @@
+"""The order in which the two sides are chosen, and what each round changed.
+
+    both                     one score for each side, taken over everything: the paper's single shot
+    parameters, data         the same scores, one side chosen and the other taken whole
+    parameters_then_data     the weights are chosen, then the examples re-scored by these weights alone (u ⊙ m)
+    data_then_parameters     the examples are chosen, then ḡ taken over these alone and the weights re-scored
+
+The last two may go on for more rounds, each side re-scored with the other as last chosen.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from dualsft.errors import UserError
+from dualsft.selection.scoring import ExampleScores, Scoring
+
+Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """How budgets are spent.
+
+    Attributes:
+        weights: φ_j by parameter name -> which are chosen.
+        examples: φ_i by id -> the ids that are chosen.
+    """
+
+    weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    examples: Callable[[Mapping[int, float]], set[int]]
+
+
+@dataclass
+class Chosen:
+    """Both sides, chosen.
+
+    Attributes:
+        parameter_scores: φ_j by parameter name, float32, as last taken.
+        mask: Which weights are chosen, by parameter name.
+        example_scores: φ_i, as last taken.
+        examples: Ids of the chosen examples.
+        rounds: What each round chose, and how much of the last round's choice it kept.
+    """
+
+    parameter_scores: dict[str, Tensor] = field(default_factory=dict)
+    mask: dict[str, Tensor] = field(default_factory=dict)
+    example_scores: ExampleScores = field(default_factory=lambda: ExampleScores({}, {}, {}))
+    examples: set[int] = field(default_factory=set)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_order(order: Order, rounds: int) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        UserError: naming key and value.
+    """
+    if order not in get_args(Order):
+        raise UserError(f"model.order is {order!r}; give one of {', '.join(get_args(Order))}.")
+    if rounds < 1:
+        raise UserError(f"model.rounds is {rounds}; give at least 1.")
+    if rounds > 1 and "then" not in order:
+        raise UserError(
+            f"model.rounds is {rounds}, but with model.order {order} nothing is re-scored; set model.order to "
+            "parameters_then_data or data_then_parameters, or model.rounds to 1."
+        )
+
+
+def choose(order: Order, rounds: int, scoring: Scoring, chooser: Chooser, pool: list[int]) -> Chosen:
+    """Score and choose in this order.
+
+    Raises:
+        UserError: if the budgets cannot be met or something cannot be scored.
+    """
+    chosen = Chosen()
+    if "then" not in order:
+        chosen.parameter_scores, chosen.example_scores = scoring.both()
+        chosen.mask = chooser.weights(chosen.parameter_scores)
+        chosen.examples = chooser.examples(chosen.example_scores.scores)
+        return chosen
+    for number in range(1, rounds + 1):
+        occasion = f", round {number}" if number > 1 else ""
+        record: dict[str, Any] = {"round": number}
+        for side in ("parameters", "data") if order == "parameters_then_data" else ("data", "parameters"):
+            if side == "parameters":
+                record[side] = _choose_weights(scoring, chooser, chosen, pool, occasion)
+            else:
+                record[side] = _choose_examples(scoring, chooser, chosen, occasion)
+        chosen.rounds.append(record)
+    return chosen
+
+
+def _choose_weights(
+    scoring: Scoring, chooser: Chooser, chosen: Chosen, pool: list[int], occasion: str
+) -> dict[str, Any]:
+    chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
+    before, chosen.mask = chosen.mask, chooser.weights(chosen.parameter_scores)
+    count = sum(int(m.sum()) for m in chosen.mask.values())
+    kept = sum(int((m & before[name]).sum()) for name, m in chosen.mask.items()) if before else None
+    return _record(count, kept)
+
+
+def _choose_examples(scoring: Scoring, chooser: Chooser, chosen: Chosen, occasion: str) -> dict[str, Any]:
+    chosen.example_scores = scoring.examples(chosen.mask or None, occasion)
+    before, chosen.examples = chosen.examples, chooser.examples(chosen.example_scores.scores)
+    return _record(len(chosen.examples), len(chosen.examples & before) if before else None)
+
+
+def _record(count: int, kept: int | None) -> dict[str, Any]:
+    """How many were chosen, and which share of them the round before had chosen too; None in the first round."""
+    return {"selected": count, "overlap": None if kept is None else kept / count}

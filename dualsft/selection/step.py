@@ -1,0 +1,140 @@
+"""The step size η, and what the quadratic model of V predicts along the pool step d = P ⊙ ḡ.
+
+    V(θ) − V(θ − η d)  ≈  η <v, d> − ½ η² dᵀHd
+
+is largest at η = <v, d> / dᵀHd, if the curvature dᵀHd is positive: the ``auto`` step size. H is the scorer's own.
+Source of the quadratic: arXiv 2605.06166; the step size by its minimum goes beyond it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dualsft.errors import UserError
+from dualsft.scorers import Scorer, SecondOrderScorer
+from dualsft.selection.statistics import Statistics
+
+StepSize = float | Literal["auto"]
+NEGLIGIBLE = 1e-3
+"""Share of the first-order term below which the second-order one is said to change next to nothing."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """V along the pool step, for one validation set.
+
+    Attributes:
+        slope: <v, d>.
+        curvature: dᵀHd with the scorer's H; None for a scorer without one.
+        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖; times η/2 it is how large the second-order term of u is against the first.
+    """
+
+    slope: float
+    curvature: float | None
+    ratio: float | None
+
+    def gain(self, step_size: float) -> float:
+        """The predicted improvement of V by a step of this size with all weights on the whole pool."""
+        return step_size * self.slope - step_size**2 / 2 * (self.curvature or 0.0)
+
+
+@torch.no_grad()
+def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
+    """Measure V along the pool step; the pool's gradient must be known."""
+    slope, curvature, first, second = [], [], [], []
+    for known in statistics.by_parameter(math.nan):  # the curvature must not depend on η
+        assert known.pool_gradient is not None
+        p, v = known.preconditioner, known.validation_gradient
+        step = (p * known.pool_gradient).double()
+        slope.append(float((step * v).sum()))
+        first.append(float((p * v).double().square().sum()))
+        if isinstance(scorer, SecondOrderScorer):
+            bend = scorer.curvature(known)
+            curvature.append(float((step * bend).sum()))
+            second.append(float((p * bend).double().square().sum()))
+    if not curvature:
+        return Along(math.fsum(slope), None, None)
+    length = math.sqrt(math.fsum(first))
+    ratio = math.sqrt(math.fsum(second)) / length if length else math.inf
+    return Along(math.fsum(slope), math.fsum(curvature), ratio)
+
+
+def check_step_size(setting: StepSize, scorer: Scorer) -> None:
+    """Refuse a step size that cannot be used, before any work.
+
+    Raises:
+        UserError: naming the value, and the way out.
+    """
+    if setting == "auto" and not isinstance(scorer, SecondOrderScorer):
+        raise UserError(
+            f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
+            "a number, or a second-order scorer (diagonal_fisher, hessian_vector)."
+        )
+    if setting != "auto" and not (isinstance(setting, float) and 0 < setting < math.inf):
+        raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
+
+
+def settle(setting: StepSize, along: Sequence[Along]) -> float:
+    """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
+
+    Raises:
+        UserError: if the quadratic has no minimum ahead: the pool step goes uphill, or the curvature is not positive.
+    """
+    if setting != "auto":
+        return setting
+    slope = math.fsum(of.slope for of in along) / len(along)
+    curvature = math.fsum(of.curvature or 0.0 for of in along) / len(along)
+    instead = (
+        "go on with --resume and a number for model.step_size (the learning rate of the fine-tune, such as 2e-5), or "
+        "start anew with another scorer"
+    )
+    if not curvature > 0:
+        raise UserError(
+            f"model.step_size is auto, but the curvature along the pool step is {curvature:.3g}, not positive, so the "
+            f"predicted improvement has no maximum; {instead}."
+        )
+    if not slope > 0:
+        raise UserError(
+            f"model.step_size is auto, but the pool step does not lower the validation objective (<v, d> is "
+            f"{slope:.3g}, not positive), so the best step is none; {instead}."
+        )
+    return slope / curvature
+
+
+def describe(step_size: float, along: Mapping[str, Along], named: bool) -> dict[str, Any]:
+    """What the manifest says of the step and the predicted improvement, of each validation set too if named."""
+    mean = _mean(list(along.values()))
+    sets = {name: _describe(step_size, of) for name, of in along.items()}
+    return {"step_size": step_size, **_describe(step_size, mean), **({"sets": sets} if named else {})}
+
+
+def _describe(step_size: float, along: Along) -> dict[str, Any]:
+    return {
+        "slope": along.slope,
+        "curvature": along.curvature,
+        "predicted_improvement": along.gain(step_size),
+        "second_order_share": None if along.ratio is None else step_size / 2 * along.ratio,
+    }
+
+
+def _mean(along: Sequence[Along]) -> Along:
+    def mean(values: Sequence[float | None]) -> float | None:
+        return None if None in values else math.fsum(v for v in values if v is not None) / len(values)
+
+    slope = mean([of.slope for of in along])
+    assert slope is not None
+    return Along(slope, mean([of.curvature for of in along]), mean([of.ratio for of in along]))
+
+
+def warning(description: Mapping[str, Any]) -> str | None:
+    """What there is to say of a second-order term too small to change anything."""
+    share = description["second_order_share"]
+    if share is None or share >= NEGLIGIBLE:
+        return None
+    return (
+        f"the second-order term is {share:.1g} of the first at a step size of {description['step_size']:g}, too small "
+        "to change the choice; model.step_size auto takes the step at which it counts."
+    )

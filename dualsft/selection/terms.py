@@ -1,0 +1,110 @@
+"""The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError
+from dualsft.gradients import Losses
+from dualsft.layout import Batch, Layout
+from dualsft.objectives import Objective, example_losses
+from dualsft.selection.passes import Loader
+from dualsft.selection.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term.
+
+    Attributes:
+        kind: As it is called in the log: ``validation``, or the objective's name.
+        of: Which of several validation sets it is; empty otherwise.
+        weight: λ.
+        loader: Gives the batches of the examples that the mean is over.
+        examples: How many there are.
+        losses: Lends the loss of each example of a batch for the time of a pass, given whether the model's weights are
+            displaced meanwhile.
+    """
+
+    kind: str
+    of: str
+    weight: float
+    loader: Loader
+    examples: int
+    losses: Callable[[bool], AbstractContextManager[Losses]]
+
+    def phase(self, what: str) -> str:
+        """The name of a pass over this term."""
+        return f"{self.kind} {what} of {self.of}" if self.of else f"{self.kind} {what}"
+
+
+def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
+    """Set name -> the mean loss over its examples."""
+    return {
+        name: Term(
+            "validation",
+            name if data.named_validation else "",
+            1.0,
+            partial(data.validation_loader, name),
+            len(examples.ok_ids()),
+            lambda _: nullcontext(example_losses),
+        )
+        for name, examples in data.validation_sets.items()
+    }
+
+
+def further_terms(objectives: list[Objective], data: InstructionDataModule, teacher: Teacher, seed: int) -> list[Term]:
+    """The terms beside the validation loss, those of weight 0 left out.
+
+    Raises:
+        UserError: if an objective draws no example, or one that has no response.
+    """
+    pool = data.train_examples.ok_ids()
+    return [_term(objective, pool, data, teacher, seed) for objective in objectives if objective.weight]
+
+
+def check_names(objectives: Sequence[Objective]) -> None:
+    """Refuse terms that share a name, under which each keeps the state of its passes.
+
+    Raises:
+        UserError: naming it.
+    """
+    names = [objective.name for objective in objectives]
+    if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation"}):
+        raise UserError(
+            f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
+            "own."
+        )
+
+
+def _term(objective: Objective, pool: list[int], data: InstructionDataModule, teacher: Teacher, seed: int) -> Term:
+    ids = objective.draw(pool, seed)
+    if not ids or len(set(ids) & set(pool)) != len(ids):
+        raise UserError(
+            f"{type(objective).__name__} drew {len(ids):,} examples, {len(set(ids) & set(pool)):,} different ones of "
+            "the pool; it must draw one or more, and each once."
+        )
+    return Term(
+        objective.name,
+        "",
+        objective.weight,
+        partial(data.pool_loader, ids),
+        len(ids),
+        partial(_losses, objective, teacher),
+    )
+
+
+@contextmanager
+def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator[Losses]:
+    lent = teacher.lent(displaced) if objective.needs_teacher else nullcontext(None)
+    with lent as base:
+
+        def losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
+            return objective.losses(model, batch, layout, base)
+
+        yield losses
