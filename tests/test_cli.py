@@ -78,7 +78,7 @@ def failure(
 def test_one_configuration_serves_every_verb(job: Path, selection: Path, fitted: Path) -> None:
     """select, fit and validate take their own keys from one file; names stand for classes in it."""
     manifest = load_selection(selection).manifest
-    assert manifest["parameter_allocator"]["options"] == {"by": "signed"}
+    assert manifest["parameter_allocator"]["options"] == {"by": "signed", "reverse": False}
     assert manifest["counts"]["examples"]["selected"] == 5
     assert manifest["seed"] == 3
     at = ["--model.model_name_or_path", str(fitted / "model"), "--output_dir", str(job / "evaluation")]

@@ -1,4 +1,4 @@
-"""The highest scores win, exactly, without sorting: a radix search for the k-th largest value.
+"""The highest scores win (or the lowest, in reverse), exactly: a radix search for the k-th largest value, no sorting.
 
 A float32 maps to an integer of the same order, so the k-th largest score is found by two histograms of 65,536 bins,
 over the upper and then the lower half of its bits. Each is one sweep over the tensors, one tensor at a time.
@@ -22,16 +22,17 @@ class GlobalTopK(ParameterAllocator):
 
     Args:
         by: ``magnitude`` ranks by |φ|, as the paper's release does; ``signed`` by φ itself.
+        reverse: Choose the lowest instead, to see what the ranking is worth.
     """
 
-    def __init__(self, by: Literal["magnitude", "signed"] = "magnitude") -> None:
+    def __init__(self, by: Literal["magnitude", "signed"] = "magnitude", reverse: bool = False) -> None:
         if by not in ("magnitude", "signed"):
             raise UserError(f"global_top_k ranks by 'magnitude' or 'signed', not by {by!r}.")
-        self.by = by
+        self.by, self.reverse = by, reverse
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
         """Exactly ``budget`` entries; see `ParameterAllocator.allocate`."""
-        ranked = _MagnitudeView(scores) if self.by == "magnitude" else scores
+        ranked = _Ranked(scores, magnitude=self.by == "magnitude", negated=self.reverse)
         threshold, ties = kth_largest(ranked, budget)
         mask = {}
         for name in sorted(ranked):
@@ -44,14 +45,15 @@ class GlobalTopK(ParameterAllocator):
         return mask
 
 
-class _MagnitudeView(Mapping[str, Tensor]):
-    """|φ| one tensor at a time, so that no second copy of all scores is held."""
+class _Ranked(Mapping[str, Tensor]):
+    """What the scores are ranked by, one tensor at a time, so that no second copy of all scores is held."""
 
-    def __init__(self, scores: Mapping[str, Tensor]) -> None:
-        self._scores = scores
+    def __init__(self, scores: Mapping[str, Tensor], magnitude: bool, negated: bool) -> None:
+        self._scores, self._magnitude, self._negated = scores, magnitude, negated
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._scores[name].abs()
+        value = self._scores[name].abs() if self._magnitude else self._scores[name]
+        return -value if self._negated else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._scores)
@@ -61,11 +63,18 @@ class _MagnitudeView(Mapping[str, Tensor]):
 
 
 class TopK(DataAllocator):
-    """The examples with the highest scores; ties go to the earlier row."""
+    """The examples with the highest scores; ties go to the earlier row.
+
+    Args:
+        reverse: Choose the lowest instead, to see what the ranking is worth.
+    """
+
+    def __init__(self, reverse: bool = False) -> None:
+        self.reverse = reverse
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
         """Exactly ``budget`` examples; see `DataAllocator.allocate`."""
-        order = torch.sort(examples.score, descending=True, stable=True).indices
+        order = torch.sort(examples.score, descending=not self.reverse, stable=True).indices
         return examples.example_id[order[:budget]].sort().values
 
 

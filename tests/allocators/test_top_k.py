@@ -11,10 +11,11 @@ from dualsft.errors import UserError
 SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38, 1.0, -1.0, 1.0])
 
 
-def reference(scores: dict[str, Tensor], k: int, by: str) -> dict[str, list[int]]:
-    """The chosen flat indices by a stable sort over (score falling, name, flat index)."""
+def reference(scores: dict[str, Tensor], k: int, by: str, reverse: bool) -> dict[str, list[int]]:
+    """The chosen flat indices by a stable sort over (score falling, or rising in reverse, name, flat index)."""
+    sign = 1 if reverse else -1
     entries = [
-        (-(abs(value) if by == "magnitude" else value), name, index)
+        (sign * (abs(value) if by == "magnitude" else value), name, index)
         for name in scores
         for index, value in enumerate(scores[name].flatten().tolist())
     ]
@@ -42,23 +43,25 @@ def random_scores(seed: int) -> dict[str, Tensor]:
     return {"b": values(3, 5), "a.z": values(7), "a": values(2, 2, 3)}
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("by", ["magnitude", "signed"])
 @pytest.mark.parametrize("seed", range(24))
-def test_global_top_k_equals_a_sort(seed: int, by: Any) -> None:
+def test_global_top_k_equals_a_sort(seed: int, by: Any, reverse: bool) -> None:
     """For every k from 1 to all, exactly k entries are chosen, those of a sort with ties by name and flat index."""
     scores = random_scores(seed)
     for k in range(1, 35):
-        mask = GlobalTopK(by).allocate(scores, k)
+        mask = GlobalTopK(by, reverse).allocate(scores, k)
         assert {name: chosen.shape for name, chosen in mask.items()} == {n: s.shape for n, s in scores.items()}
         assert all(chosen.dtype == torch.bool for chosen in mask.values())
         found = {name: chosen.flatten().nonzero().flatten().tolist() for name, chosen in mask.items()}
-        assert found == reference(scores, k, by)
+        assert found == reference(scores, k, by, reverse)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("by", ["magnitude", "signed"])
-def test_ties_go_to_the_first_name_and_index(by: Any) -> None:
+def test_ties_go_to_the_first_name_and_index(by: Any, reverse: bool) -> None:
     """Among equal scores the first by name wins, whatever the order of the mapping, then the first by flat index."""
-    mask = GlobalTopK(by).allocate({"z": torch.ones(3), "m": torch.ones(2, 2)}, 5)
+    mask = GlobalTopK(by, reverse).allocate({"z": torch.ones(3), "m": torch.ones(2, 2)}, 5)
     assert mask["m"].all()
     assert mask["z"].tolist() == [True, False, False]
 
@@ -70,10 +73,29 @@ def test_magnitude_and_sign() -> None:
     assert GlobalTopK("signed").allocate(scores, 2)["w"].tolist() == [True, False, True]
 
 
+def test_reverse_chooses_the_lowest() -> None:
+    """By magnitude the smallest |φ| wins, signed the most negative φ."""
+    scores = {"w": torch.tensor([1.0, -3.0, 2.0])}
+    assert GlobalTopK(reverse=True).allocate(scores, 1)["w"].tolist() == [True, False, False]
+    assert GlobalTopK("signed", reverse=True).allocate(scores, 2)["w"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("by", ["magnitude", "signed"])
+def test_the_two_zeros_are_a_tie(by: Any, reverse: bool) -> None:
+    """-0.0 and 0.0 rank alike either way round: the first index wins, exactly as many as are due."""
+    for zeros in ([-0.0, 0.0, -0.0], [0.0, -0.0, 0.0]):
+        mask = GlobalTopK(by, reverse).allocate({"w": torch.tensor(zeros)}, 2)
+        assert mask["w"].tolist() == [True, True, False]
+        values = torch.tensor(zeros, dtype=torch.float64)
+        assert TopK(reverse).allocate(scored(values), 2).tolist() == [10, 20]
+
+
 def test_scores_are_left_as_they_are() -> None:
-    """Ranking by magnitude does not change the scores."""
+    """Ranking by magnitude, or in reverse, does not change the scores."""
     scores = {"w": torch.tensor([1.0, -3.0, 2.0])}
     GlobalTopK("magnitude").allocate(scores, 2)
+    GlobalTopK("signed", reverse=True).allocate(scores, 2)
     assert scores["w"].tolist() == [1.0, -3.0, 2.0]
 
 
@@ -117,13 +139,15 @@ def scored(values: Tensor) -> ScoredExamples:
     return ScoredExamples(ids, values, torch.ones(len(values), dtype=torch.int64), [{} for _ in values])
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_top_k_equals_a_sort(seed: int) -> None:
-    """For every k, the ids of the k highest signed scores, ties to the earlier row, ascending."""
+def test_top_k_equals_a_sort(seed: int, reverse: bool) -> None:
+    """For every k, the ids of the k highest (or lowest) signed scores, ties to the earlier row, ascending."""
     values = random_scores(seed)["b"].flatten().double()
+    sign = 1 if reverse else -1
     for k in range(1, len(values) + 1):
-        ranked = sorted(range(len(values)), key=lambda i: (-values[i].item(), i))[:k]
-        assert TopK().allocate(scored(values), k).tolist() == sorted(10 * (i + 1) for i in ranked)
+        ranked = sorted(range(len(values)), key=lambda i: (sign * values[i].item(), i))[:k]
+        assert TopK(reverse).allocate(scored(values), k).tolist() == sorted(10 * (i + 1) for i in ranked)
 
 
 def test_top_k_tells_float64_scores_apart() -> None:
