@@ -3,6 +3,7 @@
 dualsft select      score, and choose a data subset and a parameter mask
 dualsft fit         fine-tune what was chosen
 dualsft validate    evaluate a checkpoint
+dualsft allocate    choose anew from the scores of a selection
 dualsft plugins     what is registered
 dualsft quickstart  the whole job on an embedded model and embedded data
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from jsonargparse import ActionYesNo, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, capture_parser
 from lightning import Trainer as LightningTrainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -43,12 +44,14 @@ from dualsft.trainer import Trainer, latest_checkpoint
 
 MODULES = {"select": SelectionModule, "fit": MaskedFinetuneModule, "validate": EvaluationModule}
 DESCRIPTION = (
-    "Choose what to train on and what to train. Two commands stand beside the subcommands below: 'dualsft quickstart' "
-    "runs the whole job on an embedded model and data, 'dualsft plugins' lists the registered scorers and allocators."
+    "Choose what to train on and what to train. Three commands stand beside the subcommands below: 'dualsft "
+    "quickstart' runs the whole job on an embedded model and data, 'dualsft allocate' spends other budgets on the "
+    "scores of a finished selection, 'dualsft plugins' lists the registered scorers and allocators."
 )
 CHECKPOINTS = "checkpoints"
 # imported when called: they need no trainer, or this very module
 SIMPLE_COMMANDS = {
+    "allocate": "dualsft.allocate:allocate_command",
     "plugins": "dualsft.plugins:plugins_command",
     "quickstart": "dualsft.quickstart.run:quickstart_command",
 }
@@ -252,6 +255,13 @@ def run(arguments: Sequence[str]) -> None:
         parser_kwargs={"description": DESCRIPTION, "prog": "dualsft"},
         args=list(arguments),
     )
+
+
+def verb_parsers() -> dict[str, ArgumentParser]:
+    """Verb -> the parser of its options; nothing is parsed or run."""
+    subcommands = capture_parser(run, [])._subcommands_action
+    assert subcommands is not None
+    return dict(subcommands.choices)
 
 
 def _quieten() -> None:

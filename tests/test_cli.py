@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dualsft.selection import load_selection
 from tests.cases import VOCABULARY, save_tiny_model, tiny_tokenizer, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PARTS = ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl")
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 
 
@@ -99,7 +101,7 @@ def test_only_selected_weights_change(job: Path, selection: Path, fitted: Path) 
 def test_saved_configuration_replays_the_run(job: Path, selection: Path, tmp_path: Path) -> None:
     """config.yaml of a selection gives the same scores and the same choice."""
     run(["select", "--config", str(selection / "config.yaml"), "--output_dir", str(tmp_path / "again")])
-    for name in ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl"):
+    for name in PARTS:
         assert (tmp_path / "again" / name).read_bytes() == (selection / name).read_bytes()
 
 
@@ -339,6 +341,176 @@ def test_output_dir_is_required(job: Path) -> None:
     for verb in ("select", "fit"):
         with pytest.raises(UserError, match="--output_dir is not given"):
             run([verb, "--config", str(job / "job.yaml")])
+
+
+ALLOCATIONS: dict[str, list[str]] = {
+    "other budgets": ["--model.data_budget", "0.5", "--model.parameter_budget", "77"],
+    "everything": ["--model.data_budget", "null", "--model.parameter_budget=null"],
+    "an override": ["--model.parameter_allocator.reverse", "true", "--model.parameter_budget", "1.0e-1"],
+    "a name": ["--model.data_allocator=top_k", "--model.parameter_allocator", "global_top_k"],
+    "a class": [
+        '--model.parameter_allocator={"class_path": "dualsft.allocators.GlobalTopK", "init_args": {"reverse": true}}'
+    ],
+}
+
+
+@pytest.mark.parametrize("options", ALLOCATIONS)
+def test_allocate_is_select_without_the_scoring(job: Path, selection: Path, tmp_path: Path, options: str) -> None:
+    """The files are those of a select with the same options over the same configuration, and replay to the same."""
+    changed = ALLOCATIONS[options]
+    config = ["--config", str(job / "job.yaml")]
+    run(["select", *config, *changed, "--output_dir", str(tmp_path / "selected")])
+    run(["allocate", str(selection), *changed, "--output_dir", str(tmp_path / "alone")])
+    run(["allocate", str(selection), *config, *changed, "--output_dir", str(tmp_path / "shared")])
+    replay = ["--config", str(tmp_path / "alone" / "config.yaml")]
+    run(["allocate", *replay, "--output_dir", str(tmp_path / "replayed")])
+    expected = load_selection(tmp_path / "selected").manifest
+    for name in ("alone", "shared", "replayed"):
+        made = load_selection(tmp_path / name)
+        assert {**made.manifest, "phases": expected["phases"]} == {
+            **expected,
+            "allocated_from": made.manifest["allocated_from"],
+        }
+        for part in PARTS:
+            assert (made.folder / part).read_bytes() == (tmp_path / "selected" / part).read_bytes(), (name, part)
+    assert made.manifest["allocated_from"]["folder"] == str(selection)
+
+
+def test_allocate_keeps_what_is_not_given(selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Budgets and allocators stay those of the selection, which is not those of `select` by default."""
+    run(["allocate", str(selection), "--output_dir", str(tmp_path / "out"), "--model.parameter_budget", "null"])
+    assert "5 of 24 selected" in capsys.readouterr().out
+    manifest = load_selection(tmp_path / "out").manifest
+    assert manifest["budgets"] == {"parameters": None, "data": 5}
+    assert manifest["parameter_allocator"]["options"] == {"by": "signed", "reverse": False}
+    lowest = ["--model.data_budget", "2", "--model.data_allocator.reverse", "true"]
+    run(["allocate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "next"), *lowest])
+    made = load_selection(tmp_path / "next")
+    assert made.manifest["budgets"] == {"parameters": None, "data": 2}
+    scores = made.examples["score"].to_pylist()
+    assert made.example_ids == sorted(sorted(range(24), key=lambda i: (scores[i], i))[:2])
+
+
+def test_fit_takes_an_allocation(job: Path, selection: Path, tmp_path: Path) -> None:
+    """It is a selection like any other: a fit changes the weights of its mask alone."""
+    run(["allocate", str(selection), "--model.parameter_budget", "9", "--output_dir", str(tmp_path / "chosen")])
+    config = ["--config", str(job / "job.yaml"), "--model.selection", str(tmp_path / "chosen")]
+    run(["fit", *config, "--output_dir", str(tmp_path / "fit")])
+    base, tuned = (load_file(f / "model.safetensors") for f in (job / "model", tmp_path / "fit" / "model"))
+    mask = load_selection(tmp_path / "chosen").mask()
+    changed = sum(int((base[name] != tuned[name]).sum()) for name in base)
+    assert 0 < changed <= 9
+    assert all((base[name] == tuned[name])[~mask[name]].all() for name in mask)
+
+
+def test_allocate_has_help_for_every_option(selection: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a selection what is not given is said to stay; with one, and when printed, the values are there."""
+    with pytest.raises(SystemExit) as stop:
+        run(["allocate", "--help"])
+    assert not stop.value.code
+    told = " ".join(capsys.readouterr().out.split())
+    assert "usage: dualsft allocate SELECTION --output_dir DIR" in told
+    assert told.count("default: as in SELECTION") == 5
+    with pytest.raises(SystemExit):
+        run(["allocate", "--model.parameter_allocator.help", "global_top_k"])
+    assert "Choose the lowest instead" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(["allocate", str(selection), "--print_config"])
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["selection"] == str(selection)
+    assert config["model"]["data_budget"] == 5
+    assert config["model"]["parameter_allocator"]["init_args"] == {"by": "signed", "reverse": False}
+    lines = printed.splitlines()
+    for before, line in itertools.pairwise(lines[lines.index("model:") :]):
+        if line.startswith("  ") and line.strip()[0] != "#" and line.split(":")[0].strip() != "class_path":
+            assert before.strip().startswith("#") or "init_args" in before + line, f"{line} has no help"
+
+
+ALLOCATE_MISTAKES: dict[str, tuple[list[str], int, str]] = {
+    "no budget": ([BUDGET, "0"], 1, "model.data_budget is 0"),
+    "count above the pool": ([BUDGET, "25"], 1, "there are only 24"),
+    "count above the weights": (["--model.parameter_budget", "999999999"], 1, "model.parameter_budget is 999,999,999"),
+    "wrong type": ([BUDGET, "many"], 2, "model.data_budget does not take many"),
+    "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
+    "unknown option": (["--model.data_budgets", "3"], 2, "--model.data_budgets"),
+    "another verb's option": (["--model.step_size", "3"], 2, "--model.step_size"),
+    "unknown name": (["--model.data_allocator", "x_rays"], 1, "known names: top_k"),
+    "unknown argument": (["--model.data_allocator.by", "signed"], 2, "model.data_allocator"),
+    "missing configuration": (["--config", "nowhere.yaml"], 1, "nowhere.yaml cannot be read"),
+    "linked key": (["--data.tokenizer", "x"], 1, "set that"),
+    "two selections": (["runs/other"], 2, "runs/other"),
+}
+
+
+@pytest.mark.parametrize("mistake", ALLOCATE_MISTAKES)
+def test_mistakes_in_an_allocation_end_in_one_sentence(
+    mistake: str, selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake is told in one line that names it, with exit code 1 or 2, and leaves no folder behind."""
+    arguments, code, words = ALLOCATE_MISTAKES[mistake]
+    command = ["allocate", str(selection), *arguments, "--output_dir", str(tmp_path / "out")]
+    found, told = failure(command, capsys, monkeypatch)
+    assert found == code
+    (line,) = told.strip().splitlines()
+    assert line.startswith("dualsft: error: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_allocate_needs_a_finished_selection_and_a_folder(
+    selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is told: the selection, what makes it one, or where to write."""
+    output = ["--output_dir", str(tmp_path / "out")]
+    for arguments, words in (
+        (output, "The selection is not given; name it first"),
+        ([*output, str(selection)], "The selection is not given; name it first"),
+        ([str(tmp_path / "nowhere"), *output], "no such selection directory"),
+        ([str(tmp_path), *output], "is not a finished selection"),
+        ([str(selection)], "--output_dir is not given"),
+        ([str(selection), "--output_dir", str(selection), "--overwrite"], "which this run reads"),
+    ):
+        code, told = failure(["allocate", *arguments], capsys, monkeypatch)
+        assert code == 1
+        assert words in told
+        assert len(told.splitlines()) == 1
+
+
+def test_an_allocator_that_cannot_be_made_again(
+    selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its package is gone, or its options are not what it takes, another must be given; then all is well."""
+    for number, stored in enumerate(
+        (
+            {"class_path": "gone.Allocator", "options": {}},
+            {"class_path": "dualsft.allocators.TopK", "options": {"x": 1}},
+        )
+    ):
+        other = shutil.copytree(selection, tmp_path / f"other-{number}")
+        manifest = json.loads((other / "manifest.json").read_text())
+        (other / "manifest.json").write_text(json.dumps({**manifest, "data_allocator": stored}))
+        command = ["allocate", str(other), "--output_dir", str(tmp_path / f"out-{number}")]
+        code, told = failure(command, capsys, monkeypatch)
+        assert code == 1
+        assert "model.data_allocator" in told
+        assert "give --model.data_allocator" in told
+        run([*command, "--model.data_allocator", "top_k"])
+        made = load_selection(tmp_path / f"out-{number}")
+        assert made.example_ids == load_selection(selection).example_ids
+
+
+def test_a_key_that_no_verb_knows_is_refused_by_allocate(
+    job: Path, selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared configuration may hold any verb's keys, and no others."""
+    config = yaml.safe_load((job / "job.yaml").read_text())
+    config["model"]["data_budgets"] = 3
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    command = ["allocate", str(selection), "--config", str(tmp_path / "wrong.yaml"), "--output_dir"]
+    code, told = failure([*command, str(tmp_path / "out")], capsys, monkeypatch)
+    assert code == 2
+    assert "data_budgets" in told
 
 
 def test_plugins_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
         ("selected", pa.bool_()),
     ]
 )
-_TOKENS = "token_scores.parquet"
+_TOKENS, _WEIGHTS = "token_scores.parquet", "parameter_scores"
 _TOKEN_SCHEMA = pa.schema(
     [("example_id", pa.int64()), ("token_id", pa.list_(pa.int32())), ("score", pa.list_(pa.float64()))]
 )
@@ -92,12 +92,24 @@ class Selection:
             raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
 
     def parameter_scores(self) -> dict[str, Tensor]:
-        """Parameter name -> φ_j, float32, of the parameter's shape."""
+        """Parameter name -> φ_j, float32, of the parameter's shape.
+
+        Raises:
+            UserError: if a file is damaged.
+        """
         scores = {}
-        for path in sorted(self.folder.glob("parameter_scores*.safetensors")):
-            with safe_open(path, framework="pt") as stored:
-                scores.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        for path in sorted(self.folder.glob(f"{_WEIGHTS}*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as stored:
+                    scores.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
         return scores
+
+    @property
+    def score_files(self) -> list[Path]:
+        """The files that hold scores and nothing of the choice: those of the weights, and of the tokens if any."""
+        return sorted([*self.folder.glob(f"{_WEIGHTS}*"), *self.folder.glob(_TOKENS)])
 
 
 def load_selection(folder: str | os.PathLike[str]) -> Selection:
@@ -151,13 +163,36 @@ def write_selection(
         config: YAML that replays the run.
         token_scores: Column name -> one value per scored example, if scores by token were asked for.
     """
-    sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
-    pq.write_table(pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets])), folder / _EXAMPLES)
     if token_scores is not None:
         pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
     save_torch_state_dict(
-        dict(sorted(parameter_scores.items())), folder, filename_pattern="parameter_scores{suffix}.safetensors"
+        dict(sorted(parameter_scores.items())), folder, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors"
     )
+    sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
+    table = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
+    write_choice(folder, manifest=manifest, examples=table, mask=mask, selected_lines=selected_lines, config=config)
+
+
+def write_choice(
+    folder: Path,
+    *,
+    manifest: Mapping[str, Any],
+    examples: pa.Table,
+    mask: Mapping[str, Tensor],
+    selected_lines: Sequence[str],
+    config: str,
+) -> None:
+    """Write the parts of a selection that follow from its scores and budgets: all but the scores.
+
+    Args:
+        folder: A folder of its own.
+        manifest: All but the schema version.
+        examples: One row per record of ``data.train``.
+        mask: Parameter name -> which entries are chosen, of the parameter's shape.
+        selected_lines: The selected records as they stand in the source, in source order.
+        config: YAML that replays the run.
+    """
+    pq.write_table(examples, folder / _EXAMPLES)
     packed = {name: pack_bits(chosen) for name, chosen in sorted(mask.items())}
     # one entry: safetensors writes several in an order that changes from run to run
     shapes = json.dumps({name: list(chosen.shape) for name, chosen in sorted(mask.items())})

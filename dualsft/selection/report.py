@@ -1,7 +1,6 @@
 """What the manifest says of a run: its inputs and its outcome."""
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from dualsft.gradients import compute_dtype
 from dualsft.models import model_fingerprint, tokenizer_fingerprint
 from dualsft.selection.moments import describe_checkpoint
 from dualsft.selection.order import Chosen
+from dualsft.selection.parts import describe_part
 from dualsft.selection.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         },
         "warmup": asdict(module.warmup),
         "prior": asdict(module.prior),
-        "objectives": [_describe(objective) for objective in module.objectives],
+        "objectives": [describe_part(objective) for objective in module.objectives],
         "combination": module.combination,
         "order": {"name": module.order, "rounds": module.rounds},
-        "scorer": _describe(module.scorer),
+        "scorer": describe_part(module.scorer),
         "preconditioner": module.preconditioner,
         "token_scores": module.token_scores,
         "step_size": module.step_size,
-        "parameter_allocator": _describe(module.parameter_allocator),
-        "data_allocator": _describe(module.data_allocator),
+        "parameter_allocator": describe_part(module.parameter_allocator),
+        "data_allocator": describe_part(module.data_allocator),
         "budgets": {"parameters": module.parameter_budget, "data": module.data_budget},
         "seed": seed,
     }
@@ -79,15 +79,6 @@ def _describe_validation(data: InstructionDataModule) -> dict[str, Any]:
     if isinstance(data.validation, dict):
         return {name: _describe_examples(data.validation[name], of) for name, of in data.validation_sets.items()}
     return _describe_examples(data.validation, data.validation_sets["validation"])
-
-
-def _describe(part: object) -> dict[str, Any]:
-    kind = type(part)
-    options = {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "needs"}
-    return {
-        "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "options": json.loads(json.dumps(options, default=str)),
-    }
 
 
 def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, Any]:

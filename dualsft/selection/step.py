@@ -29,7 +29,8 @@ class Along:
     Attributes:
         slope: <v, d>.
         curvature: dᵀHd with the scorer's H; None for a scorer without one.
-        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖; times η/2 it is how large the second-order term of u is against the first.
+        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖, if there is either; times η/2 it is how large the second-order term of u is against
+            the first.
     """
 
     slope: float
@@ -58,7 +59,7 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
     if not curvature:
         return Along(math.fsum(slope), None, None)
     length = math.sqrt(math.fsum(first))
-    ratio = math.sqrt(math.fsum(second)) / length if length else math.inf
+    ratio = math.sqrt(math.fsum(second)) / length if length else None
     return Along(math.fsum(slope), math.fsum(curvature), ratio)
 
 

@@ -1,0 +1,167 @@
+"""Budgets spent anew on the scores of a finished selection: without a model, and without scoring again."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, check_budget, count_of
+from dualsft.data import Records, read_records, selected_ids
+from dualsft.errors import UserError
+from dualsft.progress import PhaseLog
+from dualsft.run_folder import RunFolder
+from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
+from dualsft.selection.choosing import choose_examples, choose_weights
+from dualsft.selection.parts import describe_part
+
+
+def reallocate(
+    selection: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    parameter_budget: Budget,
+    data_budget: Budget,
+    parameter_allocator: ParameterAllocator,
+    data_allocator: DataAllocator,
+    train: str | None = None,
+    train_split: str = "train",
+    overwrite: bool = False,
+    config: str = "",
+) -> Selection:
+    """Write the selection that `dualsft select` would have made with these budgets and allocators.
+
+    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight), and nothing larger.
+
+    Args:
+        selection: A finished selection directory; it stays as it is. The new one shares its score files where the
+            file system has hard links.
+        output_dir: Where the new selection goes.
+        parameter_budget: Weights to choose: a fraction in (0, 1], a count, or None for all.
+        data_budget: Examples to choose: a fraction in (0, 1] of those with a response, a count, or None for all.
+        parameter_allocator: The rule that spends the parameter budget.
+        data_allocator: The rule that spends the data budget.
+        train: Where the records lie that the selection was made from; None for where they lay then.
+        train_split: Split to load if that is a Hugging Face dataset.
+        overwrite: Replace what an earlier run left in ``output_dir``.
+        config: YAML that replays the run, kept beside the results.
+
+    Raises:
+        UserError: if the selection, its records or the output folder cannot be used, the records are not those that it
+            was made from, or the budgets cannot be met; the output folder is then as it was.
+    """
+    check_budget("model.parameter_budget", parameter_budget)
+    check_budget("model.data_budget", data_budget)
+    source = load_selection(selection)
+    _check_apart(source.folder, Path(output_dir))
+    path = train or source.manifest["data"]["train"]["path"]
+    run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path))
+    log = PhaseLog(show=False)
+    with log.phase("allocation", examples=0):
+        records = _records(source, path, train_split)
+        chosen = _examples(source, records, data_allocator, data_budget)
+        mask = _weights(source, parameter_allocator, parameter_budget)
+    spent: dict[str, Any] = {
+        "parameter_allocator": describe_part(parameter_allocator),
+        "data_allocator": describe_part(data_allocator),
+        "budgets": {"parameters": parameter_budget, "data": data_budget},
+        "allocated_from": {"folder": os.fspath(selection), "manifest": _manifest_hash(source.folder)},
+    }
+    outcome = {"counts": _counts(source, chosen, mask), "phases": log.as_json()}
+    run.claim({"command": "allocate", **spent})
+    try:
+        staged = run.staging()
+        for file in source.score_files:
+            _link(file, staged / file.name)
+        write_choice(
+            staged,
+            manifest={**_kept(source.manifest, path), **spent, **outcome},
+            examples=_with_selected(source.examples, chosen),
+            mask=mask,
+            selected_lines=[records.line(i) for i in sorted(chosen)],
+            config=config,
+        )
+        publish(staged, run.path)
+    except BaseException:  # nothing of seconds' work is worth resuming
+        run.release()
+        raise
+    run.finish()
+    return load_selection(run.path)
+
+
+def _check_apart(selection: Path, output: Path) -> None:
+    here = output.resolve()
+    if selection.resolve() in (here, *here.parents):
+        raise UserError(f"--output_dir {output} lies in {selection}, which this run reads; choose another folder.")
+
+
+def _records(source: Selection, path: str, split: str) -> Records:
+    try:
+        records = read_records(path, split)
+    except UserError as error:
+        if path != source.manifest["data"]["train"]["path"]:
+            raise
+        raise UserError(
+            f"The data that {source.folder} was made from cannot be read ({str(error).rstrip('.')}); say with "
+            "--data.train where it lies now."
+        ) from error
+    selected_ids(source.folder, records)  # refuses other data
+    return records
+
+
+def _examples(source: Selection, records: Records, allocator: DataAllocator, budget: Budget) -> set[int]:
+    ids, scores, num_tokens, status = (
+        source.examples[name].to_pylist() for name in ("example_id", "score", "num_tokens", "status")
+    )
+    with_response = status.count("ok") + status.count("nonfinite")  # select spends its budget before it knows which are
+    scored = {i: score for i, score in zip(ids, scores, strict=True) if score is not None}
+    count = count_of("model.data_budget", budget, with_response)
+    return choose_examples(allocator, scored, num_tokens, records, count, budget)
+
+
+def _weights(source: Selection, allocator: ParameterAllocator, budget: Budget) -> dict[str, Tensor]:
+    scores = source.parameter_scores()
+    available = sum(score.numel() for score in scores.values())
+    if available != (due := source.manifest["counts"]["parameters"]["scored"]):
+        raise UserError(
+            f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
+        )
+    return choose_weights(allocator, scores, count_of("model.parameter_budget", budget, available))
+
+
+def _counts(source: Selection, chosen: set[int], mask: dict[str, Tensor]) -> dict[str, Any]:
+    before = source.manifest["counts"]
+    weights = sum(int(part.sum()) for part in mask.values())
+    return {
+        **before,
+        "examples": {**before["examples"], "selected": len(chosen)},
+        "parameters": {**before["parameters"], "selected": weights},
+    }
+
+
+def _kept(manifest: dict[str, Any], path: str) -> dict[str, Any]:
+    """What another choice leaves true; a control that chose otherwise than by its scores is none any more."""
+    data = manifest["data"]
+    kept = {**manifest, "data": {**data, "train": {**data["train"], "path": path}}}
+    return {key: value for key, value in kept.items() if key != "control"}
+
+
+def _with_selected(examples: pa.Table, chosen: set[int]) -> pa.Table:
+    place = examples.schema.get_field_index("selected")
+    selected = pa.array([i in chosen for i in examples["example_id"].to_pylist()], pa.bool_())
+    table = examples.set_column(place, examples.schema.field(place), selected)
+    return table.combine_chunks()  # as it was read it would be written in other pages than a fresh table
+
+
+def _manifest_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
