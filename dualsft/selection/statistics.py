@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS
+from dualsft.tap import accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Statistics:
                     step_size,
                     self.num_examples,
                     *(
-                        None if known is None else known[name].to(weight.device)
+                        None if known is None else known[name].to(weight.device, accumulator_dtype(weight))
                         for known in (
                             self.pool_gradient,
                             self.second_moment,
@@ -71,9 +72,10 @@ class Preconditioner(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
+        dtype = accumulator_dtype(weight)
         if self._moments is None:
-            return torch.ones_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return self._moments[name].to(weight.device).sqrt().add_(EPS).reciprocal_()
+            return torch.ones_like(weight, dtype=dtype)
+        return self._moments[name].to(weight.device, dtype).sqrt().add_(EPS).reciprocal_()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -74,7 +74,8 @@ def check_step_size(setting: StepSize, scorer: Scorer) -> None:
             f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
             "a number, or a second-order scorer (diagonal_fisher, hessian_vector)."
         )
-    if setting != "auto" and not (isinstance(setting, float) and 0 < setting < math.inf):
+    number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
+    if setting != "auto" and not (number and 0 < float(setting) < math.inf):
         raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
 
 

@@ -1,0 +1,138 @@
+"""Every scorer, through the real trainer, against the method with every matrix written out (`dense.py`)."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
+from dualsft.selection import Selection, Warmup
+from tests.selection.dense import Dense, save_dense_model
+from tests.selection.runs import LINES, Inputs, select, write_inputs
+from tests.selection.tiny import float64_throughout
+
+SCORERS: dict[str, tuple[Scorer, str, float]] = {
+    "first order": (FirstOrder(), "none", 1e-10),
+    "diagonal Fisher of the warm-up": (DiagonalFisher(), "second_moment", 1e-10),
+    "diagonal Fisher of the validation set": (DiagonalFisher("empirical_fisher"), "empirical_fisher", 1e-10),
+    "Hessian, exact": (HessianVector(), "hessian", 1e-10),
+    "Hessian, by differences": (HessianVector("finite_difference"), "hessian", 1e-6),
+}
+"""The scorer, its curvature in `Dense`, and how near to it, relative to the largest entry."""
+PRECONDITIONERS = ("none", "adam")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """The usual pool, three rows of it to validate on, and a model that has room for its Hessian."""
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / "some.jsonl").write_text("\n".join(LINES[i] for i in (0, 7, 9)), encoding="utf-8")
+    model, validation = save_dense_model(folder / "small"), str(folder / "some.jsonl")
+    return replace(write_inputs(folder), model=model, validation=validation)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A scoring checkpoint with its second moment."""
+    folder = tmp_path_factory.mktemp("warmup")
+    select(inputs, folder / "out", {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-2, keep=True)})
+    return str(folder / "out" / "warmup")
+
+
+@pytest.fixture(scope="module")
+def dense(inputs: Inputs, checkpoint: str) -> Dense:
+    """The reference."""
+    with float64_throughout():
+        return Dense.at(checkpoint, inputs)
+
+
+@contextmanager
+def run(inputs: Inputs, checkpoint: str, folder: Path, **options: Any) -> Iterator[Selection]:
+    """A float64 selection at the checkpoint."""
+    with float64_throughout():
+        yield select(inputs, folder, {"warmup": Warmup(checkpoint=checkpoint), "dtype": "float64", **options})
+
+
+def telling_step(dense: Dense, kind: str, preconditioner: str) -> float:
+    """A step size at which the second-order term is a good part of the first."""
+    bend = (dense.curvature(kind) @ dense.step(preconditioner)).norm()
+    return 0.5 * float(dense.validation.mean(0).norm() / bend) if bend else 0.1
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("name", SCORERS)
+def test_scores_equal_the_dense_method(
+    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
+) -> None:
+    """Both score vectors are G u and u ⊙ Σ_i g_i with u from the dense H, and both add up to the quadratic's gain."""
+    scorer, kind, relative = SCORERS[name]
+    step_size = telling_step(dense, kind, preconditioner)
+    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": step_size}
+    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
+        scores = selection.examples["score"].to_pylist()
+        rows = torch.tensor([scores[i] for i in dense.ids], dtype=torch.float64)
+        columns = dense.flat(selection.parameter_scores())
+    u = dense.direction(kind, preconditioner, step_size)
+    expected = dense.pool @ u
+    assert torch.allclose(rows, expected, rtol=0, atol=relative * float((dense.pool * u).abs().sum(1).max()))
+    expected_columns = u * dense.pool.sum(0)
+    largest = float(expected_columns.abs().max())
+    # stored in float32
+    assert torch.allclose(columns, expected_columns, rtol=1e-6, atol=max(relative, 1e-9) * largest)
+    d = dense.step(preconditioner)
+    gain = step_size * dense.validation.mean(0) @ d - step_size**2 / 2 * d @ dense.curvature(kind) @ d
+    identity = selection.manifest["sum_identity"]
+    size = float((u * dense.pool.sum(0)).abs().sum())
+    for found in (
+        identity["row_sum"],
+        identity["column_sum"],
+        selection.manifest["prediction"]["predicted_improvement"],
+    ):
+        assert found == pytest.approx(float(gain), abs=relative * size)
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("name", list(SCORERS)[1:])
+def test_the_prediction_is_told(
+    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
+) -> None:
+    """The manifest has <v, d>, dᵀHd, the gain at η, and how large the second-order term of u is against the first."""
+    scorer, kind, relative = SCORERS[name]
+    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": 1e-3}
+    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
+        told = selection.manifest["prediction"]
+    d, p = dense.step(preconditioner), dense.preconditioner(preconditioner)
+    v, bend = dense.validation.mean(0), dense.curvature(kind) @ d
+    near = {"rel": max(10 * relative, 1e-9)}
+    assert told == {
+        "step_size": 1e-3,
+        "slope": pytest.approx(float(v @ d), **near),
+        "curvature": pytest.approx(float(d @ bend), **near),
+        "predicted_improvement": pytest.approx(float(1e-3 * v @ d - 0.5e-6 * d @ bend), **near),
+        "second_order_share": pytest.approx(float(0.5e-3 * (p * bend).norm() / (p * v).norm()), **near),
+    }
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("name", list(SCORERS)[1:])
+def test_the_automatic_step_is_the_minimiser(
+    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
+) -> None:
+    """η = <v, d> / dᵀHd with the scorer's own H, and the predicted gain is half of <v, d>² / dᵀHd."""
+    scorer, kind, relative = SCORERS[name]
+    d = dense.step(preconditioner)
+    slope, curvature = float(dense.validation.mean(0) @ d), float(d @ dense.curvature(kind) @ d)
+    assert slope > 0
+    assert curvature > 0
+    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": "auto"}
+    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
+        told = json.loads((selection.folder / "manifest.json").read_text())
+    assert told["step_size"] == "auto"
+    assert told["prediction"]["step_size"] == pytest.approx(slope / curvature, rel=max(10 * relative, 1e-9))
+    gain = told["prediction"]["predicted_improvement"]
+    assert gain == pytest.approx(slope**2 / curvature / 2, rel=max(10 * relative, 1e-9))
