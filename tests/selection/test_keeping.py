@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dualsft import SelectionModule, gradients, load_selection, run_folder
+from dualsft.objectives import Prior
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
+from dualsft.scorers import DiagonalFisher, HessianVector
 from dualsft.selection import passes, warmup
 from dualsft.selection.keeping import PhaseKeeper
 from tests.selection.kills import KilledError, kill_at, killed_run
@@ -43,6 +45,22 @@ CASES = {
         {"packing": True, "batch_tokens": 96},
         poisoned_by(gradient="4", loss="P"),
     ),
+    "second derivatives and a prior, in two rounds": Case(
+        {
+            **ADAM,
+            "scorer": HessianVector(),
+            "step_size": 1e-3,
+            "prior": Prior(weight=0.5, fraction=0.5),
+            "order": "data_then_parameters",
+            "rounds": 2,
+        },
+        {"batch_tokens": 60},
+    ),
+    "differences at displaced weights": Case(
+        {**SGD, "scorer": HessianVector("finite_difference"), "step_size": 0.1, "prior": Prior(0.5, 0.5)},
+        {"batch_tokens": 60},
+    ),
+    "squared gradients": Case({**SGD, "scorer": DiagonalFisher("empirical_fisher"), "step_size": 0.1}),
 }
 KILLS = {
     "as soon as the state is kept": (PhaseKeeper, "save", 2, True),
