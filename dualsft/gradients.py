@@ -207,13 +207,19 @@ class _Pass:
         batch = without(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
         losses, batch, alone = self._finite_losses(batch)
         if len(losses):
-            self._derivative(losses.sum())
+            self._differentiate(losses)
             if self._poisoned:
                 self._find_nonfinite(batch)
             elif not self.void:
                 self._count(batch)
         for example in alone:
             self._score(example)
+
+    def _differentiate(self, losses: Tensor) -> None:
+        if losses.requires_grad:  # else nothing that is summed or scored took part
+            self._derivative(losses.sum())
+        if self._rows:
+            self._rows.complete()
 
     def _count(self, batch: Batch) -> None:
         ids, result = batch["example_id"].tolist(), self._result
@@ -283,7 +289,7 @@ class _Pass:
         self._result.nonfinite |= found
 
     def _is_poison(self, example: Batch) -> bool:
-        self._derivative(self._forward(example)[0].sum())
+        self._differentiate(self._forward(example)[0])
         poisoned = self._poisoned
         if self._columns:
             self._columns.reset()

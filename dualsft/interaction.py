@@ -129,6 +129,7 @@ class RowSums:
         self.layout = Layout(0, 0, ())
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._complete = False
 
     def __enter__(self) -> "RowSums":
         self._handles = [self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)]
@@ -162,7 +163,11 @@ class RowSums:
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch and expect one of this layout."""
-        self.layout, self._examples, self._tokens = layout, {}, {}
+        self.layout, self._examples, self._tokens, self._complete = layout, {}, {}, False
+
+    def complete(self) -> None:
+        """Say that the batch's backward has run, also where none of the weights that are scored took part in it."""
+        self._complete = True
 
     def read(self) -> Float[Tensor, "direction example"]:
         """<u, g_i> of the batch whose backward has run, in the order of its layout.
@@ -170,7 +175,7 @@ class RowSums:
         Raises:
             RuntimeError: if none has.
         """
-        if not self._examples and not self._tokens:
+        if not (self._complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
         shape = (len(self.directions), len(self.layout.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.anchor.device)
@@ -186,6 +191,8 @@ class RowSums:
         Token t of an example stands for every use of a weight at that place: all that it fed forward, weighted with
         the gradient that came back to it.
         """
+        if k not in self._tokens:
+            return self.layout.by_example(torch.zeros(self.layout.rows, self.layout.tokens, device=self.anchor.device))
         return self.layout.by_example(self._tokens[k])
 
     @property

@@ -41,7 +41,7 @@ def spot_check(
     for k in _telling(batch):
         products = _products_alone(model, rows.directions, only(batch, k))
         check_covered(model, rows.covered, [name for name, (_, sizes) in products.items() if any(sizes)])
-        for values, alone, scale in zip(found, *_added(products), strict=True):
+        for values, alone, scale in zip(found, *_added(products, len(rows.directions)), strict=True):
             if abs(values[k] - alone) <= tolerance * scale:
                 continue
             packing = "; set data.packing to false" if "spans" in batch else ""
@@ -136,10 +136,10 @@ def _product_and_size(gradient: Tensor, u: Tensor) -> tuple[float, float]:
     return product, size
 
 
-def _added(products: Mapping[str, tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+def _added(products: Mapping[str, tuple[list[float], list[float]]], count: int) -> tuple[list[float], list[float]]:
     """<u, g> and Σ|u g| over all parameters, for each u."""
-    values, sizes = zip(*products.values(), strict=True)
-    return [sum(of) for of in zip(*values, strict=True)], [sum(of) for of in zip(*sizes, strict=True)]
+    values, sizes = ([of[part] for of in products.values()] for part in (0, 1))
+    return [sum(of[k] for of in values) for k in range(count)], [sum(of[k] for of in sizes) for k in range(count)]
 
 
 def _require(parameter: nn.Parameter) -> nn.Parameter:

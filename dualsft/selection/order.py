@@ -97,6 +97,11 @@ def _choose_weights(
     scoring: Scoring, chooser: Chooser, chosen: Chosen, pool: list[int], occasion: str
 ) -> dict[str, Any]:
     chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
+    while late := chosen.examples & scoring.nonfinite:  # a gradient may not be finite although its row is
+        chosen.example_scores = chosen.example_scores.without(late)
+        chosen.examples = chooser.examples(chosen.example_scores.scores)
+        occasion = f"{occasion}, again"
+        chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
     before, chosen.mask = chosen.mask, chooser.weights(chosen.parameter_scores)
     count = sum(int(m.sum()) for m in chosen.mask.values())
     kept = sum(int((m & before[name]).sum()) for name, m in chosen.mask.items()) if before else None

@@ -7,6 +7,7 @@ identity is checked as soon as both of its sides are known, for the direction an
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ from dualsft.selection.statistics import Statistics
 from dualsft.selection.step import Along, StepSize, along_pool_step, describe, settle, warning
 from dualsft.selection.validation_sets import Combination, combined_rows, combined_tokens
 
+T = TypeVar("T")
+
 
 @dataclass
 class ExampleScores:
@@ -37,6 +40,18 @@ class ExampleScores:
     scores: dict[int, float]
     by_set: dict[str, dict[int, float]]
     tokens: dict[int, Tensor]
+
+    def without(self, ids: Collection[int]) -> "ExampleScores":
+        """The same without some of the examples."""
+        return ExampleScores(
+            _without(self.scores, ids),
+            {name: _without(scores, ids) for name, scores in self.by_set.items()},
+            _without(self.tokens, ids),
+        )
+
+
+def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
+    return {i: value for i, value in values.items() if i not in ids}
 
 
 @dataclass
@@ -93,6 +108,7 @@ class Scoring:
         self._pool, self._setting, self._combination, self._by_token = pool, step_size, combination, by_token
         self._known = _Known()
         self._step: float | None = None if step_size == "auto" else step_size
+        self._count = 0
         self._along: dict[str, Along] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
@@ -104,7 +120,7 @@ class Scoring:
     def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
         """The scores of all weights over all examples and of all examples by all weights: one pass, or two."""
         if self._waits:
-            self._sum_gradients(self._finite, "pool gradient", "")
+            self._sum_gradients(self._finite)
             examples = self.examples()
         else:
             self._make_directions(len(self._finite), None, "")
@@ -118,9 +134,7 @@ class Scoring:
             ids: The examples.
             occasion: What sets the passes of this step apart from those of earlier ones, for their names.
         """
-        finite = sorted(set(ids) - self.nonfinite)
-        name = "pool gradient" if len(finite) == len(self._finite) else "chosen examples' gradient"
-        self._sum_gradients(finite, f"{name}{occasion}", occasion)
+        self._sum_gradients(sorted(set(ids) - self.nonfinite), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
@@ -132,7 +146,7 @@ class Scoring:
         """
         if not self._known.directions:
             if self._waits:
-                self._sum_gradients(self._finite, f"pool gradient{occasion}", occasion)
+                self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
         us = [masked(u, mask) for u in self._known.directions] if mask else self._known.directions
@@ -142,7 +156,7 @@ class Scoring:
         """What the quadratic predicts along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
-            self._measure(self._objective.statistics(self._known.sums, len(self._known.summed)))
+            self._measure(self._objective.statistics(self._known.sums, self._count))
         description = describe(self._step, self._along, named)
         if message := warning(description):
             say(message)
@@ -153,12 +167,16 @@ class Scoring:
         """Whether u can be made only once the pool's gradient is known."""
         return self._objective.needs_pool_gradient
 
-    def _sum_gradients(self, ids: list[int], name: str, occasion: str) -> None:
-        """Σ_i g_i over these examples, and the directions that go with it; the last ones go first."""
+    def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
+        """Σ_i g_i over these examples, and the directions that go with it, unless they are those of the last time."""
+        if self._known.directions and self._known.summed == frozenset(ids):
+            return
+        everything = ids == self._finite
         self._known.directions = []
-        found = self._phases.pool_gradient(ids, name)
+        found = self._phases.pool_gradient(ids, f"{'pool' if everything else 'chosen examples'} gradient{occasion}")
         self._take_sums(found, ids)
-        self._make_directions(found.counted, found.sums, occasion)
+        self._known.used, self._known.rows = (), []  # checked against this sum, and of no more use
+        self._make_directions(found.counted, found.sums, occasion if everything else f" of the chosen{occasion}")
 
     def _take_sums(self, found: GradientPass, ids: Collection[int]) -> None:
         self.nonfinite |= found.nonfinite
@@ -183,6 +201,7 @@ class Scoring:
 
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str) -> None:
         """U of each validation set, with ḡ over so many examples if it is known."""
+        self._count = count
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:
             self._measure(statistics)

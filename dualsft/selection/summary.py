@@ -1,5 +1,7 @@
 """A selection in a few lines, for the terminal."""
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.selection.artifact import Selection
@@ -32,9 +34,11 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
         f"batches     {'packed' if m['data']['packing'] else 'padded'} to {m['scoring_batch_tokens']:,} tokens, "
         f"{m['data']['padding_share']:.1%} padding",
     ]
+    lines += _prediction(m)
+    width = max(21, *(len(phase["name"]) for phase in m["phases"]))
     for phase in m["phases"]:
         lines.append(
-            f"{phase['name']:<21} {phase['examples']:>8,} examples {phase['seconds']:>8.1f} s "
+            f"{phase['name']:<{width}} {phase['examples']:>8,} examples {phase['seconds']:>8.1f} s "
             f"{phase['tokens_per_second']:>10,.0f} supervised tokens/s {phase['peak_memory_bytes'] / 2**20:>8,.0f} "
             "MiB peak"
         )
@@ -42,6 +46,18 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
         lines += _telling_tokens(selection, tokenizer)
     lines.append(f"wrote       {selection.folder}")
     return "\n".join(lines)
+
+
+def _prediction(manifest: dict[str, Any]) -> list[str]:
+    """The step, what is predicted of it, and how much of either choice the last round kept."""
+    told = manifest["prediction"]
+    lines = [f"step        {told['step_size']:.3g}, predicted improvement {told['predicted_improvement']:.3g}"]
+    if told["second_order_share"] is not None:
+        lines[0] += f" (second-order term {told['second_order_share']:.2g} of the first)"
+    for record in manifest["rounds"][1:]:
+        kept = ", ".join(f"{record[side]['overlap']:.1%} of the {side}" for side in ("parameters", "data"))
+        lines.append(f"round {record['round']:<5} chose {kept} as the round before")
+    return lines
 
 
 def _telling_tokens(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,5 +1,6 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -69,12 +70,17 @@ def further_terms(objectives: list[Objective], data: InstructionDataModule, teac
 
 
 def check_names(objectives: Sequence[Objective]) -> None:
-    """Refuse terms that share a name, under which each keeps the state of its passes.
+    """Refuse terms that share a name, under which each keeps the state of its passes, or whose name is no file's.
 
     Raises:
         UserError: naming it.
     """
     names = [objective.name for objective in objectives]
+    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or name.startswith("validation-")]:
+        raise UserError(
+            f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
+            "not begin with 'validation-'."
+        )
     if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation"}):
         raise UserError(
             f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
