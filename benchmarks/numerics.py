@@ -11,7 +11,7 @@ the pool when it changes its sign, and a few such examples decide Spearman's coe
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from dualsft.objectives import example_losses
 from dualsft.quickstart.run import ASSETS, POOL
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import directions
+from dualsft.selection.statistics import Preconditioner, Statistics
 from dualsft.selection.warmup import Warmup, warm_up
 
 MODEL, VALIDATION = str(ASSETS / "model"), str(ASSETS / "data" / "validation.jsonl")
@@ -104,25 +105,26 @@ def score(
     """The first-order chain over these examples, each pass by `run`."""
     validation = run(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
-    u = directions(model, FirstOrder(), gradient, {n: m.clone() for n, m in moments.items()}, STEP_SIZE, len(ids))
+    known = Statistics(model, gradient, Preconditioner(model, moments or None), len(ids))
+    u = directions(FirstOrder(), known, STEP_SIZE)
     found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])
     rows = torch.tensor([found.rows[0][i] for i in ids], dtype=torch.float64)
     return Scores(rows, {name: u[name] * total for name, total in found.sums.items()})
 
 
-def autograd_pass(model: PreTrainedModel, batches: Batches, direction: Direction | None = None) -> GradientPass:
+def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence[Direction] = ()) -> GradientPass:
     """What `gradient_pass` gives, from autograd over one example at a time, with all sums in float64."""
     named = dict(model.named_parameters())
     found = GradientPass({name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()})
+    found.rows = [{} for _ in directions]
     for alone in (only(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
         loss = example_losses(model, alone).sum()
         gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         found.counted += 1
         for name, total in found.sums.items():
             total += gradient[name]
-        if direction is not None:
-            products = (float((gradient[name].double() * direction[name]).sum()) for name in named)
-            found.rows[0][int(alone["example_id"])] = sum(products)
+        for rows, u in zip(found.rows, directions, strict=True):
+            rows[int(alone["example_id"])] = sum(float((gradient[name].double() * u[name]).sum()) for name in named)
     return found
 
 

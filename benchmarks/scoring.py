@@ -105,7 +105,7 @@ def compare(model: Any, batches: list[Batch], direction: dict[str, Tensor], roun
             plain_pass(model, batch)
 
     def scoring(watch: Stopwatch, columns: bool) -> None:
-        gradient_pass(model, lambda first: batches[first:], watch, direction, columns=columns)
+        gradient_pass(model, lambda first: batches[first:], watch, [direction], columns=columns)
 
     passes: dict[str, Callable[[Stopwatch], None]] = {
         "plain": plain,

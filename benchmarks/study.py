@@ -11,10 +11,10 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 from dualsft.quickstart.control import Draw, write_control
 from dualsft.quickstart.run import POOL, QuickStart
-from dualsft.quickstart.table import Row
 from dualsft.selection import Selection, load_selection
 
 VARIANTS: dict[str, tuple[Draw, Draw]] = {
@@ -39,7 +39,7 @@ def main() -> None:
     print(f"\n{fit_table([run['rows'] for run in runs])}\n\n{score_table([run['scores'] for run in runs])}")
 
 
-def run_seed(folder: Path, seed: int) -> dict[str, list[Row] | dict[str, float]]:
+def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """All variants under one seed, kept in the folder so that a second start does not repeat them."""
     kept = folder / "figures.json"
     if not kept.is_file():

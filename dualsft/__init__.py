@@ -3,15 +3,19 @@
 from dualsft.allocators import DataAllocator, ParameterAllocator
 from dualsft.data import InstructionDataModule, load_examples
 from dualsft.finetune import MaskedFinetuneModule
-from dualsft.scorers import Scorer
+from dualsft.objectives import Objective
+from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
 from dualsft.selection import SelectionModule, load_selection
 
 __all__ = [
     "DataAllocator",
     "InstructionDataModule",
     "MaskedFinetuneModule",
+    "Objective",
     "ParameterAllocator",
+    "ParameterStatistics",
     "Scorer",
+    "SecondOrderScorer",
     "SelectionModule",
     "load_examples",
     "load_selection",

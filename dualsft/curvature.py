@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.gradients import compute_dtype
 
-_RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 1e-7}
-"""ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large."""
+_RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 1e-5}
+"""ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large; in
+float64 as long as models need that compute norms in float32 all the same."""
 
 
 class HessianVectorProduct:

@@ -51,7 +51,7 @@ class Prior:
             raise UserError(f"model.prior.weight is {self.weight}; give 0 (no prior term) or a positive number.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"model.prior.fraction is {self.fraction}; give a share above 0 and up to 1.")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"model.prior.temperature is {self.temperature}; give a positive number.")
         if self.confidence not in _CONFIDENCES:
             raise UserError(f"model.prior.confidence is {self.confidence!r}; give one of {', '.join(_CONFIDENCES)}.")
@@ -86,10 +86,10 @@ class SelfDistillation(Objective):
             old, supervised = supervised_logits(teacher, batch)
             p_old = F.softmax(old / temperature, dim=1)
             weights = self._weights(old, supervised, layout)
-            entropy = -torch.special.xlogy(p_old, p_old).sum(1)
+            entropy = torch.special.entr(p_old).sum(1)
             del old
         new, _ = supervised_logits(model, batch)
-        divergence = F.cross_entropy(new / temperature, p_old, reduction="none") - entropy
+        divergence = F.cross_entropy(new.div_(temperature), p_old, reduction="none") - entropy
         return temperature**2 * weights * mean_over_tokens(divergence, supervised, layout)
 
     def _weights(
@@ -100,4 +100,4 @@ class SelfDistillation(Objective):
         logp = F.log_softmax(logits, dim=1)
         if self.prior.confidence == "max_prob":
             return mean_over_tokens(logp.amax(1).exp(), supervised, layout)
-        return 1 / (1 + mean_over_tokens(-(logp.exp() * logp).sum(1), supervised, layout))
+        return 1 / (1 + mean_over_tokens(torch.special.entr(logp.exp()).sum(1), supervised, layout))

@@ -16,13 +16,13 @@ from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
-from dualsft.progress import PhaseLog
+from dualsft.progress import PhaseLog, say
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
 from dualsft.selection.choosing import choose_examples, choose_weights
 from dualsft.selection.moments import Moments, second_moment_file, stored_second_moment
-from dualsft.selection.objective import ValidationObjective, check_needs
+from dualsft.selection.objective import ValidationObjective, check_needs, needs_hessian
 from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
 from dualsft.selection.report import describe_inputs, describe_outcome
@@ -30,7 +30,7 @@ from dualsft.selection.scoring import Scoring
 from dualsft.selection.step import StepSize, check_step_size
 from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.teacher import Teacher
-from dualsft.selection.terms import check_names, further_terms, validation_terms
+from dualsft.selection.terms import check_objectives, further_terms, validation_terms
 from dualsft.selection.validation_sets import Combination
 from dualsft.selection.warmup import Warmup
 from dualsft.spot_check import check_packing
@@ -109,7 +109,7 @@ class SelectionModule(LightningModule):
         self.parameter_allocator = parameter_allocator or GlobalTopK()
         self.data_allocator = data_allocator or TopK()
         self.warmup, self.prior, self.objectives = warmup, prior, objectives or []
-        check_names([SelfDistillation(prior), *self.objectives])
+        check_objectives([SelfDistillation(prior), *self.objectives])
         self.combination, self.order, self.rounds = combination, order, rounds
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
@@ -233,6 +233,11 @@ class SelectionModule(LightningModule):
         """The objective at the scoring checkpoint, its gradients taken, and what scores by it."""
         untouched = self.warmup.checkpoint is None and self.warmup.fraction == 0
         teacher = Teacher(self.model, lambda: self._load(self.model_name_or_path), untouched)
+        if self.prior.weight and untouched and not needs_hessian(self.scorer):
+            say(
+                "the prior's gradient is zero at the untouched base model, and this scorer does not see its curvature: "
+                "model.prior changes nothing without a warm-up."
+            )
         further = further_terms([SelfDistillation(self.prior), *self.objectives], data, teacher, seed)
         objective = ValidationObjective(
             self.model,

@@ -19,6 +19,8 @@ from dualsft.selection.statistics import Preconditioner, Statistics
 from dualsft.selection.sums import WeightedSums
 from dualsft.selection.terms import Term
 
+_HESSIAN = {"hessian_vector", "hessian_vector_difference"}
+
 
 class ValidationObjective:
     """V of each validation set at one scoring checkpoint.
@@ -59,7 +61,7 @@ class ValidationObjective:
     @property
     def needs_pool_gradient(self) -> bool:
         """Whether the scorer's direction can be made only once ḡ is known."""
-        return bool(self._needs & {"pool_gradient", "hessian_vector", "hessian_vector_difference"})
+        return bool(self._needs & {"pool_gradient", *_HESSIAN})
 
     def take_gradients(self) -> None:
         """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed.
@@ -104,7 +106,7 @@ class ValidationObjective:
         }
 
     def _hessian_vectors(self, pool: Mapping[str, Tensor], occasion: str) -> dict[str, Mapping[str, Tensor]]:
-        if not self._needs & {"hessian_vector", "hessian_vector_difference"}:
+        if not self._needs & _HESSIAN:
             return {}
         direction = {name: self.preconditioner[name] * pool[name] for name in self.preconditioner}
         own = {name: self._product(term, direction, occasion) for name, term in self._validation.items()}
@@ -118,6 +120,11 @@ class ValidationObjective:
 
     def _together(self, parts: Sequence[Part]) -> Mapping[str, Tensor]:
         return WeightedSums(parts, self._model.device)
+
+
+def needs_hessian(scorer: Scorer) -> bool:
+    """Whether a scorer sees the Hessian itself, along the pool step."""
+    return bool(_HESSIAN & set(scorer.needs))
 
 
 def check_needs(scorer: Scorer, second_moment: bool) -> None:

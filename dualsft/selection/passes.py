@@ -69,24 +69,26 @@ class Passes:
         Raises:
             UserError: if an example cannot be scored, or memory runs out for the second time.
         """
-        key = re.sub(r"[^\w.-]+", "-", name)
-        keeper = PhaseKeeper(self._run, key, self._save_minutes)
-        if (saved := self._run.load(key)) is None:
-            self._save(key, name, examples, loader, keeper, options)
-            saved = self._run.load(key)  # so that the sums leave the device, and the host's memory if need be
-            assert saved is not None
-        else:
-            self._log.restore(saved[1])
-        keeper.drop()
-        return GradientPass.from_state(*saved)
-
-    def _save(
-        self, key: str, name: str, examples: int, loader: Loader, keeper: PhaseKeeper, options: dict[str, Any]
-    ) -> None:
+        if (finished := self.finished(name)) is not None:
+            return finished
+        keeper = PhaseKeeper(self._run, _key(name), self._save_minutes)
         while (found := self._attempt(name, examples, loader, keeper, options)) is None:
             pass
         tensors, notes = found.state()
-        self._run.save(key, tensors, {**notes, **self._log.latest()})
+        self._run.save(_key(name), tensors, {**notes, **self._log.latest()})
+        del found, tensors  # the sums leave the device, and the host's memory if need be
+        keeper.drop()
+        saved = self._run.load(_key(name))
+        assert saved is not None
+        return GradientPass.from_state(*saved)
+
+    def finished(self, name: str) -> GradientPass | None:
+        """The pass of this name, if an earlier run finished it."""
+        if (saved := self._run.load(_key(name))) is None:
+            return None
+        self._log.restore(saved[1])
+        PhaseKeeper(self._run, _key(name), self._save_minutes).drop()
+        return GradientPass.from_state(*saved)
 
     def _attempt(
         self, name: str, examples: int, loader: Loader, keeper: PhaseKeeper, options: dict[str, Any]
@@ -128,3 +130,8 @@ class Passes:
             )
         self.batch_tokens, self._halved = half, True
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
+
+
+def _key(name: str) -> str:
+    """The name of a pass as that of a file."""
+    return re.sub(r"[^\w.-]+", "-", name)

@@ -1,6 +1,7 @@
 """The phases that cost time: warm-up, gradients, Hessian-vector products, scores; none is repeated after a kill."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -136,9 +137,8 @@ class Phases:
         Raises:
             UserError: if the model cannot be differentiated twice, or memory runs out.
         """
-        with twice_differentiable():
-            derivative = HessianVectorProduct(self._model, direction)
-            return self._sum(term, f"Hessian-vector product{occasion}", derivative=derivative)
+        derivative = HessianVectorProduct(self._model, direction)
+        return self._sum(term, f"Hessian-vector product{occasion}", twice_differentiable, derivative=derivative)
 
     def hessian_vector_difference(
         self, term: Term, direction: Mapping[str, Tensor], occasion: str = ""
@@ -157,14 +157,23 @@ class Phases:
         step = difference_step(self._model, direction)
         parts = []
         for sign, way in ((1, "forward"), (-1, "backward")):
-            with displaced(self._model, direction, sign * step):
-                weight, sums = self._sum(term, f"gradient a step {way}{occasion}", moved=True)
+            moved = partial(displaced, self._model, direction, sign * step)
+            weight, sums = self._sum(term, f"gradient a step {way}{occasion}", moved, moved=True)
             parts.append((sign * weight / (2 * step), sums))
         return parts[0], parts[1]
 
-    def _sum(self, term: Term, what: str, moved: bool = False, **options: Any) -> Part:
-        with term.losses(moved) as losses:
-            found = self._passes.run(term.phase(what), term.examples, term.loader, losses=losses, **options)
+    def _sum(
+        self,
+        term: Term,
+        what: str,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        moved: bool = False,
+        **options: Any,
+    ) -> Part:
+        """A pass over a term, in some context, in which the weights may be displaced."""
+        if (found := self._passes.finished(term.phase(what))) is None:
+            with around(), term.losses(moved) as losses:
+                found = self._passes.run(term.phase(what), term.examples, term.loader, losses=losses, **options)
         if not found.counted:
             raise UserError(
                 f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data."

@@ -46,7 +46,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         },
         "warmup": asdict(module.warmup),
         "prior": asdict(module.prior),
-        "objectives": [describe_part(objective) for objective in module.objectives],
+        "objectives": [{**describe_part(o), "name": o.name, "weight": o.weight} for o in module.objectives],
         "combination": module.combination,
         "order": {"name": module.order, "rounds": module.rounds},
         "scorer": describe_part(module.scorer),

@@ -1,15 +1,24 @@
 """The untouched base model, for terms that compare the model with it.
 
-A second copy of the weights is held while such a term's pass runs, and at no other time: then there is one accumulator
-beside the model, where scoring holds an accumulator and a direction, so the copy is not the peak of the run. At the
-base model itself the model is its own teacher.
+A second copy of the weights is held while such a term's pass runs, and at no other time. In a gradient's pass there is
+one accumulator beside the model, where scoring holds an accumulator and a direction: there the copy adds nothing to the
+peak of the run, but for the teacher's probabilities of a batch's supervised tokens. At the base model itself the model
+is its own teacher.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
-import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dualsft.errors import advising
+
+ADVICE = (
+    "a prior term needs the base model beside the model: set model.dtype to bfloat16 and start anew (--overwrite), or "
+    "set model.prior.weight to 0"
+)
 
 
 class Teacher:
@@ -30,16 +39,26 @@ class Teacher:
 
         Args:
             displaced: Whether the model's weights are not at the scoring checkpoint while it is lent.
+
+        Raises:
+            UserError: if memory runs out.
         """
         if self._untouched and not displaced:
             yield self._model
             return
-        copy = self._load()
-        copy.to(self._model.device, self._model.dtype)  # type: ignore[arg-type]  # transformers wraps it without a type
-        copy.eval().requires_grad_(False)
-        try:
-            yield copy
-        finally:
-            del copy
-            if self._model.device.type == "cuda":
-                torch.cuda.empty_cache()
+        with advising("at loading the base model for the prior term", ADVICE):
+            copy = self._load()
+            copy.eval().requires_grad_(False)
+            _be_like(copy, self._model)
+        yield copy
+
+
+def _be_like(copy: nn.Module, model: nn.Module) -> None:
+    """Move everything to the device and into the type of its namesake; not all of a model has the same type."""
+    there = _tensors(model)
+    for name, tensor in _tensors(copy).items():
+        tensor.data = tensor.data.to(there[name].device, there[name].dtype)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(model.named_parameters(), model.named_buffers()))

@@ -1,5 +1,6 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,9 @@ from dualsft.layout import Batch, Layout
 from dualsft.objectives import Objective, example_losses
 from dualsft.selection.passes import Loader
 from dualsft.selection.teacher import Teacher
+
+_TAKEN = r"(validation|pool|chosen)(-|$)"
+"""Beginnings of the names of other passes."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,21 @@ def further_terms(objectives: list[Objective], data: InstructionDataModule, teac
     return [_term(objective, pool, data, teacher, seed) for objective in objectives if objective.weight]
 
 
-def check_names(objectives: Sequence[Objective]) -> None:
-    """Refuse terms that share a name, under which each keeps the state of its passes, or whose name is no file's.
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Refuse terms without a usable weight, or whose name, under which each keeps its passes, is taken or no file's.
 
     Raises:
         UserError: naming it.
     """
     names = [objective.name for objective in objectives]
-    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or name.startswith("validation-")]:
+    if loose := [objective for objective in objectives if not math.isfinite(objective.weight)]:
+        raise UserError(f"{type(loose[0]).__name__} has the weight {loose[0].weight}; give it a finite one.")
+    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or re.match(_TAKEN, name)]:
         raise UserError(
             f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
-            "not begin with 'validation-'."
+            "not begin with validation, pool or chosen."
         )
-    if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation"}):
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
             "own."

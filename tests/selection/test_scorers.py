@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dualsft import curvature
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup
 from tests.selection.dense import Dense, save_dense_model
@@ -49,6 +50,12 @@ def dense(inputs: Inputs, checkpoint: str) -> Dense:
     """The reference."""
     with float64_throughout():
         return Dense.at(checkpoint, inputs)
+
+
+@pytest.fixture(autouse=True)
+def short_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences as near to the derivative as float64 throughout allows."""
+    monkeypatch.setattr(curvature, "_RELATIVE_STEP", {torch.float64: 1e-7})
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""What the prior's gradient pass holds at a time, teacher included, beside what scoring holds."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from dualsft.gradients import gradient_pass
+from dualsft.layout import Batch
+from dualsft.objectives import Prior, SelfDistillation
+from dualsft.selection.teacher import Teacher
+from tests.cases import random_batch
+from tests.selection.tiny import llama, random_direction
+from tests.test_memory import peak, weight_bytes
+
+SIZES = {"weights": (2, 6, 64), "logits": (10, 24, 1000)}
+"""Examples of a batch, their tokens, and the vocabulary: what takes most of the memory."""
+
+
+def deep_model(vocabulary: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Six layers, so that one of them is a small part of the whole."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "head_dim": 32}
+    return llama(**sizes, vocab_size=vocabulary).to(dtype).eval()
+
+
+def batches(examples: int, tokens: int, vocabulary: int) -> Callable[[int], Iterator[Batch]]:
+    """Three batches, each made when it is asked for."""
+
+    def made(first: int) -> Iterator[Batch]:
+        for k in range(first, 3):
+            batch = random_batch(examples, tokens, seed=k, ragged=False)
+            yield {**batch, "input_ids": batch["input_ids"] % vocabulary, "labels": batch["labels"].clamp(max=63)}
+
+    return made
+
+
+def distilling(model: PreTrainedModel, given: Callable[[int], Iterator[Batch]], untouched: bool) -> int:
+    """The peak of the prior's gradient, from before its teacher is loaded."""
+    teacher = Teacher(model, lambda: copy.deepcopy(model), untouched)
+    prior = SelfDistillation(Prior(weight=1.0, confidence="entropy_inv"))
+
+    def work() -> None:
+        with teacher.lent() as base:
+            gradient_pass(model, given, losses=lambda m, batch, layout: prior.losses(m, batch, layout, base))
+
+    work()  # torch makes parts of itself when they are first used
+    return peak(work)
+
+
+def scoring(model: PreTrainedModel, given: Callable[[int], Iterator[Batch]]) -> int:
+    """The peak of rows and columns of the same batches, from before the direction is made."""
+    work = lambda: gradient_pass(model, given, directions=[random_direction(model)])  # noqa: E731
+    work()
+    return peak(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_prior_is_not_the_peak_of_a_run(size: str, dtype: torch.dtype) -> None:
+    """Accumulator and teacher take no more than scoring's accumulator and direction, and a batch's probabilities."""
+    examples, tokens, vocabulary = SIZES[size]
+    model, given = deep_model(vocabulary, dtype), batches(examples, tokens, vocabulary)
+    probabilities = int((next(given(0))["labels"][:, 1:] != -100).sum()) * vocabulary * torch.float32.itemsize
+    few = probabilities // 100  # a number or two for each of these tokens
+    assert distilling(model, given, untouched=False) <= scoring(model, given) + probabilities + few
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_would_show(dtype: torch.dtype) -> None:
+    """The record sees a copy of the weights, and that there is none where the model is its own teacher."""
+    model, given = deep_model(64, dtype), batches(*SIZES["weights"])
+    own, copied = (distilling(model, given, untouched) for untouched in (True, False))
+    assert copied - own == pytest.approx(weight_bytes(model) * dtype.itemsize / 4, rel=0.1)
