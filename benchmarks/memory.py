@@ -12,23 +12,28 @@ to score by storing the gradient of each example.
 """
 
 import argparse
+import copy
 import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from scoring import SHAPES, make_batch, make_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dualsft.curvature import HessianVectorProduct, twice_differentiable
 from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
-from dualsft.objectives import example_losses
+from dualsft.layout import Batch, Layout
+from dualsft.objectives import Prior, SelfDistillation, example_losses
 from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.teacher import Teacher
 from dualsft.tap import accumulator_dtype
 
 _STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -62,7 +67,33 @@ def keep(model: Any, options: argparse.Namespace) -> None:
         kept.append(torch.autograd.grad(example_losses(model, batch).sum(), list(model.parameters())))
 
 
-WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {"score": score, "train": train, "keep": keep}
+def distil(model: Any, options: argparse.Namespace) -> None:
+    """The prior's gradient over all examples, with the base model beside the model."""
+    prior, teacher = SelfDistillation(Prior(weight=1.0)), Teacher(model, lambda: copy.deepcopy(model), untouched=False)
+    with teacher.lent() as base:
+        losses = partial(_distilled, prior, base)
+        gradient_pass(model, lambda first: islice(batches(model, options), first, None), losses=losses)
+
+
+def _distilled(prior: SelfDistillation, base: Any, model: Any, batch: Batch, layout: Layout) -> Tensor:
+    return prior.losses(model, batch, layout, base)
+
+
+def multiply(model: Any, options: argparse.Namespace) -> None:
+    """A Hessian-vector product over all examples."""
+    direction = {n: torch.full_like(p, 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
+    with twice_differentiable():
+        derivative = HessianVectorProduct(model, direction)
+        gradient_pass(model, lambda first: islice(batches(model, options), first, None), derivative=derivative)
+
+
+WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
+    "score": score,
+    "train": train,
+    "keep": keep,
+    "distil": distil,
+    "multiply": multiply,
+}
 
 
 class Meter:
@@ -138,6 +169,11 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         peaks.append(measure_alone(options, "score", examples))
         note = f"{peaks[-1] / total:.3f} of the sum, {peaks[-1] / peaks[0]:.3f} of the first pool"
         yield line(f"scoring {examples:,} examples, peak", peaks[-1], note)
+    few = 2 * options.batch_size
+    yield line("the prior's gradient, peak", measure_alone(options, "distil", few), "base model and model, accumulator")
+    yield line(
+        "a Hessian-vector product, peak", measure_alone(options, "multiply", few), "and its direction, gradients"
+    )
     yield line("a training pass, peak", training, "weights, gradients, activations; no optimizer")
     yield line("a training pass without earlier gradients", fresh)
     kept = []

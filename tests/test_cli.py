@@ -267,7 +267,7 @@ MISTAKES = {
     "count above the weights": (["--model.parameter_budget", "999999999"], 1, "model.parameter_budget is 999,999,999"),
     "unknown column": (["--data.prompt_column", "question"], 1, "no column 'question'"),
     "unknown option": (["--model.scoorer", "x"], 2, "--model.scoorer"),
-    "unknown name": (["--model.scorer", "x_rays"], 1, "known names: first_order"),
+    "unknown name": (["--model.scorer", "x_rays"], 1, "known names: diagonal_fisher, first_order, hessian_vector"),
     "wrong type": (["--data.batch_tokens", "many"], 2, "data.batch_tokens"),
     "warm-up share": (["--model.warmup.fraction", "2"], 1, "model.warmup.fraction is 2"),
     "adam without warm-up": (["--model.warmup.fraction", "0"], 1, "needs the second moment of a warm-up"),

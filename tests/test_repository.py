@@ -9,6 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from dualsft import load_selection
+from dualsft.cli import run
+from tests.selection.runs import write_inputs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +45,24 @@ def test_readme_tells_why_each_dependency_is_there() -> None:
     assert declared
     for name in re.findall(r'"([a-z_]+)', declared[1]):
         assert f"\n| {name} | " in README, name
+
+
+def test_readme_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's scorer, as it stands there, is taken by its class path and decides the scores."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "readme_scorer.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    inputs = write_inputs(tmp_path)
+    sources = ["--data.train", inputs.train, "--data.validation", inputs.validation]
+    settings = ["--model.preconditioner", "none", "--model.warmup.fraction", "0", "--data.max_length", "48"]
+    scores = []
+    for scorer in ("readme_scorer.Agreement", "first_order"):
+        named = ["--model.model_name_or_path", inputs.model, "--model.scorer", scorer]
+        run(["select", *named, *sources, *settings, "--output_dir", str(tmp_path / scorer)])
+        scores.append(load_selection(tmp_path / scorer).parameter_scores())
+    for name, ours in scores[0].items():
+        first = scores[1][name]
+        assert torch.allclose(ours, first.clamp(min=0), rtol=1e-3, atol=1e-6 * float(first.abs().max())), name
 
 
 @pytest.mark.slow

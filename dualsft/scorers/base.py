@@ -22,8 +22,8 @@ Statistic = Literal["pool_gradient", "second_moment", "empirical_fisher", "hessi
 class ParameterStatistics:
     """What is known of one parameter when its direction is chosen.
 
-    All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). What the
-    scorer does not name in its ``needs`` is None.
+    All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). Those that may
+    be None are there if the scorer names them in its ``needs``.
 
     Attributes:
         name: The parameter's name.
@@ -75,7 +75,7 @@ class Scorer(ABC):
 class SecondOrderScorer(Scorer):
     """A scorer whose direction has the quadratic term: a subclass says what it takes for H (P ⊙ ḡ), and no more.
 
-    Its ``needs`` must hold ``pool_gradient``, or a product with the Hessian.
+    The pool's gradient is known to it in any case.
     """
 
     @abstractmethod

@@ -31,7 +31,7 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
-    """ĉ beside a ready scoring checkpoint.
+    """ĉ beside a ready scoring checkpoint, on the host, in its file until it is used.
 
     Raises:
         UserError: if there is none, it cannot be read, or it belongs to another model.
@@ -44,7 +44,7 @@ def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
         raise UserError(f"{path} cannot be read: {error}") from error
     if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
-    return {name: moment.to(weights[name].device) for name, moment in moments.items()}
+    return moments
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:

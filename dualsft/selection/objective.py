@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
-from dualsft.scorers import Scorer, Statistic
+from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
 from dualsft.selection.phases import Part, Phases
 from dualsft.selection.statistics import Preconditioner, Statistics
 from dualsft.selection.sums import WeightedSums
@@ -46,7 +46,7 @@ class ValidationObjective:
         adam: bool,
     ) -> None:
         self._model, self._phases = model, phases
-        self._needs = frozenset(scorer.needs)
+        self._needs, self._second_order = frozenset(scorer.needs), isinstance(scorer, SecondOrderScorer)
         self._validation, self._further = validation, further
         self._moments = moments
         self.preconditioner = Preconditioner(model, moments if adam else None)
@@ -61,7 +61,7 @@ class ValidationObjective:
     @property
     def needs_pool_gradient(self) -> bool:
         """Whether the scorer's direction can be made only once ḡ is known."""
-        return bool(self._needs & {"pool_gradient", *_HESSIAN})
+        return self._second_order or bool(self._needs & {"pool_gradient", *_HESSIAN})
 
     def take_gradients(self) -> None:
         """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed.
