@@ -24,7 +24,13 @@ TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
 }
 """Section -> its title, whose options it has, and which of them."""
-KEPT = ("model.parameter_budget", "model.data_budget", *(f"model.{name}" for name in ALLOCATORS), "data.train")
+KEPT = (
+    "model.parameter_budget",
+    "model.data_budget",
+    *(f"model.{name}" for name in ALLOCATORS),
+    "data.train",
+    "data.train_split",
+)
 AS_IT_WAS = "as in SELECTION"
 DESCRIPTION = (
     "Makes another selection from the stored scores of a finished one, with other budgets or allocators. Whatever is "
@@ -128,6 +134,7 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> l
             "model.parameter_budget": manifest["budgets"]["parameters"],
             "model.data_budget": manifest["budgets"]["data"],
             "data.train": manifest["data"]["train"]["path"],
+            "data.train_split": manifest["data"]["train"]["split"],
         }
     )
     lost = []

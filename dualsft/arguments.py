@@ -4,6 +4,7 @@ One configuration file describes the whole job, so each verb takes its own keys 
 knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,11 +76,22 @@ def _group(option: str) -> str:
 
 def _expand_option(option: str, value: str) -> str:
     group = _group(option) if option.startswith("--") else ""
+    if group and value.lstrip().startswith("{"):
+        return _expand_mapping(group, value)
     return (
         class_path(group, value)
         if group and re.fullmatch(r"[\w-]+", value) and value not in ("null", "None")
         else value
     )
+
+
+def _expand_mapping(group: str, value: str) -> str:
+    """A class_path and its init_args in JSON or YAML, as they may stand on the command line."""
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value  # the parser says what is wrong
+    return json.dumps(_expand_value(group, given))
 
 
 def read_config(path: str) -> dict[str, Any]:

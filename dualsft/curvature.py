@@ -26,6 +26,9 @@ _RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 1e-5}
 """ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large; in
 float64 as long as models need that compute norms in float32 all the same."""
 
+_LARGEST_BEND = 0.1
+"""Second difference against the first, beyond which a gradient is said to jump; of order ε where it is smooth."""
+
 
 class HessianVectorProduct:
     """A derivative for `dualsft.gradients.gradient_pass`: each trainable parameter's ``grad`` becomes (∇² loss) d.
@@ -100,7 +103,38 @@ def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(math.fsum(float(t.detach().double().square().sum()) for t in tensors))
+    return math.sqrt(math.fsum(map(_square, tensors)))
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().sum())
+
+
+def check_smooth(
+    forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str
+) -> None:
+    """See that the gradient changes as much before θ as behind it, as it does where it is smooth.
+
+    It is not where the model takes another way on either side, as a router that sends a token to another expert does:
+    the difference then is of a jump.
+
+    Args:
+        forward: Σ_i g_i at θ + εd, by parameter name.
+        backward: The same at θ − εd.
+        here: The same at θ.
+        name: What the gradients are of.
+
+    Raises:
+        UserError: if the second difference is not small against the first.
+    """
+    second = math.sqrt(math.fsum(_square(forward[n] + backward[n] - 2 * here[n]) for n in here))
+    first = math.sqrt(math.fsum(_square(forward[n] - backward[n]) for n in here))
+    if second > _LARGEST_BEND * first:
+        raise UserError(
+            f"The {name} gradient jumps between the two points of the finite difference (second difference "
+            f"{second / first if first else math.inf:.2g} of the first), as with routed experts or kinks; set the "
+            "scorer's method to exact."
+        )
 
 
 @contextmanager

@@ -40,6 +40,28 @@ def shortage(error: BaseException) -> str:
 
 
 @contextmanager
+def blaming(part: object, method: str) -> Iterator[None]:
+    """Tell whatever a part that may be anybody's raises as its own, a shortage of memory apart.
+
+    Args:
+        part: A scorer, an allocator or a term of the objective.
+        method: Which of its methods is called.
+
+    Raises:
+        UserError: if it raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "no message").split("\n")[0]
+        raise UserError(
+            f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}); mend {type(part).__module__}."
+        ) from error
+
+
+@contextmanager
 def advising(where: str, advice: str) -> Iterator[None]:
     """Answer a shortage of memory with advice, where there is nothing else to try.
 

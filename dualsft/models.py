@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,9 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in 5.23, yet all of 5 has the old name
         model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+    # it makes embeddings' outputs require gradients, which only re-entrant checkpoints need and derivatives trip over
+    with suppress(AttributeError):  # from releases that do not, when asked to take it back
+        model.disable_input_require_grads()
 
 
 def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:

@@ -258,6 +258,18 @@ def test_short_name_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
     assert "magnitude" in capsys.readouterr().out
 
 
+def test_short_names_in_mappings_and_with_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mapping on the command line may hold a registered name too, and options may follow a name."""
+    mapping = ['{"class_path": "hessian_vector", "init_args": {"method": "finite_difference"}}']
+    for given in (mapping, ["hessian_vector", "--model.scorer.method", "finite_difference"]):
+        with pytest.raises(SystemExit):
+            run(["select", "--model.scorer", *given, "--model.step_size", "auto", "--print_config"])
+        told = capsys.readouterr().out
+        assert "class_path: dualsft.scorers.HessianVector" in told
+        assert "method: finite_difference" in told
+        assert "step_size: auto" in told
+
+
 BUDGET = "--model.data_budget"
 MISTAKES = {
     "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
@@ -410,7 +422,7 @@ def test_allocate_has_help_for_every_option(selection: Path, capsys: pytest.Capt
     assert not stop.value.code
     told = " ".join(capsys.readouterr().out.split())
     assert "usage: dualsft allocate SELECTION --output_dir DIR" in told
-    assert told.count("default: as in SELECTION") == 5
+    assert told.count("default: as in SELECTION") == 6
     with pytest.raises(SystemExit):
         run(["allocate", "--model.parameter_allocator.help", "global_top_k"])
     assert "Choose the lowest instead" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dualsft.curvature import (
     HessianVectorProduct,
     check_differences,
+    check_smooth,
     difference_step,
     displaced,
     twice_differentiable,
@@ -215,6 +216,25 @@ def test_half_precision_computation_is_refused() -> None:
     """So is one of float32 weights that are cast to bfloat16 where they are used."""
     with pytest.raises(UserError, match=r"rounding of bfloat16.*trainer\.precision to 32-true"):
         check_differences(make("llama", torch.float32))
+
+
+def test_jumps_are_told_from_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a longer step sends tokens to other experts the difference is refused; a smooth model's is taken."""
+    batches, points = [collate(EXAMPLES)], {}
+    with float64_throughout():
+        for architecture, size in (("llama", 1e-3), ("mixtral", 1e-5), ("gpt-oss", 1e-2)):
+            monkeypatch.setattr("dualsft.curvature._RELATIVE_STEP", {torch.float64: size})
+            model = make(architecture)
+            d = direction(model)
+            step = difference_step(model, d)
+            for sign in (1, 0, -1):
+                with displaced(model, d, sign * step):
+                    points[sign] = gradient_pass(model, given(batches)).sums
+            if architecture == "gpt-oss":
+                with pytest.raises(UserError, match=r"The prior gradient jumps between.*method to exact"):
+                    check_smooth(points[1], points[-1], points[0], "prior")
+            else:
+                check_smooth(points[1], points[-1], points[0], "validation")
 
 
 def test_the_step_is_a_share_of_the_weights() -> None:

@@ -68,7 +68,7 @@ def test_padding_row_has_no_gradient(architecture: str, monkeypatch: pytest.Monk
     assert_rows(rows, u, gradient_loop(model, examples), 2e-6)
 
 
-@pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "qwen3", "gemma3"])
 def test_checkpointing_changes_nothing(architecture: str) -> None:
     """Rows and columns are the same when activations are recomputed in the backward pass."""
     model, examples = make(architecture), make_examples()

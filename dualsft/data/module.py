@@ -88,6 +88,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
         self.packing = packing
         self.selection, self.seed, self.num_workers = selection, seed, num_workers
+        self.train_split = train_split
         self.train, self.validation = train, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)

@@ -22,8 +22,8 @@ Statistic = Literal["pool_gradient", "second_moment", "empirical_fisher", "hessi
 class ParameterStatistics:
     """What is known of one parameter when its direction is chosen.
 
-    All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). Those that may
-    be None are there if the scorer names them in its ``needs``.
+    All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). Those that
+    may be None are there if the scorer names them in its ``needs``.
 
     Attributes:
         name: The parameter's name.

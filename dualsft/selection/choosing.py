@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, ScoredExamples
 from dualsft.data import Records
-from dualsft.errors import UserError
+from dualsft.errors import UserError, blaming
 
 
 def choose_weights(allocator: ParameterAllocator, scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
@@ -23,7 +23,12 @@ def choose_weights(allocator: ParameterAllocator, scores: Mapping[str, Tensor], 
     Raises:
         UserError: if the allocator does not keep to the budget, or to the parameters.
     """
-    mask = allocator.allocate(scores, budget)
+    versions = {name: score._version for name, score in scores.items()}
+    with blaming(allocator, "allocate"):
+        mask = allocator.allocate(scores, budget)
+        mask = {name: torch.as_tensor(mask[name], dtype=torch.bool) for name in mask}
+    if versions != {name: score._version for name, score in scores.items()}:
+        raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
     count = sum(int(chosen.sum()) for chosen in mask.values())
     if count != budget or {n: m.shape for n, m in mask.items()} != {n: s.shape for n, s in scores.items()}:
         raise UserError(
@@ -69,7 +74,8 @@ def choose_examples(
         _Rows(records, ids),
     )
     budget = min(budget, len(ids))
-    chosen = allocator.allocate(examples, budget).tolist()
+    with blaming(allocator, "allocate"):
+        chosen = [int(i) for i in allocator.allocate(examples, budget)]
     distinct = len(set(chosen) & set(ids))
     if not len(chosen) == distinct == budget:
         raise UserError(

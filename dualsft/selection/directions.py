@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualsft.errors import UserError
-from dualsft.scorers import Scorer
+from dualsft.errors import UserError, blaming
+from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.statistics import Statistics
 from dualsft.selection.validation_sets import Combination, combined
 
@@ -27,13 +27,25 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
     """
     chosen = {}
     for known in statistics.by_parameter(step_size):
-        u = scorer.direction(known)
-        if not isinstance(u, Tensor) or u.shape != known.weight.shape or not bool(u.isfinite().all()):
-            raise UserError(
-                f"{type(scorer).__name__} gave {known.name} a direction that is not finite or not of its shape."
-            )
+        with blaming(scorer, "direction"):
+            u = scorer.direction(known)
+        check_vector(scorer, "direction", u, known)
         chosen[known.name] = u
     return chosen
+
+
+def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
+    """See that what a scorer gave for a parameter can be worked with.
+
+    Raises:
+        UserError: naming the scorer, its method and the parameter.
+    """
+    vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == known.weight.shape
+    if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
+        raise UserError(
+            f"{type(scorer).__name__} gave {known.name} a {method} that is not finite or not of its shape "
+            f"{tuple(known.weight.shape)}; mend the scorer."
+        )
 
 
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -160,7 +160,7 @@ class SelectionModule(LightningModule):
         if run.complete:
             run.confirm(inputs)
             return load_selection(run.path)
-        # a step size that turns out to be of no use may still be changed; `Phases.settle` binds the run to one
+        # a step size that turns out to be of no use may still be changed; `Phases.bind` binds the run to one
         run.claim({key: value for key, value in inputs.items() if key != "step_size"})
         log = PhaseLog(show, self.model.device)
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)

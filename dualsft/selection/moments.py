@@ -24,8 +24,9 @@ def second_moment_file(checkpoint: str) -> Path:
     path = model_folder(checkpoint) / SECOND_MOMENT
     if not path.is_file():
         raise UserError(
-            f"model.preconditioner is adam, but {checkpoint} has no {SECOND_MOMENT}; make the checkpoint with "
-            "model.warmup.keep, or set model.preconditioner to none."
+            f"The preconditioner adam and the scorer diagonal_fisher need a second moment, but {checkpoint} has no "
+            f"{SECOND_MOMENT}; make the checkpoint with model.warmup.keep, set model.preconditioner to none, or take "
+            "diagonal_fisher's source empirical_fisher."
         )
     return path
 

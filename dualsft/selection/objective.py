@@ -6,7 +6,7 @@ with one and the same further terms t, such as the prior, for every set. λ of t
 of all terms scales all scores alike. A further term is passed over once for all sets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor
@@ -50,6 +50,7 @@ class ValidationObjective:
         self._validation, self._further = validation, further
         self._moments = moments
         self.preconditioner = Preconditioner(model, moments if adam else None)
+        self._here: dict[str, Part] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
         self._fishers: dict[str, Mapping[str, Tensor]] = {}
 
@@ -69,9 +70,12 @@ class ValidationObjective:
         Raises:
             UserError: if no example of a term has a finite loss and gradient, or memory runs out.
         """
-        own = {name: self._phases.gradient(term) for name, term in self._validation.items()}
-        shared = [self._phases.gradient(term) for term in self._further]
-        self._gradients = {name: self._together([part, *shared]) for name, part in own.items()}
+        terms = [*self._validation.values(), *self._further]
+        self._here = {term.phase("term"): self._phases.gradient(term) for term in terms}
+        shared = [self._here[term.phase("term")] for term in self._further]
+        self._gradients = {
+            name: self._together([self._here[term.phase("term")], *shared]) for name, term in self._validation.items()
+        }
         if "empirical_fisher" in self._needs:
             squares = {name: self._phases.squared_gradient(term) for name, term in self._validation.items()}
             self._fishers = {name: self._together([part]) for name, part in squares.items()}
@@ -108,7 +112,7 @@ class ValidationObjective:
     def _hessian_vectors(self, pool: Mapping[str, Tensor], occasion: str) -> dict[str, Mapping[str, Tensor]]:
         if not self._needs & _HESSIAN:
             return {}
-        direction = {name: self.preconditioner[name] * pool[name] for name in self.preconditioner}
+        direction = {name: self._step(name, pool) for name in self.preconditioner}
         own = {name: self._product(term, direction, occasion) for name, term in self._validation.items()}
         shared = [part for term in self._further for part in self._product(term, direction, occasion)]
         return {name: self._together([*parts, *shared]) for name, parts in own.items()}
@@ -116,7 +120,12 @@ class ValidationObjective:
     def _product(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[Part]:
         if "hessian_vector" in self._needs:
             return [self._phases.hessian_vector(term, direction, occasion)]
-        return list(self._phases.hessian_vector_difference(term, direction, occasion))
+        here = self._here[term.phase("term")]
+        return list(self._phases.hessian_vector_difference(term, direction, here, occasion))
+
+    def _step(self, name: str, pool: Mapping[str, Tensor]) -> Tensor:
+        """P ⊙ ḡ of one parameter, in its own type, in which it is multiplied with the second derivative."""
+        return (self.preconditioner[name] * pool[name]).to(self._model.get_parameter(name).dtype)
 
     def _together(self, parts: Sequence[Part]) -> Mapping[str, Tensor]:
         return WeightedSums(parts, self._model.device)
@@ -138,6 +147,10 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
         UserError: naming the scorer and the way out.
     """
     known = set(get_args(Statistic))
+    if isinstance(scorer.needs, str) or not isinstance(scorer.needs, Collection):
+        raise UserError(
+            f"{type(scorer).__name__} has needs {scorer.needs!r}; give a tuple of names, such as ('pool_gradient',)."
+        )
     if strange := sorted(set(scorer.needs) - known):
         raise UserError(
             f"{type(scorer).__name__} needs {', '.join(strange)}, which is none of {', '.join(sorted(known))}; mend it."

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dualsft.curvature import (
     HessianVectorProduct,
     check_differences,
+    check_smooth,
     difference_step,
     displaced,
     twice_differentiable,
@@ -141,26 +142,37 @@ class Phases:
         return self._sum(term, f"Hessian-vector product{occasion}", twice_differentiable, derivative=derivative)
 
     def hessian_vector_difference(
-        self, term: Term, direction: Mapping[str, Tensor], occasion: str = ""
+        self, term: Term, direction: Mapping[str, Tensor], here: Part, occasion: str = ""
     ) -> tuple[Part, Part]:
         """A term's share of H d, as the central difference of two sums.
 
         Args:
             term: The term.
             direction: d per trainable parameter.
+            here: The term's share of v.
             occasion: What sets these passes apart from earlier ones, for their names.
 
         Raises:
-            UserError: if the weights are in half precision, or memory runs out.
+            UserError: if the weights are in half precision, the gradient jumps, or memory runs out.
         """
         check_differences(self._model)
         step = difference_step(self._model, direction)
-        parts = []
-        for sign, way in ((1, "forward"), (-1, "backward")):
-            moved = partial(displaced, self._model, direction, sign * step)
-            weight, sums = self._sum(term, f"gradient a step {way}{occasion}", moved, moved=True)
-            parts.append((sign * weight / (2 * step), sums))
-        return parts[0], parts[1]
+        (weight, forward), (other, backward) = (
+            self._sum(
+                term,
+                f"gradient a step {way}{occasion}",
+                partial(displaced, self._model, direction, sign * step),
+                moved=True,
+            )
+            for sign, way in ((1, "forward"), (-1, "backward"))
+        )
+        if not weight == other == here[0]:
+            raise UserError(
+                f"Some examples of the {term.kind} are finite at the scoring checkpoint but not near it, so there is "
+                "no finite difference; set the scorer's method to exact."
+            )
+        check_smooth(forward, backward, here[1], term.kind)
+        return (weight / (2 * step), forward), (-weight / (2 * step), backward)
 
     def _sum(
         self,
@@ -180,7 +192,12 @@ class Phases:
             )
         return term.weight / found.counted, found.sums
 
-    def settle(self, step_size: StepSize) -> None:
+    @property
+    def bound(self) -> bool:
+        """Whether the run's scores depend on a step size already."""
+        return self._run.load(_STEP) is not None
+
+    def bind(self, step_size: StepSize) -> None:
         """Bind the run to this step size: from here on its scores depend on it.
 
         Raises:

@@ -28,7 +28,7 @@ def reallocate(
     parameter_allocator: ParameterAllocator,
     data_allocator: DataAllocator,
     train: str | None = None,
-    train_split: str = "train",
+    train_split: str | None = None,
     overwrite: bool = False,
     config: str = "",
 ) -> Selection:
@@ -45,7 +45,7 @@ def reallocate(
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
         train: Where the records lie that the selection was made from; None for where they lay then.
-        train_split: Split to load if that is a Hugging Face dataset.
+        train_split: Split to load if that is a Hugging Face dataset; None for the one that it was made from.
         overwrite: Replace what an earlier run left in ``output_dir``.
         config: YAML that replays the run, kept beside the results.
 
@@ -57,11 +57,13 @@ def reallocate(
     check_budget("model.data_budget", data_budget)
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
-    path = train or source.manifest["data"]["train"]["path"]
+    _check_order(source, parameter_budget, data_budget, parameter_allocator, data_allocator)
+    made_from = source.manifest["data"]["train"]
+    path, split = train or made_from["path"], train_split or made_from["split"]
     run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path))
     log = PhaseLog(show=False)
     with log.phase("allocation", examples=0):
-        records = _records(source, path, train_split)
+        records = _records(source, path, split)
         chosen = _examples(source, records, data_allocator, data_budget)
         mask = _weights(source, parameter_allocator, parameter_budget)
     spent: dict[str, Any] = {
@@ -78,7 +80,7 @@ def reallocate(
             _link(file, staged / file.name)
         write_choice(
             staged,
-            manifest={**_kept(source.manifest, path), **spent, **outcome},
+            manifest={**_kept(source.manifest, path, split), **spent, **outcome},
             examples=_with_selected(source.examples, chosen),
             mask=mask,
             selected_lines=[records.line(i) for i in sorted(chosen)],
@@ -90,6 +92,36 @@ def reallocate(
         raise
     run.finish()
     return load_selection(run.path)
+
+
+def _check_order(
+    source: Selection,
+    parameter_budget: Budget,
+    data_budget: Budget,
+    parameter_allocator: ParameterAllocator,
+    data_allocator: DataAllocator,
+) -> None:
+    """Refuse to change a side that the other was scored by: with that, the scores would be others.
+
+    Raises:
+        UserError: naming the order of the selection.
+    """
+    before = source.manifest
+    order, rounds = before["order"]["name"], before["order"]["rounds"]
+    changed = {
+        "parameters": (parameter_budget, describe_part(parameter_allocator))
+        != (before["budgets"]["parameters"], before["parameter_allocator"]),
+        "data": (data_budget, describe_part(data_allocator)) != (before["budgets"]["data"], before["data_allocator"]),
+    }
+    first, _, second = order.partition("_then_")
+    fixed = {"both": [], "parameters": ["data"], "data": ["parameters"]}.get(order, [first])
+    if rounds > 1:
+        fixed = [first, second]
+    if spoilt := [side for side in fixed if changed[side]]:
+        raise UserError(
+            f"{source.folder} was made with model.order {order} and model.rounds {rounds}, where the choice of the "
+            f"{' and the '.join(spoilt)} is what the scores rest on; select again with the new settings."
+        )
 
 
 def _check_apart(selection: Path, output: Path) -> None:
@@ -142,10 +174,10 @@ def _counts(source: Selection, chosen: set[int], mask: dict[str, Tensor]) -> dic
     }
 
 
-def _kept(manifest: dict[str, Any], path: str) -> dict[str, Any]:
+def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
     """What another choice leaves true; a control that chose otherwise than by its scores is none any more."""
     data = manifest["data"]
-    kept = {**manifest, "data": {**data, "train": {**data["train"], "path": path}}}
+    kept = {**manifest, "data": {**data, "train": {**data["train"], "path": path, "split": split}}}
     return {key: value for key, value in kept.items() if key != "control"}
 
 

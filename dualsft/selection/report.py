@@ -35,7 +35,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         "scoring_checkpoint": describe_checkpoint(checkpoint) if checkpoint else None,
         "tokenizer": {"fingerprint": tokenizer_fingerprint(data.tokenizer)},
         "data": {
-            "train": _describe_examples(data.train, data.train_examples),
+            "train": {**_describe_examples(data.train, data.train_examples), "split": data.train_split},
             "validation": _describe_validation(data),
             "max_length": data.max_length,
             "batch_tokens": data.batch_tokens,

@@ -205,8 +205,8 @@ class Scoring:
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:
             self._measure(statistics)
-        self._step = settle(self._setting, list(self._along.values()))
-        self._phases.settle(self._setting)
+        self._step = settle(self._setting, list(self._along.values()), self._phases.bound)
+        self._phases.bind(self._setting)
         self._known.directions = [directions(self._scorer, of, self._step) for of in statistics.values()]
 
     def _measure(self, statistics: Mapping[str, Statistics]) -> None:

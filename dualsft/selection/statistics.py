@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS
 from dualsft.tap import accumulator_dtype
@@ -36,9 +37,14 @@ class Statistics:
     hessian_vector: Mapping[str, Tensor] | None = None
 
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
-        """What a scorer is given, for one trainable parameter after another."""
+        """What a scorer is given, for one trainable parameter after another.
+
+        Raises:
+            UserError: if it modifies the weights; all else is a copy of its own.
+        """
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
+                version = weight._version
                 yield ParameterStatistics(
                     name,
                     weight.detach(),
@@ -47,7 +53,7 @@ class Statistics:
                     step_size,
                     self.num_examples,
                     *(
-                        None if known is None else known[name].to(weight.device, accumulator_dtype(weight))
+                        None if known is None else known[name].to(weight.device, accumulator_dtype(weight), copy=True)
                         for known in (
                             self.pool_gradient,
                             self.second_moment,
@@ -56,6 +62,8 @@ class Statistics:
                         )
                     ),
                 )
+                if weight._version != version:
+                    raise UserError(f"The scorer modified the weight {name} in place; mend it to work on a copy.")
 
 
 class Preconditioner(Mapping[str, Tensor]):

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, blaming
 from dualsft.scorers import Scorer, SecondOrderScorer
+from dualsft.selection.directions import check_vector
 from dualsft.selection.statistics import Statistics
 
 StepSize = float | Literal["auto"]
@@ -53,7 +54,9 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
         slope.append(float((step * v).sum()))
         first.append(float((p * v).double().square().sum()))
         if isinstance(scorer, SecondOrderScorer):
-            bend = scorer.curvature(known)
+            with blaming(scorer, "curvature"):
+                bend = scorer.curvature(known)
+            check_vector(scorer, "curvature", bend, known)
             curvature.append(float((step * bend).sum()))
             second.append(float((p * bend).double().square().sum()))
     if not curvature:
@@ -79,8 +82,13 @@ def check_step_size(setting: StepSize, scorer: Scorer) -> None:
         raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
 
 
-def settle(setting: StepSize, along: Sequence[Along]) -> float:
+def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> float:
     """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
+
+    Args:
+        setting: The setting.
+        along: Each set's V along the pool step.
+        bound: Whether earlier scores of the run depend on the setting.
 
     Raises:
         UserError: if the quadratic has no minimum ahead: the pool step goes uphill, or the curvature is not positive.
@@ -89,10 +97,8 @@ def settle(setting: StepSize, along: Sequence[Along]) -> float:
         return setting
     slope = math.fsum(of.slope for of in along) / len(along)
     curvature = math.fsum(of.curvature or 0.0 for of in along) / len(along)
-    instead = (
-        "go on with --resume and a number for model.step_size (the learning rate of the fine-tune, such as 2e-5), or "
-        "start anew with another scorer"
-    )
+    how = "start anew (--overwrite)" if bound else "go on with --resume"
+    instead = f"{how} with a number for model.step_size, such as the fine-tune's learning rate, or take another scorer"
     if not curvature > 0:
         raise UserError(
             f"model.step_size is auto, but the curvature along the pool step is {curvature:.3g}, not positive, so the "
@@ -132,8 +138,13 @@ def _mean(along: Sequence[Along]) -> Along:
 
 
 def warning(description: Mapping[str, Any]) -> str | None:
-    """What there is to say of a second-order term too small to change anything."""
+    """What there is to say of a second-order term too small to change anything, or too large to be believed."""
     share = description["second_order_share"]
+    if share is not None and description["predicted_improvement"] < 0 < description["slope"]:
+        return (
+            f"at a step size of {description['step_size']:g} the quadratic predicts that the validation objective "
+            "rises, so the step is longer than it can be trusted for; lower model.step_size, or set it to auto."
+        )
     if share is None or share >= NEGLIGIBLE:
         return None
     return (

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.data import InstructionDataModule
-from dualsft.errors import UserError
+from dualsft.errors import UserError, blaming
 from dualsft.gradients import Losses
 from dualsft.layout import Batch, Layout
 from dualsft.objectives import Objective, example_losses
@@ -79,9 +80,12 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
     Raises:
         UserError: naming it.
     """
+    for objective in objectives:
+        with blaming(objective, "name, or weight,"):
+            finite, _ = math.isfinite(objective.weight), str(objective.name)
+        if not finite:
+            raise UserError(f"{type(objective).__name__} has the weight {objective.weight}; give it a finite one.")
     names = [objective.name for objective in objectives]
-    if loose := [objective for objective in objectives if not math.isfinite(objective.weight)]:
-        raise UserError(f"{type(loose[0]).__name__} has the weight {loose[0].weight}; give it a finite one.")
     if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or re.match(_TAKEN, name)]:
         raise UserError(
             f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
@@ -95,7 +99,8 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
 
 
 def _term(objective: Objective, pool: list[int], data: InstructionDataModule, teacher: Teacher, seed: int) -> Term:
-    ids = objective.draw(pool, seed)
+    with blaming(objective, "draw"):
+        ids = [int(i) for i in objective.draw(pool, seed)]
     if not ids or len(set(ids) & set(pool)) != len(ids):
         raise UserError(
             f"{type(objective).__name__} drew {len(ids):,} examples, {len(set(ids) & set(pool)):,} different ones of "
@@ -117,6 +122,25 @@ def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator
     with lent as base:
 
         def losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
-            return objective.losses(model, batch, layout, base)
+            with blaming(objective, "losses"):
+                found = objective.losses(model, batch, layout, base)
+            _check_losses(objective, found, len(layout.spans))
+            return found
 
         yield losses
+
+
+def _check_losses(objective: Objective, found: object, examples: int) -> None:
+    """See that there is one loss for each example.
+
+    Raises:
+        UserError: naming the objective.
+    """
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (examples,):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(
+            f"{type(objective).__name__}.losses gave {shape} for {examples} examples; it must give a floating tensor "
+            "of one loss for each."
+        )
+    if torch.is_grad_enabled() and not found.requires_grad:
+        raise UserError(f"{type(objective).__name__}.losses gave losses that depend on no weight; mend it.")

@@ -112,6 +112,42 @@ def test_an_allocation_can_be_allocated_from(inputs: Inputs, source: Path, tmp_p
     assert load_selection(tmp_path / "second").manifest["allocated_from"]["folder"] == str(tmp_path / "first")
 
 
+ORDERS = {
+    ("parameters", "data"): {"data_budget": 2},
+    ("data", "parameters"): {"parameter_budget": 900},
+    ("parameters_then_data", "parameters"): {"parameter_budget": 900},
+    ("data_then_parameters", "data"): {"data_budget": 2},
+    ("parameters_then_data", ""): {"data_budget": 2},
+    ("data_then_parameters", ""): {"parameter_budget": 900},
+}
+
+
+@pytest.mark.parametrize(("order", "refused"), ORDERS)
+def test_what_the_scores_rest_on_stays(inputs: Inputs, tmp_path: Path, order: str, refused: str) -> None:
+    """A side by whose choice the other was scored cannot be changed; the other can, to what select would choose."""
+    options = {**SGD, "order": order, "parameter_budget": 1000, "data_budget": 3}
+    source = select(inputs, tmp_path / "source", options)
+    budgets = source.manifest["budgets"]
+    as_before = {**AS_BEFORE, "parameter_budget": budgets["parameters"], "data_budget": budgets["data"]}
+    changed = ORDERS[order, refused]
+    if refused:
+        with pytest.raises(UserError, match=rf"order {order} .* choice of the {refused} is what"):
+            reallocate(source.folder, tmp_path / "out", **{**as_before, **changed})
+        assert not (tmp_path / "out").exists()
+        return
+    made = reallocate(source.folder, tmp_path / "out", **{**as_before, **changed})
+    expected = select(inputs, tmp_path / "expected", {**options, **changed})
+    for name in ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl"):
+        assert (made.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+
+
+def test_rounds_cannot_be_changed_at_all(inputs: Inputs, tmp_path: Path) -> None:
+    """After two rounds both sides rest on each other."""
+    source = select(inputs, tmp_path / "source", {**SGD, "order": "parameters_then_data", "rounds": 2})
+    with pytest.raises(UserError, match="rounds 2, where the choice of the parameters and the data is what"):
+        reallocate(source.folder, tmp_path / "out", **{**AS_BEFORE, "data_budget": 2})
+
+
 def test_what_it_does_not_know_is_kept(source: Path, tmp_path: Path) -> None:
     """Columns and keys of another version stay, in their places; only a control's mark goes."""
     other = copy(source, tmp_path)

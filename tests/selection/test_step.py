@@ -54,6 +54,22 @@ def test_step_sizes_that_are_none(value: Any) -> None:
         check_step_size(value, HessianVector())
 
 
+def test_the_way_out_is_one_that_the_run_can_take() -> None:
+    """Once scores depend on auto, the run cannot go on with a number; before that it can."""
+    uphill = [Along(-1.0, 1.0, 1.0)]
+    with pytest.raises(UserError, match="go on with --resume with a number"):
+        settle("auto", uphill)
+    with pytest.raises(UserError, match=r"start anew \(--overwrite\) with a number"):
+        settle("auto", uphill, bound=True)
+
+
+def test_a_step_beyond_the_quadratic_is_warned_of() -> None:
+    """Where the quadratic predicts that V rises along a step downhill, the run says so."""
+    long = describe(4.0, {"a": Along(1.0, 1.0, 1.0)}, named=False)
+    assert long["predicted_improvement"] == -4.0
+    assert "at a step size of 4 the quadratic predicts that the validation objective rises" in str(warning(long))
+
+
 def test_auto_needs_a_curvature() -> None:
     """First order has none, which is said before anything is loaded."""
     with pytest.raises(UserError, match="auto, but the scorer FirstOrder has no curvature"):
