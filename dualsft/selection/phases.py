@@ -188,7 +188,8 @@ class Phases:
                 found = self._passes.run(term.phase(what), term.examples, term.loader, losses=losses, **options)
         if not found.counted:
             raise UserError(
-                f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data."
+                f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data "
+                "and the weights."
             )
         return term.weight / found.counted, found.sums
 

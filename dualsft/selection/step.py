@@ -97,8 +97,8 @@ def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> fl
         return setting
     slope = math.fsum(of.slope for of in along) / len(along)
     curvature = math.fsum(of.curvature or 0.0 for of in along) / len(along)
-    how = "start anew (--overwrite)" if bound else "go on with --resume"
-    instead = f"{how} with a number for model.step_size, such as the fine-tune's learning rate, or take another scorer"
+    how = "start anew (--overwrite) with" if bound else "go on with --resume and"
+    instead = f"{how} a number for model.step_size, such as the fine-tune's learning rate, or take another scorer"
     if not curvature > 0:
         raise UserError(
             f"model.step_size is auto, but the curvature along the pool step is {curvature:.3g}, not positive, so the "
@@ -139,15 +139,15 @@ def _mean(along: Sequence[Along]) -> Along:
 
 def warning(description: Mapping[str, Any]) -> str | None:
     """What there is to say of a second-order term too small to change anything, or too large to be believed."""
-    share = description["second_order_share"]
-    if share is not None and description["predicted_improvement"] < 0 < description["slope"]:
+    share, size = description["second_order_share"], description["step_size"]
+    if share is not None and share > 1:
         return (
-            f"at a step size of {description['step_size']:g} the quadratic predicts that the validation objective "
-            "rises, so the step is longer than it can be trusted for; lower model.step_size, or set it to auto."
+            f"the second-order term is {share:.2g} times the first at a step size of {size:g}, more than a quadratic "
+            "can be trusted for; lower model.step_size or, with the adam preconditioner, warm up on more examples."
         )
     if share is None or share >= NEGLIGIBLE:
         return None
     return (
-        f"the second-order term is {share:.1g} of the first at a step size of {description['step_size']:g}, too small "
-        "to change the choice; model.step_size auto takes the step at which it counts."
+        f"the second-order term is {share:.1g} of the first at a step size of {size:g}, too small to change the "
+        "choice; model.step_size auto takes the step at which it counts."
     )

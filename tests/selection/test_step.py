@@ -57,17 +57,17 @@ def test_step_sizes_that_are_none(value: Any) -> None:
 def test_the_way_out_is_one_that_the_run_can_take() -> None:
     """Once scores depend on auto, the run cannot go on with a number; before that it can."""
     uphill = [Along(-1.0, 1.0, 1.0)]
-    with pytest.raises(UserError, match="go on with --resume with a number"):
+    with pytest.raises(UserError, match="go on with --resume and a number"):
         settle("auto", uphill)
     with pytest.raises(UserError, match=r"start anew \(--overwrite\) with a number"):
         settle("auto", uphill, bound=True)
 
 
 def test_a_step_beyond_the_quadratic_is_warned_of() -> None:
-    """Where the quadratic predicts that V rises along a step downhill, the run says so."""
+    """Where the second-order term outweighs the first, the run says so."""
     long = describe(4.0, {"a": Along(1.0, 1.0, 1.0)}, named=False)
     assert long["predicted_improvement"] == -4.0
-    assert "at a step size of 4 the quadratic predicts that the validation objective rises" in str(warning(long))
+    assert "the second-order term is 2 times the first at a step size of 4, more than a quadratic" in str(warning(long))
 
 
 def test_auto_needs_a_curvature() -> None:
