@@ -41,7 +41,7 @@ def shortage(error: BaseException) -> str:
 
 @contextmanager
 def blaming(part: object, method: str) -> Iterator[None]:
-    """Tell whatever a part that may be anybody's raises as its own, a shortage of memory apart.
+    """Tell whatever a part of somebody else's raises as its own, a shortage of memory apart; ours keeps its traceback.
 
     Args:
         part: A scorer, an allocator or a term of the objective.
@@ -53,7 +53,8 @@ def blaming(part: object, method: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+        ours = type(part).__module__.startswith("dualsft.")
+        if ours or isinstance(error, UserError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "no message").split("\n")[0]
         raise UserError(

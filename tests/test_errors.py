@@ -3,7 +3,8 @@ import errno
 import pytest
 import torch
 
-from dualsft.errors import UserError, advising, is_out_of_memory, shortage
+from dualsft.allocators import TopK
+from dualsft.errors import UserError, advising, blaming, is_out_of_memory, shortage
 from tests.selection.traps import SHORTAGES
 
 TOLD = {"accelerator": "at a request for 2.00 GiB", "host": "at a request for 2,048 MiB", "python": "MemoryError"}
@@ -52,3 +53,26 @@ def test_the_systems_own_shortage_is_known() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(found.value)
     assert shortage(found.value) == "at a request for 1,099,511,627,776 MiB"
+
+
+class Part:
+    """Of somebody else's."""
+
+
+def test_a_strangers_error_is_told_as_his() -> None:
+    """In one sentence with class, method and reason; a shortage and what is said for users pass, and so does ours."""
+
+    def fail(part: object, error: Exception) -> None:
+        with blaming(part, "draw"):
+            raise error
+
+    with pytest.raises(UserError, match=r"^Part\.draw failed \(ValueError: too odd\); mend tests\.test_errors\.$"):
+        fail(Part(), ValueError("too odd\nfor words"))
+    with pytest.raises(UserError, match=r"\(ZeroDivisionError: no message\)"):
+        fail(Part(), ZeroDivisionError())
+    with pytest.raises(MemoryError):
+        fail(Part(), MemoryError())
+    with pytest.raises(UserError, match="^as it is$"):
+        fail(Part(), UserError("as it is"))
+    with pytest.raises(ValueError, match="a bug"):
+        fail(TopK(), ValueError("a bug"))
