@@ -72,7 +72,7 @@ def test_a_strangers_error_is_told_as_his() -> None:
         fail(Part(), ZeroDivisionError())
     with pytest.raises(MemoryError):
         fail(Part(), MemoryError())
-    with pytest.raises(UserError, match="^as it is$"):
+    with pytest.raises(UserError, match=r"^as it is$"):
         fail(Part(), UserError("as it is"))
     with pytest.raises(ValueError, match="a bug"):
         fail(TopK(), ValueError("a bug"))
