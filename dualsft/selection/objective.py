@@ -71,10 +71,11 @@ class ValidationObjective:
             UserError: if no example of a term has a finite loss and gradient, or memory runs out.
         """
         terms = [*self._validation.values(), *self._further]
-        self._here = {term.phase("term"): self._phases.gradient(term) for term in terms}
-        shared = [self._here[term.phase("term")] for term in self._further]
+        self._here = {term.phase("gradient"): self._phases.gradient(term) for term in terms}
+        shared = [self._here[term.phase("gradient")] for term in self._further]
         self._gradients = {
-            name: self._together([self._here[term.phase("term")], *shared]) for name, term in self._validation.items()
+            name: self._together([self._here[term.phase("gradient")], *shared])
+            for name, term in self._validation.items()
         }
         if "empirical_fisher" in self._needs:
             squares = {name: self._phases.squared_gradient(term) for name, term in self._validation.items()}
@@ -120,7 +121,7 @@ class ValidationObjective:
     def _product(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[Part]:
         if "hessian_vector" in self._needs:
             return [self._phases.hessian_vector(term, direction, occasion)]
-        here = self._here[term.phase("term")]
+        here = self._here[term.phase("gradient")]
         return list(self._phases.hessian_vector_difference(term, direction, here, occasion))
 
     def _step(self, name: str, pool: Mapping[str, Tensor]) -> Tensor:

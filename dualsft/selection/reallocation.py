@@ -75,23 +75,29 @@ def reallocate(
     outcome = {"counts": _counts(source, chosen, mask), "phases": log.as_json()}
     run.claim({"command": "allocate", **spent})
     try:
-        staged = run.staging()
-        for file in source.score_files:
-            _link(file, staged / file.name)
-        write_choice(
-            staged,
+        _publish(
+            run,
+            source,
             manifest={**_kept(source.manifest, path, split), **spent, **outcome},
             examples=_with_selected(source.examples, chosen),
             mask=mask,
             selected_lines=[records.line(i) for i in sorted(chosen)],
             config=config,
         )
-        publish(staged, run.path)
     except BaseException:  # nothing of seconds' work is worth resuming
         run.release()
         raise
     run.finish()
     return load_selection(run.path)
+
+
+def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
+    """Put the source's scores and the new choice into the folder, the manifest last."""
+    staged = run.staging()
+    for file in source.score_files:
+        _link(file, staged / file.name)
+    write_choice(staged, **parts)
+    publish(staged, run.path)
 
 
 def _check_order(
