@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -47,32 +48,81 @@ def count_of(key: str, budget: Budget, available: int) -> int:
     return budget
 
 
+ExampleStatistic = Literal["loss", "gradient_norm", "preconditioned_gradient_norm", "sketch"]
+"""What a data allocator may ask for beside the scores."""
+
+ParameterStatistic = Literal["weight"]
+"""What a parameter allocator may ask for beside the scores."""
+
+
 @dataclass(frozen=True)
 class ScoredExamples:
     """The pool examples that may be selected, in source order.
+
+    What may be None is there if the allocator names it in its ``needs``. Gradients are those of an example's mean loss
+    over its supervised tokens at the scoring checkpoint, over all weights.
 
     Attributes:
         example_id: Row numbers in ``data.train``, ascending.
         score: φ_i, aligned with ``example_id``.
         num_tokens: Supervised tokens of each.
         records: The records themselves, aligned with ``example_id``.
+        loss: l_i, the mean loss over the supervised tokens, in nats per token.
+        gradient_norm: ‖g_i‖, the Euclidean norm of the gradient.
+        preconditioned_gradient_norm: ‖P ⊙ g_i‖, with P the optimizer's diagonal preconditioner.
+        sketch: S (√P ⊙ g_i), a random projection S to few dimensions with E[SᵀS] = 1: the product of two rows estimates
+            g_iᵀ P g_k, what a preconditioned step on the one example lowers the loss of the other by, per unit of η.
     """
 
     example_id: Int[Tensor, " example"]
     score: Float[Tensor, " example"]
     num_tokens: Int[Tensor, " example"]
     records: Sequence[Mapping[str, object]]
+    loss: Float[Tensor, " example"] | None = None
+    gradient_norm: Float[Tensor, " example"] | None = None
+    preconditioned_gradient_norm: Float[Tensor, " example"] | None = None
+    sketch: Float[Tensor, "example sketch"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredParameters(Mapping[str, Tensor]):
+    """The parameters that may be trained: a mapping of their names to their scores, with more beside if asked for.
+
+    Attributes:
+        score: Parameter name -> φ_j, float32, of the parameter's shape.
+        weight: Parameter name -> the base model's weights, of the same shape, in the type that they are stored in; None
+            unless the allocator names it in its ``needs``.
+    """
+
+    score: Mapping[str, Float[Tensor, "..."]]
+    weight: Mapping[str, Float[Tensor, "..."]] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.score[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.score)
+
+    def __len__(self) -> int:
+        return len(self.score)
 
 
 class ParameterAllocator(ABC):
-    """A rule that spends the parameter budget on the parameter scores."""
+    """A rule that spends the parameter budget on the parameter scores.
+
+    Attributes:
+        needs: What ``allocate`` uses beside the scores; an allocator with options may set it in its constructor.
+    """
+
+    needs: Collection[ParameterStatistic] = ()
 
     @abstractmethod
-    def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
+    def allocate(self, scores: ScoredParameters, budget: int) -> Mapping[str, Bool[Tensor, "..."]]:
         """Choose exactly ``budget`` entries.
 
         Args:
-            scores: Parameter name -> φ_j, float32, of the parameter's shape.
+            scores: Parameter name -> φ_j, float32, of the parameter's shape; with what was asked for beside. Not to be
+                modified.
             budget: How many entries to choose, at most their number.
 
         Returns:
@@ -81,11 +131,25 @@ class ParameterAllocator(ABC):
 
 
 class DataAllocator(ABC):
-    """A rule that spends the data budget on the example scores."""
+    """A rule that spends the data budget on the example scores.
+
+    Attributes:
+        needs: What ``allocate`` uses beside the scores; an allocator with options may set it in its constructor.
+        unit: What the budget counts: examples, or supervised tokens, of which no more may be chosen than it says.
+        exact: Whether exactly as many examples are due as the budget says; otherwise it is the most, and one the least.
+    """
+
+    needs: Collection[ExampleStatistic] = ()
+    unit: Literal["examples", "tokens"] = "examples"
+    exact: bool = True
 
     @abstractmethod
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Choose exactly ``budget`` examples.
+        """Choose ``budget`` examples, or examples of at most ``budget`` supervised tokens.
+
+        Args:
+            examples: What may be chosen, with what was asked for. Not to be modified.
+            budget: How many, at most what there is.
 
         Returns:
             The chosen ``example_id``, ascending.

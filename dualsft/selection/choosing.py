@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, ScoredExamples
+from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
 from dualsft.data import Records
 from dualsft.errors import UserError, blaming
 
@@ -25,7 +25,7 @@ def choose_weights(allocator: ParameterAllocator, scores: Mapping[str, Tensor], 
     """
     versions = {name: score._version for name, score in scores.items()}
     with blaming(allocator, "allocate"):
-        mask = allocator.allocate(scores, budget)
+        mask = allocator.allocate(ScoredParameters(scores), budget)
         mask = {name: torch.as_tensor(mask[name], dtype=torch.bool) for name in mask}
     if versions != {name: score._version for name, score in scores.items()}:
         raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
