@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
+from dualsft.example_statistics import LOSS, ExampleStatistics, Measurement
 from dualsft.interaction import ColumnSums, Direction, RowSums, paused
 from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
 from dualsft.objectives import example_losses
@@ -61,6 +62,7 @@ class GradientPass:
         rows: For each direction, example id -> <u, g_i>.
         tokens: For each direction, example id -> the contributions of its tokens to <u, g_i>, float64; empty unless
             asked for.
+        measured: Name of a statistic -> example id -> a number or a vector, float64; of what was asked for.
         counted: How many examples the sums hold.
         nonfinite: Ids of the examples whose loss or gradient is not finite; in neither sums nor rows.
         covered: Names of the parameters that the rows cover.
@@ -69,6 +71,7 @@ class GradientPass:
     sums: dict[str, Tensor]
     rows: list[dict[int, float]] = field(default_factory=list)
     tokens: list[dict[int, Tensor]] = field(default_factory=list)
+    measured: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     counted: int = 0
     nonfinite: set[int] = field(default_factory=set)
     covered: set[str] = field(default_factory=set)
@@ -82,6 +85,9 @@ class GradientPass:
         for k, tokens in enumerate(self.tokens):
             tensors[f"tokens:{k}"] = torch.cat([torch.empty(0, dtype=torch.float64), *tokens.values()])
             tensors[f"lengths:{k}"] = torch.tensor([len(values) for values in tokens.values()], dtype=torch.int64)
+        for name, values in self.measured.items():
+            tensors[f"measured id:{name}"] = torch.tensor(list(values), dtype=torch.int64)
+            tensors[f"measured:{name}"] = torch.stack([*values.values()]) if values else torch.empty(0)
         notes = {"counted": self.counted, "nonfinite": sorted(self.nonfinite), "covered": sorted(self.covered)}
         return tensors, notes
 
@@ -91,13 +97,21 @@ class GradientPass:
         ids = [tensors[f"id:{k}"].tolist() for k in range(sum(name.startswith("id:") for name in tensors))]
         by_token = "tokens:0" in tensors
         return cls(
-            sums={name.removeprefix("sum:"): total for name, total in tensors.items() if name.startswith("sum:")},
+            sums=dict(_under("sum", tensors)),
             rows=[dict(zip(of, tensors[f"row:{k}"].tolist(), strict=True)) for k, of in enumerate(ids)],
             tokens=[dict(zip(of, _pieces(tensors, k), strict=True)) for k, of in enumerate(ids) if by_token],
+            measured={
+                name: dict(zip(tensors[f"measured id:{name}"].tolist(), values, strict=True))
+                for name, values in _under("measured", tensors)
+            },
             counted=notes["counted"],
             nonfinite=set(notes["nonfinite"]),
             covered=set(notes["covered"]),
         )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((n.removeprefix(f"{prefix}:"), t) for n, t in tensors.items() if n.startswith(f"{prefix}:"))
 
 
 def _pieces(tensors: Mapping[str, Tensor], k: int) -> Sequence[Tensor]:
@@ -113,6 +127,7 @@ def gradient_pass(
     columns: bool = True,
     squared: bool = False,
     by_token: bool = False,
+    measurement: Measurement = Measurement(),  # noqa: B008 (frozen)
     keeper: Keeper | None = None,
     losses: Losses = example_losses,
     derivative: Derivative = Tensor.backward,
@@ -127,6 +142,7 @@ def gradient_pass(
         columns: Whether to sum the gradients; without, no weight gradient is computed.
         squared: Whether to sum the squares of the gradients' entries instead, with a backward pass for each example.
         by_token: Whether to keep the rows' contributions by token.
+        measurement: What to measure of each example beside; all but its loss takes a backward pass for each example.
         keeper: Keeps the state of the pass every so often, and has what an earlier run kept.
         losses: l_i of each example of a batch.
         derivative: What takes the place of a backward pass.
@@ -135,11 +151,15 @@ def gradient_pass(
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
     """
     with ExitStack() as stack:
+        statistics = None
+        if measurement.by_example:
+            statistics = stack.enter_context(ExampleStatistics(model, measurement, drop=not columns))
         column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
         row_sums = stack.enter_context(RowSums(model, directions, by_token)) if directions else None
-        if not columns:
+        if not columns and not statistics:
             stack.enter_context(_frozen(model))
-        attempt = _Pass(model, column_sums, row_sums, losses, derivative)
+        taken = _Taken(column_sums, row_sums, statistics, LOSS in measurement.names)
+        attempt = _Pass(model, taken, losses, derivative)
         attempt.take_up(keeper.load() if keeper else None)
         while True:
             result = attempt.run(batches, watch, keeper)
@@ -154,6 +174,16 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What a pass takes from each batch; None for what it does not."""
+
+    columns: ColumnSums | None
+    rows: RowSums | None
+    statistics: ExampleStatistics | None
+    losses: bool
+
+
 class _Pass:
     """One attempt at a pass.
 
@@ -164,19 +194,18 @@ class _Pass:
     def __init__(
         self,
         model: PreTrainedModel,
-        columns: ColumnSums | None,
-        rows: RowSums | None,
+        taken: _Taken,
         losses: Losses,
         derivative: Derivative,
         excluded: Iterable[int] = (),
     ) -> None:
-        self._model, self._columns, self._rows = model, columns, rows
-        self._losses, self._derivative = losses, derivative
+        self._model, self._taken, self._losses, self._derivative = model, taken, losses, derivative
+        self._columns, self._rows, self._statistics = taken.columns, taken.rows, taken.statistics
         self._excluded = frozenset(excluded)
-        self._result = GradientPass(columns.sums if columns else {}, nonfinite=set(excluded))
-        if rows is not None:
-            self._result.rows = [{} for _ in rows.directions]
-            self._result.tokens = [{} for _ in rows.directions if rows.by_token]
+        self._result = GradientPass(self._columns.sums if self._columns else {}, nonfinite=set(excluded))
+        if self._rows is not None:
+            self._result.rows = [{} for _ in self._rows.directions]
+            self._result.tokens = [{} for _ in self._rows.directions if self._rows.by_token]
         self._done = 0
         self._checked: set[bool] = set()
         self.void = False
@@ -185,7 +214,7 @@ class _Pass:
         """The next attempt, without the examples that spoilt this one."""
         if self._columns:
             self._columns.reset()
-        return _Pass(self._model, self._columns, self._rows, self._losses, self._derivative, self._result.nonfinite)
+        return _Pass(self._model, self._taken, self._losses, self._derivative, self._result.nonfinite)
 
     def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
         for batch in watch(batches(self._done)):
@@ -198,8 +227,8 @@ class _Pass:
         return self._result
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What is differentiated at once: the batch, or each of its examples where their squares are summed."""
-        if self._columns is None or not self._columns.squared:
+        """What is differentiated at once: the batch, or each of its examples where its own gradient is looked at."""
+        if not self._statistics and not (self._columns and self._columns.squared):
             return [batch]
         return [only(batch, k) for k in range(len(batch["example_id"]))]
 
@@ -211,32 +240,46 @@ class _Pass:
             if self._poisoned:
                 self._find_nonfinite(batch)
             elif not self.void:
-                self._count(batch)
+                self._count(batch, losses)
         for example in alone:
             self._score(example)
 
     def _differentiate(self, losses: Tensor) -> None:
+        if self._statistics:
+            self._statistics.begin()
         if losses.requires_grad:  # else nothing that is summed or scored took part
             self._derivative(losses.sum())
         if self._rows:
             self._rows.complete()
 
-    def _count(self, batch: Batch) -> None:
-        ids, result = batch["example_id"].tolist(), self._result
-        result.counted += len(ids)
-        if self._rows is None:
-            return
-        rows = self._rows.read().tolist()
-        for of_direction, values in zip(result.rows, rows, strict=True):
+    def _count(self, batch: Batch, losses: Tensor) -> None:
+        ids = batch["example_id"].tolist()
+        self._result.counted += len(ids)
+        self._measure(ids, losses)
+        if self._rows is not None:
+            self._take_rows(batch, ids, self._rows)
+
+    def _measure(self, ids: list[int], losses: Tensor) -> None:
+        measured = self._result.measured
+        if self._taken.losses:
+            measured.setdefault(LOSS, {}).update(zip(ids, losses.detach().double().cpu(), strict=True))
+        if self._statistics:
+            (example,) = ids
+            for name, value in self._statistics.read().items():
+                measured.setdefault(name, {})[example] = value
+
+    def _take_rows(self, batch: Batch, ids: list[int], rows: RowSums) -> None:
+        found, result = rows.read().tolist(), self._result
+        for of_direction, values in zip(result.rows, found, strict=True):
             of_direction.update(zip(ids, values, strict=True))
-        lengths = [length for _, _, length in self._rows.layout.spans]
+        lengths = [length for _, _, length in rows.layout.spans]
         for k, kept in enumerate(result.tokens):
-            tokens = self._rows.read_tokens(k).cpu()
+            tokens = rows.read_tokens(k).cpu()
             kept.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
         if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
             self._checked.add(sharing)
-            with paused(self._rows, self._columns):
-                spot_check(self._model, self._rows, batch, rows, compute_dtype(self._model))
+            with paused(self._statistics, rows, self._columns):
+                spot_check(self._model, rows, batch, found, compute_dtype(self._model))
 
     def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch, list[Batch]]:
         """The batch's losses ready for backward, its examples without the others, and those to be scored alone.

@@ -22,7 +22,7 @@ it is complete, so that one layer's dense gradient lives at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -270,8 +270,8 @@ def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]
 
 
 @contextmanager
-def paused(*contexts: ColumnSums | RowSums | None) -> Iterator[None]:
-    """Sum nothing while this inner context is open."""
+def paused(*contexts: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Close these contexts, which sum what backward brings, for as long as this inner one is open."""
     given = [context for context in contexts if context is not None]
     for context in given:
         context.__exit__(None, None, None)
