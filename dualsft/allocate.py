@@ -19,15 +19,16 @@ from dualsft.selection.summary import summary
 
 VERB = "allocate"
 ALLOCATORS = ("parameter_allocator", "data_allocator")
+PATTERNS = ("trainable", "frozen")
 TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
-    "model": ("The choice", SelectionModule, ("parameter_budget", "data_budget", *ALLOCATORS)),
+    "model": ("The choice", SelectionModule, ("parameter_budget", "data_budget", *ALLOCATORS, *PATTERNS)),
     "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
 }
 """Section -> its title, whose options it has, and which of them."""
 KEPT = (
     "model.parameter_budget",
     "model.data_budget",
-    *(f"model.{name}" for name in ALLOCATORS),
+    *(f"model.{name}" for name in (*ALLOCATORS, *PATTERNS)),
     "data.train",
     "data.train_split",
 )
@@ -60,6 +61,8 @@ def allocate_command(arguments: Sequence[str]) -> None:
             data_budget=model.data_budget,
             parameter_allocator=model.parameter_allocator or GlobalTopK(),
             data_allocator=model.data_allocator or TopK(),
+            trainable=model.trainable or [],
+            frozen=model.frozen or [],
             train=config.data.train,
             train_split=config.data.train_split,
             overwrite=config.overwrite,
@@ -133,6 +136,7 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> l
         {
             "model.parameter_budget": manifest["budgets"]["parameters"],
             "model.data_budget": manifest["budgets"]["data"],
+            **{f"model.{name}": manifest[name] for name in PATTERNS},
             "data.train": manifest["data"]["train"]["path"],
             "data.train_split": manifest["data"]["train"]["split"],
         }

@@ -102,13 +102,12 @@ class ExampleStatistics:
             total.zero_()
 
     def read(self) -> dict[str, Float[Tensor, "..."]]:
-        """Name -> what was measured of the example whose backward has run, float64, on the host; waits for the device.
+        """Name -> what was measured of the example whose backward has run, on the host; waits for the device.
 
-        Norms are numbers, the sketch is a vector; all are zero for an example in whose loss no weight takes part.
+        Norms are numbers, float64; the sketch is a vector, float32 as it is kept. All are zero for an example in whose
+        loss no weight takes part.
         """
-        return {
-            name: (total if name == SKETCH else total.sqrt()).to("cpu", copy=True) for name, total in self._sums.items()
-        }
+        return {name: (total.float() if name == SKETCH else total.sqrt()).cpu() for name, total in self._sums.items()}
 
     def _measurer(self, name: str) -> Callable[[Tensor], None]:
         def measure(parameter: Tensor) -> None:

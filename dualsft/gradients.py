@@ -62,7 +62,8 @@ class GradientPass:
         rows: For each direction, example id -> <u, g_i>.
         tokens: For each direction, example id -> the contributions of its tokens to <u, g_i>, float64; empty unless
             asked for.
-        measured: Name of a statistic -> example id -> a number or a vector, float64; of what was asked for.
+        measured: Name of a statistic -> example id -> a number (float64) or a vector (float32), of what was asked
+            for.
         counted: How many examples the sums hold.
         nonfinite: Ids of the examples whose loss or gradient is not finite; in neither sums nor rows.
         covered: Names of the parameters that the rows cover.

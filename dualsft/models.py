@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
@@ -80,6 +81,15 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
     model, info = loaded
     _check_complete(folder, info)
     return model
+
+
+def base_weights(name_or_path: str, dtype: Dtype = "auto") -> dict[str, Tensor]:
+    """Parameter name -> weights of a model, on the host.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    return {name: parameter.detach() for name, parameter in load_model(name_or_path, dtype).named_parameters()}
 
 
 def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:

@@ -62,7 +62,8 @@ def test_a_sketch_is_a_signed_count_of_the_scaled_gradient() -> None:
         for name, of in g.items():
             entries = (p[name].sqrt() * of).flatten() * signs[name]
             slow.index_add_(0, torch.arange(len(entries)) % SKETCH_SIZE, entries)
-        assert torch.allclose(found.measured["sketch"][100 + k], slow, rtol=1e-10, atol=1e-12 * float(slow.abs().max()))
+        error = found.measured["sketch"][100 + k].double() - slow
+        assert float(error.abs().max()) < 1e-7 * float(slow.abs().max())
 
 
 @pytest.mark.parametrize("shape", ["dense", "a few columns", "rank one"])

@@ -33,8 +33,14 @@ def check_budget(key: str, budget: Budget) -> None:
     )
 
 
-def count_of(key: str, budget: Budget, available: int) -> int:
+def count_of(key: str, budget: Budget, available: int, of: str) -> int:
     """How many of the available items a budget buys: a fraction is rounded down, but never below one.
+
+    Args:
+        key: The option that gives the budget.
+        budget: The budget.
+        available: How many items there are.
+        of: What they are, in the plural.
 
     Raises:
         UserError: if the budget is a count above what there is.
@@ -44,7 +50,7 @@ def count_of(key: str, budget: Budget, available: int) -> int:
     if isinstance(budget, float):
         return min(available, max(1, math.floor(Decimal(str(budget)) * available)))
     if budget > available:
-        raise UserError(f"{key} is {budget:,}, but there are only {available:,}; lower it, or give null for all.")
+        raise UserError(f"{key} is {budget:,}, but there are only {available:,} {of}; lower it, or give null for all.")
     return budget
 
 

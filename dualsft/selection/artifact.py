@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
@@ -30,7 +31,7 @@ _SCHEMA = pa.schema(
         ("selected", pa.bool_()),
     ]
 )
-_TOKENS, _WEIGHTS = "token_scores.parquet", "parameter_scores"
+_TOKENS, _WEIGHTS, _SKETCHES = "token_scores.parquet", "parameter_scores", "example_sketches.safetensors"
 _TOKEN_SCHEMA = pa.schema(
     [("example_id", pa.int64()), ("token_id", pa.list_(pa.int32())), ("score", pa.list_(pa.float64()))]
 )
@@ -106,10 +107,25 @@ class Selection:
                 raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
         return scores
 
+    def sketches(self) -> dict[int, Tensor]:
+        """Example id -> its gradient's sketch, float32; empty unless the data allocator needed it.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        path = self.folder / _SKETCHES
+        if not path.is_file():
+            return {}
+        try:
+            stored = load_file(path)
+            return dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
+        except (SafetensorError, LookupError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
+
     @property
     def score_files(self) -> list[Path]:
-        """The files that hold scores and nothing of the choice: those of the weights, and of the tokens if any."""
-        return sorted([*self.folder.glob(f"{_WEIGHTS}*"), *self.folder.glob(_TOKENS)])
+        """The files that hold scores and nothing of the choice: those of weights, and of tokens and sketches if any."""
+        return sorted(path for name in (f"{_WEIGHTS}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
 
 
 def load_selection(folder: str | os.PathLike[str]) -> Selection:
@@ -150,6 +166,7 @@ def write_selection(
     selected_lines: Sequence[str],
     config: str,
     token_scores: Mapping[str, Sequence[Any]] | None = None,
+    sketches: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Write every part of a selection into a folder of its own; see `publish` for the step that makes it visible.
 
@@ -162,7 +179,12 @@ def write_selection(
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
         token_scores: Column name -> one value per scored example, if scores by token were asked for.
+        sketches: Example id -> its gradient's sketch, if the data allocator needs it.
     """
+    if sketches is not None:
+        ids = sorted(sketches)
+        stored = {"example_id": torch.tensor(ids), "sketch": torch.stack([sketches[i].float() for i in ids])}
+        save_file(stored, folder / _SKETCHES)
     if token_scores is not None:
         pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
     save_torch_state_dict(

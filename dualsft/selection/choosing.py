@@ -1,60 +1,162 @@
 """Budgets spent: which weights and which examples, whatever the allocator, exactly as many as were due."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
-from dualsft.data import Records
+from dualsft.allocators import (
+    Budget,
+    DataAllocator,
+    ExampleStatistic,
+    ParameterAllocator,
+    ParameterStatistic,
+    ScoredExamples,
+    ScoredParameters,
+    count_of,
+)
+from dualsft.data import FormatOptions, Records
 from dualsft.errors import UserError, blaming
+from dualsft.selection.trainable import trainable_names
+
+Measured = Mapping[str, Mapping[int, Tensor]]
+"""Name of a statistic -> example id -> what was measured of it."""
 
 
-def choose_weights(allocator: ParameterAllocator, scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class WeightChoice:
+    """How weights are chosen.
+
+    Attributes:
+        allocator: The rule.
+        budget: As it was given; a fraction is one of the weights that may be trained.
+        trainable: Patterns for the parameters that may be trained; empty for all.
+        frozen: Patterns for those that may not even so.
+        base: Gives the base model's weights by parameter name, if the allocator needs them.
+    """
+
+    allocator: ParameterAllocator
+    budget: Budget
+    trainable: Sequence[str] = ()
+    frozen: Sequence[str] = ()
+    base: Callable[[], Mapping[str, Tensor]] = dict
+
+    def count(self, sizes: Mapping[str, int]) -> int:
+        """How many weights are due.
+
+        Args:
+            sizes: Parameter name -> its number of weights.
+
+        Raises:
+            UserError: if that is more than may be trained, or a pattern is for nothing.
+        """
+        names = trainable_names(sizes, self.trainable, self.frozen)
+        return count_of("model.parameter_budget", self.budget, sum(sizes[name] for name in names), "trainable weights")
+
+
+@dataclass(frozen=True)
+class ExampleChoice:
+    """How examples are chosen.
+
+    Attributes:
+        allocator: The rule.
+        budget: As it was given, in the allocator's unit.
+    """
+
+    allocator: DataAllocator
+    budget: Budget
+
+    def count(self, num_tokens: Collection[int]) -> int:
+        """How many examples, or supervised tokens, are due.
+
+        Args:
+            num_tokens: Supervised tokens of each example with a response.
+
+        Raises:
+            UserError: if that is more than there are.
+        """
+        by_token = self.allocator.unit == "tokens"
+        available = sum(num_tokens) if by_token else len(num_tokens)
+        return count_of("model.data_budget", self.budget, available, "supervised tokens" if by_token else "examples")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What is known of the examples beside their scores.
+
+    Attributes:
+        records: The records, by row number.
+        num_tokens: Supervised tokens of each record.
+        options: How a record is read.
+    """
+
+    records: Records
+    num_tokens: Sequence[int] | np.ndarray
+    options: FormatOptions
+
+
+def check_allocators(weights: ParameterAllocator, examples: DataAllocator) -> None:
+    """Refuse an allocator that asks for what nobody gives, before any work.
+
+    Raises:
+        UserError: naming it and what there is.
+    """
+    for allocator, known in ((weights, ParameterStatistic), (examples, ExampleStatistic)):
+        needs, name = allocator.needs, type(allocator).__name__
+        if isinstance(needs, str) or not isinstance(needs, Collection):
+            raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {get_args(known)[:1]}.")
+        if strange := sorted(set(needs) - set(get_args(known))):
+            raise UserError(
+                f"{name} needs {', '.join(strange)}, which is none of {', '.join(get_args(known))}; mend it."
+            )
+    if examples.unit not in ("examples", "tokens"):
+        raise UserError(f"{type(examples).__name__} has unit {examples.unit!r}; it is 'examples' or 'tokens'; mend it.")
+
+
+def choose_weights(how: WeightChoice, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> which weights are chosen.
 
     Args:
-        allocator: The rule.
+        how: The rule and its budget.
         scores: Parameter name -> φ_j, float32, of the parameter's shape.
-        budget: How many weights to choose.
 
     Raises:
-        UserError: if the allocator does not keep to the budget, or to the parameters.
+        UserError: if the budget cannot be met, or the allocator does not keep to it, or to the parameters.
     """
-    versions = {name: score._version for name, score in scores.items()}
-    with blaming(allocator, "allocate"):
-        mask = allocator.allocate(ScoredParameters(scores), budget)
-        mask = {name: torch.as_tensor(mask[name], dtype=torch.bool) for name in mask}
-    if versions != {name: score._version for name, score in scores.items()}:
-        raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
-    count = sum(int(chosen.sum()) for chosen in mask.values())
-    if count != budget or {n: m.shape for n, m in mask.items()} != {n: s.shape for n, s in scores.items()}:
+    budget = how.count({name: score.numel() for name, score in scores.items()})
+    names = trainable_names(scores, how.trainable, how.frozen)
+    given = {name: score for name, score in scores.items() if name in names}
+    base = how.base() if "weight" in how.allocator.needs else None
+    versions = {name: score._version for name, score in given.items()}
+    with blaming(how.allocator, "allocate"):
+        chosen = how.allocator.allocate(ScoredParameters(given, base), budget)
+        chosen = {name: torch.as_tensor(chosen[name], dtype=torch.bool) for name in chosen}
+    if versions != {name: score._version for name, score in given.items()}:
+        raise UserError(f"{type(how.allocator).__name__} modified the scores in place; mend it to work on a copy.")
+    count = sum(int(mask.sum()) for mask in chosen.values())
+    if count != budget or {n: m.shape for n, m in chosen.items()} != {n: s.shape for n, s in given.items()}:
         raise UserError(
-            f"{type(allocator).__name__} chose {count:,} weights of {len(mask)} parameters where {budget:,} of "
-            f"{len(scores)} were due; mend the allocator."
+            f"{type(how.allocator).__name__} chose {count:,} weights of {len(chosen)} parameters where {budget:,} of "
+            f"{len(given)} were due; mend the allocator."
         )
-    return mask
+    left_out = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items() if name not in names}
+    return {name: (chosen | left_out)[name] for name in scores}
 
 
 def choose_examples(
-    allocator: DataAllocator,
-    scores: Mapping[int, float],
-    num_tokens: Sequence[int] | np.ndarray,
-    records: Records,
-    budget: int,
-    asked: Budget,
+    how: ExampleChoice, due: int, scores: Mapping[int, float], pool: Pool, measured: Measured
 ) -> set[int]:
     """Ids of the chosen examples; non-finite ones may lower what a fraction buys.
 
     Args:
-        allocator: The rule.
+        how: The rule and its budget.
+        due: How many examples, or supervised tokens, that is.
         scores: Example id -> φ_i, of the examples that could be scored.
-        num_tokens: Supervised tokens of every record of the pool.
-        records: The pool.
-        budget: How many examples to choose.
-        asked: The budget as it was given.
+        pool: The examples.
+        measured: What the allocator needs beside.
 
     Raises:
         UserError: if a count was asked for and too few examples are finite, or none is, or the allocator does not keep
@@ -63,26 +165,44 @@ def choose_examples(
     ids = sorted(scores)
     if not ids:
         raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
-    if isinstance(asked, int) and budget > len(ids):
-        raise UserError(
-            f"model.data_budget is {budget:,}, but only {len(ids):,} examples have finite scores; lower it."
-        )
-    examples = ScoredExamples(
+    spent = {i: int(pool.num_tokens[i]) if how.allocator.unit == "tokens" else 1 for i in ids}
+    available = sum(spent.values())
+    if isinstance(how.budget, int) and due > available:
+        what = "supervised tokens are in examples that" if how.allocator.unit == "tokens" else "examples"
+        raise UserError(f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores; lower it.")
+    budget = min(due, available)
+    with blaming(how.allocator, "allocate"):
+        chosen = [int(i) for i in how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)]
+    _check_chosen(how.allocator, chosen, spent, budget)
+    return set(chosen)
+
+
+def _scored(
+    allocator: DataAllocator, ids: Sequence[int], scores: Mapping[int, float], pool: Pool, measured: Measured
+) -> ScoredExamples:
+    return ScoredExamples(
         torch.tensor(ids),
         torch.tensor([scores[i] for i in ids], dtype=torch.float64),
-        torch.tensor([int(num_tokens[i]) for i in ids]),
-        _Rows(records, ids),
+        torch.tensor([int(pool.num_tokens[i]) for i in ids]),
+        _Rows(pool.records, list(ids)),
+        **{name: torch.stack([measured[name][i] for i in ids]) for name in sorted(allocator.needs)},
     )
-    budget = min(budget, len(ids))
-    with blaming(allocator, "allocate"):
-        chosen = [int(i) for i in allocator.allocate(examples, budget)]
-    distinct = len(set(chosen) & set(ids))
-    if not len(chosen) == distinct == budget:
+
+
+def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], spent: Mapping[int, int], budget: int) -> None:
+    """See that an allocator kept to the pool and to its budget.
+
+    Raises:
+        UserError: naming it.
+    """
+    ids = set(chosen) & set(spent)
+    total = sum(spent[i] for i in ids)
+    fits = total == budget if allocator.exact and allocator.unit == "examples" else 0 < total <= budget
+    if not (len(chosen) == len(ids) and fits):
         raise UserError(
-            f"{type(allocator).__name__} chose {len(chosen):,} examples, {distinct:,} different ones of the pool, "
-            f"where {budget:,} were due; mend the allocator."
+            f"{type(allocator).__name__} chose {len(chosen):,} examples, {len(ids):,} different ones of the pool with "
+            f"{total:,} {allocator.unit}, where {budget:,} were due; mend the allocator."
         )
-    return set(chosen)
 
 
 class _Rows(Sequence[Mapping[str, Any]]):

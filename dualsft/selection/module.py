@@ -8,19 +8,34 @@ from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget, count_of
+from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget
 from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.example_statistics import SKETCH
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
-from dualsft.models import Dtype, check_vocabulary, checkpoint_activations, load_model, parameter_shapes
+from dualsft.models import (
+    Dtype,
+    base_weights,
+    check_vocabulary,
+    checkpoint_activations,
+    load_model,
+    parameter_shapes,
+)
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
 from dualsft.progress import PhaseLog, say
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
-from dualsft.selection.choosing import choose_examples, choose_weights
+from dualsft.selection.choosing import (
+    ExampleChoice,
+    Pool,
+    WeightChoice,
+    check_allocators,
+    choose_examples,
+    choose_weights,
+)
 from dualsft.selection.moments import Moments, second_moment_file, stored_second_moment
 from dualsft.selection.objective import ValidationObjective, check_needs, needs_hessian
 from dualsft.selection.order import Chooser, Order, check_order, choose
@@ -52,6 +67,9 @@ class SelectionModule(LightningModule):
         data_budget: Examples to train on: a fraction in (0, 1] of those with a response, a count, or null for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
+        trainable: Patterns for the parameters that may be chosen, such as q_proj and layers.[0-3]. for all names that
+            contain one; null for all. The parameter budget is a share of these; all others are scored all the same.
+        frozen: Patterns for the parameters that may not be chosen even so, such as embed and norm.
         warmup: How the scoring checkpoint is made.
         prior: The objective's second term, which keeps what the base model knew.
         objectives: Further terms of one's own, by class path.
@@ -76,6 +94,8 @@ class SelectionModule(LightningModule):
         data_budget: int | float | None = 0.1,
         parameter_allocator: ParameterAllocator | None = None,
         data_allocator: DataAllocator | None = None,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
         warmup: Warmup = Warmup(),  # noqa: B008 (frozen)
         prior: Prior = Prior(),  # noqa: B008 (frozen)
         objectives: list[Objective] | None = None,
@@ -104,10 +124,12 @@ class SelectionModule(LightningModule):
         check_order(order, rounds)
         self.preconditioner = preconditioner
         self.step_size = step_size
+        self.trainable, self.frozen = trainable or [], frozen or []
         self.parameter_budget = None if order == "data" else parameter_budget
         self.data_budget = None if order == "parameters" else data_budget
-        self.parameter_allocator = parameter_allocator or GlobalTopK()
-        self.data_allocator = data_allocator or TopK()
+        self.parameter_allocator = (parameter_allocator if order != "data" else None) or GlobalTopK()
+        self.data_allocator = (data_allocator if order != "parameters" else None) or TopK()
+        check_allocators(self.parameter_allocator, self.data_allocator)
         self.warmup, self.prior, self.objectives = warmup, prior, objectives or []
         check_objectives([SelfDistillation(prior), *self.objectives])
         self.combination, self.order, self.rounds = combination, order, rounds
@@ -155,7 +177,7 @@ class SelectionModule(LightningModule):
             UserError: on input that cannot be scored or budgets that cannot be met.
         """
         pool = self._check_input(data)
-        chooser = self._chooser(data, len(pool))
+        chooser = self._chooser(data, pool)
         inputs = describe_inputs(self, data, seed)
         if run.complete:
             run.confirm(inputs)
@@ -172,14 +194,13 @@ class SelectionModule(LightningModule):
         write_selection(
             staged := run.staging(),
             manifest={**inputs, **outcome, "coverage": self._coverage(chosen.mask), **cost},
-            examples=example_table(
-                data.train_examples, chosen.example_scores, scoring.nonfinite, chosen.examples, named
-            ),
+            examples=example_table(data.train_examples, chosen, scoring, named),
             parameter_scores=chosen.parameter_scores,
             mask=chosen.mask,
             selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen.examples)],
             config=config,
             token_scores=token_table(data.train_examples, chosen.example_scores) if self.token_scores else None,
+            sketches=scoring.measured.get(SKETCH),
         )
         publish(staged, run.path)
         run.finish()
@@ -212,22 +233,27 @@ class SelectionModule(LightningModule):
             check_packing(self.model, next(iter(few)), compute_dtype(self.model))
         return data.train_examples.ok_ids()
 
-    def _chooser(self, data: InstructionDataModule, examples: int) -> Chooser:
+    def _chooser(self, data: InstructionDataModule, pool: list[int]) -> Chooser:
         """What spends the budgets.
 
         Raises:
-            UserError: if a count is above what there is.
+            UserError: if a count is above what there is, or a pattern is for no parameter.
         """
-        data_count = count_of("model.data_budget", self.data_budget, examples)
-        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        parameter_count = count_of("model.parameter_budget", self.parameter_budget, weights)
-        pool = data.train_examples
-        return Chooser(
-            lambda scores: choose_weights(self.parameter_allocator, scores, parameter_count),
-            lambda scores: choose_examples(
-                self.data_allocator, scores, pool.num_tokens, pool.records, data_count, self.data_budget
-            ),
+        examples, scored = ExampleChoice(self.data_allocator, self.data_budget), data.train_examples
+        due = examples.count([int(scored.num_tokens[i]) for i in pool])
+        known = Pool(scored.records, scored.num_tokens, data.options)
+        weights = WeightChoice(
+            self.parameter_allocator, self.parameter_budget, self.trainable, self.frozen, self._base_weights
         )
+        weights.count({name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad})
+        return Chooser(
+            lambda scores: choose_weights(weights, scores),
+            lambda scores, measured: choose_examples(examples, due, scores, known, measured),
+        )
+
+    def _base_weights(self) -> dict[str, Tensor]:
+        """The weights that a fine-tune starts from, whatever the warm-up has made of the model."""
+        return base_weights(self.model_name_or_path, self.dtype_name)
 
     def _scoring(self, phases: Phases, data: InstructionDataModule, pool: list[int], seed: int) -> Scoring:
         """The objective at the scoring checkpoint, its gradients taken, and what scores by it."""
@@ -250,7 +276,15 @@ class SelectionModule(LightningModule):
         )
         objective.take_gradients()
         return Scoring(
-            self.model, self.scorer, objective, phases, pool, self.step_size, self.combination, self.token_scores
+            self.model,
+            self.scorer,
+            objective,
+            phases,
+            pool,
+            self.step_size,
+            self.combination,
+            self.token_scores,
+            self.data_allocator.needs,
         )
 
     def _moments(self, phases: Phases) -> Moments:

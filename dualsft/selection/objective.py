@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
+from dualsft.example_statistics import Measurement
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
 from dualsft.selection.phases import Part, Phases
 from dualsft.selection.statistics import Preconditioner, Statistics
@@ -48,7 +49,7 @@ class ValidationObjective:
         self._model, self._phases = model, phases
         self._needs, self._second_order = frozenset(scorer.needs), isinstance(scorer, SecondOrderScorer)
         self._validation, self._further = validation, further
-        self._moments = moments
+        self._moments, self._adam = moments, adam
         self.preconditioner = Preconditioner(model, moments if adam else None)
         self._here: dict[str, Part] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
@@ -63,6 +64,10 @@ class ValidationObjective:
     def needs_pool_gradient(self) -> bool:
         """Whether the scorer's direction can be made only once ḡ is known."""
         return self._second_order or bool(self._needs & {"pool_gradient", *_HESSIAN})
+
+    def measurement(self, names: Collection[str]) -> Measurement:
+        """What to measure of single examples, by the preconditioner."""
+        return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
         """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed.

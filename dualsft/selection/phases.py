@@ -19,6 +19,7 @@ from dualsft.curvature import (
 )
 from dualsft.data import Examples, InstructionDataModule
 from dualsft.errors import UserError, advising
+from dualsft.example_statistics import Measurement
 from dualsft.gradients import GradientPass
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
@@ -232,14 +233,25 @@ class Phases:
         *,
         columns: bool,
         by_token: bool,
+        measurement: Measurement,
     ) -> GradientPass:
         """The interaction matrix's rows over these examples for each u, and Σ_i g_i if it is not known yet.
+
+        What is to be measured of each example is measured in the same pass.
 
         Raises:
             UserError: if a module cannot be scored, or memory runs out.
         """
         loader = partial(self._data.pool_loader, pool)
-        return self._passes.run(name, len(pool), loader, directions=directions, columns=columns, by_token=by_token)
+        return self._passes.run(
+            name,
+            len(pool),
+            loader,
+            directions=directions,
+            columns=columns,
+            by_token=by_token,
+            measurement=measurement,
+        )
 
 
 def _longest(examples: Examples) -> int:

@@ -3,20 +3,34 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
-from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, check_budget, count_of
-from dualsft.data import Records, read_records, selected_ids
+from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, check_budget
+from dualsft.data import FormatOptions, Records, read_records, selected_ids
 from dualsft.errors import UserError
+from dualsft.example_statistics import SKETCH
+from dualsft.models import base_weights, model_fingerprint
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
-from dualsft.selection.choosing import choose_examples, choose_weights
+from dualsft.selection.choosing import (
+    ExampleChoice,
+    Pool,
+    WeightChoice,
+    check_allocators,
+    choose_examples,
+    choose_weights,
+)
 from dualsft.selection.parts import describe_part
+
+_SIDES = {"parameters": ("parameter_allocator", "trainable", "frozen"), "data": ("data_allocator",)}
+"""What of a manifest, beside the budget, says how a side was chosen."""
 
 
 def reallocate(
@@ -27,6 +41,8 @@ def reallocate(
     data_budget: Budget,
     parameter_allocator: ParameterAllocator,
     data_allocator: DataAllocator,
+    trainable: Sequence[str] = (),
+    frozen: Sequence[str] = (),
     train: str | None = None,
     train_split: str | None = None,
     overwrite: bool = False,
@@ -44,6 +60,8 @@ def reallocate(
         data_budget: Examples to choose: a fraction in (0, 1] of those with a response, a count, or None for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
+        trainable: Patterns for the parameters that may be chosen; empty for all.
+        frozen: Patterns for those that may not even so.
         train: Where the records lie that the selection was made from; None for where they lay then.
         train_split: Split to load if that is a Hugging Face dataset; None for the one that it was made from.
         overwrite: Replace what an earlier run left in ``output_dir``.
@@ -55,23 +73,22 @@ def reallocate(
     """
     check_budget("model.parameter_budget", parameter_budget)
     check_budget("model.data_budget", data_budget)
+    check_allocators(parameter_allocator, data_allocator)
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
-    _check_order(source, parameter_budget, data_budget, parameter_allocator, data_allocator)
+    examples = ExampleChoice(data_allocator, data_budget)
+    weights = WeightChoice(parameter_allocator, parameter_budget, trainable, frozen, lambda: _base_weights(source))
+    spent = _describe_choices(weights, examples)
+    _check_order(source, spent)
     made_from = source.manifest["data"]["train"]
     path, split = train or made_from["path"], train_split or made_from["split"]
     run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path))
     log = PhaseLog(show=False)
     with log.phase("allocation", examples=0):
         records = _records(source, path, split)
-        chosen = _examples(source, records, data_allocator, data_budget)
-        mask = _weights(source, parameter_allocator, parameter_budget)
-    spent: dict[str, Any] = {
-        "parameter_allocator": describe_part(parameter_allocator),
-        "data_allocator": describe_part(data_allocator),
-        "budgets": {"parameters": parameter_budget, "data": data_budget},
-        "allocated_from": {"folder": os.fspath(selection), "manifest": _manifest_hash(source.folder)},
-    }
+        chosen = _examples(source, records, examples)
+        mask = _weights(source, weights)
+    spent["allocated_from"] = {"folder": os.fspath(selection), "manifest": _manifest_hash(source.folder)}
     outcome = {"counts": _counts(source, chosen, mask), "phases": log.as_json()}
     run.claim({"command": "allocate", **spent})
     try:
@@ -100,13 +117,18 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     publish(staged, run.path)
 
 
-def _check_order(
-    source: Selection,
-    parameter_budget: Budget,
-    data_budget: Budget,
-    parameter_allocator: ParameterAllocator,
-    data_allocator: DataAllocator,
-) -> None:
+def _describe_choices(weights: WeightChoice, examples: ExampleChoice) -> dict[str, Any]:
+    """What the manifest says of them."""
+    return {
+        "parameter_allocator": describe_part(weights.allocator),
+        "data_allocator": describe_part(examples.allocator),
+        "trainable": list(weights.trainable),
+        "frozen": list(weights.frozen),
+        "budgets": {"parameters": weights.budget, "data": examples.budget},
+    }
+
+
+def _check_order(source: Selection, spent: dict[str, Any]) -> None:
     """Refuse to change a side that the other was scored by: with that, the scores would be others.
 
     Raises:
@@ -115,9 +137,8 @@ def _check_order(
     before = source.manifest
     order, rounds = before["order"]["name"], before["order"]["rounds"]
     changed = {
-        "parameters": (parameter_budget, describe_part(parameter_allocator))
-        != (before["budgets"]["parameters"], before["parameter_allocator"]),
-        "data": (data_budget, describe_part(data_allocator)) != (before["budgets"]["data"], before["data_allocator"]),
+        side: any(before[key] != spent[key] for key in keys) or before["budgets"][side] != spent["budgets"][side]
+        for side, keys in _SIDES.items()
     }
     first, _, second = order.partition("_then_")
     fixed = {"both": [], "parameters": ["data"], "data": ["parameters"]}.get(order, [first])
@@ -150,24 +171,61 @@ def _records(source: Selection, path: str, split: str) -> Records:
     return records
 
 
-def _examples(source: Selection, records: Records, allocator: DataAllocator, budget: Budget) -> set[int]:
-    ids, scores, num_tokens, status = (
-        source.examples[name].to_pylist() for name in ("example_id", "score", "num_tokens", "status")
-    )
-    with_response = status.count("ok") + status.count("nonfinite")  # select spends its budget before it knows which are
-    scored = {i: score for i, score in zip(ids, scores, strict=True) if score is not None}
-    count = count_of("model.data_budget", budget, with_response)
-    return choose_examples(allocator, scored, num_tokens, records, count, budget)
+def _examples(source: Selection, records: Records, how: ExampleChoice) -> set[int]:
+    table = source.examples.to_pydict()
+    ids, num_tokens = table["example_id"], table["num_tokens"]
+    # select spends its budget before it knows which are finite
+    with_response = [i for i, status in zip(ids, table["status"], strict=True) if status in ("ok", "nonfinite")]
+    scored = {i: score for i, score in zip(ids, table["score"], strict=True) if score is not None}
+    pool = Pool(records, num_tokens, FormatOptions(**source.manifest["data"]["format"]))
+    due = how.count([num_tokens[i] for i in with_response])
+    return choose_examples(how, due, scored, pool, _measured(source, how))
 
 
-def _weights(source: Selection, allocator: ParameterAllocator, budget: Budget) -> dict[str, Tensor]:
+def _measured(source: Selection, how: ExampleChoice) -> dict[str, dict[int, Tensor]]:
+    """What the allocator needs beside the scores, as the selection holds it.
+
+    Raises:
+        UserError: if it does not.
+    """
+    found: dict[str, dict[int, Tensor]] = {}
+    for name in how.allocator.needs:
+        if name == SKETCH:
+            found[name] = source.sketches()
+        elif name in source.examples.column_names:
+            numbers = enumerate(source.examples[name].to_pylist())
+            found[name] = {i: torch.tensor(x, dtype=torch.float64) for i, x in numbers if x is not None}
+        if not found.get(name):
+            raise UserError(
+                f"{type(how.allocator).__name__} needs the {name} of each example, which {source.folder} does not "
+                "hold; select again with this allocator."
+            )
+    return found
+
+
+def _weights(source: Selection, how: WeightChoice) -> dict[str, Tensor]:
     scores = source.parameter_scores()
     available = sum(score.numel() for score in scores.values())
     if available != (due := source.manifest["counts"]["parameters"]["scored"]):
         raise UserError(
             f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
         )
-    return choose_weights(allocator, scores, count_of("model.parameter_budget", budget, available))
+    return choose_weights(how, scores)
+
+
+def _base_weights(source: Selection) -> dict[str, Tensor]:
+    """The weights of the model that the selection was made for.
+
+    Raises:
+        UserError: if it is another one by now, or has gone.
+    """
+    model = source.manifest["model"]
+    if model_fingerprint(model["name_or_path"]) != model["fingerprint"]:
+        raise UserError(
+            f"{model['name_or_path']} has other weights than when {source.folder} was made; select again, or take an "
+            "allocator that does not need the weights."
+        )
+    return base_weights(model["name_or_path"], model["dtype"])
 
 
 def _counts(source: Selection, chosen: set[int], mask: dict[str, Tensor]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         "step_size": module.step_size,
         "parameter_allocator": describe_part(module.parameter_allocator),
         "data_allocator": describe_part(module.data_allocator),
+        "trainable": module.trainable,
+        "frozen": module.frozen,
         "budgets": {"parameters": module.parameter_budget, "data": module.data_budget},
         "seed": seed,
     }

@@ -12,6 +12,7 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.example_statistics import Measurement
 from dualsft.gradients import GradientPass, compute_dtype
 from dualsft.interaction import check_covered
 from dualsft.progress import say
@@ -87,8 +88,10 @@ class Scoring:
         step_size: η, or auto.
         combination: How several validation sets' scores become one.
         by_token: Whether to keep contributions by token.
+        needs: What to measure of each example beside, in the first pass that takes their scores.
 
     Attributes:
+        measured: What was measured, by name of the statistic and example id.
         nonfinite: Ids of the pool examples whose loss or gradient was found not to be finite.
         identity: Name of a validation set -> both sides of the sum identity, as last checked.
     """
@@ -103,9 +106,12 @@ class Scoring:
         step_size: StepSize,
         combination: Combination,
         by_token: bool,
+        needs: Collection[str] = (),
     ) -> None:
         self._model, self._scorer, self._objective, self._phases = model, scorer, objective, phases
         self._pool, self._setting, self._combination, self._by_token = pool, step_size, combination, by_token
+        self._needs = needs
+        self.measured: dict[str, dict[int, Tensor]] = {}
         self._known = _Known()
         self._step: float | None = None if step_size == "auto" else step_size
         self._count = 0
@@ -185,7 +191,9 @@ class Scoring:
 
     def _take_rows(self, us: Sequence[Mapping[str, Tensor]], name: str, *, columns: bool) -> ExampleScores:
         ids = self._finite
-        found = self._phases.scores(us, ids, name, columns=columns, by_token=self._by_token)
+        measurement = Measurement() if self.measured else self._objective.measurement(self._needs)
+        found = self._phases.scores(us, ids, name, columns=columns, by_token=self._by_token, measurement=measurement)
+        self.measured = self.measured or found.measured
         self._known.used, self._known.rows, self._known.covered = us, found.rows, found.covered
         if columns:
             self._take_sums(found, ids)

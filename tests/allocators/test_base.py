@@ -10,7 +10,7 @@ from dualsft.errors import UserError
 def test_budgets_that_some_pool_can_satisfy_are_taken(budget: Any) -> None:
     """Counts from 1, fractions in (0, 1] and null pass."""
     check_budget("model.data_budget", budget)
-    assert count_of("model.data_budget", budget, 10**13) >= 1
+    assert count_of("model.data_budget", budget, 10**13, "examples") >= 1
 
 
 @pytest.mark.parametrize("budget", [0, -1, 0.0, -0.1, 1.5, True, False, float("nan"), float("inf")])
@@ -39,15 +39,15 @@ def test_other_budgets_are_refused_by_key_and_value(budget: Any) -> None:
 )
 def test_what_a_budget_buys(budget: Any, available: int, count: int) -> None:
     """A fraction is taken in decimal and rounded down, but buys at least one; a count buys itself; null buys all."""
-    assert count_of("model.data_budget", budget, available) == count
+    assert count_of("model.data_budget", budget, available, "examples") == count
 
 
 def test_the_integer_one_is_not_the_fraction_one() -> None:
     """1 is one, 1.0 is all."""
-    assert (count_of("k", 1, 7), count_of("k", 1.0, 7)) == (1, 7)
+    assert (count_of("k", 1, 7, "items"), count_of("k", 1.0, 7, "items")) == (1, 7)
 
 
 def test_a_count_above_what_there_is_is_refused() -> None:
     """Key, count and what there is are told."""
-    with pytest.raises(UserError, match=r"model\.parameter_budget is 1,001, but there are only 1,000"):
-        count_of("model.parameter_budget", 1001, 1000)
+    with pytest.raises(UserError, match=r"model\.parameter_budget is 1,001, but there are only 1,000 weights"):
+        count_of("model.parameter_budget", 1001, 1000, "weights")
