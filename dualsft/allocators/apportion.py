@@ -35,7 +35,7 @@ def apportion(budget: int, shares: Sequence[int | float], capacities: Sequence[i
         for k in full:
             parts[k] = capacities[k]
             left -= capacities[k]
-        open_ = [k for k in open_ if k not in set(full)]
+        open_ = [k for k in open_ if parts[k] < capacities[k]]
     return parts
 
 
@@ -43,7 +43,8 @@ def _ideal(budget: int, shares: Sequence[int | float]) -> list[Fraction]:
     weights = [Fraction(share) for share in shares]
     if not any(weights):
         weights = [Fraction(1)] * len(shares)
-    return [budget * weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [budget * weight / total for weight in weights]
 
 
 def _round(parts: list[int], budget: int, groups: Sequence[int], exact: Sequence[Fraction]) -> list[int]:

@@ -5,42 +5,11 @@ import torch
 from torch import Tensor
 
 from dualsft.allocators import GlobalTopK, ScoredExamples, TopK
-from dualsft.allocators.top_k import kth_largest, ordered_keys
 from dualsft.errors import UserError
+from tests.allocators.cases import best, entries, random_scores
 
-SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38, 1.0, -1.0, 1.0])
-
-
-def reference(scores: dict[str, Tensor], k: int, by: str, reverse: bool) -> dict[str, list[int]]:
-    """The chosen flat indices by a stable sort over (score falling, or rising in reverse, name, flat index)."""
-    sign = 1 if reverse else -1
-    entries = [
-        (sign * (abs(value) if by == "magnitude" else value), name, index)
-        for name in scores
-        for index, value in enumerate(scores[name].flatten().tolist())
-    ]
-    chosen: dict[str, list[int]] = {name: [] for name in scores}
-    for _, name, index in sorted(entries)[:k]:
-        chosen[name].append(index)
-    return {name: sorted(indices) for name, indices in chosen.items()}
-
-
-def random_scores(seed: int) -> dict[str, Tensor]:
-    """Three tensors, in no order of name, of values with many ties, wide range and special values."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> Tensor:
-        normal = torch.randn(shape, generator=generator)
-        kind = seed % 4
-        if kind == 0:
-            return normal
-        if kind == 1:
-            return (normal * 2).round()
-        if kind == 2:
-            return normal * 10.0 ** torch.randint(-44, 38, shape, generator=generator)
-        return SPECIAL[torch.randint(len(SPECIAL), shape, generator=generator)]
-
-    return {"b": values(3, 5), "a.z": values(7), "a": values(2, 2, 3)}
+SHAPES = {"b": (3, 5), "a.z": (7,), "a": (2, 2, 3)}
+"""In no order of name."""
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -48,13 +17,10 @@ def random_scores(seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", range(24))
 def test_global_top_k_equals_a_sort(seed: int, by: Any, reverse: bool) -> None:
     """For every k from 1 to all, exactly k entries are chosen, those of a sort with ties by name and flat index."""
-    scores = random_scores(seed)
+    scores = random_scores(seed, SHAPES)
     for k in range(1, 35):
         mask = GlobalTopK(by, reverse).allocate(scores, k)
-        assert {name: chosen.shape for name, chosen in mask.items()} == {n: s.shape for n, s in scores.items()}
-        assert all(chosen.dtype == torch.bool for chosen in mask.values())
-        found = {name: chosen.flatten().nonzero().flatten().tolist() for name, chosen in mask.items()}
-        assert found == reference(scores, k, by, reverse)
+        assert entries(mask, scores) == best(scores, scores, k, by, reverse=reverse)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -99,28 +65,6 @@ def test_scores_are_left_as_they_are() -> None:
     assert scores["w"].tolist() == [1.0, -3.0, 2.0]
 
 
-def test_keys_keep_the_order_of_floats() -> None:
-    """Keys compare as their floats do; the two zeros share one."""
-    values = torch.cat([SPECIAL, torch.randn(100, generator=torch.Generator().manual_seed(0))])
-    keys = ordered_keys(values)
-    assert torch.equal(keys[:, None] < keys, values[:, None] < values)
-    assert keys[0] == keys[1]
-
-
-def test_the_threshold_and_its_ties() -> None:
-    """The key is that of the k-th largest, with how many entries equal to it make k."""
-    threshold, needed = kth_largest({"w": torch.tensor([5.0, 2.0, 2.0, 2.0, 1.0])}, 3)
-    assert threshold == int(ordered_keys(torch.tensor([2.0])))
-    assert needed == 2
-
-
-@pytest.mark.parametrize("k", [0, 6])
-def test_more_than_there_is_cannot_be_chosen(k: int) -> None:
-    """K must lie between 1 and the number of entries."""
-    with pytest.raises(ValueError, match=f"cannot choose {k} of 5"):
-        kth_largest({"w": torch.ones(5)}, k)
-
-
 def test_nan_has_no_place() -> None:
     """NaN scores are an error, not a rank."""
     with pytest.raises(ValueError, match="NaN"):
@@ -143,7 +87,7 @@ def scored(values: Tensor) -> ScoredExamples:
 @pytest.mark.parametrize("seed", range(12))
 def test_top_k_equals_a_sort(seed: int, reverse: bool) -> None:
     """For every k, the ids of the k highest (or lowest) signed scores, ties to the earlier row, ascending."""
-    values = random_scores(seed)["b"].flatten().double()
+    values = random_scores(seed, SHAPES)["b"].flatten().double()
     sign = 1 if reverse else -1
     for k in range(1, len(values) + 1):
         ranked = sorted(range(len(values)), key=lambda i: (sign * values[i].item(), i))[:k]
