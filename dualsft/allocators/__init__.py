@@ -11,18 +11,26 @@ from dualsft.allocators.base import (
     check_budget,
     count_of,
 )
+from dualsft.allocators.layer_quota import LayerQuota
+from dualsft.allocators.proportional import Proportional
+from dualsft.allocators.structured import Structured
 from dualsft.allocators.top_k import GlobalTopK, TopK
+from dualsft.allocators.uniform_per_layer import UniformPerLayer
 
 __all__ = [
     "Budget",
     "DataAllocator",
     "ExampleStatistic",
     "GlobalTopK",
+    "LayerQuota",
     "ParameterAllocator",
     "ParameterStatistic",
+    "Proportional",
     "ScoredExamples",
     "ScoredParameters",
+    "Structured",
     "TopK",
+    "UniformPerLayer",
     "check_budget",
     "count_of",
 ]

@@ -1,0 +1,51 @@
+"""Each tensor by its part of the positive score: quota_t ∝ Σ_{j in t} max(φ_j, 0)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dualsft.allocators.base import ParameterAllocator
+from dualsft.allocators.choice import Choice
+from dualsft.allocators.ranking import By, check_by
+from dualsft.errors import UserError
+
+
+class Proportional(ParameterAllocator):
+    """As many weights of each tensor as its part of the positive score says, the best of each.
+
+    The sum of a tensor's positive scores is what training it alone is predicted to gain. Numbers are rounded by largest
+    remainders. A tensor too small for its part is taken whole and leaves the rest to the others; those without any
+    positive score come last. Ties go to the first name, then the first index.
+
+    Args:
+        by: ``signed`` ranks the weights of a tensor by φ; ``magnitude`` by |φ|.
+    """
+
+    def __init__(self, by: By = "signed") -> None:
+        check_by("proportional", by)
+        self.by = by
+
+    def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
+        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
+
+        Raises:
+            UserError: if no weight has a positive score, or one is NaN or infinite.
+        """
+        names = sorted(scores)
+        gains = [_gain(name, scores[name]) for name in names]
+        if not any(gains):
+            raise UserError("No weight has a positive score for proportional to go by; take another allocator.")
+        choice = Choice(scores, self.by)
+        choice.spread([[name] for name in names], gains, budget)
+        return choice.mask
+
+
+def _gain(name: str, score: Float[Tensor, "..."]) -> float:
+    """Σ_j max(φ_j, 0), in float64."""
+    gain = float(score.clamp(min=0).sum(dtype=torch.float64))
+    if not math.isfinite(gain):
+        raise UserError(f"The scores of {name} hold NaN or infinity, which proportional cannot share by; score again.")
+    return gain

@@ -1,0 +1,102 @@
+"""Whole rows, columns or blocks of matrices, by their summed score: Σ_{j in unit} φ_j, or Σ |φ_j|.
+
+Units of all tensors go into one ranking, and are taken whole from its top for as long as they fit; the first that does
+not gives its best entries and is the last.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dualsft.allocators.base import ParameterAllocator
+from dualsft.allocators.choice import Choice
+from dualsft.allocators.ranking import By, check_by, ranked
+from dualsft.allocators.tiling import Tiling
+from dualsft.errors import UserError
+
+Unit = Literal["row", "column", "block"]
+_BLOCK_SIZE = 64
+
+
+class Structured(ParameterAllocator):
+    """Whole rows, columns or square blocks, those with the highest summed scores; one unit at most is chosen in part.
+
+    A tensor's last two axes are its matrix, axes before them make a batch of matrices (experts); the row of a matrix is
+    a slice of the last axis. A vector (norm, bias) is a matrix with one column: its rows are single entries, its column
+    is all of it. Blocks at the edges are smaller. A sum favours large units over small ones of the same average. Ties
+    go to the first name, then the first unit of its tensor; within a unit to the first index.
+
+    Args:
+        unit: ``row``, ``column`` or ``block``.
+        block_size: Height and width of a block; for ``unit: block`` alone.
+        by: ``signed`` sums and ranks φ; ``magnitude`` |φ|.
+    """
+
+    def __init__(self, unit: Unit = "row", block_size: int = _BLOCK_SIZE, by: By = "signed") -> None:
+        check_by("structured", by)
+        if unit not in get_args(Unit):
+            raise UserError(f"unit of structured is {unit!r}; give 'row', 'column' or 'block'.")
+        if block_size < 1:
+            raise UserError(f"block_size of structured is {block_size}; give at least 1.")
+        if unit != "block" and block_size != _BLOCK_SIZE:
+            raise UserError(
+                f"block_size of structured is {block_size}, but unit is {unit!r}; leave it out, or give unit: block."
+            )
+        self.unit, self.block_size, self.by = unit, block_size, by
+
+    def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
+        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
+
+        Raises:
+            UserError: if the scores of a unit do not add up to a number.
+        """
+        height, width = {"row": (1, None), "column": (None, 1), "block": (self.block_size,) * 2}[self.unit]
+        tilings = {name: Tiling.of(scores[name].shape, height, width) for name in sorted(scores)}
+        sums = torch.cat([self._sums(name, scores[name], tiling) for name, tiling in tilings.items()])
+        order = torch.sort(sums, descending=True, stable=True).indices
+        filled = torch.cat([tiling.sizes() for tiling in tilings.values()])[order].cumsum(0)
+        whole = int((filled <= budget).sum())
+        mask = _whole_units(tilings, order[:whole])
+        if left := budget - (int(filled[whole - 1]) if whole else 0):
+            name, unit = _locate(tilings, int(order[whole]))
+            self._take_part(mask[name], scores[name], tilings[name], unit, left)
+        return {name: mask[name].view(score.shape).to(score.device) for name, score in scores.items()}
+
+    def _sums(self, name: str, score: Float[Tensor, "..."], tiling: Tiling) -> Float[Tensor, " unit"]:
+        sums = tiling.sums(ranked(score, self.by)).cpu()
+        if bool(sums.isnan().any()):
+            raise UserError(
+                f"The scores of {name} hold NaN or infinities of both signs, which have no sum; score again."
+            )
+        return sums
+
+    def _take_part(
+        self, mask: Bool[Tensor, " entry"], score: Float[Tensor, "..."], tiling: Tiling, unit: int, count: int
+    ) -> None:
+        """Add the best entries of one unit to its tensor's mask."""
+        where = tiling.slices(unit)
+        best = Choice({"unit": score.reshape(tiling.shape)[where]}, self.by)
+        best.take(["unit"], count)
+        mask.view(tiling.shape)[where] = best.mask["unit"].cpu()
+
+
+def _whole_units(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
+    """Parameter name -> which entries, flat, are in the chosen units, which are numbered through all tensors."""
+    counts = [tiling.count for tiling in tilings.values()]
+    units = torch.zeros(sum(counts), dtype=torch.bool)
+    units[chosen] = True
+    return {
+        name: tiling.entries(mine) for (name, tiling), mine in zip(tilings.items(), units.split(counts), strict=True)
+    }
+
+
+def _locate(tilings: Mapping[str, Tiling], unit: int) -> tuple[str, int]:
+    """The tensor that a unit is in, and its number there."""
+    for name, tiling in tilings.items():
+        if unit < tiling.count:
+            return name, unit
+        unit -= tiling.count
+    raise ValueError("there is no such unit")
