@@ -2,7 +2,8 @@
 
 Source: Song, Li, Zhang, Zhao, Du, "Sparse is Enough in Fine-tuning Pre-trained Large Language Models" (SIFT), arXiv
 2312.11875 (2023), which trains the weights with the largest gradients. What differs: the gradient is that of the whole
-pool, where the paper takes the first batches, and the budget is spent by the allocator, not matrix by matrix.
+pool, where the paper's release takes the first batch's, and the allocator spends the budget, where the release trains
+the same share of each matrix.
 """
 
 from typing import Literal
