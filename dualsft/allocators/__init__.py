@@ -12,8 +12,11 @@ from dualsft.allocators.base import (
     count_of,
 )
 from dualsft.allocators.layer_quota import LayerQuota
+from dualsft.allocators.per_source_quota import PerSourceQuota
+from dualsft.allocators.positive_only import PositiveOnly
 from dualsft.allocators.proportional import Proportional
 from dualsft.allocators.structured import Structured
+from dualsft.allocators.token_budget import TokenBudget
 from dualsft.allocators.top_k import GlobalTopK, TopK
 from dualsft.allocators.uniform_per_layer import UniformPerLayer
 
@@ -25,10 +28,13 @@ __all__ = [
     "LayerQuota",
     "ParameterAllocator",
     "ParameterStatistic",
+    "PerSourceQuota",
+    "PositiveOnly",
     "Proportional",
     "ScoredExamples",
     "ScoredParameters",
     "Structured",
+    "TokenBudget",
     "TopK",
     "UniformPerLayer",
     "check_budget",

@@ -1,0 +1,93 @@
+"""The budget split over the sources that the records come from, and the highest scores within each."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dualsft.allocators.apportion import apportion
+from dualsft.allocators.base import DataAllocator, ScoredExamples
+from dualsft.errors import UserError
+
+_SHOWN = 5
+
+
+class PerSourceQuota(DataAllocator):
+    """A part of the budget for each source, spent on its highest scores; ties to the earlier row.
+
+    A source that is too small for its part is taken whole, and the others share what it leaves, so that exactly the
+    budget is chosen. Of equal remainders, the source that occurs first is rounded up.
+
+    Args:
+        column: Column of the records that tells an example's source.
+        shares: A source's part: by how many examples it has (proportional), the same for each (equal), or a mapping of
+            sources to numbers that the parts are in proportion to; a source that is not named there gets only what all
+            named ones leave.
+
+    Raises:
+        UserError: if a share is negative or not finite, or none is positive.
+    """
+
+    def __init__(
+        self, column: str = "source", shares: Literal["proportional", "equal"] | dict[str, int | float] = "proportional"
+    ) -> None:
+        if isinstance(shares, dict):
+            _check(shares)
+        elif shares not in ("proportional", "equal"):
+            raise UserError(
+                f"per_source_quota shares by 'proportional', 'equal' or a mapping of sources, not by {shares!r}."
+            )
+        self.column, self.shares = column, shares
+
+    def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
+        """Exactly ``budget`` examples; see `DataAllocator.allocate`.
+
+        Raises:
+            UserError: if a record lacks the column, or a source that has a share does not occur.
+        """
+        sources = self._sources(examples)
+        sizes = Counter(sources)
+        parts = apportion(budget, self._shares(sizes), list(sizes.values()))
+        left = dict(zip(sizes, parts, strict=True))
+        chosen = []
+        for k in torch.sort(examples.score, descending=True, stable=True).indices.tolist():
+            if left[sources[k]]:
+                left[sources[k]] -= 1
+                chosen.append(k)
+        return examples.example_id[sorted(chosen)]
+
+    def _sources(self, examples: ScoredExamples) -> list[str]:
+        sources = []
+        for example_id, record in zip(examples.example_id.tolist(), examples.records, strict=True):
+            if self.column not in record:
+                raise UserError(
+                    f"per_source_quota finds no column {self.column!r} in row {example_id} of data.train (the record "
+                    f"has {', '.join(record) or 'none'}); name the column in model.data_allocator.init_args.column."
+                )
+            sources.append(str(record[self.column]))
+        return sources
+
+    def _shares(self, sizes: Counter[str]) -> Sequence[int | float]:
+        """What each source's part is in proportion to."""
+        if not isinstance(self.shares, dict):
+            return list(sizes.values()) if self.shares == "proportional" else [1] * len(sizes)
+        named = {str(source): share for source, share in self.shares.items()}
+        for source in named:
+            if source not in sizes:
+                more = f" and {len(sizes) - _SHOWN:,} more" if len(sizes) > _SHOWN else ""
+                raise UserError(
+                    f"per_source_quota gives a share to {source!r}, but column {self.column!r} of data.train holds "
+                    f"{', '.join(map(repr, list(sizes)[:_SHOWN]))}{more}; name one of these."
+                )
+        return [named.get(source, 0) for source in sizes]
+
+
+def _check(shares: dict[str, int | float]) -> None:
+    for source, share in shares.items():
+        if not 0 <= share < float("inf"):
+            raise UserError(f"per_source_quota gives {source!r} the share {share}; give 0 or a positive number.")
+    if not any(shares.values()):
+        raise UserError(f"per_source_quota has no positive share in {shares}; give at least one.")
