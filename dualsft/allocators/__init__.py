@@ -11,6 +11,7 @@ from dualsft.allocators.base import (
     check_budget,
     count_of,
 )
+from dualsft.allocators.diverse import Diverse
 from dualsft.allocators.layer_quota import LayerQuota
 from dualsft.allocators.per_source_quota import PerSourceQuota
 from dualsft.allocators.positive_only import PositiveOnly
@@ -23,6 +24,7 @@ from dualsft.allocators.uniform_per_layer import UniformPerLayer
 __all__ = [
     "Budget",
     "DataAllocator",
+    "Diverse",
     "ExampleStatistic",
     "GlobalTopK",
     "LayerQuota",

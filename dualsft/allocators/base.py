@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -120,7 +120,7 @@ class ParameterAllocator(ABC):
         needs: What ``allocate`` uses beside the scores; an allocator with options may set it in its constructor.
     """
 
-    needs: Collection[ParameterStatistic] = ()
+    needs: tuple[ParameterStatistic, ...] = ()
 
     @abstractmethod
     def allocate(self, scores: ScoredParameters, budget: int) -> Mapping[str, Bool[Tensor, "..."]]:
@@ -145,7 +145,7 @@ class DataAllocator(ABC):
         exact: Whether exactly as many examples are due as the budget says; otherwise it is the most, and one the least.
     """
 
-    needs: Collection[ExampleStatistic] = ()
+    needs: tuple[ExampleStatistic, ...] = ()
     unit: Literal["examples", "tokens"] = "examples"
     exact: bool = True
 

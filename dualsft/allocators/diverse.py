@@ -1,0 +1,93 @@
+"""Examples that stand for all that is useful in the pool: greedy facility location on sketched gradients.
+
+    F(A) = Σ_i w_i max_{k ∈ A} s_ik      s_ik = max(0, cos(√P ⊙ g_i, √P ⊙ g_k))      w_i = max(0, φ_i)
+
+An example is worth its score times how near its gradient is to one that is chosen, so that a second example of the same
+kind adds little. F is monotone and submodular, and the greedy choice reaches at least 1 − 1/e of the best (Nemhauser,
+Wolsey, Fisher 1978); facility location on gradients is Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient
+Training of Machine Learning Models", arXiv 1906.01827. What an example adds can only fall as others are chosen, so its
+last known gain is a bound, and most gains are never computed again (Minoux 1978).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dualsft.allocators.base import DataAllocator, ScoredExamples
+
+_BLOCK = 32
+"""Gains that are computed at once."""
+
+
+class Diverse(DataAllocator):
+    """Examples of high score whose gradients differ: greedy facility location on sketches, weighted by the score.
+
+    Examples without a positive score, and those that add nothing, follow by score. Time grows with the square of the
+    number of examples with a positive score.
+    """
+
+    needs = ("sketch",)
+
+    def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
+        """Exactly ``budget`` examples; see `DataAllocator.allocate`."""
+        assert examples.sketch is not None
+        positive = (examples.score > 0).nonzero().squeeze(1)
+        picked = positive[greedy(unit_rows(examples.sketch[positive]), examples.score[positive].double(), budget)]
+        left = torch.ones(len(examples.score), dtype=torch.bool)
+        left[picked] = False
+        by_score = torch.sort(examples.score, descending=True, stable=True).indices
+        chosen = torch.cat([picked, by_score[left[by_score]]])[:budget]
+        return examples.example_id[chosen].sort().values
+
+
+def unit_rows(sketch: Float[Tensor, "example sketch"]) -> Float[Tensor, "example sketch"]:
+    """Rows of length one, float32; a row of zeros stays one, and is like nothing."""
+    wide = sketch.double()
+    return (wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)).float()
+
+
+def greedy(
+    units: Float[Tensor, "example sketch"], worth: Float[Tensor, " example"], count: int
+) -> Int[Tensor, " picked"]:
+    """The places that are picked, first to last, until there are enough or no further one adds anything.
+
+    Args:
+        units: Rows of length one.
+        worth: What it is worth to stand for each row; positive.
+        count: The most to pick.
+    """
+    covered = torch.zeros_like(worth)
+    bounds = torch.full_like(worth, torch.inf)
+    picked: list[int] = []
+    while len(picked) < min(count, len(worth)):
+        stale = torch.ones(len(worth), dtype=torch.bool)
+        stale[picked] = False
+        best = _refresh(units, worth, covered, bounds, stale)
+        if not bounds[best] > 0:
+            break
+        picked.append(best)
+        bounds[best] = -torch.inf
+        covered = torch.maximum(covered, _likeness(units, torch.tensor([best]))[0])
+    return torch.tensor(picked, dtype=torch.int64)
+
+
+def _refresh(units: Tensor, worth: Tensor, covered: Tensor, bounds: Tensor, stale: Tensor) -> int:
+    """Compute gains until the highest is above every bound that is left; its place, the first of equals."""
+    best = -torch.inf
+    while bool(stale.any()):
+        candidates = torch.where(stale, bounds, -torch.inf)
+        if float(candidates.max()) < best:
+            break
+        block = candidates.topk(min(_BLOCK, int(stale.sum()))).indices
+        gains = ((_likeness(units, block) - covered).clamp_(min=0) * worth).sum(1)
+        bounds[block], stale[block] = gains, False
+        best = max(best, float(gains.max()))
+    fresh = torch.where(stale, -torch.inf, bounds)
+    return int((fresh == fresh.max()).nonzero()[0])
+
+
+def _likeness(units: Tensor, block: Tensor) -> Float[Tensor, "candidate example"]:
+    """s_ik of some candidates k with all examples i; of an example with itself it is one, whatever the rounding."""
+    likeness = (units[block] @ units.t()).double().clamp_(0, 1)
+    likeness[torch.arange(len(block)), block] = (units[block].abs().sum(1) > 0).double()
+    return likeness
