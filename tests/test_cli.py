@@ -430,7 +430,7 @@ def test_allocate_has_help_for_every_option(selection: Path, capsys: pytest.Capt
     assert not stop.value.code
     told = " ".join(capsys.readouterr().out.split())
     assert "usage: dualsft allocate SELECTION --output_dir DIR" in told
-    assert told.count("default: as in SELECTION") == 6
+    assert told.count("default: as in SELECTION") == 8
     with pytest.raises(SystemExit):
         run(["allocate", "--model.parameter_allocator.help", "global_top_k"])
     assert "Choose the lowest instead" in capsys.readouterr().out
@@ -455,7 +455,7 @@ ALLOCATE_MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
     "unknown option": (["--model.data_budgets", "3"], 2, "--model.data_budgets"),
     "another verb's option": (["--model.step_size", "3"], 2, "--model.step_size"),
-    "unknown name": (["--model.data_allocator", "x_rays"], 1, "known names: top_k"),
+    "unknown name": (["--model.data_allocator", "x_rays"], 1, "known names: diverse, "),
     "unknown argument": (["--model.data_allocator.by", "signed"], 2, "model.data_allocator"),
     "missing configuration": (["--config", "nowhere.yaml"], 1, "nowhere.yaml cannot be read"),
     "linked key": (["--data.tokenizer", "x"], 1, "set that"),
