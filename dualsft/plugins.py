@@ -23,4 +23,4 @@ def plugins_command(arguments: Sequence[str]) -> None:
             group = item.group
             print(f"\n{group}" if group != "dualsft.scorers" else group)
         told = f"cannot be used: {item.problem}" if item.problem else item.description
-        print(f"  {item.name:<18} {item.target:<34} {item.package:<18} {told}")
+        print(f"  {item.name:<18} {item.target:<34} {item.package:<24} {told}")
