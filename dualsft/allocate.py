@@ -136,7 +136,7 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> l
         {
             "model.parameter_budget": manifest["budgets"]["parameters"],
             "model.data_budget": manifest["budgets"]["data"],
-            **{f"model.{name}": manifest[name] for name in PATTERNS},
+            **{f"model.{name}": manifest.get(name, []) for name in PATTERNS},
             "data.train": manifest["data"]["train"]["path"],
             "data.train_split": manifest["data"]["train"]["split"],
         }

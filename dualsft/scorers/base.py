@@ -7,7 +7,6 @@ preconditioner, η the step size and H = ∇²V(θ). Source: arXiv 2605.06166.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +60,7 @@ class Scorer(ABC):
             Otherwise one pass gives both.
     """
 
-    needs: Collection[Statistic] = ()
+    needs: tuple[Statistic, ...] = ()
 
     @abstractmethod
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:

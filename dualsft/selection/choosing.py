@@ -20,6 +20,7 @@ from dualsft.allocators import (
 )
 from dualsft.data import FormatOptions, Records
 from dualsft.errors import UserError, blaming
+from dualsft.selection.parts import check_needs_known
 from dualsft.selection.trainable import trainable_names
 
 Measured = Mapping[str, Mapping[int, Tensor]]
@@ -104,14 +105,8 @@ def check_allocators(weights: ParameterAllocator, examples: DataAllocator) -> No
     Raises:
         UserError: naming it and what there is.
     """
-    for allocator, known in ((weights, ParameterStatistic), (examples, ExampleStatistic)):
-        needs, name = allocator.needs, type(allocator).__name__
-        if isinstance(needs, str) or not isinstance(needs, Collection):
-            raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {get_args(known)[:1]}.")
-        if strange := sorted(set(needs) - set(get_args(known))):
-            raise UserError(
-                f"{name} needs {', '.join(strange)}, which is none of {', '.join(get_args(known))}; mend it."
-            )
+    check_needs_known(weights, weights.needs, get_args(ParameterStatistic))
+    check_needs_known(examples, examples.needs, get_args(ExampleStatistic))
     if examples.unit not in ("examples", "tokens"):
         raise UserError(f"{type(examples).__name__} has unit {examples.unit!r}; it is 'examples' or 'tokens'; mend it.")
 

@@ -53,6 +53,19 @@ from dualsft.spot_check import check_packing
 Preconditioner = Literal["none", "adam"]
 
 
+def check_preconditioner(preconditioner: Preconditioner, warmup: Warmup) -> None:
+    """Refuse a preconditioner whose second moment cannot be had.
+
+    Raises:
+        UserError: naming the way out.
+    """
+    if preconditioner == "adam" and not warmup.gives_second_moment:
+        raise UserError(
+            "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction is 0; "
+            "set model.preconditioner to none, or give model.warmup.fraction or model.warmup.checkpoint."
+        )
+
+
 class SelectionModule(LightningModule):
     """Scores every example and every weight, and chooses a subset of each under two budgets.
 
@@ -112,14 +125,10 @@ class SelectionModule(LightningModule):
         check_budget("model.data_budget", data_budget)
         if not save_minutes > 0:
             raise UserError(f"model.save_minutes is {save_minutes}; give a positive number of minutes.")
-        if preconditioner == "adam" and warmup.fraction == 0 and warmup.checkpoint is None:
-            raise UserError(
-                "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction "
-                "is 0; set model.preconditioner to none, or give model.warmup.fraction or model.warmup.checkpoint."
-            )
+        check_preconditioner(preconditioner, warmup)
         self.model_name_or_path = model_name_or_path
         self.scorer = scorer or FirstOrder()
-        check_needs(self.scorer, warmup.fraction > 0 or warmup.checkpoint is not None)
+        check_needs(self.scorer, warmup.gives_second_moment)
         check_step_size(step_size, self.scorer)
         check_order(order, rounds)
         self.preconditioner = preconditioner

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.example_statistics import Measurement
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
+from dualsft.selection.parts import check_needs_known
 from dualsft.selection.phases import Part, Phases
 from dualsft.selection.statistics import Preconditioner, Statistics
 from dualsft.selection.sums import WeightedSums
@@ -152,15 +153,7 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
     Raises:
         UserError: naming the scorer and the way out.
     """
-    known = set(get_args(Statistic))
-    if isinstance(scorer.needs, str) or not isinstance(scorer.needs, Collection):
-        raise UserError(
-            f"{type(scorer).__name__} has needs {scorer.needs!r}; give a tuple of names, such as ('pool_gradient',)."
-        )
-    if strange := sorted(set(scorer.needs) - known):
-        raise UserError(
-            f"{type(scorer).__name__} needs {', '.join(strange)}, which is none of {', '.join(sorted(known))}; mend it."
-        )
+    check_needs_known(scorer, scorer.needs, get_args(Statistic))
     if "second_moment" in scorer.needs and not second_moment:
         raise UserError(
             f"The scorer {type(scorer).__name__} needs the second moment of a warm-up, but model.warmup.fraction is 0; "

@@ -50,13 +50,14 @@ def reallocate(
 ) -> Selection:
     """Write the selection that `dualsft select` would have made with these budgets and allocators.
 
-    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight), and nothing larger.
+    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight); nothing larger but
+    what an allocator needs beside: the base model's weights, or the sketches.
 
     Args:
         selection: A finished selection directory; it stays as it is. The new one shares its score files where the
             file system has hard links.
         output_dir: Where the new selection goes.
-        parameter_budget: Weights to choose: a fraction in (0, 1], a count, or None for all.
+        parameter_budget: Weights to choose: a fraction in (0, 1] of those that may be, a count, or None for all.
         data_budget: Examples to choose: a fraction in (0, 1] of those with a response, a count, or None for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
@@ -91,30 +92,30 @@ def reallocate(
     spent["allocated_from"] = {"folder": os.fspath(selection), "manifest": _manifest_hash(source.folder)}
     outcome = {"counts": _counts(source, chosen, mask), "phases": log.as_json()}
     run.claim({"command": "allocate", **spent})
-    try:
-        _publish(
-            run,
-            source,
-            manifest={**_kept(source.manifest, path, split), **spent, **outcome},
-            examples=_with_selected(source.examples, chosen),
-            mask=mask,
-            selected_lines=[records.line(i) for i in sorted(chosen)],
-            config=config,
-        )
-    except BaseException:  # nothing of seconds' work is worth resuming
-        run.release()
-        raise
-    run.finish()
+    _publish(
+        run,
+        source,
+        manifest={**_kept(source.manifest, path, split), **spent, **outcome},
+        examples=_with_selected(source.examples, chosen),
+        mask=mask,
+        selected_lines=[records.line(i) for i in sorted(chosen)],
+        config=config,
+    )
     return load_selection(run.path)
 
 
 def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
-    """Put the source's scores and the new choice into the folder, the manifest last."""
-    staged = run.staging()
-    for file in source.score_files:
-        _link(file, staged / file.name)
-    write_choice(staged, **parts)
-    publish(staged, run.path)
+    """Put the source's scores and the new choice into the claimed folder, the manifest last; or leave it as it was."""
+    try:
+        staged = run.staging()
+        for file in source.score_files:
+            _link(file, staged / file.name)
+        write_choice(staged, **parts)
+        publish(staged, run.path)
+    except BaseException:  # nothing of seconds' work is worth resuming
+        run.release()
+        raise
+    run.finish()
 
 
 def _describe_choices(weights: WeightChoice, examples: ExampleChoice) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def _check_order(source: Selection, spent: dict[str, Any]) -> None:
     before = source.manifest
     order, rounds = before["order"]["name"], before["order"]["rounds"]
     changed = {
-        side: any(before[key] != spent[key] for key in keys) or before["budgets"][side] != spent["budgets"][side]
+        side: any(before.get(key, []) != spent[key] for key in keys)
+        or before["budgets"][side] != spent["budgets"][side]
         for side, keys in _SIDES.items()
     }
     first, _, second = order.partition("_then_")

@@ -66,6 +66,11 @@ class Warmup:
                 "model.warmup.checkpoint, or drop it."
             )
 
+    @property
+    def gives_second_moment(self) -> bool:
+        """Whether there is a warm-up, or a checkpoint that may hold its second moment."""
+        return self.fraction > 0 or self.checkpoint is not None
+
     def draw(self, pool: list[int], seed: int) -> list[int]:
         """The ids to warm up on: this fraction of the pool (at least one), at random, in source order."""
         count = max(1, round(self.fraction * len(pool)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dualsft import SelectionModule, gradients, load_selection, run_folder
+from dualsft.allocators import Diverse
 from dualsft.objectives import Prior
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
@@ -44,6 +45,9 @@ CASES = {
         {**SGD, "scorer": PoolAware(), "token_scores": True},
         {"packing": True, "batch_tokens": 96},
         poisoned_by(gradient="4", loss="P"),
+    ),
+    "one pass over packed rows that measures single gradients": Case(
+        {**ADAM, "data_allocator": Diverse(), "data_budget": 3}, {"packing": True, "batch_tokens": 96}
     ),
     "second derivatives and a prior, in two rounds": Case(
         {

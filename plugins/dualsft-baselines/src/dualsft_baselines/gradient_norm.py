@@ -5,8 +5,6 @@ arXiv 2107.07075 (2021). What differs: the norm is taken once, at the scoring ch
 averaged over initialisations.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
 from dualsft import DataAllocator, ScoredExamples
@@ -22,7 +20,7 @@ class GradientNorm(DataAllocator):
         reverse: Choose the smallest instead.
     """
 
-    needs: tuple[Literal["gradient_norm"]] = ("gradient_norm",)
+    needs = ("gradient_norm",)
 
     def __init__(self, reverse: bool = False) -> None:
         self.reverse = reverse

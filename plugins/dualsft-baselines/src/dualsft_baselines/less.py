@@ -8,8 +8,6 @@ checkpoint, where it adds up those of several epochs; no momentum in the Adam st
 validation set, where it takes the best of several subtasks.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ class Less(DataAllocator):
     to the earlier row.
     """
 
-    needs: tuple[Literal["preconditioned_gradient_norm"]] = ("preconditioned_gradient_norm",)
+    needs = ("preconditioned_gradient_norm",)
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Tensor:
         """Exactly ``budget`` ids, ascending."""

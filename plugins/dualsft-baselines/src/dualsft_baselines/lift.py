@@ -8,8 +8,6 @@ differs: the mask is chosen once, where the paper chooses it anew every so many 
 share of its weights, where the release gives it as many as LoRA of some rank would train.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ class Lift(ParameterAllocator):
         rank: Of the approximation; the paper's release takes 32 to 128.
     """
 
-    needs: tuple[Literal["weight"]] = ("weight",)
+    needs = ("weight",)
 
     def __init__(self, rank: int = 128) -> None:
         if rank < 1:

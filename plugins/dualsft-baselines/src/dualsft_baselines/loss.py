@@ -25,7 +25,7 @@ class Loss(DataAllocator):
         keep: highest, lowest, or middle: as many examples are left out above as below (or one more above).
     """
 
-    needs: tuple[Literal["loss"]] = ("loss",)
+    needs = ("loss",)
 
     def __init__(self, keep: Literal["highest", "lowest", "middle"] = "middle") -> None:
         if keep not in _KEEP:

@@ -22,7 +22,7 @@ class Magnitude(ParameterAllocator):
         keep: largest or smallest.
     """
 
-    needs: tuple[Literal["weight"]] = ("weight",)
+    needs = ("weight",)
 
     def __init__(self, keep: Literal["largest", "smallest"] = "largest") -> None:
         if keep not in ("largest", "smallest"):

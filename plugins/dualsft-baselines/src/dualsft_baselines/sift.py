@@ -6,8 +6,6 @@ pool, where the paper's release takes the first batch's, and the allocator spend
 the same share of each matrix.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
 from dualsft import ParameterStatistics, Scorer
@@ -20,7 +18,7 @@ class Sift(Scorer):
     an allocator that does without, or all of them.
     """
 
-    needs: tuple[Literal["pool_gradient"]] = ("pool_gradient",)
+    needs = ("pool_gradient",)
 
     def direction(self, statistics: ParameterStatistics) -> Tensor:
         """Sign(ḡ) / n, of the parameter's shape."""
