@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
-from dualsft.gradients import Batches, GradientPass, gradient_pass
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import Batches, gradient_pass
 from dualsft.interaction import Direction
 from dualsft.layout import only
 from dualsft.models import Dtype, load_model

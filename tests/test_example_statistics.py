@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dualsft.example_statistics import SKETCH_SIZE, Measurement, fold, random_signs
-from dualsft.gradients import GradientPass, gradient_pass
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import gradient_pass
 from tests.selection.tiny import (
     assert_same_gradients,
     given,

@@ -29,7 +29,8 @@ from dualsft import InstructionDataModule
 from dualsft.data.batches import collate
 from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
-from dualsft.gradients import Batches, GradientPass, gradient_pass
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import Batches, gradient_pass
 from dualsft.models import Dtype
 from dualsft.quickstart.run import POOL
 from dualsft.scorers import FirstOrder

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError, is_out_of_memory, shortage
-from dualsft.gradients import GradientPass, gradient_pass
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import gradient_pass
 from dualsft.layout import Batch
 from dualsft.progress import PhaseLog, say
 from dualsft.run_folder import RunFolder

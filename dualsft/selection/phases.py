@@ -20,7 +20,7 @@ from dualsft.curvature import (
 from dualsft.data import Examples, InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.example_statistics import Measurement
-from dualsft.gradients import GradientPass
+from dualsft.gradient_results import GradientPass
 from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.selection.keeping import PhaseKeeper

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.example_statistics import Measurement
-from dualsft.gradients import GradientPass, compute_dtype
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import compute_dtype
 from dualsft.interaction import check_covered
 from dualsft.progress import say
 from dualsft.scorers import Scorer

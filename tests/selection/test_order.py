@@ -14,7 +14,8 @@ from dualsft import SelectionModule
 from dualsft.allocators import GlobalTopK, ScoredExamples, TopK
 from dualsft.curvature import twice_differentiable
 from dualsft.errors import UserError
-from dualsft.gradients import GradientPass, gradient_pass
+from dualsft.gradient_results import GradientPass
+from dualsft.gradients import gradient_pass
 from dualsft.interaction import RowSums
 from dualsft.models import load_model
 from dualsft.objectives import example_losses
