@@ -10,6 +10,7 @@ from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
 from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import validation_key, validation_sources
+from dualsft.data.texts import record_text
 from dualsft.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "packed_batches",
     "padding_share",
     "read_records",
+    "record_text",
     "selected_ids",
     "validation_key",
     "validation_sources",

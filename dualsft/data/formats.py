@@ -44,8 +44,7 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
         return lambda record, where: _all_of(_text(record, options.text_column, where))
     if name == "messages":
         return _messages_renderer(tokenizer, options.messages_column)
-    prompt = options.prompt_column or "prompt"
-    response = options.response_column or ("response" if "response" in records.columns else "completion")
+    prompt, response = options.text_columns(records.columns)
     if isinstance(records[0].get(prompt), list):
         return _dialogue_renderer(tokenizer, prompt, response)
     return _prompt_renderer(prompt, response, options.prompt_template)

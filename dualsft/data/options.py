@@ -64,6 +64,22 @@ class FormatOptions:
             "or completion; text): name the columns with data.prompt_column and data.response_column."
         )
 
+    def text_columns(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """The columns that records with these columns are read from: prompt before response; no others are looked at.
+
+        Raises:
+            UserError: If no format fits.
+        """
+        match self.recognise(columns):
+            case "alpaca":
+                return ("instruction", "input", "output")
+            case "messages":
+                return (self.messages_column,)
+            case "text":
+                return (self.text_column,)
+        response = self.response_column or ("response" if "response" in columns else "completion")
+        return (self.prompt_column or "prompt", response)
+
     def _signatures(self) -> tuple[tuple[Format, set[str]], ...]:
         return (
             ("messages", {self.messages_column}),
