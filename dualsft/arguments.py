@@ -78,11 +78,8 @@ def _expand_option(option: str, value: str) -> str:
     group = _group(option) if option.startswith("--") else ""
     if group and value.lstrip().startswith("{"):
         return _expand_mapping(group, value)
-    return (
-        class_path(group, value)
-        if group and re.fullmatch(r"[\w-]+", value) and value not in ("null", "None")
-        else value
-    )
+    named = group and re.fullmatch(r"[\w.-]+", value) and value not in ("null", "None") and not Path(value).is_file()
+    return class_path(group, value) if named else value
 
 
 def _expand_mapping(group: str, value: str) -> str:

@@ -1,13 +1,23 @@
-"""Names for scorers and allocators: entry points, the built-in ones included. Nothing is imported until it is used."""
+"""Names for scorers and allocators: entry points, the built-in ones included. Only what is named is imported."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
+from typing import Any
 
 from dualsft.errors import UserError
 
-GROUPS = ("dualsft.scorers", "dualsft.parameter_allocators", "dualsft.data_allocators")
+GROUPS = {
+    "dualsft.scorers": "dualsft.scorers:Scorer",
+    "dualsft.parameter_allocators": "dualsft.allocators:ParameterAllocator",
+    "dualsft.data_allocators": "dualsft.allocators:DataAllocator",
+}
+"""Entry-point group -> the abstract class of what is registered there."""
 OURS = "dualsft"
+_NAME, _TARGET = re.compile(r"[\w-]+"), re.compile(r"[\w.]+:\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,16 @@ class Registered:
 
 
 def class_path(group: str, name: str) -> str:
-    """The import path of a registered class; a dotted path is taken as it is.
+    """The import path of a registered class, or of one given by a dotted path; either is imported.
 
     Raises:
-        UserError: if nothing has this name, or two packages claim it.
+        UserError: if nothing has this name, two packages claim it, or what it stands for cannot be used.
     """
     if "." in name:
+        module, _, attribute = name.rpartition(".")
+        _, problem = _examine(group, EntryPoint("class_path", f"{module}:{attribute}", group))
+        if problem:
+            raise UserError(f"{name} cannot be used in {group}: {problem}; mend it, or give a registered name.")
         return name
     candidates = list(entry_points(group=group, name=name))
     if not candidates:
@@ -47,7 +61,11 @@ def class_path(group: str, name: str) -> str:
     if not ours and len({point.value for point in candidates}) > 1:
         owners = " and ".join(sorted({_label(point) for point in candidates}))
         raise UserError(f"{name!r} in {group} is claimed by {owners}; uninstall one, or give a class_path.")
-    return (ours or candidates)[0].value.replace(":", ".")
+    chosen = (ours or candidates)[0]
+    _, problem = _examine(group, chosen)
+    if problem:
+        raise UserError(f"{name!r} in {group} cannot be used: {problem}; mend {_label(chosen)}, or give a class_path.")
+    return chosen.value.replace(":", ".")
 
 
 def registered() -> Iterator[Registered]:
@@ -59,15 +77,39 @@ def registered() -> Iterator[Registered]:
 
 
 def _inspect(group: str, point: EntryPoint, owners: set[str]) -> Registered:
-    description, problem = "", ""
+    description, problem = _examine(group, point)
     others = sorted(owners - {_label(point)})
     if others and _package(point) != OURS:
-        problem = f"the name is also claimed by {', '.join(others)}"
-    try:
-        description = (point.load().__doc__ or "").strip().split("\n")[0]
-    except (Exception, SystemExit) as error:  # a stranger's import may do anything, and must not take the list down
-        problem = f"{type(error).__name__}: {error}"
+        problem = problem or f"the name is also claimed by {', '.join(others)}"
     return Registered(group, point.name, _label(point), point.value, description, problem)
+
+
+def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
+    """The first line on the class, and why it cannot be used, of which one is empty."""
+    if problem := _malformed(point):
+        return "", problem
+    try:
+        found = point.load()
+    except (Exception, SystemExit) as error:  # a stranger's import may do anything, and must not take the list down
+        return "", f"{type(error).__name__}: {error}"
+    problem = _unusable(found, resolve_name(GROUPS[group]))
+    return "" if problem else inspect.cleandoc(found.__doc__ or "").partition("\n")[0], problem
+
+
+def _malformed(point: EntryPoint) -> str:
+    """What is wrong with an entry point as it is written; empty if nothing is."""
+    if not _NAME.fullmatch(point.name):
+        return f"the name {point.name!r} has other characters than letters, digits, _ and -"
+    return "" if _TARGET.fullmatch(point.value) else f"{point.value!r} is not module:Class"
+
+
+def _unusable(found: Any, base: type) -> str:
+    """Why what was loaded is nothing for its group; empty if it is."""
+    if not (isinstance(found, type) and issubclass(found, base)):
+        return f"it is no subclass of {base.__module__.rpartition('.')[0]}.{base.__name__}"
+    if inspect.isabstract(found):
+        return f"the class leaves {', '.join(sorted(getattr(found, '__abstractmethods__', ())))} undefined"
+    return ""
 
 
 def _package(point: EntryPoint) -> str:

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,16 +47,20 @@ def test_the_built_in_names_are_registered() -> None:
     assert all(entry.description and not entry.problem for entry in ours)
 
 
-def test_a_plugin_is_found_without_being_imported(install: Install) -> None:
-    """A name gives an import path; the module need not even exist until it is used."""
+def test_only_what_is_named_is_imported(install: Install) -> None:
+    """A name gives an import path; another package's module need not even exist."""
     install(OURS, point("mine", "no_such_module.deep:Mine", "plugin"))
-    assert class_path(SCORERS, "mine") == "no_such_module.deep.Mine"
+    assert class_path(SCORERS, "first_order") == "dualsft.scorers.FirstOrder"
 
 
-def test_a_class_path_is_taken_as_it_is(install: Install) -> None:
-    """A dotted path needs no registration."""
+def test_a_class_path_needs_no_registration(install: Install) -> None:
+    """A dotted path is taken as it is, and one that cannot be used is refused with the reason."""
     install()
-    assert class_path(SCORERS, "package.module.Class") == "package.module.Class"
+    assert class_path(SCORERS, "dualsft.scorers.FirstOrder") == "dualsft.scorers.FirstOrder"
+    with pytest.raises(UserError, match=r"no_such.Thing cannot be used in dualsft.scorers: ModuleNotFoundError: No mo"):
+        class_path(SCORERS, "no_such.Thing")
+    with pytest.raises(UserError, match=r"json.JSONDecoder cannot be used .*: it is no subclass of dualsft.scorers.Sc"):
+        class_path(SCORERS, "json.JSONDecoder")
 
 
 def test_unknown_names_are_told_the_known_ones(install: Install) -> None:
@@ -76,13 +81,13 @@ def test_two_packages_that_claim_a_name_are_both_named(install: Install) -> None
 
 def test_the_same_class_twice_is_no_clash(install: Install) -> None:
     """A package that is seen twice on the path claims nothing from itself."""
-    install(point("mine", "a:Mine", "package-a"), point("mine", "a:Mine", "package-a"))
-    assert class_path(SCORERS, "mine") == "a.Mine"
+    install(*[point("mine", "dualsft.scorers:HessianVector", "package-a")] * 2)
+    assert class_path(SCORERS, "mine") == "dualsft.scorers.HessianVector"
 
 
 def test_a_plugin_cannot_shadow_a_built_in_name(install: Install) -> None:
     """Whatever the order, the built-in name is ours, and the list tells the other that the name is taken."""
-    usurper = point("first_order", "json:JSONDecoder", "usurper")
+    usurper = point("first_order", "dualsft.scorers:HessianVector", "usurper")
     for points in ((usurper, OURS), (OURS, usurper)):
         install(*points)
         assert class_path(SCORERS, "first_order") == "dualsft.scorers.FirstOrder"
@@ -96,26 +101,37 @@ def test_a_plugin_cannot_shadow_a_built_in_name(install: Install) -> None:
     [
         ("no_such_module:Thing", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("json:Nothing", "AttributeError: module 'json' has no attribute 'Nothing'"),
-        ("tests.plugin_that_exits:Thing", "SystemExit: 3"),
+        ("plugin_that_exits:Thing", "SystemExit: 3"),
+        ("json:JSONDecoder", "it is no subclass of dualsft.scorers.Scorer"),
+        ("json:loads", "it is no subclass of dualsft.scorers.Scorer"),
+        ("dualsft.allocators:TopK", "it is no subclass of dualsft.scorers.Scorer"),
+        ("dualsft.scorers:SecondOrderScorer", "the class leaves curvature undefined"),
+        ("json", "'json' is not module:Class"),
+        ("json:JSON Decoder!", "'json:JSON Decoder!' is not module:Class"),
     ],
 )
 def test_a_broken_plugin_is_listed_with_its_reason(
-    install: Install, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
+    install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, reason: str
 ) -> None:
-    """One that cannot be imported, lacks its class or exits is told by name; the others are listed all the same."""
-    broken = point("broken", target, "plugin")
-    if "exits" in target:
-        monkeypatch.setattr(EntryPoint, "load", lambda self: exit_on_import() if self.name == "broken" else object)
-    install(OURS, broken)
+    """One that cannot be used is told by name, in the list and to whoever asks for it; the others are as ever."""
+    (tmp_path / "plugin_that_exits.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    install(OURS, point("broken", target, "plugin"))
     listed = {entry.name: entry for entry in registered()}
     assert listed["broken"].problem == reason
     assert (listed["broken"].package, listed["broken"].target) == ("plugin 1.0", target)
     assert listed["first_order"].problem == ""
+    with pytest.raises(UserError) as refusal:
+        class_path(SCORERS, "broken")
+    assert f"'broken' in dualsft.scorers cannot be used: {reason}; mend plugin 1.0, or" in str(refusal.value)
+    assert class_path(SCORERS, "first_order")
 
 
-def exit_on_import() -> None:
-    """What a module with a stray ``sys.exit`` does."""
-    raise SystemExit(3)
+def test_a_name_that_cannot_be_typed_is_told(install: Install) -> None:
+    """A name with a dot would be taken for an import path."""
+    install(point("my.own", "dualsft.scorers:FirstOrder", "plugin"))
+    (listed,) = registered()
+    assert listed.problem == "the name 'my.own' has other characters than letters, digits, _ and -"
 
 
 def test_the_list_is_in_order(install: Install) -> None:
