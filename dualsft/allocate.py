@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -14,21 +15,26 @@ from dualsft.cli import verb_parsers
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.selection import SelectionModule, load_selection
+from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
 
 VERB = "allocate"
+BUDGETS = ("parameter_budget", "data_budget")
 ALLOCATORS = ("parameter_allocator", "data_allocator")
+NEAR_DUPLICATES = tuple(f"near_duplicates.{field.name}" for field in fields(NearDuplicates))
 PATTERNS = ("trainable", "frozen")
 TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
-    "model": ("The choice", SelectionModule, ("parameter_budget", "data_budget", *ALLOCATORS, *PATTERNS)),
+    "model": (
+        "The choice",
+        SelectionModule,
+        ("parameter_budget", "data_budget", *ALLOCATORS, "near_duplicates", *PATTERNS),
+    ),
     "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
 }
 """Section -> its title, whose options it has, and which of them."""
 KEPT = (
-    "model.parameter_budget",
-    "model.data_budget",
-    *(f"model.{name}" for name in (*ALLOCATORS, *PATTERNS)),
+    *(f"model.{name}" for name in (*BUDGETS, *ALLOCATORS, *NEAR_DUPLICATES, *PATTERNS)),
     "data.train",
     "data.train_split",
 )
@@ -61,6 +67,7 @@ def allocate_command(arguments: Sequence[str]) -> None:
             data_budget=model.data_budget,
             parameter_allocator=model.parameter_allocator or GlobalTopK(),
             data_allocator=model.data_allocator or TopK(),
+            near_duplicates=NearDuplicates(**vars(model.near_duplicates)),
             trainable=model.trainable or [],
             frozen=model.frozen or [],
             train=config.data.train,
@@ -137,6 +144,7 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> l
             "model.parameter_budget": manifest["budgets"]["parameters"],
             "model.data_budget": manifest["budgets"]["data"],
             **{f"model.{name}": manifest.get(name, []) for name in PATTERNS},
+            **{f"model.near_duplicates.{k}": v for k, v in manifest.get("near_duplicates", {}).items()},
             "data.train": manifest["data"]["train"]["path"],
             "data.train_split": manifest["data"]["train"]["split"],
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dualsft.allocators import (
 )
 from dualsft.data import FormatOptions, Records
 from dualsft.errors import UserError, blaming
+from dualsft.selection.near_duplicates import NearDuplicates, collapse
 from dualsft.selection.parts import check_needs_known
 from dualsft.selection.trainable import trainable_names
 
@@ -65,10 +66,12 @@ class ExampleChoice:
     Attributes:
         allocator: The rule.
         budget: As it was given, in the allocator's unit.
+        near_duplicates: Which texts say the same, so that one of them at most may be chosen.
     """
 
     allocator: DataAllocator
     budget: Budget
+    near_duplicates: NearDuplicates = NearDuplicates()  # noqa: RUF009 (frozen)
 
     def count(self, num_tokens: Collection[int]) -> int:
         """How many examples, or supervised tokens, are due.
@@ -82,6 +85,18 @@ class ExampleChoice:
         by_token = self.allocator.unit == "tokens"
         available = sum(num_tokens) if by_token else len(num_tokens)
         return count_of("model.data_budget", self.budget, available, "supervised tokens" if by_token else "examples")
+
+
+class ChosenExamples(NamedTuple):
+    """What came of a choice of examples.
+
+    Attributes:
+        ids: Of the chosen ones.
+        collapsed: How many others could not be chosen, as near-duplicates of one of a higher score.
+    """
+
+    ids: set[int]
+    collapsed: int
 
 
 @dataclass(frozen=True)
@@ -143,8 +158,8 @@ def choose_weights(how: WeightChoice, scores: Mapping[str, Tensor]) -> dict[str,
 
 def choose_examples(
     how: ExampleChoice, due: int, scores: Mapping[int, float], pool: Pool, measured: Measured
-) -> set[int]:
-    """Ids of the chosen examples; non-finite ones may lower what a fraction buys.
+) -> ChosenExamples:
+    """The chosen examples; non-finite ones and near-duplicates may lower what a fraction buys.
 
     Args:
         how: The rule and its budget.
@@ -154,22 +169,26 @@ def choose_examples(
         measured: What the allocator needs beside.
 
     Raises:
-        UserError: if a count was asked for and too few examples are finite, or none is, or the allocator does not keep
-            to the budget.
+        UserError: if a count was asked for and too few examples are finite, or differ, or none is finite, or the
+            allocator does not keep to the budget.
     """
-    ids = sorted(scores)
-    if not ids:
+    if not scores:
         raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
+    ids = collapse(how.near_duplicates, list(scores), scores, pool.records, pool.options)
+    collapsed = len(scores) - len(ids)
     spent = {i: int(pool.num_tokens[i]) if how.allocator.unit == "tokens" else 1 for i in ids}
     available = sum(spent.values())
     if isinstance(how.budget, int) and due > available:
         what = "supervised tokens are in examples that" if how.allocator.unit == "tokens" else "examples"
-        raise UserError(f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores; lower it.")
+        others = f" once {collapsed:,} near-duplicates are collapsed" if collapsed else ""
+        raise UserError(
+            f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores{others}; lower it."
+        )
     budget = min(due, available)
     with blaming(how.allocator, "allocate"):
         chosen = [int(i) for i in how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)]
     _check_chosen(how.allocator, chosen, spent, budget)
-    return set(chosen)
+    return ChosenExamples(set(chosen), collapsed)
 
 
 def _scored(

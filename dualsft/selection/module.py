@@ -37,6 +37,7 @@ from dualsft.selection.choosing import (
     choose_weights,
 )
 from dualsft.selection.moments import Moments, second_moment_file, stored_second_moment
+from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.objective import ValidationObjective, check_needs, needs_hessian
 from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
@@ -80,6 +81,7 @@ class SelectionModule(LightningModule):
         data_budget: Examples to train on: a fraction in (0, 1] of those with a response, a count, or null for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
+        near_duplicates: Which texts count as the same; of those only the one with the highest score may be chosen.
         trainable: Patterns for the parameters that may be chosen, such as q_proj and layers.[0-3]. for all names that
             contain one; null for all. The parameter budget is a share of these; all others are scored all the same.
         frozen: Patterns for the parameters that may not be chosen even so, such as embed and norm.
@@ -107,6 +109,7 @@ class SelectionModule(LightningModule):
         data_budget: int | float | None = 0.1,
         parameter_allocator: ParameterAllocator | None = None,
         data_allocator: DataAllocator | None = None,
+        near_duplicates: NearDuplicates = NearDuplicates(),  # noqa: B008 (frozen)
         trainable: list[str] | None = None,
         frozen: list[str] | None = None,
         warmup: Warmup = Warmup(),  # noqa: B008 (frozen)
@@ -139,6 +142,7 @@ class SelectionModule(LightningModule):
         self.parameter_allocator = (parameter_allocator if order != "data" else None) or GlobalTopK()
         self.data_allocator = (data_allocator if order != "parameters" else None) or TopK()
         check_allocators(self.parameter_allocator, self.data_allocator)
+        self.near_duplicates = near_duplicates
         self.warmup, self.prior, self.objectives = warmup, prior, objectives or []
         check_objectives([SelfDistillation(prior), *self.objectives])
         self.combination, self.order, self.rounds = combination, order, rounds
@@ -248,7 +252,8 @@ class SelectionModule(LightningModule):
         Raises:
             UserError: if a count is above what there is, or a pattern is for no parameter.
         """
-        examples, scored = ExampleChoice(self.data_allocator, self.data_budget), data.train_examples
+        scored = data.train_examples
+        examples = ExampleChoice(self.data_allocator, self.data_budget, self.near_duplicates)
         due = examples.count([int(scored.num_tokens[i]) for i in pool])
         known = Pool(scored.records, scored.num_tokens, data.options)
         weights = WeightChoice(

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.selection.choosing import Measured
+from dualsft.selection.choosing import ChosenExamples, Measured
 from dualsft.selection.scoring import ExampleScores, Scoring
 
 Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
@@ -27,11 +27,11 @@ class Chooser:
 
     Attributes:
         weights: φ_j by parameter name -> which are chosen.
-        examples: φ_i by id, and what was measured beside -> the ids that are chosen.
+        examples: φ_i by id, and what was measured beside -> those that are chosen.
     """
 
     weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    examples: Callable[[Mapping[int, float], Measured], set[int]]
+    examples: Callable[[Mapping[int, float], Measured], ChosenExamples]
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Chosen:
         mask: Which weights are chosen, by parameter name.
         example_scores: φ_i, as last taken.
         examples: Ids of the chosen examples.
+        collapsed: How many could not be chosen, as near-duplicates of others.
         rounds: What each round chose, and how much of the last round's choice it kept.
     """
 
@@ -50,6 +51,7 @@ class Chosen:
     mask: dict[str, Tensor] = field(default_factory=dict)
     example_scores: ExampleScores = field(default_factory=lambda: ExampleScores({}, {}, {}))
     examples: set[int] = field(default_factory=set)
+    collapsed: int = 0
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -80,7 +82,7 @@ def choose(order: Order, rounds: int, scoring: Scoring, chooser: Chooser, pool: 
     if "then" not in order:
         chosen.parameter_scores, chosen.example_scores = scoring.both()
         chosen.mask = chooser.weights(chosen.parameter_scores)
-        chosen.examples = chooser.examples(chosen.example_scores.scores, scoring.measured)
+        chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
         return chosen
     for number in range(1, rounds + 1):
         occasion = f", round {number}" if number > 1 else ""
@@ -100,7 +102,7 @@ def _choose_weights(
     chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
     while late := chosen.examples & scoring.nonfinite:  # a gradient may not be finite although its row is
         chosen.example_scores = chosen.example_scores.without(late)
-        chosen.examples = chooser.examples(chosen.example_scores.scores, scoring.measured)
+        chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
         occasion = f"{occasion}, again"
         chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
     before, chosen.mask = chosen.mask, chooser.weights(chosen.parameter_scores)
@@ -111,7 +113,8 @@ def _choose_weights(
 
 def _choose_examples(scoring: Scoring, chooser: Chooser, chosen: Chosen, occasion: str) -> dict[str, Any]:
     chosen.example_scores = scoring.examples(chosen.mask or None, occasion)
-    before, chosen.examples = chosen.examples, chooser.examples(chosen.example_scores.scores, scoring.measured)
+    before = chosen.examples
+    chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
     return _record(len(chosen.examples), len(chosen.examples & before) if before else None)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dualsft.progress import PhaseLog
 from dualsft.run_folder import RunFolder
 from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
 from dualsft.selection.choosing import (
+    ChosenExamples,
     ExampleChoice,
     Pool,
     WeightChoice,
@@ -27,10 +29,13 @@ from dualsft.selection.choosing import (
     choose_examples,
     choose_weights,
 )
+from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.parts import describe_part
 
-_SIDES = {"parameters": ("parameter_allocator", "trainable", "frozen"), "data": ("data_allocator",)}
+_SIDES = {"parameters": ("parameter_allocator", "trainable", "frozen"), "data": ("data_allocator", "near_duplicates")}
 """What of a manifest, beside the budget, says how a side was chosen."""
+_ABSENT = {"trainable": [], "frozen": [], "near_duplicates": asdict(NearDuplicates())}
+"""What a manifest from before there was a setting means."""
 
 
 def reallocate(
@@ -41,6 +46,7 @@ def reallocate(
     data_budget: Budget,
     parameter_allocator: ParameterAllocator,
     data_allocator: DataAllocator,
+    near_duplicates: NearDuplicates = NearDuplicates(),  # noqa: B008 (frozen)
     trainable: Sequence[str] = (),
     frozen: Sequence[str] = (),
     train: str | None = None,
@@ -61,6 +67,7 @@ def reallocate(
         data_budget: Examples to choose: a fraction in (0, 1] of those with a response, a count, or None for all.
         parameter_allocator: The rule that spends the parameter budget.
         data_allocator: The rule that spends the data budget.
+        near_duplicates: Which texts count as the same; of those only the one with the highest score may be chosen.
         trainable: Patterns for the parameters that may be chosen; empty for all.
         frozen: Patterns for those that may not even so.
         train: Where the records lie that the selection was made from; None for where they lay then.
@@ -77,7 +84,7 @@ def reallocate(
     check_allocators(parameter_allocator, data_allocator)
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
-    examples = ExampleChoice(data_allocator, data_budget)
+    examples = ExampleChoice(data_allocator, data_budget, near_duplicates)
     weights = WeightChoice(parameter_allocator, parameter_budget, trainable, frozen, lambda: _base_weights(source))
     spent = _describe_choices(weights, examples)
     _check_order(source, spent)
@@ -96,9 +103,9 @@ def reallocate(
         run,
         source,
         manifest={**_kept(source.manifest, path, split), **spent, **outcome},
-        examples=_with_selected(source.examples, chosen),
+        examples=_with_selected(source.examples, chosen.ids),
         mask=mask,
-        selected_lines=[records.line(i) for i in sorted(chosen)],
+        selected_lines=[records.line(i) for i in sorted(chosen.ids)],
         config=config,
     )
     return load_selection(run.path)
@@ -123,6 +130,7 @@ def _describe_choices(weights: WeightChoice, examples: ExampleChoice) -> dict[st
     return {
         "parameter_allocator": describe_part(weights.allocator),
         "data_allocator": describe_part(examples.allocator),
+        "near_duplicates": asdict(examples.near_duplicates),
         "trainable": list(weights.trainable),
         "frozen": list(weights.frozen),
         "budgets": {"parameters": weights.budget, "data": examples.budget},
@@ -138,7 +146,7 @@ def _check_order(source: Selection, spent: dict[str, Any]) -> None:
     before = source.manifest
     order, rounds = before["order"]["name"], before["order"]["rounds"]
     changed = {
-        side: any(before.get(key, []) != spent[key] for key in keys)
+        side: any(before.get(key, _ABSENT.get(key)) != spent[key] for key in keys)
         or before["budgets"][side] != spent["budgets"][side]
         for side, keys in _SIDES.items()
     }
@@ -173,7 +181,7 @@ def _records(source: Selection, path: str, split: str) -> Records:
     return records
 
 
-def _examples(source: Selection, records: Records, how: ExampleChoice) -> set[int]:
+def _examples(source: Selection, records: Records, how: ExampleChoice) -> ChosenExamples:
     table = source.examples.to_pydict()
     ids, num_tokens = table["example_id"], table["num_tokens"]
     # select spends its budget before it knows which are finite
@@ -230,12 +238,12 @@ def _base_weights(source: Selection) -> dict[str, Tensor]:
     return base_weights(model["name_or_path"], model["dtype"])
 
 
-def _counts(source: Selection, chosen: set[int], mask: dict[str, Tensor]) -> dict[str, Any]:
+def _counts(source: Selection, chosen: ChosenExamples, mask: dict[str, Tensor]) -> dict[str, Any]:
     before = source.manifest["counts"]
     weights = sum(int(part.sum()) for part in mask.values())
     return {
         **before,
-        "examples": {**before["examples"], "selected": len(chosen)},
+        "examples": {**before["examples"], "selected": len(chosen.ids), "near_duplicates": chosen.collapsed},
         "parameters": {**before["parameters"], "selected": weights},
     }
 

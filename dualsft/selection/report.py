@@ -55,6 +55,7 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         "step_size": module.step_size,
         "parameter_allocator": describe_part(module.parameter_allocator),
         "data_allocator": describe_part(module.data_allocator),
+        "near_duplicates": asdict(module.near_duplicates),
         "trainable": module.trainable,
         "frozen": module.frozen,
         "budgets": {"parameters": module.parameter_budget, "data": module.data_budget},
@@ -99,6 +100,7 @@ def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bo
             "examples": {
                 "selected": len(chosen.examples),
                 "scored": len(chosen.example_scores.scores),
+                "near_duplicates": chosen.collapsed,
                 "rows": len(pool.status),
             },
             "parameters": {

@@ -22,10 +22,12 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
     nonfinite = selection.examples["status"].to_pylist().count("nonfinite")
     if nonfinite:
         left_out["nonfinite"] = nonfinite
+    if collapsed := examples.get("near_duplicates"):
+        left_out["near-duplicates"] = collapsed
     identity = m["sum_identity"]
     lines = [
         f"examples    {examples['selected']:,} of {examples['rows']:,} selected ({examples['scored']:,} scored"
-        + "".join(f", {count:,} {status}" for status, count in left_out.items())
+        + "".join(f", {count:,} {why}" for why, count in left_out.items())
         + ")",
         f"weights     {parameters['selected']:,} of {parameters['scored']:,} selected "
         f"({parameters['selected'] / parameters['scored']:.1%}; {m['coverage']:.0%} covered by the scores)",

@@ -10,7 +10,9 @@ from dualsft import DataAllocator, ParameterAllocator, ScoredExamples, ScoredPar
 from dualsft.allocators import Diverse, GlobalTopK, LayerQuota, PositiveOnly, TokenBudget, TopK
 from dualsft.errors import UserError
 from dualsft.models import load_model
+from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
+from dualsft.selection.summary import summary
 from tests.selection.runs import ADAM, OK, SGD, Inputs, contents, select
 
 
@@ -143,3 +145,22 @@ def test_a_budget_of_tokens_and_one_that_is_a_limit(inputs: Inputs, tmp_path: Pa
     assert 0 < sum(row["num_tokens"] for row in rows if row["selected"]) <= 20
     made = select(inputs, tmp_path / "p", {**SGD, "data_allocator": PositiveOnly(), "data_budget": None})
     assert made.example_ids == [row["example_id"] for row in made.examples.to_pylist() if (row["score"] or 0) > 0]
+
+
+@pytest.mark.parametrize("order", ["both", "parameters", "parameters_then_data", "data_then_parameters"])
+def test_near_duplicates_are_collapsed_first(inputs: Inputs, tmp_path: Path, order: str) -> None:
+    """Of two equal records one stays, whatever the order, and the manifest and the summary tell of the other."""
+    options = {**SGD, "order": order, "data_budget": None, "near_duplicates": NearDuplicates(0.9)}
+    made = select(inputs, tmp_path / "out", options)
+    assert made.example_ids == [i for i in OK if i != 8]
+    assert made.manifest["counts"]["examples"] == {"selected": 7, "scored": 8, "near_duplicates": 1, "rows": 10}
+    assert made.manifest["near_duplicates"] == {"threshold": 0.9, "ngram": 3}
+    assert "(8 scored, 1 empty, 1 truncated, 1 near-duplicates)" in summary(made)
+
+
+def test_a_count_above_what_stays_is_told(inputs: Inputs, tmp_path: Path) -> None:
+    """The error says how many are left and why; a share buys what there is."""
+    options = {**SGD, "near_duplicates": NearDuplicates(0.9)}
+    with pytest.raises(UserError, match=r"is 8, but only 7 examples .* once 1 near-duplicates are collapsed; lower it"):
+        select(inputs, tmp_path / "out", {**options, "data_budget": 8})
+    assert len(select(inputs, tmp_path / "all", {**options, "data_budget": 1.0}).example_ids) == 7

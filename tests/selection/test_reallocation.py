@@ -17,6 +17,7 @@ from dualsft.allocators import GlobalTopK, TopK
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder
 from dualsft.selection import Selection, artifact, reallocation
+from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
 from tests.selection.runs import LINES, SGD, Inputs, contents, select
@@ -28,6 +29,7 @@ AS_BEFORE: dict[str, Any] = {
     "parameter_budget": 777,
     "parameter_allocator": GlobalTopK(),
     "data_allocator": TopK(),
+    "near_duplicates": NearDuplicates(),
 }
 CONFIG = "seed_everything: 3\n# é\n"
 
@@ -59,6 +61,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "fractions": {"data_budget": 0.4, "parameter_budget": 0.25},
     "everything": {"data_budget": None, "parameter_budget": None},
     "signed": {"parameter_allocator": GlobalTopK("signed"), "parameter_budget": 0.5},
+    "without near-duplicates": {"near_duplicates": NearDuplicates(0.9), "data_budget": None},
     "the lowest": {"parameter_allocator": GlobalTopK(reverse=True), "data_allocator": TopK(reverse=True)},
 }
 
@@ -117,7 +120,7 @@ ORDERS = {
     ("data", "parameters"): {"parameter_budget": 900},
     ("parameters_then_data", "parameters"): {"parameter_budget": 900},
     ("data_then_parameters", "data"): {"data_budget": 2},
-    ("parameters_then_data", ""): {"data_budget": 2},
+    ("parameters_then_data", ""): {"data_budget": None, "near_duplicates": NearDuplicates(0.9)},
     ("data_then_parameters", ""): {"parameter_budget": 900},
 }
 
@@ -139,6 +142,26 @@ def test_what_the_scores_rest_on_stays(inputs: Inputs, tmp_path: Path, order: st
     expected = select(inputs, tmp_path / "expected", {**options, **changed})
     for name in ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl"):
         assert (made.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+
+
+def test_near_duplicates_are_a_choice_of_data(inputs: Inputs, tmp_path: Path) -> None:
+    """Where the weights were scored by the chosen examples, others cannot be collapsed later on."""
+    source = select(inputs, tmp_path / "source", {**SGD, "order": "data_then_parameters", "data_budget": 3})
+    as_before = {**AS_BEFORE, "parameter_budget": 0.1, "data_budget": 3}
+    with pytest.raises(UserError, match="choice of the data is what"):
+        reallocate(source.folder, tmp_path / "out", **{**as_before, "near_duplicates": NearDuplicates(0.9)})
+
+
+def test_older_selections_kept_near_duplicates(source: Path, tmp_path: Path) -> None:
+    """A manifest without the setting is one of a run in which nothing was collapsed."""
+    older = copy(source, tmp_path)
+    manifest = json.loads((older / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["near_duplicates"], manifest["counts"]["examples"]["near_duplicates"]
+    (older / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    made = reallocate(older, tmp_path / "out", **AS_BEFORE, config=CONFIG)
+    assert apart_from_its_own(made.folder).keys() == apart_from_its_own(source).keys()
+    assert made.example_ids == load_selection(source).example_ids
+    assert "near-duplicates" not in summary(load_selection(older))
 
 
 def test_rounds_cannot_be_changed_at_all(inputs: Inputs, tmp_path: Path) -> None:
