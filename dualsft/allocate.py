@@ -4,18 +4,21 @@ import argparse
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from dualsft.allocators import GlobalTopK, TopK
-from dualsft.arguments import CONFIG, prepare
+from dualsft.arguments import CONFIG, class_given, prepare
 from dualsft.cli import verb_parsers
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.messages import unusable
 from dualsft.selection import SelectionModule, load_selection
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.parts import describe_part
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
 
@@ -84,13 +87,15 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
     """The settings, with the allocators made, and the YAML that replays them."""
     parser, verbs = _parser(), verb_parsers()
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*arguments[1:], "--selection", arguments[0]]  # last, so that it outdoes a configuration
+        named, rest = ["--selection", arguments[0]], arguments[1:]
+        # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
+        arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
     arguments = prepare([VERB, *arguments], {**verbs, VERB: parser})[1:]
     selection = _selection(arguments)
     lost: list[str] = []
     if selection is not None:
-        lost = _stay_as_they_were(parser, load_selection(selection).manifest)
-    elif any(a == "-h" or a.endswith("help") for a in arguments):
+        lost = _stay_as_they_were(parser, load_selection(selection).manifest, arguments)
+    elif _asks_for_help(arguments):
         parser.set_defaults(dict.fromkeys(KEPT, AS_IT_WAS))
     else:
         raise UserError("The selection is not given; name it first: `dualsft allocate SELECTION --output_dir DIR`.")
@@ -104,7 +109,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
     except UserError:
         raise
     except Exception as error:  # an allocator may be anybody's
-        raise UserError(f"These settings cannot be used: {error}") from error
+        raise UserError(unusable(error)) from error
 
 
 def _parser() -> ArgumentParser:
@@ -137,8 +142,15 @@ def _selection(arguments: Sequence[str]) -> str | None:
     return known.selection or next((name for name in reversed(named) if isinstance(name, str)), None)
 
 
-def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> list[str]:
-    """Make what a selection was made with the default of every option; the keys for which that cannot be done."""
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(a == "-h" or a.endswith("help") for a in arguments)
+
+
+def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
+    """Make what a selection was made with the default of every option; the keys for which that cannot be done.
+
+    An allocator's options stay as long as it does: those of another one have defaults of their own.
+    """
     parser.set_defaults(
         {
             "model.parameter_budget": manifest["budgets"]["parameters"],
@@ -152,12 +164,28 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any]) -> l
     lost = []
     for name in ALLOCATORS:
         stored = manifest[name]
-        default = {f"model.{name}": {"class_path": stored["class_path"], "init_args": stored["options"]}}
         try:
-            (probe := _parser()).set_defaults(default)
-            probe.parse_args([])
-        except Exception:  # its package may be gone, or it keeps its options under other names than it takes them by
+            given = class_given(arguments, f"model.{name}")
+            if given and resolve_name(given) is not resolve_name(stored["class_path"]):
+                continue
+            parser.set_defaults({f"model.{name}": _made_again(name, stored)})
+        except Exception:  # its package may be gone, or its options cannot be told from what it keeps
             lost.append(f"model.{name}")
-        else:
-            parser.set_defaults(default)
     return lost
+
+
+def _made_again(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting of an allocator that makes what a manifest describes.
+
+    Raises:
+        ValueError: if another one comes of it, as it keeps its options under other names than it takes them by.
+        Exception: if it cannot be made at all.
+    """
+    taken = inspect.signature(resolve_name(stored["class_path"])).parameters
+    options = {key: value for key, value in stored["options"].items() if key in taken}
+    setting = {"class_path": stored["class_path"], "init_args": options}
+    (probe := _parser()).set_defaults({f"model.{name}": setting})
+    made = probe.instantiate_classes(probe.parse_args([]), instantiate_groups=False).model[name]
+    if describe_part(made) != stored:
+        raise ValueError(f"{stored['class_path']} is another one when made again")
+    return setting

@@ -4,10 +4,12 @@ One configuration file describes the whole job, so each verb takes its own keys 
 knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -55,7 +57,16 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
             prepared.append("--print_config=comments")
         else:
             prepared.append(_expand_option(key, value))
+            if key.endswith(".help") and _group(key):
+                _tell_without_options(prepared[-1])
     return prepared
+
+
+def _tell_without_options(path: str) -> None:
+    """Say what a class is for that has no options, of which the parser's help would say nothing."""
+    found = resolve_name(path)
+    if not inspect.signature(found).parameters:
+        print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
 
 
 def _check_place(key: str) -> None:
@@ -74,21 +85,37 @@ def _group(option: str) -> str:
     return NAMED.get(key, "")
 
 
+def class_given(arguments: Sequence[str], key: str) -> str | None:
+    """The class path that prepared arguments give for a key last; None if they leave the class open."""
+    section, _, name = key.partition(".")
+    found = None
+    for option, value in zip(["", *arguments], arguments, strict=False):
+        given: Any = None
+        if option in (f"--{key}", f"--{key}.class_path"):
+            given = _loaded(value)
+        elif option in CONFIG:
+            config = _loaded(value)
+            given = config.get(key, (config.get(section) or {}).get(name)) if isinstance(config, dict) else None
+        found = (given.get("class_path") if isinstance(given, dict) else given) or found
+    return found
+
+
 def _expand_option(option: str, value: str) -> str:
     group = _group(option) if option.startswith("--") else ""
-    if group and value.lstrip().startswith("{"):
-        return _expand_mapping(group, value)
-    named = group and re.fullmatch(r"[\w.-]+", value) and value not in ("null", "None") and not Path(value).is_file()
-    return class_path(group, value) if named else value
+    if not group or value in ("null", "None") or value.startswith("--"):
+        return value
+    if value.lstrip().startswith("{") or Path(value).is_file():
+        given = _loaded(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+        return json.dumps(_expand_value(group, given)) if isinstance(given, dict) else value
+    return class_path(group, value) if re.fullmatch(r"[\w.-]+", value) else value
 
 
-def _expand_mapping(group: str, value: str) -> str:
-    """A class_path and its init_args in JSON or YAML, as they may stand on the command line."""
+def _loaded(text: str) -> Any:
+    """What YAML says, or the text itself where it is none, so that the parser says what is wrong."""
     try:
-        given = yaml.safe_load(value)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
-        return value  # the parser says what is wrong
-    return json.dumps(_expand_value(group, given))
+        return text
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -125,8 +152,9 @@ def _narrow(config: dict[str, Any], verb: str, parsers: Mapping[str, ArgumentPar
             narrowed[key] = value
     for key, group in NAMED.items():
         section, _, name = key.partition(".")
-        if isinstance(narrowed.get(section), dict) and name in narrowed[section]:
-            narrowed[section][name] = _expand_value(group, narrowed[section][name])
+        for place, written in ((narrowed, key), (narrowed.get(section), name)):
+            if isinstance(place, dict) and written in place:
+                place[written] = _expand_value(group, place[written])
     return narrowed
 
 

@@ -35,7 +35,7 @@ from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule
 from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
-from dualsft.messages import plainly
+from dualsft.messages import plainly, unusable
 from dualsft.models import check_vocabulary, model_folder
 from dualsft.run_folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
@@ -118,7 +118,7 @@ class DualSFTCLI(LightningCLI):
         except (UserError, ArgumentError):
             raise
         except Exception as error:  # loggers, accelerators, strategies: each refuses in a way of its own
-            raise UserError(f"These settings cannot be used: {error}") from error
+            raise UserError(unusable(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
         if self.subcommand == "fit" and self.folder is not None:
@@ -243,6 +243,9 @@ def run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in SIMPLE_COMMANDS:
         resolve_name(SIMPLE_COMMANDS[arguments[0]])(arguments[1:])
         return
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in MODULES:
+        known = ", ".join([*MODULES, *SIMPLE_COMMANDS])
+        raise UserError(f"dualsft has no command {arguments[0]!r}; its commands are {known}.")
     _quieten()
     DualSFTCLI(
         model_class=SelectionModule,
@@ -282,7 +285,7 @@ def main() -> None:
     except (UserError, MisconfigurationException) as error:
         _fail(str(error), 1)
     except ArgumentError as error:
-        _fail(plainly(str(error)), 2)
+        _fail(plainly(error), 2)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -52,7 +52,7 @@ def blaming(part: object, method: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         ours = type(part).__module__.startswith("dualsft.")
         if ours or isinstance(error, UserError) or is_out_of_memory(error):
             raise

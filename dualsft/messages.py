@@ -1,10 +1,50 @@
 """The option parser's refusals in plain words."""
 
 import re
+from collections.abc import Iterator
+
+from dualsft.errors import UserError
 
 
-def plainly(message: str) -> str:
+def unusable(error: BaseException) -> str:
+    """Why nothing could be made of the settings: what the part that refused them says, without what wraps it."""
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    refusal, given = re.search(r"Errors:\n\s+- (.*)", str(error)), re.search(r"class_path='([\w.]+)'", str(error))
+    if refusal and given:
+        return f"{given[1]} cannot be made with these options: {refusal[1]}"
+    return f"These settings cannot be used: {error}"
+
+
+def plainly(error: BaseException) -> str:
     """One sentence for what the parser says in many lines; what it says plainly stays."""
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if problem := re.match(r"Problem with given class_path '([\w.]+)':\s+(.*)", str(cause), re.DOTALL):
+            return _refused_option(str(error), *problem.groups())
+    return _sentence(str(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _refused_option(message: str, kind: str, problem: str) -> str:
+    """What is wrong with an option of a class that a key names."""
+    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
+    where, advice = (key[1], f"; `--{key[1]}.help {kind}` shows its options.") if key else (kind, ".")
+    if unknown := re.match(r"Option '(\w+)' is not accepted", problem):
+        return f"{where}: {kind} has no option {unknown[1]}{advice}"
+    if missing := re.search(r"arguments are required: (.*)", problem):
+        return f"{where}: {kind} needs {missing[1]}, which is not given{advice}"
+    return f"{where}.{_sentence(problem)}"
+
+
+def _sentence(message: str) -> str:
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     if not key:
         return message

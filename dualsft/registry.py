@@ -17,7 +17,7 @@ GROUPS = {
 }
 """Entry-point group -> the abstract class of what is registered there."""
 OURS = "dualsft"
-_NAME, _TARGET = re.compile(r"[\w-]+"), re.compile(r"[\w.]+:\w+(\.\w+)*")
+_NAME, _TARGET = re.compile(r"[\w-]+"), re.compile(r"[\w.]+:\w+(\.\w+)*\s*(\[.*\])?")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def class_path(group: str, name: str) -> str:
     _, problem = _examine(group, chosen)
     if problem:
         raise UserError(f"{name!r} in {group} cannot be used: {problem}; mend {_label(chosen)}, or give a class_path.")
-    return chosen.value.replace(":", ".")
+    return f"{chosen.module}.{chosen.attr}"
 
 
 def registered() -> Iterator[Registered]:
@@ -90,7 +90,9 @@ def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
         return "", problem
     try:
         found = point.load()
-    except (Exception, SystemExit) as error:  # a stranger's import may do anything, and must not take the list down
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's import may do anything, and must not take the list down
         return "", f"{type(error).__name__}: {error}"
     problem = _unusable(found, resolve_name(GROUPS[group]))
     return "" if problem else inspect.cleandoc(found.__doc__ or "").partition("\n")[0], problem

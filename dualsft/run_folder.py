@@ -35,6 +35,7 @@ _WRITTEN = (
     *(
         "selected.jsonl",
         "token_scores.parquet",
+        "example_sketches.safetensors",
         "warmup",
         "model",
         "model.*",

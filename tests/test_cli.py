@@ -11,6 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from dualsft.allocators import GlobalTopK, TopK
 from dualsft.cli import main, run
 from dualsft.errors import UserError
 from dualsft.finetune import ExportModel
@@ -270,7 +271,23 @@ def test_short_names_in_mappings_and_with_options(capsys: pytest.CaptureFixture[
         assert "step_size: auto" in told
 
 
+class Refusing(GlobalTopK):
+    """A stranger's, whose constructor raises anything."""
+
+    def __init__(self, a: int = 1) -> None:
+        raise ValueError("not today\nnor tomorrow")
+
+
+class Demanding(GlobalTopK):
+    """A stranger's, with an option that has no default."""
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+
 BUDGET = "--model.data_budget"
+WEIGHTS = ["--model.parameter_allocator"]
 MISTAKES = {
     "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
     "no budget": ([BUDGET, "0"], 1, "model.data_budget is 0"),
@@ -286,7 +303,32 @@ MISTAKES = {
     "option of a class": (
         ["--model.scorer", "diagonal_fisher", "--model.scorer.source", "fisher"],
         2,
-        "model.scorer.source does not take 'fisher'; `--model.scorer.help NAME` shows",
+        "model.scorer.source does not take fisher: it must be one of second_moment, empirical_fisher.",
+    ),
+    "unknown option of a class": (
+        ["--model.scorer", "diagonal_fisher", "--model.scorer.sorce", "x"],
+        2,
+        "model.scorer: dualsft.scorers.DiagonalFisher has no option sorce; `--model.scorer.help",
+    ),
+    "what a class refuses": (
+        [*WEIGHTS, "structured", "--model.parameter_allocator.unit", "block", f"{WEIGHTS[0]}.block_size", "0"],
+        1,
+        "dualsft: error: block_size of structured is 0; give at least 1.",
+    ),
+    "what a stranger refuses": (
+        [*WEIGHTS, "tests.test_cli.Refusing"],
+        1,
+        "tests.test_cli.Refusing cannot be made with",
+    ),
+    "a missing option of a class": (
+        [*WEIGHTS, "tests.test_cli.Demanding"],
+        2,
+        "model.parameter_allocator: tests.test_cli.Demanding needs ratio, which is not given",
+    ),
+    "no such module": (
+        [*WEIGHTS, "no_such.Thing"],
+        1,
+        "no_such.Thing cannot be used in dualsft.parameter_allocators: Mod",
     ),
     "auto without curvature": (["--model.step_size", "auto"], 1, "the scorer FirstOrder has no curvature"),
     "warm-up share": (["--model.warmup.fraction", "2"], 1, "model.warmup.fraction is 2"),
@@ -311,6 +353,80 @@ def test_mistakes_end_in_one_sentence(
     assert words in line
     assert "Traceback" not in told
     assert not output.exists()
+
+
+def test_no_such_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands are told, those beside the subcommands too."""
+    code, told = failure(["alocate", "x"], capsys, monkeypatch)
+    assert code == 1
+    assert "no command 'alocate'; its commands are select, fit, validate, allocate, plugins, quickstart." in told
+
+
+def test_help_for_a_class_without_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its docstring is shown, where there are no options to show."""
+    with pytest.raises(SystemExit) as stop:
+        run(["select", "--model.scorer.help", "first_order"])
+    assert not stop.value.code
+    told = capsys.readouterr().out
+    assert "First-order utility: how well a gradient agrees" in told
+    assert "It has no options." in told
+
+
+def test_names_stand_for_classes_wherever_a_class_may_stand(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a section, under a dotted key, and in a file of the part's own."""
+    (tmp_path / "part.yaml").write_text("class_path: structured\ninit_args: {unit: column}\n")
+    (tmp_path / "flat.yaml").write_text("model.parameter_allocator: structured\n")
+    (tmp_path / "nested.yaml").write_text("model: {parameter_allocator: structured}\n")
+    given = {
+        "column": [*WEIGHTS, str(tmp_path / "part.yaml")],
+        "row": ["--config", str(tmp_path / "flat.yaml")],
+        "block": ["--config", str(tmp_path / "nested.yaml"), f"{WEIGHTS[0]}.unit", "block"],
+    }
+    for unit, arguments in given.items():
+        with pytest.raises(SystemExit):
+            run(["select", "--config", str(job / "job.yaml"), *arguments, "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)["model"]["parameter_allocator"]
+        assert (printed["class_path"], printed["init_args"]["unit"]) == ("dualsft.allocators.Structured", unit)
+
+
+def test_an_allocator_s_options_go_with_it(selection: Path, tmp_path: Path) -> None:
+    """They stay as they were as long as the allocator does; another one has its own defaults, whatever they share."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    ranking = [*WEIGHTS, "global_top_k", f"{WEIGHTS[0]}.by", "signed", "--model.data_allocator.reverse", "true"]
+    run(["allocate", str(selection), *ranking, "--output_dir", str(first)])
+    (tmp_path / "c.yaml").write_text("model: {data_allocator: dualsft.allocators.top_k.TopK}\n")
+    changed = [*WEIGHTS, "uniform_per_layer", "--config", str(tmp_path / "c.yaml"), BUDGET, "3"]
+    run(["allocate", str(first), *changed, "--output_dir", str(second)])
+    manifest = load_selection(second).manifest
+    assert manifest["parameter_allocator"]["options"] == {"by": "magnitude"}
+    assert manifest["data_allocator"]["options"] == {"reverse": True}
+    run(["allocate", str(first), *WEIGHTS, "global_top_k", BUDGET, "3", "--output_dir", str(third)])
+    assert load_selection(third).manifest["parameter_allocator"]["options"] == {"by": "signed", "reverse": False}
+
+
+class Secretive(TopK):
+    """A stranger's, which keeps its option under another name than it takes it by."""
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self._count = count
+
+
+def test_what_cannot_be_made_again_must_be_given(
+    selection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that the manifest cannot give back is not silently another one."""
+    first, data = tmp_path / "first", "--model.data_allocator"
+    own = [data, "tests.test_cli.Secretive", f"{data}.count"]
+    run(["allocate", str(selection), *own, "7", "--output_dir", str(first)])
+    code, told = failure(
+        ["allocate", str(first), BUDGET, "3", "--output_dir", str(tmp_path / "a")], capsys, monkeypatch
+    )
+    assert (code, f"The model.data_allocator of {first} cannot be made again" in told) == (1, True)
+    run(["allocate", str(selection), *own, "1", "--output_dir", str(tmp_path / "default")])
+    run(["allocate", str(tmp_path / "default"), BUDGET, "3", "--output_dir", str(tmp_path / "b")])
 
 
 def test_broken_row_is_named(
@@ -430,7 +546,7 @@ def test_allocate_has_help_for_every_option(selection: Path, capsys: pytest.Capt
     assert not stop.value.code
     told = " ".join(capsys.readouterr().out.split())
     assert "usage: dualsft allocate SELECTION --output_dir DIR" in told
-    assert told.count("default: as in SELECTION") == 8
+    assert told.count("default: as in SELECTION") == 10
     with pytest.raises(SystemExit):
         run(["allocate", "--model.parameter_allocator.help", "global_top_k"])
     assert "Choose the lowest instead" in capsys.readouterr().out

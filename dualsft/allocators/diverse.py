@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualsft.allocators.base import DataAllocator, ScoredExamples
+from dualsft.errors import UserError
 
 _BLOCK = 32
 """Gains that are computed at once."""
@@ -29,8 +30,14 @@ class Diverse(DataAllocator):
     needs = ("sketch",)
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Exactly ``budget`` examples; see `DataAllocator.allocate`."""
+        """Exactly ``budget`` examples; see `DataAllocator.allocate`.
+
+        Raises:
+            UserError: if a sketch is not finite.
+        """
         assert examples.sketch is not None
+        if not bool(examples.sketch.isfinite().all()):
+            raise UserError("The sketches hold NaN or infinity, which diverse cannot compare; take another allocator.")
         positive = (examples.score > 0).nonzero().squeeze(1)
         picked = positive[greedy(unit_rows(examples.sketch[positive]), examples.score[positive].double(), budget)]
         left = torch.ones(len(examples.score), dtype=torch.bool)

@@ -27,7 +27,12 @@ _IN_ATTENTION = {
     **{"query": "q", "key": "k", "value": "v"},
     **dict.fromkeys(("c_proj", "dense", "output", "wo"), "o"),
 }
-_ELSEWHERE = {**_ANYWHERE, "intermediate.dense": "up", "output.dense": "down", "c_proj": "down"}
+_ELSEWHERE = {
+    **_ANYWHERE,
+    **dict.fromkeys(("intermediate.dense", "feed_forward.key"), "up"),
+    **dict.fromkeys(("output.dense", "feed_forward.value", "c_proj"), "down"),
+    "feed_forward.receptance": "gate",
+}
 
 _PARAMETER = re.compile(r"(\.weight|[._]bias|\.parametrizations\..*)$")
 """What follows a module's name; a biased expert's is ``down_proj_bias``."""

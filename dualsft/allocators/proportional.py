@@ -18,7 +18,8 @@ class Proportional(ParameterAllocator):
 
     The sum of a tensor's positive scores is what training it alone is predicted to gain. Numbers are rounded by largest
     remainders. A tensor too small for its part is taken whole and leaves the rest to the others; those without any
-    positive score come last. Ties go to the first name, then the first index.
+    positive score come last, and if there is none at all, parts are by size. Ties go to the first name, then the first
+    index.
 
     Args:
         by: ``signed`` ranks the weights of a tensor by φ; ``magnitude`` by |φ|.
@@ -32,12 +33,12 @@ class Proportional(ParameterAllocator):
         """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
 
         Raises:
-            UserError: if no weight has a positive score, or one is NaN or infinite.
+            UserError: if a score is NaN or infinite.
         """
         names = sorted(scores)
         gains = [_gain(name, scores[name]) for name in names]
         if not any(gains):
-            raise UserError("No weight has a positive score for proportional to go by; take another allocator.")
+            gains = [float(scores[name].numel()) for name in names]
         choice = Choice(scores, self.by)
         choice.spread([[name] for name in names], gains, budget)
         return choice.mask

@@ -20,6 +20,7 @@ from dualsft.allocators import (
 )
 from dualsft.data import FormatOptions, Records
 from dualsft.errors import UserError, blaming
+from dualsft.selection.answers import check_mask, checksum, integers
 from dualsft.selection.near_duplicates import NearDuplicates, collapse
 from dualsft.selection.parts import check_needs_known
 from dualsft.selection.trainable import trainable_names
@@ -140,20 +141,14 @@ def choose_weights(how: WeightChoice, scores: Mapping[str, Tensor]) -> dict[str,
     names = trainable_names(scores, how.trainable, how.frozen)
     given = {name: score for name, score in scores.items() if name in names}
     base = how.base() if "weight" in how.allocator.needs else None
-    versions = {name: score._version for name, score in given.items()}
+    before = {name: checksum(score) for name, score in given.items()}
     with blaming(how.allocator, "allocate"):
         chosen = how.allocator.allocate(ScoredParameters(given, base), budget)
-        chosen = {name: torch.as_tensor(chosen[name], dtype=torch.bool) for name in chosen}
-    if versions != {name: score._version for name, score in given.items()}:
+    if any(not torch.equal(before[name], checksum(score)) for name, score in given.items()):
         raise UserError(f"{type(how.allocator).__name__} modified the scores in place; mend it to work on a copy.")
-    count = sum(int(mask.sum()) for mask in chosen.values())
-    if count != budget or {n: m.shape for n, m in chosen.items()} != {n: s.shape for n, s in given.items()}:
-        raise UserError(
-            f"{type(how.allocator).__name__} chose {count:,} weights of {len(chosen)} parameters where {budget:,} of "
-            f"{len(given)} were due; mend the allocator."
-        )
+    check_mask(type(how.allocator).__name__, chosen, given, budget)
     left_out = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items() if name not in names}
-    return {name: (chosen | left_out)[name] for name in scores}
+    return {name: left_out[name] if name in left_out else chosen[name] for name in scores}
 
 
 def choose_examples(
@@ -186,7 +181,8 @@ def choose_examples(
         )
     budget = min(due, available)
     with blaming(how.allocator, "allocate"):
-        chosen = [int(i) for i in how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)]
+        answer = how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)
+    chosen = integers(type(how.allocator).__name__, answer)
     _check_chosen(how.allocator, chosen, spent, budget)
     return ChosenExamples(set(chosen), collapsed)
 

@@ -41,7 +41,7 @@ from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.objective import ValidationObjective, check_needs, needs_hessian
 from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
-from dualsft.selection.report import describe_inputs, describe_outcome
+from dualsft.selection.report import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.step import StepSize, check_step_size
 from dualsft.selection.tables import example_table, token_table
@@ -195,8 +195,7 @@ class SelectionModule(LightningModule):
         if run.complete:
             run.confirm(inputs)
             return load_selection(run.path)
-        # a step size that turns out to be of no use may still be changed; `Phases.bind` binds the run to one
-        run.claim({key: value for key, value in inputs.items() if key != "step_size"})
+        run.claim(what_scores_rest_on(self, inputs))
         log = PhaseLog(show, self.model.device)
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scoring = self._scoring(phases, data, pool, seed)

@@ -2,10 +2,10 @@
 
     J(A, B) = |A ∩ B| / |A ∪ B|
 
-with A and B the sets of word n-grams (shingles) of two texts, words being runs of letters, digits and underscores,
-whatever their case; in a script without spaces a word is all up to the next punctuation mark. Candidates come from
-MinHash signatures: two signatures agree in an entry with probability J, and texts are compared if all r entries of at
-least one of b bands agree, which happens with probability
+with A and B the sets of n-grams (shingles) of two texts' words. A word is a run of letters, digits and underscores,
+whatever their case, or any other mark by itself, as 3 + 4 is not 3 - 4; in a script without spaces it is all up to the
+next mark. Candidates come from MinHash signatures: two signatures agree in an entry with probability J, and texts are
+compared if all r entries of at least one of b bands agree, which happens with probability
 
     1 - (1 - J^r)^b.
 
@@ -29,6 +29,7 @@ from dualsft.errors import UserError
 
 _PERMUTATIONS, _SEED = 256, 0
 _MISSED = 1e-3
+_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class NearDuplicates:
 
     Args:
         threshold: Jaccard similarity of two texts' word n-grams from which on only the one with the higher score may be
-            selected: 1.0 for equal texts, null to keep all.
-        ngram: Words to an n-gram; a shorter text is one of all its words.
+            selected: 1.0 for texts of the same n-grams, null to keep all.
+        ngram: Words and marks to an n-gram; a shorter text is one of all its words.
     """
 
     threshold: float | None = None
@@ -88,8 +89,8 @@ def collapse(
 
 
 def hashed_shingles(text: str, ngram: int) -> UInt64[np.ndarray, " shingle"]:
-    """A 64-bit hash of each different n-gram of words, ascending; a text without words is one shingle as it stands."""
-    words = re.findall(r"\w+", text.casefold()) or [text]
+    """A 64-bit hash of each different n-gram of words, ascending; a blank text is one shingle as it stands."""
+    words = re.findall(r"\w+|[^\w\s]", text.casefold()) or [text]
     starts = range(max(1, len(words) - ngram + 1))
     shingles = {" ".join(words[k : k + ngram]).encode(errors="surrogatepass") for k in starts}
     digests = b"".join(hashlib.blake2b(shingle, digest_size=8).digest() for shingle in shingles)
@@ -125,7 +126,9 @@ class _Index:
     def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> bool:
         """Adds a text, and tells whether it did: not if one that is here already is like it."""
         signature = self._blank.copy()
-        signature.update_batch((shingles & np.uint64(0xFFFFFFFF)).tolist())
+        hashes = shingles & np.uint64(0xFFFFFFFF)
+        for first in range(0, len(hashes), _AT_ONCE):  # each takes a place for every permutation
+            signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
         if any(self._alike(shingles, self._sets[k]) for k in self._lsh.query(signature)):
             return False
         self._lsh.insert(len(self._sets), signature)

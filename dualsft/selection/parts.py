@@ -1,6 +1,7 @@
 """What the manifest says of a part that the user can choose: which class it is, and its options."""
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ def describe_part(part: object) -> dict[str, Any]:
     options = {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "needs"}
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "options": json.loads(json.dumps(options, default=str)),
-        **({"private": private} if private else {}),
+        "options": {name: _plain(value) for name, value in options.items()},
+        **({"private": {name: _plain(value) for name, value in private.items()}} if private else {}),
     }
 
 
@@ -36,13 +37,20 @@ def check_needs_known(part: object, needs: object, known: Sequence[str]) -> None
     name = type(part).__name__
     if isinstance(needs, str) or not isinstance(needs, Collection):
         raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {tuple(known[:1])}.")
-    if strange := sorted(set(needs) - set(known)):
-        raise UserError(f"{name} needs {', '.join(strange)}, which is none of {', '.join(sorted(known))}; mend it.")
+    if strange := [need for need in needs if need not in known]:
+        raise UserError(
+            f"{name} needs {', '.join(map(str, strange))}, which is none of {', '.join(sorted(known))}; mend it."
+        )
+
+
+def _plain(value: object) -> Any:
+    """A value as JSON holds it, or what it looks like, but for its place in memory."""
+    return json.loads(json.dumps(value)) if _is_plain(value) else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _is_plain(value: object) -> bool:
     try:
-        json.dumps(value)
-    except (TypeError, ValueError):
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
         return False
     return True

@@ -63,6 +63,21 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
     }
 
 
+CHOICE = ("parameter_allocator", "data_allocator", "near_duplicates", "trainable", "frozen", "budgets")
+"""Of the inputs those that say what is chosen by the scores."""
+
+
+def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of the inputs those that decide the scores, which another choice can be made from.
+
+    A choice counts where the other side is scored by it. A step size that turns out to be of no use may be changed too:
+    `Phases.bind` binds the run to one.
+    """
+    free = {"step_size"} if "then" in module.order else {"step_size", *CHOICE}
+    measured = {"measured": sorted(module.data_allocator.needs)}
+    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

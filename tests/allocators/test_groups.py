@@ -90,7 +90,10 @@ EXPECTED: dict[str, dict[str, str]] = {
         **{"attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v"},
         **{"attention.output.dense": "o", "intermediate.dense": "up", "output.dense": "down"},
     },
-    "rwkv": {"attention.key": "k", "attention.value": "v", "attention.output": "o"},
+    "rwkv": {
+        **{"attention.key": "k", "attention.value": "v", "attention.output": "o"},
+        **{"feed_forward.receptance": "gate", "feed_forward.key": "up", "feed_forward.value": "down"},
+    },
     "lfm2": {
         **{f"self_attn.{kind}_proj": kind for kind in "qkv"},
         **{"self_attn.out_proj": "o", "conv.out_proj": "o"},

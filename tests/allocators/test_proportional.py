@@ -44,10 +44,12 @@ def test_small_scores_are_not_lost_beside_large_ones() -> None:
     assert int(mask["a"].sum()) == round(Fraction(1026 * gain, gain + 3 * 2**15))
 
 
-def test_without_a_positive_score_there_is_no_proportion() -> None:
-    """Zeros and negative scores alone are refused, with what to do."""
-    with pytest.raises(UserError, match=r"^No weight has a positive score for proportional to go by; take another"):
-        Proportional().allocate({"a": torch.tensor([0.0, -1.0]), "b": torch.tensor([-0.0])}, 1)
+def test_without_a_positive_score_parts_are_by_size() -> None:
+    """Zeros and negative scores alone say nothing of the tensors; the best of each are taken all the same."""
+    scores = {"a": torch.tensor([-3.0, -1.0, -2.0, 0.0]), "b": torch.tensor([-2.0, -1.0])}
+    for budget, (a, b) in {1: ([3], []), 3: ([1, 3], [1]), 6: ([0, 1, 2, 3], [0, 1])}.items():
+        chosen = Proportional().allocate(scores, budget)
+        assert (chosen["a"].nonzero().flatten().tolist(), chosen["b"].nonzero().flatten().tolist()) == (a, b)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])

@@ -31,7 +31,7 @@ def stay(
 
 def shingles(text: str, n: int) -> set[tuple[str, ...]]:
     """The word n-grams themselves."""
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
     return {tuple(words[k : k + n]) for k in range(len(words) - n + 1)} or {tuple(words)}
 
 
@@ -102,16 +102,18 @@ def test_a_pair_at_the_threshold_collapses() -> None:
     assert stay(["a b c d", "a b c d e"], 0.81, 1) == [0, 1]
 
 
-def test_case_and_punctuation_do_not_matter_and_order_does() -> None:
-    """Words are compared without case and what is between them; shuffled words are other n-grams."""
-    assert stay(["Straße: nach Rom!", "STRASSE nach, rom"], 1.0) == [0]
+def test_case_and_spaces_do_not_matter_but_marks_and_order_do() -> None:
+    """Words are compared without case and the space between them; a sum is no difference, and shuffling tells."""
+    assert stay(["Straße: nach  Rom!", "STRASSE : nach\nrom !"], 1.0) == [0]
+    assert stay(["What is 3 + 4?", "What is 3 - 4?", "What is 3 + 4"], 1.0) == [0, 1, 2]
+    assert stay(["x < y", "x > y", "3.14", "3 14"], 0.9, 1) == [0, 1, 2, 3]
     assert stay(["a b c d", "d c b a"], 0.1) == [0, 1]
     assert stay(["a b c d", "d c b a"], 1.0, ngram=1) == [0]
 
 
 def test_short_texts_are_one_ngram_of_all_their_words() -> None:
-    """Two words are not nothing: equal ones collapse, others stay; texts without words are compared as they are."""
-    assert stay(["a b", "a c", "A, b"], 0.5) == [0, 1]
+    """Two words are not nothing: equal ones collapse, others stay, and so do texts of marks alone."""
+    assert stay(["a b", "a c", "A  b"], 0.5) == [0, 1]
     assert stay(["+ ?", "- !", "+ ?"], 0.5) == [0, 1]
 
 

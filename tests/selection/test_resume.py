@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dualsft import load_selection
+from dualsft.allocators import Diverse, LayerQuota, PerSourceQuota
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder
 from dualsft.selection import Warmup, module, passes, phases
@@ -82,7 +83,8 @@ def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkey
     [
         ({"options": {**OPTIONS, "warmup": Warmup(0.5)}}, r"\(warmup\)"),
         ({"options": {**OPTIONS, "dtype": "float64"}}, r"\(model\)"),
-        ({"options": {**OPTIONS, "data_budget": 3, "preconditioner": "none"}}, r"\(budgets, preconditioner\)"),
+        ({"options": {**OPTIONS, "data_budget": 3, "preconditioner": "none"}}, r"\(preconditioner\)"),
+        ({"options": {**OPTIONS, "data_allocator": Diverse()}}, r"\(measured\)"),
         ({"data": {"prompt_template": "Q: {prompt}\n"}}, r"\(data\)"),
         ({"data": {"batch_size": 3}}, r"\(data\)"),
         ({"precision": "bf16-mixed"}, r"\(model\)"),
@@ -94,6 +96,31 @@ def test_other_settings_do_not_resume(inputs: Inputs, tmp_path: Path, change: di
     killed_run(inputs, tmp_path, OPTIONS, passes, "gradient_pass", seed=1)
     with pytest.raises(UserError, match=f"unfinished run with other settings {named}"):
         select(inputs, tmp_path, **{"options": OPTIONS, "seed": 1, **change}, resume=True)
+
+
+def test_another_choice_goes_on_from_the_scores(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice that fails leaves the scores; with another one nothing is scored again, and the bytes are its own."""
+    with pytest.raises(UserError, match="no column 'topic'"):
+        select(inputs, tmp_path / "out", {**OPTIONS, "data_allocator": PerSourceQuota("topic")}, seed=1)
+    other = {**OPTIONS, "data_budget": 3, "parameter_allocator": LayerQuota(), "frozen": ["norm"]}
+    expected = contents(select(inputs, tmp_path / "direct", other, seed=1).folder)
+    gradient_passes = kill_at(monkeypatch, passes, "gradient_pass", call=99)
+    select(inputs, tmp_path / "out", other, seed=1, resume=True)
+    assert not gradient_passes
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("change", [{"data_budget": 3}, {"frozen": ["norm"]}])
+def test_a_choice_that_scores_rest_on_is_part_of_the_run(
+    inputs: Inputs, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Where one side is scored by the other's choice, that choice cannot change halfway."""
+    options = {**OPTIONS, "order": "parameters_then_data"}
+    killed_run(inputs, tmp_path, options, passes, "gradient_pass", 2, seed=1)
+    with pytest.raises(UserError, match=r"with other settings \((budgets|frozen)\)"):
+        select(inputs, tmp_path, {**options, **change}, seed=1, resume=True)
 
 
 def test_the_step_size_may_change_until_scores_depend_on_it(inputs: Inputs, tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ class OddWeights(ParameterAllocator):
         """By kind."""
         if self.kind == "raise":
             raise ZeroDivisionError
+        if self.kind == "exit":
+            raise SystemExit(0)
+        if self.kind == "in NumPy":
+            next(iter(scores.values())).numpy().fill(0)
         if self.kind == "in place":
             for score in scores.values():
                 score.zero_()
@@ -138,11 +142,13 @@ class OddExamples(DataAllocator):
         ({**SGD, "objectives": [OddTerm("fewer", "heavy")]}, r"OddTerm\.name, or weight, failed \(TypeError"),
         ({**SGD, "objectives": [OddTerm("fewer", float("nan"))]}, "OddTerm has the weight nan"),
         ({**SGD, "parameter_allocator": OddWeights("raise")}, r"OddWeights\.allocate failed \(ZeroDivisionError"),
-        ({**SGD, "parameter_allocator": OddWeights("none")}, r"OddWeights\.allocate failed \(TypeError"),
+        ({**SGD, "parameter_allocator": OddWeights("none")}, "OddWeights gave back a NoneType, not a mapping"),
         ({**SGD, "parameter_allocator": OddWeights("in place")}, "OddWeights modified the scores in place"),
-        ({**SGD, "parameter_allocator": OddWeights("shape")}, "OddWeights chose 0 weights of .* were due"),
-        ({**SGD, "data_allocator": OddExamples("none")}, r"OddExamples\.allocate failed \(TypeError"),
-        ({**SGD, "data_allocator": OddExamples("matrix")}, r"OddExamples\.allocate failed \("),
+        ({**SGD, "parameter_allocator": OddWeights("in NumPy")}, "OddWeights modified the scores in place"),
+        ({**SGD, "parameter_allocator": OddWeights("exit")}, r"OddWeights\.allocate failed \(SystemExit: 0\)"),
+        ({**SGD, "parameter_allocator": OddWeights("shape")}, "OddWeights gave a tensor of torch.float32"),
+        ({**SGD, "data_allocator": OddExamples("none")}, "OddExamples gave back a NoneType"),
+        ({**SGD, "data_allocator": OddExamples("matrix")}, r"OddExamples gave back a tensor of .* shape \[8, 2\]"),
     ],
 )
 def test_what_a_stranger_does_wrong_is_told_as_his(

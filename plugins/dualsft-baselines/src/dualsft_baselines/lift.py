@@ -39,7 +39,7 @@ class Lift(ParameterAllocator):
         """Exactly ``budget`` entries: parameter name -> bool, of its shape."""
         weights = scores.weight
         assert weights is not None
-        sizes = {n: scores[n].numel() for n in sorted(scores) if scores[n].dim() > 1 and in_a_layer(n)}
+        sizes = {n: scores[n].numel() for n in sorted(scores) if _is_matrix(n, scores[n]) and in_a_layer(n)}
         spent = min(budget, sum(sizes.values()))
         shares = proportional(spent, list(sizes.values()))
         mask = {name: self._principal(weights[name], share) for name, share in zip(sizes, shares, strict=True)}
@@ -52,6 +52,11 @@ class Lift(ParameterAllocator):
         shares = proportional(count, [matrix.numel() for matrix in stack])
         chosen = [_largest(low_rank(m, self.rank), share) for m, share in zip(stack, shares, strict=True)]
         return torch.stack(chosen).view(weight.shape)
+
+
+def _is_matrix(name: str, score: Tensor) -> bool:
+    """Whether a parameter is a matrix or a stack of them; a row of experts' biases is neither."""
+    return score.dim() > 1 and score.numel() > 0 and not name.endswith("bias")
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
