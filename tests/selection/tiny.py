@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -212,7 +211,8 @@ class _NoFloat32(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.float:
             return args[0].double()
-        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
         return function(*args, **kwargs)
 
 
