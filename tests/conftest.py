@@ -1,13 +1,18 @@
-"""One thread per test process: small models gain nothing from more, and the processes share the cores."""
+"""What all tests share: one thread to a process, and checks of annotations that are compiled once."""
 
 import os
 from collections.abc import Iterator
 
+import beartype
 import pytest
 import torch
 
+from tests.annotations import checked
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# small models gain nothing from more threads, and the test processes share the cores
 torch.set_num_threads(1)
+beartype.beartype = checked  # where jaxtyping looks for it at each definition
 
 
 @pytest.fixture(autouse=True)

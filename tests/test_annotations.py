@@ -1,0 +1,59 @@
+"""Annotations are checked however often a function is defined."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from torch import Tensor
+
+from tests import annotations
+from tests.annotations import checked
+
+
+def adder(hint: Any, value: float) -> Callable[..., Any]:
+    """Defines a function that adds a number to what its annotations let through."""
+
+    @jaxtyped(typechecker=checked)
+    def add(x: hint, y: hint) -> hint:
+        return x + y + value
+
+    return add
+
+
+def test_every_definition_is_checked() -> None:
+    """The second of one function refuses what the first does, axis names included, and has its own value."""
+    for value in (1.0, 2.0):
+        add = adder(Float[Tensor, "n"], value)
+        assert torch.equal(add(torch.zeros(3), torch.zeros(3)), torch.full((3,), value))
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
+            add(torch.zeros(3), torch.zeros(4))
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
+            add(0, 0)
+
+
+def test_results_are_checked() -> None:
+    """Of later definitions too."""
+    for _ in range(2):
+        with pytest.raises(TypeCheckError, match="checking the return value"):
+            adder(int, 0.5)(1, 2)
+
+
+def test_other_annotations_have_other_checks() -> None:
+    """Though they are in the same place."""
+    assert adder(float, 1.0)(1.0, 2.0) == 4.0
+    with pytest.raises(TypeCheckError):
+        adder(Tensor, 1.0)(1.0, 2.0)
+    with pytest.raises(TypeCheckError):
+        adder(float, 1.0)(torch.zeros(1), torch.zeros(1))
+
+
+def test_checks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for a function, of its arguments and of its result, however often it is defined."""
+    compiled = []
+    monkeypatch.setattr(annotations, "beartype", lambda function: compiled.append(1) or function)
+    monkeypatch.setattr(annotations, "_CHECKS", {})
+    for _ in range(3):
+        adder(float, 1.0)
+    assert len(compiled) == 2
