@@ -1,11 +1,9 @@
 """Every scorer, through the real trainer, against the method with every matrix written out (`dense.py`)."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 from dualsft import curvature
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup
+from dualsft.selection.step import StepSize
 from tests.selection.dense import Dense, save_dense_model
 from tests.selection.runs import LINES, Inputs, select, write_inputs
 from tests.selection.tiny import float64_throughout
@@ -58,11 +57,21 @@ def short_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curvature, "_RELATIVE_STEP", {torch.float64: 1e-7})
 
 
-@contextmanager
-def run(inputs: Inputs, checkpoint: str, folder: Path, **options: Any) -> Iterator[Selection]:
-    """A float64 selection at the checkpoint."""
-    with float64_throughout():
-        yield select(inputs, folder, {"warmup": Warmup(checkpoint=checkpoint), "dtype": "float64", **options})
+Run = Callable[[str, str, StepSize], Selection]
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Inputs, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """(scorer's name, preconditioner, step size) -> a float64 selection at the checkpoint."""
+
+    @cache
+    def made(name: str, preconditioner: str, step_size: StepSize) -> Selection:
+        options = {"scorer": SCORERS[name][0], "preconditioner": preconditioner, "step_size": step_size}
+        at = {"warmup": Warmup(checkpoint=checkpoint), "dtype": "float64"}
+        with float64_throughout():
+            return select(inputs, tmp_path_factory.mktemp("run") / "out", {**at, **options})
+
+    return made
 
 
 def telling_step(dense: Dense, kind: str, preconditioner: str) -> float:
@@ -73,17 +82,14 @@ def telling_step(dense: Dense, kind: str, preconditioner: str) -> float:
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("name", SCORERS)
-def test_scores_equal_the_dense_method(
-    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
-) -> None:
+def test_scores_equal_the_dense_method(dense: Dense, run: Run, name: str, preconditioner: str) -> None:
     """Both score vectors are G u and u ⊙ Σ_i g_i with u from the dense H, and both add up to the quadratic's gain."""
-    scorer, kind, relative = SCORERS[name]
+    _, kind, relative = SCORERS[name]
     step_size = telling_step(dense, kind, preconditioner)
-    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": step_size}
-    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
-        scores = selection.examples["score"].to_pylist()
-        rows = torch.tensor([scores[i] for i in dense.ids], dtype=torch.float64)
-        columns = dense.flat(selection.parameter_scores())
+    selection = run(name, preconditioner, step_size)
+    scores = selection.examples["score"].to_pylist()
+    rows = torch.tensor([scores[i] for i in dense.ids], dtype=torch.float64)
+    columns = dense.flat(selection.parameter_scores())
     u = dense.direction(kind, preconditioner, step_size)
     expected = dense.pool @ u
     assert torch.allclose(rows, expected, rtol=0, atol=relative * float((dense.pool * u).abs().sum(1).max()))
@@ -105,40 +111,33 @@ def test_scores_equal_the_dense_method(
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("name", list(SCORERS)[1:])
-def test_the_prediction_is_told(
-    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
-) -> None:
+def test_the_prediction_is_told(dense: Dense, run: Run, name: str, preconditioner: str) -> None:
     """The manifest has <v, d>, dᵀHd, the gain at η, and how large the second-order term of u is against the first."""
-    scorer, kind, relative = SCORERS[name]
-    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": 1e-3}
-    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
-        told = selection.manifest["prediction"]
+    _, kind, relative = SCORERS[name]
+    eta = telling_step(dense, kind, preconditioner)
+    told = run(name, preconditioner, eta).manifest["prediction"]
     d, p = dense.step(preconditioner), dense.preconditioner(preconditioner)
     v, bend = dense.validation.mean(0), dense.curvature(kind) @ d
     near = {"rel": max(10 * relative, 1e-9)}
     assert told == {
-        "step_size": 1e-3,
+        "step_size": eta,
         "slope": pytest.approx(float(v @ d), **near),
         "curvature": pytest.approx(float(d @ bend), **near),
-        "predicted_improvement": pytest.approx(float(1e-3 * v @ d - 0.5e-6 * d @ bend), **near),
-        "second_order_share": pytest.approx(float(0.5e-3 * (p * bend).norm() / (p * v).norm()), **near),
+        "predicted_improvement": pytest.approx(float(eta * v @ d - eta**2 / 2 * d @ bend), **near),
+        "second_order_share": pytest.approx(float(eta / 2 * (p * bend).norm() / (p * v).norm()), **near),
     }
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("name", list(SCORERS)[1:])
-def test_the_automatic_step_is_the_minimiser(
-    inputs: Inputs, checkpoint: str, dense: Dense, tmp_path: Path, name: str, preconditioner: str
-) -> None:
+def test_the_automatic_step_is_the_minimiser(dense: Dense, run: Run, name: str, preconditioner: str) -> None:
     """η = <v, d> / dᵀHd with the scorer's own H, and the predicted gain is half of <v, d>² / dᵀHd."""
-    scorer, kind, relative = SCORERS[name]
+    _, kind, relative = SCORERS[name]
     d = dense.step(preconditioner)
     slope, curvature = float(dense.validation.mean(0) @ d), float(d @ dense.curvature(kind) @ d)
     assert slope > 0
     assert curvature > 0
-    options = {"scorer": scorer, "preconditioner": preconditioner, "step_size": "auto"}
-    with run(inputs, checkpoint, tmp_path / "out", **options) as selection:
-        told = json.loads((selection.folder / "manifest.json").read_text())
+    told = json.loads((run(name, preconditioner, "auto").folder / "manifest.json").read_text())
     assert told["step_size"] == "auto"
     assert told["prediction"]["step_size"] == pytest.approx(slope / curvature, rel=max(10 * relative, 1e-9))
     gain = told["prediction"]["predicted_improvement"]
