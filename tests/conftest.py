@@ -4,8 +4,14 @@ import os
 from collections.abc import Iterator
 
 import beartype
+
+# Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
+# that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
+import datasets  # noqa: F401
+import lightning  # noqa: F401
 import pytest
 import torch
+from transformers import AutoModelForCausalLM  # noqa: F401
 
 from tests.annotations import checked
 

@@ -734,9 +734,8 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
         "60",
     ]
     broken = tmp_path / "broken"
-    program = [sys.executable, "-m", "dualsft", *config, "--output_dir"]
-    command = [*program, str(broken)]
-    subprocess.run([*program, str(tmp_path / "unbroken")], check=True, capture_output=True)
+    command = [sys.executable, "-m", "dualsft", *config, "--output_dir", str(broken)]
+    run([*config, "--output_dir", str(tmp_path / "unbroken")])
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(broken.glob("checkpoints/*.ckpt")):
             time.sleep(0.01)
@@ -745,6 +744,6 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
     assert not (broken / "model").exists()
     with pytest.raises(UserError, match="--resume"):
         run([*config, "--output_dir", str(broken)])
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    run([*config, "--output_dir", str(broken), "--resume"])
     for name in ("model/model.safetensors", "delta.safetensors"):
         assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()

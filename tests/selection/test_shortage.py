@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dualsft import load_selection
+from dualsft.cli import run
 from tests.cases import sums, tiny_tokenizer, write_jsonl
 
 pytestmark = [
@@ -32,10 +33,8 @@ class Job:
 
     folder: Path
 
-    def run(self, name: str, batch_tokens: int, limit: int = 0) -> subprocess.CompletedProcess[str]:
-        """The command under a limit of its address space in bytes; without one, it tells of its peak in the end."""
-        limited = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024), sys.executable, "-m", "dualsft"]
-        program = limited if limit else [sys.executable, "-c", MEASURE]
+    def command(self, name: str, batch_tokens: int) -> list[str]:
+        """What `dualsft` is told."""
         options = {
             "model.model_name_or_path": self.folder / "model",
             "data.train": self.folder / "pool.jsonl",
@@ -47,8 +46,14 @@ class Job:
             "data.batch_tokens": batch_tokens,
             "output_dir": self.folder / name,
         }
+        return ["select", *(f"--{key}={value}" for key, value in options.items())]
+
+    def process(self, name: str, batch_tokens: int, limit: int = 0) -> subprocess.CompletedProcess[str]:
+        """The command under a limit of its address space in bytes; without one, it tells of its peak in the end."""
+        limited = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024), sys.executable, "-m", "dualsft"]
+        program = limited if limit else [sys.executable, "-c", MEASURE]
         return subprocess.run(
-            [*program, "select", *(f"--{key}={value}" for key, value in options.items())],
+            [*program, *self.command(name, batch_tokens)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             capture_output=True,
             text=True,
@@ -56,7 +61,7 @@ class Job:
 
     def peak(self, name: str, batch_tokens: int) -> int:
         """The largest address space in bytes that it takes without a limit."""
-        told = self.run(name, batch_tokens).stderr
+        told = self.process(name, batch_tokens).stderr
         found = re.search(r"VmPeak:\s+(\d+) kB", told)
         assert found, told
         return 1024 * int(found[1])
@@ -83,7 +88,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    write_jsonl(folder / "pool.jsonl", sums(120))
+    write_jsonl(folder / "pool.jsonl", sums(80))
     write_jsonl(folder / "validation.jsonl", sums(2))
     return Job(folder)
 
@@ -92,9 +97,9 @@ def test_a_real_shortage_halves_the_batches_or_stops_with_advice(job: Job) -> No
     """Where half a batch fits, the scores are those of half batches; where it does not, the command says what to do."""
     quarter, whole = job.peak("quarter", 512), job.peak("whole", 2048)
     assert whole - quarter > 400 * 2**20  # what a batch takes stands out
-    assert job.run("half", 1024).returncode == 0
+    run(job.command("half", 1024))
     # a half batch takes a third of the way from a quarter to the whole
-    enough = job.run("enough", 2048, limit=quarter + (whole - quarter) * 2 // 3)
+    enough = job.process("enough", 2048, limit=quarter + (whole - quarter) * 2 // 3)
     assert enough.returncode == 0, enough.stderr
     assert re.fullmatch(
         r"dualsft: memory ran out in the scores \(at a request for \d+ MiB\); it starts again with batches of 1024 "
@@ -104,7 +109,7 @@ def test_a_real_shortage_halves_the_batches_or_stops_with_advice(job: Job) -> No
     half, found = load_selection(job.folder / "half"), load_selection(job.folder / "enough")
     assert found.examples.equals(half.examples)
     assert found.manifest["scoring_batch_tokens"] == 1024
-    short = job.run("short", 2048, limit=quarter + (whole - quarter) // 8)
+    short = job.process("short", 2048, limit=quarter + (whole - quarter) // 8)
     assert short.returncode == 1
     assert "Traceback" not in short.stderr
     assert re.fullmatch(
