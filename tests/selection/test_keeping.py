@@ -81,12 +81,20 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return inputs
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+@pytest.fixture(params=CASES, scope="module")
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """A selection, to be made."""
     found = CASES[request.param]
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", found.module)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.selection.runs.SelectionModule", found.module)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def unbroken(forgetful: Inputs, case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an unbroken run leaves."""
+    folder = tmp_path_factory.mktemp("unbroken") / "out"
+    return contents(select(forgetful, folder, case.options, data=case.data, seed=1).folder)
 
 
 def resumed_until_done(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> int:
@@ -104,14 +112,13 @@ def resumed_until_done(inputs: Inputs, folder: Path, options: dict[str, Any], *p
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_run_killed_at_every_batch_gives_the_same_bytes(
-    forgetful: Inputs, tmp_path: Path, case: Case, kill: str
+    forgetful: Inputs, tmp_path: Path, case: Case, unbroken: dict[str, bytes], kill: str
 ) -> None:
     """A run that gets no further than one batch before it dies ends in the artifact of the unbroken run."""
-    select(forgetful, tmp_path / "unbroken", case.options, data=case.data, seed=1)
     options = {**case.options, **ALWAYS}
     deaths = resumed_until_done(forgetful, tmp_path / "killed", options, *KILLS[kill], data=case.data, seed=1)
     assert deaths >= 4
-    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
+    assert contents(tmp_path / "killed") == unbroken
     assert not (tmp_path / "killed" / ".unfinished").exists()
     if case.module is not SelectionModule:
         assert "nonfinite" in load_selection(tmp_path / "killed").examples["status"].to_pylist()
