@@ -21,6 +21,11 @@ torch.set_num_threads(1)
 beartype.beartype = checked  # where jaxtyping looks for it at each definition
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file with the longest test, a whole quick start, comes first: test processes that are done wait for none."""
+    items.sort(key=lambda item: item.path.name != "test_repository.py")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """What a test calls may set its own number (pre-training does), which must not slow down the tests after it."""
