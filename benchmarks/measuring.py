@@ -4,8 +4,8 @@
     python benchmarks/measuring.py --device cuda --shape llama-3.2-3b --dtype bfloat16 --checkpointing
 
 The first table has, for each number of tokens per example, the seconds of a batch in the one pass that first-order
-scoring takes, and, as medians over rounds of the ratio to that pass in the same round: the same pass with the examples one
-by one; the plain loop over examples that a script would write, one backward pass each and the norm of the gradient,
+scoring takes, and, as medians over rounds of the ratio to that pass in the same round: the same pass with the examples
+one by one; the plain loop over examples that a script would write, one backward pass each and the norm of the gradient,
 without any scores; and the scoring pass that measures losses, gradient norms, preconditioned norms, or sketches beside.
 
 The second table has the seconds that `diverse` takes to choose a tenth of a pool by its sketches, and top-k beside it.

@@ -6,6 +6,8 @@ For a weight tensor w (stored in any type) with selected flat indices I, |I| = k
     after each backward                                           x.grad += (∂L/∂w)[I];  ∂L/∂w is dropped
     after each optimizer step                                     w[I] = x, rounded to w's type;  x.grad is dropped
 
+Where those of a linear layer make few rectangles, no other part of its gradient is computed (`chosen_gradient.py`).
+
 So any torch optimizer, gradient clipping, scheduler and weight decay acts on x as on w under a masked gradient; the
 other weights are never written. The cost is w itself plus, per selected weight, an index (4 bytes), x (4), its
 gradient (4, from backward to step) and the optimizer's state (8 for Adam), and one layer's dense gradient at a time.
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
 from dualsft.tap import accumulator_dtype
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
@@ -68,6 +71,7 @@ class CompactParameters(nn.Module):
             self.masters.append(nn.Parameter(values.to(accumulator_dtype(weight), copy=True)))
         if not self.names:
             raise ValueError("no weight is selected")
+        self._chosen = self._chosen_gradients(model)
         self._handles: list[RemovableHandle] = []
         self.register_load_state_dict_post_hook(lambda module, _: module.write_back())
 
@@ -85,6 +89,18 @@ class CompactParameters(nn.Module):
             self._handles = [
                 weight.register_post_accumulate_grad_hook(self._folder(k)) for k, weight in enumerate(self._weights)
             ]
+            self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._chosen]
+
+    def _chosen_gradients(self, model: nn.Module) -> list[tuple[nn.Module, ChosenGradientHook]]:
+        """The linear layers that need not form all of their weight's gradient."""
+        number = {weight: k for k, weight in enumerate(self._weights)}
+        found = []
+        for module, weight in linear_layers(model):
+            index = self.index(number[weight]) if weight in number else None
+            parts = rectangles(_mask_of(index, weight)) if index is not None else None
+            if parts:
+                found.append((module, ChosenGradientHook(module, self.masters[number[weight]], parts)))
+        return found
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -153,6 +169,12 @@ def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | No
         return None
     narrow = weight.numel() < 2**31
     return chosen.flatten().nonzero().squeeze(1).to(weight.device, torch.int32 if narrow else torch.int64)
+
+
+def _mask_of(index: Int[Tensor, " selected"], weight: Tensor) -> Bool[Tensor, "m n"]:
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=index.device)
+    mask[index.long()] = True
+    return mask.view(weight.shape)
 
 
 def _gather(dense: Tensor, index: Int[Tensor, " selected"] | None) -> Float[Tensor, " selected"]:

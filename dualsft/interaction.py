@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.errors import UserError
 from dualsft.layout import AmbiguousShapeError, Layout
-from dualsft.linear_tap import LinearHook, is_plain_linear
+from dualsft.linear_tap import LinearHook, is_linear
 from dualsft.placement import Places, placements
 from dualsft.tap import TapHook, accumulator_dtype
 
@@ -152,7 +152,7 @@ class RowSums:
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in here}
             tangents = [{n: u[name] for n, name in names.items()} for u in self.directions]
-            kind = LinearHook if is_plain_linear(module, tangents[0]) else TapHook
+            kind = LinearHook if is_linear(module) and "weight" in tangents[0] else TapHook
             hook = kind(self, self._paths[module], module, tangents)
             # before any hook of somebody else's: the output must still be the module's own
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))

@@ -41,12 +41,10 @@ def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bo
     return tokens_per_example >= tokens + calls / weights
 
 
-def is_plain_linear(module: nn.Module, tangents: Mapping[str, Tensor]) -> bool:
-    """Whether this module computes a Wᵀ + b, from a weight that is scored, and nothing else."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether this module computes a Wᵀ + b, from a weight and a bias of its own, and nothing else."""
     plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
-    return (
-        plain and "weight" in tangents and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
-    )
+    return plain and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
 
 
 class LinearHook:

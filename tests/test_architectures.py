@@ -137,7 +137,7 @@ def test_the_fast_taps_equal_the_general_one(architecture: str, columns: bool, m
     model, batch = make(architecture), collate(EXAMPLES)
     u = random_direction(model)
     fast = gradient_pass(model, given([batch]), directions=[u], columns=columns)
-    monkeypatch.setattr(interaction, "is_plain_linear", lambda *_: False)
+    monkeypatch.setattr(interaction, "is_linear", lambda _: False)
     monkeypatch.setattr(tap, "_embedding_product", tap._general_product)
     general = gradient_pass(model, given([batch]), directions=[u], columns=columns)
     assert fast.rows[0] == pytest.approx(general.rows[0], rel=FLOAT64)
