@@ -22,8 +22,8 @@ beartype.beartype = checked  # where jaxtyping looks for it at each definition
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file with the longest test, a whole quick start, comes first: test processes that are done wait for none."""
-    items.sort(key=lambda item: item.path.name != "test_repository.py")
+    """The longest tests, a whole quick start and the guides, come first: test processes that are done wait for none."""
+    items.sort(key=lambda item: item.path.name not in ("test_repository.py", "test_guides.py"))
 
 
 @pytest.fixture(autouse=True)
