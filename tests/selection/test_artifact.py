@@ -137,7 +137,7 @@ def test_manifest_tells_what_was_done(manifest: dict[str, Any], inputs: Inputs) 
     assert (manifest["step_size"], manifest["preconditioner"], manifest["seed"]) == (0.5, "none", 3)
     assert manifest["budgets"] == {"parameters": 777, "data": 4}
     assert manifest["counts"] == {
-        "examples": {"selected": 4, "scored": 8, "rows": 10},
+        "examples": {"selected": 4, "scored": 8, "near_duplicates": 0, "rows": 10},
         "parameters": {"selected": 777, "scored": weights},
     }
     assert manifest["data"]["train"]["status"] == {"ok": 8, "empty": 1, "truncated": 1}
