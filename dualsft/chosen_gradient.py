@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dualsft.linear_tap import is_linear
+from dualsft.linear_backward import exchange, is_linear
 
 MOST_RECTANGLES, LEAST_ROWS = 256, 4
 """With more of them, or fewer rows to each, the calls cost more than the products."""
@@ -107,45 +107,19 @@ class ChosenGradientHook:
         if not torch.is_grad_enabled():
             return None
         (a,) = args or kwargs.values()
-        weight, bias = module.get_parameter("weight"), module.bias
-        return _ChosenGradient.apply(output.detach(), a, weight.detach(), bias, self._master, self)
+        return exchange(module, a, output, self._master, self, weight_too=False)
 
-    def backward(self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-        """The gradients of the input and of the master, where needed."""
-        needs_input, needs_master = needs
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the input and of the master, where needed; see `LinearBackward`."""
+        needs_input, _, needs_master = needs
         inward = weight.t() if self._transposed else weight
         da = (e @ inward.to(e.dtype)).to(a.dtype) if needs_input else None
         if not needs_master:
-            return da, None
+            return da, None, None
         if self._parts[0].rows.device != e.device:  # the model has been moved since
             self._parts = [part.to(e.device) for part in self._parts]
         x, y = e.flatten(0, -2), a.to(e.dtype).flatten(0, -2)
         chosen = chosen_products(y, x, self._parts) if self._transposed else chosen_products(x, y, self._parts)
-        return da, chosen.to(self._master.dtype)
-
-
-class _ChosenGradient(torch.autograd.Function):
-    """A linear layer's backward with a part of the weight gradient; its forward has been computed by the layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        a: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        master: Tensor,
-        hook: ChosenGradientHook,
-    ) -> Tensor:
-        ctx.hook = hook
-        ctx.save_for_backward(a, weight)
-        return output.detach()  # not a view, which the model could not modify in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,) = grads
-        a, weight = ctx.saved_tensors
-        _, needs_input, _, needs_bias, needs_master, _ = ctx.needs_input_grad
-        with torch.autocast(e.device.type, enabled=False):
-            da, chosen = ctx.hook.backward(e, a, weight, (needs_input, needs_master))
-            return None, da, None, e.flatten(0, -2).sum(0) if needs_bias else None, chosen, None
+        return da, None, chosen.to(self._master.dtype)

@@ -33,7 +33,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.errors import UserError
 from dualsft.layout import AmbiguousShapeError, Layout
-from dualsft.linear_tap import LinearHook, is_linear
+from dualsft.linear_backward import is_linear
+from dualsft.linear_tap import LinearHook
 from dualsft.placement import Places, placements
 from dualsft.tap import TapHook, accumulator_dtype
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dualsft.layout import Layout
+from dualsft.linear_backward import exchange
 from dualsft.tap import Rows, accumulator_dtype
 
 _BLOCK = 2**20
@@ -39,12 +40,6 @@ def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bo
     """Whether forming each dW_i is cheaper than a product with U, for one layer of this many weights."""
     tokens, calls = _BREAK_EVEN.get(device, _BREAK_EVEN["cuda"])
     return tokens_per_example >= tokens + calls / weights
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this module computes a Wᵀ + b, from a weight and a bias of its own, and nothing else."""
-    plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
-    return plain and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
 
 
 class LinearHook:
@@ -72,12 +67,14 @@ class LinearHook:
         a, output = self._rows.layout.expand(a), self._rows.layout.expand(output)
         self._rows.expect(output.shape, self.where)
         self._rows.touch(module)
-        return _LinearTap.apply(output.detach(), a, module.weight, module.bias, self._rows.anchor, self)
+        return exchange(module, a, output, self._rows.anchor, self, weight_too=True)
 
-    def backward(self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-        """Add to the rows; the gradients of the input and of the weight, where needed."""
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Add to the rows; the gradients of the input and of the weight, where needed; see `LinearBackward`."""
         weight = weight.t() if self._transposed else weight
-        needs_input, needs_weight = needs
+        needs_input, needs_weight, _ = needs
         narrow = a.to(e.dtype)
         for k, u in enumerate(self._u_biases):
             self._rows.add(k, e, u.to(e.dtype).expand_as(e), self.where)
@@ -86,7 +83,7 @@ class LinearHook:
             self._add_products(e, narrow)
         if gradient is not None and self._transposed:
             gradient = gradient.t()
-        return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient
+        return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
     def _weigh(self, e: Tensor, a: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
@@ -174,24 +171,3 @@ def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float
         into.copy_(torch.mm(x.t(), y, out_dtype=into.dtype))
     else:
         into.copy_(torch.mm(x.t(), y))
-
-
-class _LinearTap(torch.autograd.Function):
-    """A linear layer's backward that also adds to the rows; its forward has been computed by the layer itself."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, hook: LinearHook
-    ) -> Tensor:
-        ctx.hook = hook
-        ctx.save_for_backward(a, weight)
-        return output.detach()  # not a view, which the model could not modify in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,) = grads
-        a, weight = ctx.saved_tensors
-        _, needs_input, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        with torch.autocast(e.device.type, enabled=False):
-            da, gradient = ctx.hook.backward(e, a, weight, (needs_input, needs_weight))
-            return None, da, gradient, e.flatten(0, -2).sum(0) if needs_bias else None, None, None

@@ -1,0 +1,79 @@
+"""A linear layer's backward exchanged for another: y = a Wᵀ + b as the layer computes it, with a new graph behind.
+
+For Linear, and for Conv1D, whose weight is Wᵀ.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this module computes a Wᵀ + b, from a weight and a bias of its own, and nothing else."""
+    plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
+    return plain and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+
+@runtime_checkable
+class LinearBackward(Protocol):
+    """What takes the place of a layer's backward, that of its bias apart."""
+
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the input, of the weight, and of what else was given, where needed.
+
+        Args:
+            e: The gradient of the output.
+            a: The input.
+            weight: The weight as the module has it, Wᵀ for Conv1D.
+            needs: Which of the three gradients are.
+        """
+
+
+def exchange(
+    module: nn.Module, a: Tensor, output: Tensor, other: Tensor, behind: LinearBackward, *, weight_too: bool
+) -> Tensor:
+    """The layer's output, in front of another backward.
+
+    Args:
+        module: The layer.
+        a: Its input.
+        output: What it computed.
+        other: Another tensor that gets a gradient, or sees to it that backward comes here.
+        behind: The backward.
+        weight_too: Whether the weight gets a gradient from it, if it wants one.
+    """
+    layer: Any = module
+    weight = layer.weight if weight_too else layer.weight.detach()
+    exchanged: Tensor = _Exchanged.apply(output.detach(), a, weight, layer.bias, other, behind)
+    return exchanged
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        behind: LinearBackward,
+    ) -> Tensor:
+        ctx.behind = behind
+        ctx.save_for_backward(a, weight)
+        return output.detach()  # not a view, which the model could not modify in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (e,) = grads
+        a, weight = ctx.saved_tensors
+        _, needs_input, needs_weight, needs_bias, needs_other, _ = ctx.needs_input_grad
+        with torch.autocast(e.device.type, enabled=False):
+            needs = (needs_input, needs_weight, needs_other)
+            of_input, of_weight, of_other = ctx.behind.backward(e, a, weight, needs)
+            of_bias = e.flatten(0, -2).sum(0) if needs_bias else None
+        return None, of_input, of_weight, of_bias, of_other, None
