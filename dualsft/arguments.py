@@ -104,10 +104,12 @@ def _expand_option(option: str, value: str) -> str:
     group = _group(option) if option.startswith("--") else ""
     if not group or value in ("null", "None") or value.startswith("--"):
         return value
+    if re.fullmatch(r"[\w-]+", value):
+        return class_path(group, value)
     if value.lstrip().startswith("{") or Path(value).is_file():
         given = _loaded(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
         return json.dumps(_expand_value(group, given)) if isinstance(given, dict) else value
-    return class_path(group, value) if re.fullmatch(r"[\w.-]+", value) else value
+    return class_path(group, value) if re.fullmatch(r"[\w.]+", value) else value
 
 
 def _loaded(text: str) -> Any:
