@@ -3,8 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,9 +129,22 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
 
 def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape of a model that is not loaded, from its configuration."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(name_or_path)))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(name_or_path).named_parameters()}
+
+
+def empty_model(name_or_path: str) -> PreTrainedModel:
+    """A model without its weights (on the meta device), from its configuration.
+
+    Raises:
+        UserError: if the configuration is not that of a causal language model.
+    """
+    folder = model_folder(name_or_path)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    return model
 
 
 def model_fingerprint(name_or_path: str) -> str:
@@ -141,25 +154,46 @@ def model_fingerprint(name_or_path: str) -> str:
         UserError: if the weights cannot be read.
     """
     folder = model_folder(name_or_path)
+    with reading_weights(folder):
+        return weights_fingerprint(_stored_tensors(weight_files(folder)))
+
+
+def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The `model_fingerprint` of a checkpoint that holds these tensors, given with their names and in their order."""
     digest = hashlib.sha256()
-    try:
-        for name, path in sorted(_weight_files(folder).items()):
-            with safe_open(path, framework="pt") as stored:
-                tensor = stored.get_tensor(name).contiguous()
-            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"The weights in {folder} cannot be read: {_first_line(error)}") from error
+    for name, tensor in tensors:
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
+def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for name, path in sorted(files.items()):
+        with safe_open(path, framework="pt") as stored:
+            tensor = stored.get_tensor(name)
+        yield name, tensor
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it; other safetensors files in the folder are not the model's."""
     if (folder / _WEIGHTS).is_file():
         with safe_open(folder / _WEIGHTS, framework="pt") as stored:
             return dict.fromkeys(stored.keys(), folder / _WEIGHTS)
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     return {name: folder / file for name, file in index["weight_map"].items()}
+
+
+@contextmanager
+def reading_weights(folder: Path) -> Iterator[None]:
+    """Tell of files that cannot be read.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"The weights in {folder} cannot be read: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

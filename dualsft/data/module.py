@@ -165,7 +165,7 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: If none is left.
         """
-        return self.training_loader(self._train_ids(), self.seed)
+        return self.training_loader(self.training_ids(), self.seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches, never packed.
@@ -282,7 +282,12 @@ class InstructionDataModule(LightningDataModule):
     ) -> DataLoader[Batch | PackedBatch]:
         return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, packed)
 
-    def _train_ids(self) -> list[int]:
+    def training_ids(self) -> list[int]:
+        """Ids of the examples to train on: those with labels, of the selection where one is given.
+
+        Raises:
+            UserError: If none is left.
+        """
         examples = self.train_examples
         ids = examples.ok_ids()
         if self.selection is not None:

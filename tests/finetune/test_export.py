@@ -1,16 +1,21 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lightning import Callback, LightningModule, Trainer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dualsft.data import read_records
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule
 from dualsft.finetune import ExportModel
-from dualsft.finetune.delta import apply_delta
+from dualsft.finetune.checkpoints import prepare_apply, prepare_extract
+from dualsft.finetune.delta import apply_delta, open_delta
 from dualsft.models import load_model, model_fingerprint
 from dualsft.selection import load_selection
 from tests.finetune.runs import Workspace, make_workspace, trainer, weights
@@ -47,17 +52,20 @@ def test_export_changes_the_selected_weights_alone(exported: Workspace) -> None:
 
 
 def test_delta_file(exported: Workspace) -> None:
-    """`<name>.index` is int64, flat and ascending, `<name>.value` the new values; the metadata names the base."""
+    """`<name>.index` is int64, flat and ascending, `<name>.value` the new values; the metadata names the base.
+
+    Entries are those, and only those, that have changed.
+    """
     found = dict(load_model(str(exported.folder / "model")).named_parameters())
-    mask = load_selection(exported.selection).mask()
-    trained = [name for name, chosen in mask.items() if chosen.any()]
+    base = dict(load_model(exported.base).named_parameters())
+    trained = [name for name, weight in base.items() if not torch.equal(weight, found[name])]
     with safe_open(exported.folder / "delta.safetensors", framework="pt") as stored:
         assert stored.metadata()["base_fingerprint"] == model_fingerprint(exported.base)
         assert sorted(stored.keys()) == sorted(f"{name}.{part}" for name in trained for part in ("index", "value"))
         for name in trained:
             index, value = stored.get_tensor(f"{name}.index"), stored.get_tensor(f"{name}.value")
             assert index.dtype == torch.int64
-            assert torch.equal(index, mask[name].flatten().nonzero().squeeze(1))
+            assert torch.equal(index, (base[name] != found[name]).flatten().nonzero().squeeze(1))
             assert value.dtype == found[name].dtype
             assert torch.equal(value, found[name].flatten()[index])
 
@@ -69,6 +77,41 @@ def test_export_brings_its_tokenizer(exported: Workspace) -> None:
     assert found(text)["input_ids"] == base(text)["input_ids"]
     assert not list(exported.folder.glob("*.partial"))
     assert not list(exported.folder.glob("*.old"))
+
+
+def test_export_keeps_the_base_s_generation_settings(exported: Workspace) -> None:
+    """Not one that the library would refuse to write is lost."""
+    settings = json.loads((exported.folder / "model" / "generation_config.json").read_text())
+    assert settings == json.loads((Path(exported.base) / "generation_config.json").read_text())
+
+
+def test_extracting_finds_the_fit_s_own_delta(exported: Workspace, folder: Path) -> None:
+    """Of base and ``model/`` it is the same entries; what applying gives has the fit's own model card."""
+    folder.mkdir()
+    prepare_extract(exported.base, str(exported.folder / "model"))(folder)
+    found, expected = (load_file(path / "delta.safetensors") for path in (folder, exported.folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    prepare_apply(exported.base, str(exported.folder / "delta.safetensors"))(folder)
+    assert (folder / "README.md").read_bytes() == (exported.folder / "model" / "README.md").read_bytes()
+
+
+def test_model_card(exported: Workspace) -> None:
+    """It is valid, tells of no folder of this machine, and holds what the record holds, as numbers."""
+    card = ModelCard.load(exported.folder / "model" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None  # a folder of this machine is no hub id
+    delta = open_delta(exported.folder / "delta.safetensors")
+    changed, total = sum(delta.counts.values()), sum(p.numel() for p in load_model(exported.base).parameters())
+    assert f"with {changed:,} of its {total:,} weights" in card.text
+    train, validation = read_records(exported.pool), read_records(exported.validation)
+    assert f"training data: pool.jsonl, 24 rows, SHA-256 `{train.fingerprint}`" in card.text
+    assert "optimizer: AdamW (lr 0.003, betas 0.9, 0.999, eps 1e-08, weight_decay 0.1)" in card.text
+    for line in ("- epochs: 2", "- examples: 17", "- batch tokens: 400", model_fingerprint(exported.base)):
+        assert line in card.text
+    assert str(exported.folder) not in card.content
+    assert str(exported.folder) not in json.dumps(delta.about)
+    assert validation.fingerprint not in card.text  # this selection's manifest does not tell of it
 
 
 class Interrupt(Callback):

@@ -1,0 +1,101 @@
+"""What is known of a fine-tune, for whoever gets its result: kept in the delta, and told in the model card.
+
+It holds nothing that differs between two runs of one configuration, and of files and folders their last names alone:
+what is published should not tell of anybody's disk.
+"""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from torch import nn
+
+from dualsft.data import InstructionDataModule
+
+_PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
+_SELECTION = (
+    *("scorer", "preconditioner", "step_size", "warmup", "prior", "objectives", "combination", "order"),
+    *("parameter_allocator", "data_allocator", "near_duplicates", "trainable", "frozen", "budgets", "counts"),
+    *("coverage", "control", "seed"),
+)
+_PREDICTED = ("step_size", "predicted_improvement")
+
+
+def published_name(name_or_path: str) -> str:
+    """A hub id as it is; of a file or folder its last name."""
+    path = Path(name_or_path).expanduser()
+    here = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
+    return path.resolve().name if here else name_or_path
+
+
+def describe_base(name_or_path: str, fingerprint: str, dtype: str) -> dict[str, Any]:
+    """The base model, and the type that its weights were loaded in."""
+    local = Path(name_or_path).expanduser().exists()
+    return {"name": published_name(name_or_path), "local": local, "fingerprint": fingerprint, "dtype": dtype}
+
+
+def num_weights(model: nn.Module) -> int:
+    """How many weights a model has, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result rests on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def describe_selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was selected and how, out of a selection's manifest; whatever it does not tell is left out."""
+    told = {key: manifest[key] for key in _SELECTION if manifest.get(key) is not None}
+    if isinstance(warmup := told.get("warmup"), Mapping) and warmup.get("checkpoint"):
+        told["warmup"] = {**warmup, "checkpoint": published_name(warmup["checkpoint"])}
+    if prediction := manifest.get("prediction"):
+        told["prediction"] = {key: prediction[key] for key in _PREDICTED if key in prediction}
+    told["data"] = {name: _describe_data(manifest.get("data", {}).get(name)) for name in ("train", "validation")}
+    return told
+
+
+def _describe_data(told: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Name, fingerprint and rows of a source; of named validation sets one each."""
+    if not told:
+        return []
+    if "fingerprint" not in told:
+        return [{"set": name, **_describe_data(one)[0]} for name, one in told.items()]
+    kept = {key: told[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in told}
+    return [{**({"name": published_name(told["path"])} if told.get("path") else {}), **kept}]
+
+
+def describe_training(trainer: Trainer) -> dict[str, Any]:
+    """How it was trained: optimizer, schedule, epochs, steps, batches and data."""
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "optimizer": [_describe_optimizer(optimizer) for optimizer in trainer.optimizers],
+        "lr_scheduler": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
+        "epochs": trainer.current_epoch,
+        "optimizer_steps": trainer.global_step,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "precision": str(trainer.precision),
+        **(_describe_batches(data) if isinstance(data, InstructionDataModule) else {}),
+    }
+
+
+def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    numbers = (int, float, tuple)
+    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, numbers) and not isinstance(v, bool)}
+    return {"name": type(optimizer).__name__, **plain}
+
+
+def _describe_batches(data: InstructionDataModule) -> dict[str, Any]:
+    examples = data.train_examples
+    return {
+        **{key: getattr(data, key) for key in ("max_length", "batch_tokens", "batch_size", "packing", "seed")},
+        "examples": len(data.training_ids()),
+        "data": _describe_data(
+            {"path": data.train, "fingerprint": examples.records.fingerprint, "rows": len(examples.records)}
+        ),
+    }

@@ -1,0 +1,85 @@
+"""Writing a safetensors file one tensor at a time, the same bytes on every run.
+
+    8 bytes     length of the header, little-endian
+    header      JSON: name -> dtype, shape and [begin, end) in what follows; "__metadata__" -> strings
+    tensors     row-major, without gaps, the widest types first, so that each is aligned
+
+safetensors' own writer wants all tensors in memory at once, and puts several entries of metadata in an order that
+changes from run to run. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of types."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        dtype: Its type.
+        shape: Its shape.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file; memory holds one tensor at a time.
+
+    Args:
+        path: Where to.
+        specs: Name -> type and shape of each tensor.
+        read: Gives a tensor by its name, of that type and shape.
+        metadata: Strings for the header.
+    """
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        begin, end = end, end + specs[name].num_bytes
+        offsets = {"shape": list(specs[name].shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[specs[name].dtype], **offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = read(name)
+            if TensorSpec(tensor.dtype, tuple(tensor.shape)) != specs[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {specs[name]}")
+            stream.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
