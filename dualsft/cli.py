@@ -1,9 +1,10 @@
-"""The command line: LightningCLI with select, fit and validate, and three small commands beside it.
+"""The command line: LightningCLI with select, fit and validate, and four small commands beside it.
 
 dualsft select      score, and choose a data subset and a parameter mask
 dualsft fit         fine-tune what was chosen
 dualsft validate    evaluate a checkpoint
 dualsft allocate    choose anew from the scores of a selection
+dualsft export      apply, revert and extract deltas
 dualsft plugins     what is registered
 dualsft quickstart  the whole job on an embedded model and embedded data
 """
@@ -44,14 +45,16 @@ from dualsft.trainer import Trainer, latest_checkpoint
 
 MODULES = {"select": SelectionModule, "fit": MaskedFinetuneModule, "validate": EvaluationModule}
 DESCRIPTION = (
-    "Choose what to train on and what to train. Three commands stand beside the subcommands below: 'dualsft "
+    "Choose what to train on and what to train. Four commands stand beside the subcommands below: 'dualsft "
     "quickstart' runs the whole job on an embedded model and data, 'dualsft allocate' spends other budgets on the "
-    "scores of a finished selection, 'dualsft plugins' lists the registered scorers and allocators."
+    "scores of a finished selection, 'dualsft export' applies, reverts and extracts deltas, 'dualsft plugins' lists "
+    "the registered scorers and allocators."
 )
 CHECKPOINTS = "checkpoints"
 # imported when called: they need no trainer, or this very module
 SIMPLE_COMMANDS = {
     "allocate": "dualsft.allocate:allocate_command",
+    "export": "dualsft.export:export_command",
     "plugins": "dualsft.plugins:plugins_command",
     "quickstart": "dualsft.quickstart.run:quickstart_command",
 }
@@ -246,7 +249,7 @@ def run(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in MODULES:
         known = ", ".join([*MODULES, *SIMPLE_COMMANDS])
         raise UserError(f"dualsft has no command {arguments[0]!r}; its commands are {known}.")
-    _quieten()
+    quieten()
     DualSFTCLI(
         model_class=SelectionModule,
         trainer_class=Trainer,
@@ -267,7 +270,7 @@ def verb_parsers() -> dict[str, ArgumentParser]:
     return dict(subcommands.choices)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what tells a user of this program nothing: other libraries' tips and their own deprecations."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dualsft.errors import UserError
 
 _RUN, _MANIFEST, _FINISHED = "run.json", "manifest.json", ".finished"
-_RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json")
+_RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
 _WRITTEN = (
     *(
         ".unfinished",
@@ -57,6 +57,7 @@ class RunFolder:
         resume: Go on from what a killed run left there; starts anew where there is nothing.
         overwrite: Replace what is there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
+        written: Names, at the top of the folder, of what this command writes there beside what all may write.
 
     Attributes:
         complete: Whether resuming has found a selection that is finished: whoever resumes after each kill may come once
@@ -73,8 +74,10 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         inputs: Sequence[str | None] = (),
+        written: Sequence[str] = (),
     ) -> None:
         self.path = Path(folder)
+        self._written = (*_WRITTEN, *written)
         self._state = self.path / ".unfinished"
         self.complete = False
         if resume and overwrite:
@@ -97,7 +100,9 @@ class RunFolder:
 
     def _check(self, resume: bool, overwrite: bool) -> None:
         if overwrite:
-            foreign = [p.name for p in sorted(self.path.iterdir()) if not any(fnmatch(p.name, w) for w in _WRITTEN)]
+            foreign = [
+                p.name for p in sorted(self.path.iterdir()) if not any(fnmatch(p.name, w) for w in self._written)
+            ]
             if foreign or not self._is_ours():
                 named = f" ({', '.join(foreign[:3])})" if foreign else ""
                 raise UserError(
@@ -268,6 +273,15 @@ def _empty(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(child)
         else:
             child.unlink()
+
+
+def publish(staged: Path, folder: Path, last: str) -> None:
+    """Move staged results into their folder, the one last without which nothing there counts as a result."""
+    for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        path.replace(folder / path.name)
 
 
 def write_atomically(path: Path, text: str) -> None:

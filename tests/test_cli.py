@@ -359,7 +359,9 @@ def test_no_such_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """All commands are told, those beside the subcommands too."""
     code, told = failure(["alocate", "x"], capsys, monkeypatch)
     assert code == 1
-    assert "no command 'alocate'; its commands are select, fit, validate, allocate, plugins, quickstart." in told
+    assert (
+        "no command 'alocate'; its commands are select, fit, validate, allocate, export, plugins, quickstart." in told
+    )
 
 
 def test_help_for_a_class_without_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dualsft import run_folder
 from dualsft.errors import UserError
 from dualsft.selection.mask import pack_bits, unpack_bits
 
@@ -227,7 +228,4 @@ def write_choice(
 
 def publish(staged: Path, folder: Path) -> None:
     """Move a staged selection into its folder, the manifest last: without it nothing there counts as a selection."""
-    for path in sorted(staged.iterdir(), key=lambda p: (p.name == _MANIFEST, p.name)):
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-        path.replace(folder / path.name)
+    run_folder.publish(staged, folder, last=_MANIFEST)
