@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -30,6 +31,7 @@ SET_ELSEWHERE = {
     "data.seed": "seed_everything",
 }
 _SECTIONS = ("model", "data")
+_ADD_UP = "--tasks"
 
 
 def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> list[str]:
@@ -47,7 +49,7 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
         return list(arguments)
     start = arguments.index(verb) + 1
     prepared = list(arguments[:start])
-    rest = [part for a in arguments[start:] for part in _split(a)]
+    rest = _added_up([part for a in arguments[start:] for part in _split(a)])
     for option in rest:
         _check_place(option.removeprefix("--").split("=")[0] if option.startswith("--") else "")
     for key, value in zip(["", *rest], rest, strict=False):
@@ -60,6 +62,12 @@ def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> 
             if key.endswith(".help") and _group(key):
                 _tell_without_options(prepared[-1])
     return prepared
+
+
+def _added_up(arguments: list[str]) -> list[str]:
+    """An option that may be given several times replaces what a configuration says, once, and adds to itself."""
+    before = accumulate(arguments, lambda seen, argument: seen or argument == _ADD_UP, initial=False)
+    return [f"{a}+" if a == _ADD_UP and again else a for a, again in zip(arguments, before, strict=False)]
 
 
 def _tell_without_options(path: str) -> None:
@@ -76,7 +84,7 @@ def _check_place(key: str) -> None:
 
 def _split(argument: str) -> list[str]:
     option, equals, value = argument.partition("=")
-    ours = option in CONFIG or (option.startswith("--") and bool(_group(option)))
+    ours = option in (*CONFIG, _ADD_UP) or (option.startswith("--") and bool(_group(option)))
     return [option, value] if equals and ours else [argument]
 
 

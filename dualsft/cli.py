@@ -16,6 +16,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from pkgutil import resolve_name
@@ -34,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from dualsft.arguments import prepare
 from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError, is_out_of_memory, shortage
-from dualsft.evaluation import EvaluationModule
+from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
 from dualsft.messages import plainly, unusable
 from dualsft.models import check_vocabulary, model_folder
@@ -107,7 +108,13 @@ class DualSFTCLI(LightningCLI):
         model_folder(config.model.model_name_or_path)
         self.folder: RunFolder | None = None  # validate may only print its figures
         if config.output_dir:
-            keys = ("model.model_name_or_path", "model.selection", "model.warmup.checkpoint", "data.train")
+            keys = (
+                "model.model_name_or_path",
+                "model.selection",
+                "model.warmup.checkpoint",
+                "data.train",
+                "task_folder",
+            )
             inputs = [*map(config.get, keys), *validation_sources(config.get("data.validation")).values()]
             how = {"resume": config.resume, "overwrite": config.overwrite}
             self.folder = RunFolder(config.output_dir, **how, inputs=inputs)
@@ -207,7 +214,25 @@ class DualSFTCLI(LightningCLI):
     def validate(
         self, model: EvaluationModule, datamodule: InstructionDataModule, verbose: bool = True, **kwargs: Any
     ) -> None:
-        """Evaluate, and list the metrics of named sets; Lightning's table would repeat all of them for each set."""
+        """Evaluate on data, on tasks, or on both; what tasks need is looked at first."""
+        config = self.config["validate"]
+        options = TaskOptions(**{field.name: config[field.name] for field in fields(TaskOptions)})
+        tasks = load_tasks(self.trainer, options)
+        if tasks and datamodule.validation is None:
+            model.configure_model()
+        else:
+            self._validate_data(model, datamodule, verbose, **kwargs)
+        seed = int(config.seed_everything)
+        self.task_results = (
+            model.evaluate_tasks(self.trainer, tasks, options, datamodule.batch_size, seed) if tasks else None
+        )
+        if verbose and self.task_results is not None:
+            print(task_report(self.task_results))
+
+    def _validate_data(
+        self, model: EvaluationModule, datamodule: InstructionDataModule, verbose: bool, **kwargs: Any
+    ) -> None:
+        """List the metrics of named sets ourselves; Lightning's table would repeat all of them for each set."""
         named = datamodule.named_validation
         self.trainer.validate(model, datamodule=datamodule, verbose=verbose and not named, **kwargs)
         if verbose and named:
@@ -221,6 +246,9 @@ class DualSFTCLI(LightningCLI):
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
             self.folder.claim({"command": "validate"})
             write_atomically(self.folder.path / "config.yaml", self.replay)
+            if self.task_results is not None:
+                metrics |= task_metrics(self.task_results)
+                write_atomically(self.folder.path / "tasks.json", json.dumps(self.task_results, indent=2))
             write_atomically(self.folder.path / "metrics.json", json.dumps(metrics, indent=2))
             self.folder.finish()
 
@@ -229,6 +257,8 @@ def _link(parser: LightningArgumentParser, subcommand: str) -> None:
     """Give a setting that two parts share one place in the configuration."""
     parser.link_arguments("model.model_name_or_path", "data.tokenizer")
     parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    if subcommand == "validate":
+        parser.add_class_arguments(TaskOptions)
     if subcommand == "fit":
         parser.link_arguments("model.selection", "data.selection")
         parser.add_optimizer_args((Optimizer,), "optimizer", link_to="model.optimizer")

@@ -43,6 +43,7 @@ _WRITTEN = (
         "checkpoints",
         "logs",
         "metrics.json",
+        "tasks.json",
     ),
     *("selection", "random-selection", "fit-*", "eval-*"),
 )

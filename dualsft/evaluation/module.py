@@ -1,10 +1,13 @@
 """`dualsft validate`: any checkpoint, any data."""
 
-from lightning import LightningModule
+from typing import Any
+
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from dualsft.data import load_tokenizer
 from dualsft.evaluation.generation import Generation, generate_answers
+from dualsft.evaluation.harness import TaskOptions, evaluate_tasks
 from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.layout import Batch
 from dualsft.models import Dtype, load_model
@@ -61,3 +64,12 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, under names without a loader's number, which Lightning adds in a step."""
         self.log_dict(self.metrics.finish())
+
+    def evaluate_tasks(
+        self, trainer: Trainer, tasks: dict[str, Any], options: TaskOptions, batch_size: int, seed: int
+    ) -> dict[str, Any]:
+        """Put tasks of the lm-evaluation-harness to the checkpoint, which `configure_model` has loaded.
+
+        See `dualsft.evaluation.harness.evaluate_tasks`.
+        """
+        return evaluate_tasks(trainer, tasks, self.model, self.tokenizer, options, batch_size, seed)

@@ -1,0 +1,271 @@
+"""Tasks of the lm-evaluation-harness (EleutherAI) on a checkpoint.
+
+The harness is optional and imported when tasks are asked for. It loads what the tasks need, puts the questions to the
+model and counts; code from the hub is never run, the functions that task files of one's own name are.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from io import StringIO
+from logging.handlers import BufferingHandler
+from pathlib import Path
+from sys import maxsize
+from typing import Any
+
+from lightning import Trainer, seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dualsft.errors import UserError, advising, is_out_of_memory
+
+INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
+MODELS = "lm_eval.models.huggingface"
+NEEDS = "; its data must be on this machine or in reach, and it may not need code from the hub"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of the lm-evaluation-harness.
+
+    Args:
+        tasks: Names of tasks, groups or tags of the lm-evaluation-harness, separated by commas or as a list; batches
+            hold data.batch_size requests.
+        task_folder: Folder with task files (YAML) of one's own, which go before the harness's; relative paths in them
+            start at this folder.
+        few_shot: Examples to show before each question, if not as many as the task says; a task that says 0 stays so.
+        limit: Largest number of questions of each task, from its start.
+        chat_template: Whether questions are put through the tokenizer's chat template.
+
+    Raises:
+        UserError: If a value is out of range, the folder is missing, or an option has no tasks to be about.
+    """
+
+    tasks: str | list[str] | None = None
+    task_folder: str | None = None
+    few_shot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and not self.names:
+            raise UserError(f"tasks={self.tasks!r} names no task; leave it out, or name tasks separated by commas.")
+        if self.few_shot is not None and self.few_shot < 0:
+            raise UserError(f"few_shot={self.few_shot} is too small: it must be at least 0.")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit={self.limit} is too small: it must be at least 1.")
+        idle = [f.name for f in fields(self) if f.name != "tasks" and getattr(self, f.name) != f.default]
+        if idle and not self.names:
+            raise UserError(f"Without tasks there is no use for {' and '.join(idle)}; name tasks, or leave it out.")
+        if self.task_folder is not None and not Path(self.task_folder).expanduser().is_dir():
+            raise UserError(f"task_folder={self.task_folder!r} is not a folder; name one that holds task files.")
+
+    @property
+    def names(self) -> list[str]:
+        """The names given, each once, in order."""
+        given = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        names = [name.strip() for part in given for name in part.split(",")]
+        return list(dict.fromkeys(filter(None, names)))
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of task files, absolute."""
+        return Path(self.task_folder).expanduser().resolve() if self.task_folder is not None else None
+
+
+def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
+    """The tasks and groups that were named, their data read.
+
+    Returns:
+        What the harness evaluates: ``tasks`` by name, those of groups included, and the ``groups``; nothing if no task
+        was named.
+
+    Raises:
+        UserError: If the harness is not installed, a task is unknown, cannot be loaded, or asks for more than words, or
+            the trainer has several processes.
+    """
+    if not options.names:
+        return {}
+    if trainer.world_size > 1:
+        raise UserError(
+            f"--tasks runs on one process, but the trainer has {trainer.world_size}; set trainer.devices to 1."
+        )
+    with _bars_of(trainer):
+        loaded = _loaded(options)
+    for name, task in loaded["tasks"].items():
+        _check(name, task)
+    return loaded
+
+
+def evaluate_tasks(
+    trainer: Trainer,
+    loaded: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TaskOptions,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Put the tasks' questions to a model, on the trainer's device and in its precision.
+
+    Args:
+        trainer: What says where and how to compute.
+        loaded: From `load_tasks`.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        options: How.
+        batch_size: Requests to a batch.
+        seed: Decides which examples are shown before a question, and whatever else a task draws.
+
+    Returns:
+        The harness's own results, as JSON gives them back, with what it warned of under ``warnings``.
+
+    Raises:
+        UserError: If a task cannot be evaluated on this model, or memory runs out.
+    """
+    if options.chat_template and not tokenizer.chat_template:
+        raise UserError("chat_template is set, but the tokenizer has none; leave it out for this model.")
+    harness, models, precision = _imported("lm_eval"), _imported(MODELS), trainer.precision_plugin
+    out_of_memory = advising("while tasks were evaluated", "lower data.batch_size, or set model.dtype to bfloat16")
+    with out_of_memory, _no_code_from_the_hub(), _telling("The tasks cannot be evaluated"), _bars_of(trainer):
+        precision.convert_module(model).to(trainer.strategy.root_device)
+        with _listening():  # it warns that it is given a model, not a name
+            wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        seed_everything(seed, verbose=False)
+        for task in loaded["tasks"].values():
+            _prepare(task, options.few_shot, seed)
+        with precision.forward_context(), _listening() as heard:
+            how = {"limit": options.limit, "apply_chat_template": options.chat_template}
+            results = harness.evaluate(wrapped, loaded, log_samples=False, fewshot_as_multiturn=True, **how)
+    warnings = list(dict.fromkeys(record.getMessage() for record in heard))
+    told = {**results, "lm_eval_version": harness.__version__, "warnings": warnings}
+    return dict(json.loads(json.dumps(told, default=str)))
+
+
+def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
+    """The rules of the harness's own command line: a task that says 0 stays so, one that says nothing shows none."""
+    own = task.get_config("num_fewshot")
+    if own is None or (few_shot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=few_shot or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+def _loaded(options: TaskOptions) -> dict[str, Any]:
+    manager, unread = _manager(options)
+    for name in options.names:
+        if name not in manager.task_index:
+            raise UserError(_unknown(name, manager.all_tasks, unread, options.folder))
+    found: list[Any] = []
+    with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
+        for name in options.names:
+            found += _load(manager, name)
+    with _telling("The tasks cannot be evaluated together"):
+        return dict(manager.load(found))
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The tasks of a name; what the harness logs as an error is one, and tells more than what it raises afterwards."""
+    with _telling(f"The task {name!r} cannot be loaded", NEEDS), _listening() as heard:
+        failure: Exception | None = None
+        loaded: dict[str, Any] = {}
+        try:
+            loaded = manager.load([name])
+        except Exception as error:
+            failure = error
+        if errors := [record.getMessage() for record in heard if record.levelno >= logging.ERROR]:
+            raise ValueError(errors[0]) from failure
+        if failure is not None:
+            raise failure
+    group = loaded["groups"].get(name)
+    return [group] if group is not None else list(loaded["tasks"].values())
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs the lm-evaluation-harness, which cannot be imported ({error}); install it with {INSTALL}."
+        ) from error
+
+
+def _manager(options: TaskOptions) -> tuple[Any, list[str]]:
+    """What knows the tasks by name, and what it says of files in the folder that it passed over.
+
+    The harness's own tasks, of which there are thousands, are looked through only where one is needed.
+    """
+    manager_class = _imported("lm_eval.tasks").TaskManager
+    if options.folder is None:
+        with _listening():
+            return manager_class(), []
+    with _listening(logging.DEBUG) as heard:
+        own = manager_class(include_path=options.folder, include_defaults=False)
+    unread = [record.getMessage() for record in heard if record.getMessage().startswith("Skip ")]
+    if set(options.names) <= {*own.all_subtasks, *own.all_tags}:
+        return own, unread
+    with _listening():
+        return manager_class(include_path=options.folder), unread
+
+
+def _unknown(name: str, known: list[str], unread: list[str], folder: Path | None) -> str:
+    where = f"in {folder} or among the harness's own" if folder else "among the harness's own (--task_folder adds more)"
+    close = get_close_matches(name, known, 3)
+    told = f"There is no task {name!r} {where}"
+    if close:
+        told += f"; close names are {', '.join(close)}"
+    if unread:
+        told += f"; the harness says: {' '.join(unread[0].split())}"
+    return f"{told}."
+
+
+def _check(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"The task {name!r} runs code that the model writes, which is not offered here; leave it out.")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"The task {name!r} asks about more than text, which the model cannot read; leave it out.")
+
+
+def _bars_of(trainer: Trainer) -> AbstractContextManager[Any]:
+    """The bars of harness and data sets cannot be turned off; with the trainer's turned off they go nowhere."""
+    return nullcontext() if trainer.progress_bar_callback else redirect_stderr(StringIO())
+
+
+@contextmanager
+def _no_code_from_the_hub() -> Iterator[None]:
+    """Metrics that the harness does not have it would download, as code, and run."""
+    config = _imported("evaluate").config
+    before, config.HF_EVALUATE_OFFLINE = config.HF_EVALUATE_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_EVALUATE_OFFLINE = before
+
+
+@contextmanager
+def _listening(level: int = logging.WARNING) -> Iterator[list[logging.LogRecord]]:
+    """What the harness logs meanwhile, kept from the screen."""
+    logger, handler = logging.getLogger("lm_eval"), BufferingHandler(maxsize)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield handler.buffer
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+@contextmanager
+def _telling(what: str, advice: str = "") -> Iterator[None]:
+    """Say in one sentence what the harness, the data sets or a task's own functions raise."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "no message").split("\n")[0]
+        raise UserError(f"{what} ({type(error).__name__}: {reason.rstrip('.')}){advice}.") from error

@@ -1,0 +1,77 @@
+"""The figures in what the lm-evaluation-harness returns: for a table, and for `metrics.json`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task or group.
+
+    Attributes:
+        task: Its name.
+        metric: The metric's name; of answers that went through a filter with a name, followed by a comma and that.
+        value: What was measured.
+        stderr: Standard error of the value; None where the harness gives none.
+        questions: How many questions it is over.
+        few_shot: Examples shown before each; None where the harness does not say.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    questions: int
+    few_shot: int | None
+
+
+def task_scores(results: Mapping[str, Any]) -> list[TaskScore]:
+    """All metrics of all tasks and groups, in the harness's order."""
+    found = []
+    for task, measured in results["results"].items():
+        of_group = measured.get("sample_count", {})  # a group's metric may be of some of its tasks
+        for key, value in measured.items():
+            metric, _, kept = key.partition(",")
+            if kept and not metric.endswith("_stderr"):
+                name = metric if kept == "none" else key
+                stderr = _number(measured.get(f"{metric}_stderr,{kept}"))
+                questions = int(of_group.get(key, measured["sample_len"]))
+                found.append(TaskScore(task, name, float(value), stderr, questions, results["n-shot"].get(task)))
+    return found
+
+
+def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Names for `metrics.json`, which no validation set's can be: ``tasks/TASK/METRIC``, and ``.../stderr``."""
+    metrics = {}
+    for score in task_scores(results):
+        name = f"tasks/{score.task}/{score.metric}"
+        metrics[name] = score.value
+        if score.stderr is not None:
+            metrics[f"{name}/stderr"] = score.stderr
+    return metrics
+
+
+def task_report(results: Mapping[str, Any]) -> str:
+    """A table with one line to a metric, and what the harness warned of."""
+    rows = [("task", "metric", "value", "stderr", "questions", "shots"), *map(_row, task_scores(results))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(_cells(row, widths)) for row in rows]
+    if warnings := results["warnings"]:
+        lines.append(f"the harness gave {len(warnings):,} warnings, the first of them: {warnings[0]}")
+    return "\n".join(lines)
+
+
+def _row(score: TaskScore) -> tuple[str, ...]:
+    stderr = "-" if score.stderr is None else f"{score.stderr:.4f}"
+    shots = "-" if score.few_shot is None else str(score.few_shot)
+    return score.task, score.metric, f"{score.value:.4f}", stderr, f"{score.questions:,}", shots
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Words to the left, numbers to the right."""
+    return [f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
