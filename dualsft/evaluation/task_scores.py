@@ -58,7 +58,7 @@ def task_report(results: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_cells(row, widths)) for row in rows]
     if warnings := results["warnings"]:
-        lines.append(f"the harness gave {len(warnings):,} warnings, the first of them: {warnings[0]}")
+        lines.append(f"warnings of the harness: {len(warnings):,}, the first: {warnings[0]}")
     return "\n".join(lines)
 
 

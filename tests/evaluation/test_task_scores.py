@@ -55,5 +55,5 @@ def test_report() -> None:
         "gsm8k  exact_match,strict-match      0.2500  0.0120      1,319      5",
         "gsm8k  exact_match,flexible-extract  0.5000       -      1,319      5",
         "both   acc                           1.0000  0.0000         81      -",
-        "the harness gave 2 warnings, the first of them: a b",
+        "warnings of the harness: 2, the first: a b",
     ]
