@@ -24,8 +24,44 @@ from dualsft.linear_backward import exchange, is_linear
 MOST_RECTANGLES, LEAST_ROWS = 256, 4
 """With more of them, or fewer rows to each, the calls cost more than the products."""
 
+SHORTEST_RUN = 16
+"""Of columns side by side, on average, that are copied as such."""
+
 LARGEST_SHARE = 0.75
 """Of a layer's weights; above it, one dense product is as fast."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some columns of a matrix.
+
+    Attributes:
+        index: Which, ascending.
+        runs: The same as runs of columns side by side, where these are few: they are taken without a gather.
+    """
+
+    index: Int[Tensor, " place"]
+    runs: tuple[slice, ...] = ()
+
+    @staticmethod
+    def of(index: Int[Tensor, " place"]) -> "Places":
+        """With its runs, if they are long."""
+        ends = [*((index[1:] - index[:-1]) != 1).nonzero().squeeze(1).tolist(), len(index) - 1]
+        if len(ends) * SHORTEST_RUN > len(index) and len(ends) > 1:
+            return Places(index)
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        return Places(index, tuple(slice(int(index[a]), int(index[b]) + 1) for a, b in zip(starts, ends, strict=True)))
+
+    def take(self, matrix: Float[Tensor, "token n"]) -> Float[Tensor, "token place"]:
+        """These columns of a matrix; a view if they are one run."""
+        if not self.runs:
+            return matrix.index_select(1, self.index)
+        parts = [matrix[:, run] for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def to(self, device: torch.device) -> "Places":
+        """The same on another device."""
+        return Places(self.index.to(device), self.runs)
 
 
 @dataclass(frozen=True)
@@ -33,18 +69,18 @@ class Rectangle:
     """Some rows by some columns of a matrix.
 
     Attributes:
-        rows: Their indices, ascending.
-        columns: Their indices, ascending; None for all.
+        rows: Which rows.
+        columns: Which columns.
         entries: Where the rectangle lies, row by row, among all chosen entries of the matrix in row-major order.
     """
 
-    rows: Int[Tensor, " row"]
-    columns: Int[Tensor, " column"] | None
+    rows: Places
+    columns: Places
     entries: slice
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same on another device."""
-        return Rectangle(self.rows.to(device), None if self.columns is None else self.columns.to(device), self.entries)
+        return Rectangle(self.rows.to(device), self.columns.to(device), self.entries)
 
 
 def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
@@ -64,7 +100,7 @@ def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
     for k, group in enumerate(rows.tensor_split(starts[1:].cpu())):
         columns = filled[starts[k]].nonzero().squeeze(1)
         size = len(group) * len(columns)
-        found.append(Rectangle(group, columns if len(columns) < mask.shape[1] else None, slice(first, first + size)))
+        found.append(Rectangle(Places.of(group), Places.of(columns), slice(first, first + size)))
         first += size
     return found
 
@@ -75,9 +111,8 @@ def chosen_products(
     """The entries of xᵀ y in these rectangles, in row-major order of the whole matrix."""
     chosen = x.new_empty(parts[-1].entries.stop)
     for part in parts:
-        left = x.index_select(1, part.rows)
-        right = y if part.columns is None else y.index_select(1, part.columns)
-        torch.mm(left.t(), right, out=chosen[part.entries].view(len(part.rows), -1))
+        left, right = part.rows.take(x), part.columns.take(y)
+        torch.mm(left.t(), right, out=chosen[part.entries].view(left.shape[1], right.shape[1]))
     return chosen
 
 
@@ -118,7 +153,7 @@ class ChosenGradientHook:
         da = (e @ inward.to(e.dtype)).to(a.dtype) if needs_input else None
         if not needs_master:
             return da, None, None
-        if self._parts[0].rows.device != e.device:  # the model has been moved since
+        if self._parts[0].rows.index.device != e.device:  # the model has been moved since
             self._parts = [part.to(e.device) for part in self._parts]
         x, y = e.flatten(0, -2), a.to(e.dtype).flatten(0, -2)
         chosen = chosen_products(y, x, self._parts) if self._transposed else chosen_products(x, y, self._parts)

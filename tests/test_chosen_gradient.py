@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dualsft.chosen_gradient import MOST_RECTANGLES, chosen_products, rectangles
+from dualsft.chosen_gradient import MOST_RECTANGLES, Places, chosen_products, rectangles
 from dualsft.compact import CompactParameters
 
 M, N = 12, 20
@@ -67,8 +67,7 @@ def test_rectangles_are_the_mask(kind: str) -> None:
     place = (mask.flatten().cumsum(0) - 1).view(M, N)
     covered = torch.zeros(M, N, dtype=torch.long)
     for part in parts:
-        columns = torch.arange(N) if part.columns is None else part.columns
-        here = (part.rows[:, None], columns[None, :])
+        here = (part.rows.index[:, None], part.columns.index[None, :])
         covered[here] += 1
         assert place[here].flatten().tolist() == list(range(part.entries.start, part.entries.stop))
     assert torch.equal(covered, mask.long())
@@ -82,6 +81,18 @@ def test_products_are_the_dense_ones(kind: str) -> None:
     parts = rectangles(mask)
     assert parts is not None
     torch.testing.assert_close(chosen_products(x, y, parts), (x.t() @ y)[mask], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "runs", [[(0, 20)], [(3, 4)], [(0, 1), (5, 6)], [(0, 16), (30, 48)], [(1, 40), (41, 60), (70, 71)]]
+)
+def test_columns_are_taken_as_indexing_takes_them(runs: list[tuple[int, int]]) -> None:
+    """As a view, in runs or by a gather, whichever it is."""
+    matrix, index = torch.randn(3, 80), torch.cat([torch.arange(a, b) for a, b in runs])
+    places = Places.of(index)
+    assert torch.equal(places.take(matrix), matrix[:, index])
+    long = len(runs) == 1 or len(index) >= 16 * len(runs)
+    assert [(run.start, run.stop) for run in places.runs] == (runs if long else [])
 
 
 def test_what_is_not_worth_it_is_left_to_autograd() -> None:
