@@ -309,6 +309,8 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # which copies the masters alone
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 
 
 def main() -> None:

@@ -129,8 +129,28 @@ class CompactParameters(nn.Module):
                 weight.put_(index.long(), values)
 
     def write_back_after(self, optimizer: Optimizer) -> None:
-        """Store the masters in the model after every step of this optimizer, and drop the gradients it has used."""
+        """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.
+
+        An optimizer that asks for the loss several times within a step (LBFGS) finds each of its trials in the model.
+        """
+        optimizer.register_step_pre_hook(self._follow_trials)
         optimizer.register_step_post_hook(self._finish_step)
+
+    def _follow_trials(self, _: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The step's arguments, with a closure that stores the masters before all evaluations but the first."""
+        closure = named.get("closure", given[1] if len(given) > 1 else None)
+        if closure is None:
+            return given, named
+        evaluated = False
+
+        def follow() -> Any:
+            nonlocal evaluated
+            if evaluated:
+                self.write_back()
+            evaluated = True
+            return closure()
+
+        return given[:1], {**named, "closure": follow}
 
     def _finish_step(self, *_: Any) -> None:
         self.write_back()

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.optimizers import make_optimizer, make_schedule
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
@@ -35,7 +37,8 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that this fine-tune cannot run under.
 
     Raises:
-        UserError: if its precision would convert the masters, or it has several processes.
+        UserError: if its precision would convert the masters, it has several processes, or it averages weights in a
+            way that would mix them up.
     """
     if trainer.precision not in _PRECISIONS:
         raise UserError(
@@ -47,6 +50,14 @@ def check_trainer(trainer: Trainer) -> None:
             f"fit runs on one process, but the trainer has {trainer.world_size} under "
             f"{type(trainer.strategy).__name__}; set trainer.devices to 1 and leave trainer.strategy at auto."
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # Lightning's newer releases have WeightAveraging; with this setting it would pair the buffers of the module
+        # with those of its copy, which holds the masters alone (`MaskedFinetuneModule.__deepcopy__`)
+        if getattr(callback, "_use_buffers", True) is False:
+            raise UserError(
+                f"{type(callback).__name__} cannot work with use_buffers=false here; leave it at true: the trained "
+                "weights alone are averaged either way."
+            )
 
 
 class MaskedFinetuneModule(LightningModule):
@@ -82,8 +93,8 @@ class MaskedFinetuneModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
-        # a checkpoint holds the masters alone; the other weights are the base model's
-        self.strict_loading = False
+        self.register_state_dict_post_hook(_keep_the_masters)
+        self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
     def setup(self, stage: str) -> None:
         """Look at the trainer and the data before anything is loaded; see `check_trainer`.
@@ -105,12 +116,13 @@ class MaskedFinetuneModule(LightningModule):
             return
         self.base_fingerprint = model_fingerprint(self.model_name_or_path)
         self._check_selection()
-        self.model: PreTrainedModel = load_model(self.model_name_or_path, self.dtype_name)
-        self.model.train()
+        model = load_model(self.model_name_or_path, self.dtype_name)
+        model.train()
         if self.gradient_checkpointing:
-            checkpoint_activations(self.model)
-        self.compact = CompactParameters(self.model, self.selection.mask() if self.selection else None)
+            checkpoint_activations(model)
+        self.compact = CompactParameters(model, self.selection.mask() if self.selection else None)
         self.compact.attach()
+        self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
         self._configured = True
 
@@ -129,19 +141,14 @@ class MaskedFinetuneModule(LightningModule):
         """The optimizer over the compact parameters; the model's weights follow each of its steps.
 
         Raises:
-            UserError: if the optimizer or its schedule refuses its settings.
+            UserError: if the optimizer or its schedule refuses its settings, or cannot do its work here.
         """
-        try:
-            optimizer = self.optimizer(self.compact.parameters())
-            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"The optimizer or its schedule cannot be made: {error}.") from error
+        accumulated = self.trainer.accumulate_grad_batches
+        optimizer = make_optimizer(self.optimizer, self.compact.parameters(), accumulated)
         self.compact.write_back_after(optimizer)
-        if scheduler is None:
+        if self.lr_scheduler is None:
             return optimizer
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return make_schedule(self.lr_scheduler, optimizer, lambda: self.trainer.estimated_stepping_batches)
 
     def configure_callbacks(self) -> list[Callback]:
         """What keeps a resumed run resumable."""
@@ -172,16 +179,41 @@ class MaskedFinetuneModule(LightningModule):
         ).logits
         self.metrics.tokens(dataloader_idx).update(logits, batch["labels"])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """What a callback that averages weights keeps of this module: its masters, under their names.
+
+        Lightning's StochasticWeightAveraging and WeightAveraging average a deep copy of the module with the module,
+        parameter by parameter as far as the copy has any, and put the averages into the module for each validation and
+        in the end. All else about the model is either constant or follows the masters (`_follow_masters`).
+        """
+        self.configure_model()
+        copied = nn.Module()
+        copied.compact = nn.Module()
+        copied.compact.masters = deepcopy(self.compact.masters, memo)
+        return copied
+
+    def _follow_masters(self) -> None:
+        """Bring the weights to the masters, which a callback may have exchanged; callbacks come first in each hook."""
+        self.compact.write_back()
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluate the weights that callbacks have put in."""
+        self._follow_masters()
+
+    def on_train_end(self) -> None:
+        """End with the weights that callbacks have put in."""
+        self._follow_masters()
+
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``.
 
         Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
         """
+        self._follow_masters()
         self.log_dict({f"val_{name}": value for name, value in self.metrics.finish().items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the masters, with what they belong to, and the gradients of an accumulation under way; nothing else."""
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n.startswith("compact.")}
+        """Keep what the masters belong to, and the gradients of an accumulation under way."""
         checkpoint["dualsft"] = {"origin": self._origin, "gradients": self.compact.pending_gradients()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -208,3 +240,17 @@ class MaskedFinetuneModule(LightningModule):
         ids = self.selection.example_ids if self.selection else None
         examples = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         return {"base": self.base_fingerprint, "weights": self.compact.fingerprint(), "examples": examples}
+
+
+_MASTERS = "compact."
+
+
+def _keep_the_masters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state holds the masters alone; the other weights are the base model's."""
+    for name in [name for name in state if not name.startswith(f"{prefix}{_MASTERS}")]:
+        del state[name]
+
+
+def _miss_the_masters_alone(module: nn.Module, differences: Any) -> None:
+    missing = differences.missing_keys
+    missing[:] = [name for name in missing if name.startswith(_MASTERS)]

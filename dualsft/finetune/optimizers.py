@@ -1,0 +1,87 @@
+"""The optimizer and the schedule of a masked fine-tune, from what the user gave.
+
+An optimizer sees the selected entries of each tensor as one vector. Most of torch's work entry by entry, and LBFGS on
+inner products, to which the entries left out add nothing: they train as on the dense tensors under masked gradients.
+What needs the tensor's shape is refused, or says what it does instead.
+"""
+
+from collections.abc import Callable, Iterable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import OneCycleLR
+
+from dualsft.errors import UserError
+from dualsft.progress import say
+
+
+def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:
+    """The optimizer over the compact parameters.
+
+    Args:
+        factory: Makes it.
+        parameters: The compact parameters.
+        accumulated: How many batches' gradients are added up for a step.
+
+    Raises:
+        UserError: if it refuses its settings, or cannot do its work on these parameters.
+    """
+    try:
+        optimizer = factory(parameters)
+    except (TypeError, ValueError) as error:
+        shape = ", but sees each tensor's selected weights as one vector" if "2D" in str(error) else ""
+        raise UserError(f"The optimizer cannot be made: {error}{shape}.") from error
+    if isinstance(optimizer, SparseAdam):
+        raise UserError("SparseAdam takes sparse gradients alone, and those of a language model are dense; give Adam.")
+    if isinstance(optimizer, LBFGS) and accumulated > 1:
+        raise UserError(
+            "LBFGS evaluates the loss several times in a step, for which "
+            f"trainer.accumulate_grad_batches={accumulated} has no meaning; set it to 1 and raise data.batch_size and "
+            "data.batch_tokens instead."
+        )
+    if isinstance(optimizer, Adafactor):
+        say(
+            "Adafactor takes each tensor's selected weights as one vector: their second moment is kept whole, not "
+            "factored, and its norms are over them alone."
+        )
+    return optimizer
+
+
+def make_schedule(
+    factory: LRSchedulerCallable, optimizer: Optimizer, steps: Callable[[], float]
+) -> OptimizerLRSchedulerConfig:
+    """The learning rate schedule, stepped once per optimizer step; one on a metric once per epoch.
+
+    Args:
+        factory: Makes it from the optimizer.
+        optimizer: Whose learning rate it moves.
+        steps: Tells how many optimizer steps the run has at most, for a schedule that needs to know.
+
+    Raises:
+        UserError: if it refuses its settings, or ends before the run.
+    """
+    try:
+        schedule = factory(optimizer)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The learning rate schedule cannot be made: {error}.") from error
+    if isinstance(schedule, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": schedule.monitor}}
+    if isinstance(schedule, OneCycleLR):
+        _check_length(schedule.total_steps, steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _check_length(total: int, steps: Callable[[], float]) -> None:
+    """OneCycleLR has an end, beyond which it raises an error: the run's last steps would be lost."""
+    try:
+        needed = steps()
+    except MisconfigurationException:  # it cannot be told where the accumulation changes between epochs
+        return
+    if total < needed:
+        raise UserError(
+            f"lr_scheduler.total_steps is {total:,}, but the run has {needed:,.0f} optimizer steps; give OneCycleLR at "
+            "least as many."
+        )
