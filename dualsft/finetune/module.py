@@ -11,17 +11,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.losses import Loss, StepLoss, scale_gradients
 from dualsft.finetune.optimizers import make_optimizer, make_schedule
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
-from dualsft.objectives import example_losses
 from dualsft.selection import Selection, load_selection
 from dualsft.spot_check import check_packing
 
@@ -63,9 +64,6 @@ def check_trainer(trainer: Trainer) -> None:
 class MaskedFinetuneModule(LightningModule):
     """Fine-tunes the weights that a selection chose; without a selection, all of them.
 
-    The loss is the mean over the batch's examples of their mean loss per supervised token, the same l_i that selection
-    scores.
-
     Args:
         model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
         selection: A selection directory whose mask says which weights to train; null trains all weights.
@@ -74,6 +72,9 @@ class MaskedFinetuneModule(LightningModule):
             (ReduceLROnPlateau: once per epoch); constant unless given.
         dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        loss: What the training loss is the mean over: ``example_mean``, the examples of a batch, each with its mean per
+            supervised token, as selection scores them; or ``token_mean``, the supervised tokens of all batches of a
+            step, however many are accumulated.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class MaskedFinetuneModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
         gradient_checkpointing: bool = False,
+        loss: Loss = "example_mean",
     ) -> None:
         super().__init__()
         self.model_name_or_path = model_name_or_path
@@ -91,6 +93,7 @@ class MaskedFinetuneModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer or default_optimizer, lr_scheduler
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self._step_loss = StepLoss(loss)
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         self.register_state_dict_post_hook(_keep_the_masters)
@@ -155,7 +158,7 @@ class MaskedFinetuneModule(LightningModule):
         return [KeepEpochCount()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's examples.
+        """The batch's share of the step's loss; its own mean is logged as ``train_loss``.
 
         Raises:
             UserError: if it is not finite: the next step would ruin the weights; or if the model mixes packed examples.
@@ -163,14 +166,19 @@ class MaskedFinetuneModule(LightningModule):
         if not self._packing_checked:
             check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True
-        loss = example_losses(self.model, batch).mean()
-        if not bool(loss.isfinite()):
+        mean, share = self._step_loss.of(self.model, batch)
+        if not bool(mean.isfinite()):
             raise UserError(
-                f"The training loss became {loss.item()} in epoch {self.current_epoch}, at the examples "
+                f"The training loss became {mean.item()} in epoch {self.current_epoch}, at the examples "
                 f"{batch['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
             )
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["example_id"]))
-        return loss
+        self.log("train_loss", mean, prog_bar=True, batch_size=len(batch["example_id"]))
+        return share
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Bring the accumulated gradient to that of the step's loss; Lightning clips it next."""
+        factor = self._step_loss.finish(self.trainer.accumulate_grad_batches)
+        scale_gradients(list(self.compact.masters), factor)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in one batch of the validation set of this index."""
@@ -214,7 +222,11 @@ class MaskedFinetuneModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the masters belong to, and the gradients of an accumulation under way."""
-        checkpoint["dualsft"] = {"origin": self._origin, "gradients": self.compact.pending_gradients()}
+        checkpoint["dualsft"] = {
+            "origin": self._origin,
+            "gradients": self.compact.pending_gradients(),
+            "step": self._step_loss.state(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check what the checkpoint belongs to; the masters are Lightning's to load, and the weights follow them.
@@ -229,6 +241,7 @@ class MaskedFinetuneModule(LightningModule):
                 "start a new run in another --output_dir."
             )
         self._resumed_gradients = state["gradients"]
+        self._step_loss.restore(state["step"])
 
     def on_train_start(self) -> None:
         """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients."""

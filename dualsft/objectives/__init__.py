@@ -1,7 +1,13 @@
 """The terms of V(θ), and the loss of one example, which is also what pool examples are scored by."""
 
 from dualsft.objectives.base import Objective
-from dualsft.objectives.likelihood import example_losses, mean_over_tokens, supervised_logits, token_losses
+from dualsft.objectives.likelihood import (
+    example_losses,
+    mean_over_tokens,
+    supervised_logits,
+    supervised_losses,
+    token_losses,
+)
 from dualsft.objectives.prior import Prior, SelfDistillation
 
 __all__ = [
@@ -11,5 +17,6 @@ __all__ = [
     "example_losses",
     "mean_over_tokens",
     "supervised_logits",
+    "supervised_losses",
     "token_losses",
 ]

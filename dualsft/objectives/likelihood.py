@@ -53,6 +53,12 @@ def token_losses(
     return spread, labels[:, 1:]
 
 
+def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " supervised"]:
+    """Negative log-likelihood in nats of each supervised token of the batch, row by row (see `supervised_logits`)."""
+    scores, supervised = supervised_logits(model, batch)
+    return F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
+
+
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
     """l_i for each example of the batch, in nats per supervised token; 0 for one without supervised tokens.
 
@@ -61,6 +67,4 @@ def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None =
         batch: Padded or packed examples (see `supervised_logits`).
         layout: The batch's, if it is at hand.
     """
-    scores, supervised = supervised_logits(model, batch)
-    nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
-    return mean_over_tokens(nll, supervised, layout or Layout.of(batch))
+    return mean_over_tokens(supervised_losses(model, batch), batch["labels"][:, 1:] != -100, layout or Layout.of(batch))

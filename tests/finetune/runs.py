@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule
+from lightning import Trainer as LightningTrainer
 from torch import Tensor
 
 from dualsft.data import InstructionDataModule, read_records
@@ -110,3 +112,15 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 def weights(module: MaskedFinetuneModule) -> dict[str, Tensor]:
     """A copy of the model's weights."""
     return {name: weight.detach().clone() for name, weight in module.model.named_parameters()}
+
+
+class SaveOften(Callback):
+    """Saves a checkpoint after every training batch, in mid-accumulation too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_batch_end(
+        self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.save_checkpoint(self._folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")

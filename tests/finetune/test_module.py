@@ -3,8 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningModule
-from lightning import Trainer as LightningTrainer
+from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
@@ -16,7 +15,7 @@ from dualsft.models import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
 from tests.cases import save_tiny_model, write_jsonl
-from tests.finetune.runs import CHOSEN, Workspace, adamw, make_workspace, select, trainer, weights
+from tests.finetune.runs import CHOSEN, SaveOften, Workspace, adamw, make_workspace, select, trainer, weights
 
 
 def decaying(optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -272,18 +271,6 @@ def test_validation_set_without_responses_is_refused(workspace: Workspace, tmp_p
     for given, key in ((empty, "data.validation"), ({"a": workspace.pool, "b": empty}, "data.validation.b")):
         with pytest.raises(UserError, match=rf"No example of {key} has .*\(0 ok, 1 empty, 0 truncated\)"):
             trainer(tmp_path).fit(workspace.module(), datamodule=workspace.data(validation=given))
-
-
-class SaveOften(Callback):
-    """Saves a checkpoint after every training batch, in mid-accumulation too."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def on_train_batch_end(
-        self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        trainer.save_checkpoint(self._folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")
 
 
 def resumable(

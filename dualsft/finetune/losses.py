@@ -1,0 +1,74 @@
+"""What a step's loss is the mean over, with l_it the negative log-likelihood of the t-th of example i's T_i tokens.
+
+    example_mean    mean over the n examples of a batch:         1/n Σ_i 1/T_i Σ_t l_it
+    token_mean      mean over all tokens of the step's batches:  1/T Σ_i Σ_t l_it,  T = Σ_i T_i
+
+Tokens are supervised ones throughout. With gradient accumulation a step has several batches. Their example means are
+averaged, each batch weighing the same. Their token means would not add up to the step's, as batches differ in tokens,
+and how many tokens a step has is known at its last batch alone. So a batch's sum is divided by the tokens of the step's
+first batch, and the accumulated gradient is multiplied by what corrects that before it is clipped.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.layout import Batch
+from dualsft.objectives import example_losses, supervised_losses
+
+Loss = Literal["example_mean", "token_mean"]
+
+
+class StepLoss:
+    """The loss of a batch, as one of those that a step accumulates the gradients of.
+
+    Args:
+        kind: What it is the mean over.
+    """
+
+    def __init__(self, kind: Loss) -> None:
+        self._kind = kind
+        self._first = self._tokens = 0
+
+    def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """(the batch's own mean, what to differentiate for the step)."""
+        if self._kind == "example_mean":
+            mean = example_losses(model, batch).mean()
+            return mean, mean
+        losses = supervised_losses(model, batch)
+        self._first = self._first or len(losses)
+        self._tokens += len(losses)
+        return losses.mean(), losses.sum() / self._first
+
+    def finish(self, accumulated: int) -> float:
+        """What to multiply the step's gradient by; the next batch is the first of another step.
+
+        Args:
+            accumulated: What each batch's loss has been divided by.
+        """
+        if self._kind == "example_mean":
+            return 1.0
+        factor = accumulated * self._first / self._tokens
+        self._first = self._tokens = 0
+        return factor
+
+    def state(self) -> dict[str, int]:
+        """The part of a step that is under way."""
+        return {"first": self._first, "tokens": self._tokens}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on with a step from an earlier `state`."""
+        self._first, self._tokens = state["first"], state["tokens"]
+
+
+@torch.no_grad()
+def scale_gradients(parameters: list[Tensor], factor: float) -> None:
+    """Multiply the gradients that there are."""
+    if factor == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
