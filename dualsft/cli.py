@@ -36,7 +36,15 @@ from dualsft.arguments import prepare
 from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
-from dualsft.finetune import ExportModel, MaskedFinetuneModule, check_trainer
+from dualsft.finetune import (
+    EndOfTraining,
+    ExportModel,
+    FitReport,
+    MaskedFinetuneModule,
+    best_checkpoint,
+    check_trainer,
+    report,
+)
 from dualsft.messages import plainly, unusable
 from dualsft.models import check_vocabulary, model_folder
 from dualsft.run_folder import RunFolder, write_atomically
@@ -137,18 +145,27 @@ class DualSFTCLI(LightningCLI):
                 config["logger"] = CSVLogger(self.folder.path, name="logs")
             if config.get("default_root_dir") is None:
                 config["default_root_dir"] = str(self.folder.path / "logs")
+            if config.get("num_sanity_val_steps") is None and not config.get("barebones"):
+                config["num_sanity_val_steps"] = -1  # all of it: what the base model gives is part of the report
         else:
             config.update(enable_checkpointing=False, logger=config.get("logger") or False)
         return super()._instantiate_trainer(config, callbacks)
 
     def _fit_callbacks(self, folder: RunFolder, config: dict[str, Any]) -> list[Callback]:
-        own: list[Callback] = [ExportModel(str(folder.path))]
+        self.report = FitReport()
+        own: list[Callback] = [self.report, EndOfTraining(), ExportModel(str(folder.path))]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+        if config.get("enable_checkpointing") is False:
+            return own
+        options = self.config["fit"].model
+        # before the others, whose checkpoints then know of it
+        if options.export == "best" and (best := best_checkpoint(folder.path / CHECKPOINTS, given)):
+            own.append(best)
+        if not any(isinstance(c, ModelCheckpoint) for c in given):
             own.append(ModelCheckpoint(folder.path / CHECKPOINTS))
-            quarter = timedelta(minutes=15)
-            own.append(ModelCheckpoint(folder.path / CHECKPOINTS, filename="recent", train_time_interval=quarter))
+            often = timedelta(minutes=options.save_minutes)
+            own.append(ModelCheckpoint(folder.path / CHECKPOINTS, filename="recent", train_time_interval=often))
         return own
 
     def select(self, model: SelectionModule, datamodule: InstructionDataModule) -> None:
@@ -183,14 +200,19 @@ class DualSFTCLI(LightningCLI):
         share = datamodule.training_padding_share()
         print(f"training on {len(datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         checkpoint = self._checkpoint(folder.path) if self.config["fit"].resume else None
+        if checkpoint:
+            self.trainer.num_sanity_val_steps = 0  # the base model has been validated, and this is none
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
         except (UserError, MisconfigurationException):
             if self._latest(folder.path) is None:
                 folder.release()
             raise
+        figures = self.report.figures(self.trainer, model)
+        write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2))
         folder.finish()
-        print(f"wrote {folder.path / 'model'} and {folder.path / 'delta.safetensors'}")
+        print(report(figures))
+        print(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
 
     def _checkpoint(self, folder: Path) -> Path | None:
         """Where to go on from, and a word on it."""

@@ -39,6 +39,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "parameter_budget": 0.2,
             "data_budget": 5,
             "generation": {"max_new_tokens": 3},
+            "samples": {"number": 0},
         },
         "data": {
             "train": write_jsonl(folder / "pool.jsonl", rows),

@@ -1,6 +1,16 @@
 """Masked fine-tuning of the selected weights on the selected examples, and what it leaves behind."""
 
+from dualsft.finetune.ending import EndOfTraining, best_checkpoint
 from dualsft.finetune.export import ExportModel
 from dualsft.finetune.module import MaskedFinetuneModule, check_trainer
+from dualsft.finetune.report import FitReport, report
 
-__all__ = ["ExportModel", "MaskedFinetuneModule", "check_trainer"]
+__all__ = [
+    "EndOfTraining",
+    "ExportModel",
+    "FitReport",
+    "MaskedFinetuneModule",
+    "best_checkpoint",
+    "check_trainer",
+    "report",
+]

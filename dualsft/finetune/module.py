@@ -18,8 +18,10 @@ from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.ending import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, scale_gradients
 from dualsft.finetune.optimizers import make_optimizer, make_schedule
+from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
@@ -75,6 +77,15 @@ class MaskedFinetuneModule(LightningModule):
         loss: What the training loss is the mean over: ``example_mean``, the examples of a batch, each with its mean per
             supervised token, as selection scores them; or ``token_mean``, the supervised tokens of all batches of a
             step, however many are accumulated.
+        export: Which weights the fit ends with and exports: the ``last``, or the ``best`` by the metric of a
+            ModelCheckpoint with a monitor in trainer.callbacks, else of an EarlyStopping there, else by the lowest
+            val_loss.
+        samples: Which sample generations are logged.
+        save_minutes: How often the command line keeps a checkpoint beside that of each epoch, for --resume, unless
+            trainer.callbacks has a ModelCheckpoint.
+
+    Raises:
+        UserError: if the selection cannot be read, or an option is out of range.
     """
 
     def __init__(
@@ -86,14 +97,21 @@ class MaskedFinetuneModule(LightningModule):
         dtype: Dtype = "auto",
         gradient_checkpointing: bool = False,
         loss: Loss = "example_mean",
+        export: Ending = "last",
+        samples: Samples = Samples(),  # noqa: B008 (frozen)
+        save_minutes: float = 10.0,
     ) -> None:
         super().__init__()
+        if not save_minutes > 0:
+            raise UserError(f"model.save_minutes is {save_minutes}; give a positive number of minutes.")
         self.model_name_or_path = model_name_or_path
         self.selection: Selection | None = load_selection(selection) if selection else None
         self.optimizer, self.lr_scheduler = optimizer or default_optimizer, lr_scheduler
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
+        self.export, self.samples = export, samples
+        self.kept_step: int | None = None
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         self.register_state_dict_post_hook(_keep_the_masters)
@@ -154,8 +172,10 @@ class MaskedFinetuneModule(LightningModule):
         return make_schedule(self.lr_scheduler, optimizer, lambda: self.trainer.estimated_stepping_batches)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What keeps a resumed run resumable."""
-        return [KeepEpochCount()]
+        """What keeps a resumed run resumable, and what the options ask for."""
+        ending = [BestWeights()] if self.export == "best" else []
+        samples = [LogSamples(self.samples)] if self.samples.number else []
+        return [KeepEpochCount(), *samples, *ending]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The batch's share of the step's loss; its own mean is logged as ``train_loss``.

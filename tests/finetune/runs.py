@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
 from torch import Tensor
 
+from dualsft.cli import run
 from dualsft.data import InstructionDataModule, read_records
 from dualsft.finetune import MaskedFinetuneModule
 from dualsft.models import load_model, model_fingerprint
@@ -124,3 +125,26 @@ class SaveOften(Callback):
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         trainer.save_checkpoint(self._folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")
+
+
+def fit(workspace: Workspace, folder: Path, *arguments: str, epochs: int = 3) -> None:
+    """`dualsft fit` over the workspace: epochs of two batches."""
+    run(fit_options(workspace, folder, *arguments, epochs=epochs))
+
+
+def fit_options(workspace: Workspace, folder: Path, *arguments: str, epochs: int = 3) -> list[str]:
+    """The command line of `fit`; the arguments may override."""
+    at = {
+        "--model.model_name_or_path": workspace.base,
+        "--model.selection": workspace.selection,
+        "--data.train": workspace.pool,
+        "--data.validation": workspace.validation,
+        "--data.batch_size": "4",
+        "--output_dir": str(folder),
+        "--model.samples.number": "0",
+        "--trainer.max_epochs": str(epochs),
+        "--trainer.limit_train_batches": "2",
+        "--trainer.accelerator": "cpu",
+        "--trainer.enable_progress_bar": "false",
+    }
+    return ["fit", *(part for pair in at.items() for part in pair), *arguments]

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import lr_scheduler
 
-from dualsft.cli import run
 from dualsft.errors import UserError
 from dualsft.models import load_model
 from dualsft.objectives import example_losses
 from dualsft.selection import load_selection
-from tests.finetune.runs import Workspace, trainer, weights
+from tests.finetune.runs import Workspace, fit, trainer, weights
 
 STEPS = 6  # three epochs of two batches
 SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
@@ -35,23 +34,6 @@ SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
         lambda o: lr_scheduler.StepLR(o, 4, 0.5),  # the loss falls, which is no rise: from the second epoch's end on
     ),
 }
-
-
-def fit(workspace: Workspace, folder: Path, *arguments: str) -> None:
-    """`dualsft fit` over the workspace: three epochs of two batches."""
-    at = {
-        "--model.model_name_or_path": workspace.base,
-        "--model.selection": workspace.selection,
-        "--data.train": workspace.pool,
-        "--data.validation": workspace.validation,
-        "--data.batch_size": "4",
-        "--output_dir": str(folder),
-        "--trainer.max_epochs": "3",
-        "--trainer.limit_train_batches": "2",
-        "--trainer.accelerator": "cpu",
-        "--trainer.enable_progress_bar": "false",
-    }
-    run(["fit", *(part for pair in at.items() for part in pair), *arguments])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

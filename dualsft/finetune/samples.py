@@ -1,0 +1,116 @@
+"""Sample generations: what the model answers to a few validation prompts, at each validation of a fit."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedModel
+
+from dualsft.data import InstructionDataModule
+from dualsft.data.batches import collate
+from dualsft.data.tokenizer import pad_id
+from dualsft.errors import UserError
+from dualsft.evaluation.generation import generate_answers, last_turn
+from dualsft.layout import Batch
+from dualsft.progress import say
+from dualsft.run_folder import write_atomically
+
+_SHOWN = 60
+FILE = "samples.jsonl"
+
+Sample = dict[str, Any]
+"""``step``, ``epoch``, ``set`` (the validation set's name), ``example_id``, ``prompt``, ``answer``, ``reference``."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which generations are logged.
+
+    Args:
+        number: How many of the first prompts of each validation set to answer, greedily, before training and at each
+            validation of a fit that has a logger; they go to samples.jsonl in trainer.default_root_dir; 0 for none.
+        max_new_tokens: Longest answer.
+    """
+
+    number: int = 3
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise UserError(f"model.samples.number is {self.number}; give 0 (off) or more.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"model.samples.max_new_tokens is {self.max_new_tokens}; give at least 1.")
+
+
+class LogSamples(Callback):
+    """Answers a few prompts at each validation, writes the answers to a file and shows one of each set.
+
+    The file has one JSON object a line, in order of steps. A resumed run that comes to a step again replaces what an
+    earlier one wrote from that step on, so that it ends as in an unbroken run.
+
+    Args:
+        samples: How many, and how long.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before the first batch: only then is the model sure to hold the weights that are validated."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.logger is not None
+        resumed = trainer.sanity_checking and trainer.global_step > 0  # which is no validation of that step
+        if batch_idx or dataloader_idx or not fitting or resumed or not isinstance(data, InstructionDataModule):
+            return
+        when = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        made = [when | sample for name in data.validation_sets for sample in self._answer(pl_module.model, data, name)]
+        _write(Path(trainer.default_root_dir) / FILE, made)
+
+    def _answer(self, model: Any, data: InstructionDataModule, name: str) -> Iterator[Sample]:
+        """The samples of one validation set."""
+        assert isinstance(model, PreTrainedModel)
+        examples, tokenizer = data.validation_sets[name], data.tokenizer
+        rows = [examples.dataset[i] for i in examples.ok_ids()[: self._samples.number]]
+        turns = [last_turn(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in rows]
+        prompts = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt, _ in turns]
+        asking = [k for k, prompt in enumerate(prompts) if prompt.strip()]  # plain text asks nothing
+        if not asking:
+            return
+        batch = cast(Batch, collate([rows[k] for k in asking], pad_id(tokenizer)))
+        answers, references = generate_answers(model, tokenizer, batch, self._samples.max_new_tokens)
+        for k, answer, reference in zip(asking, answers, references, strict=True):
+            example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}
+            yield {**example, "answer": answer, "reference": reference}
+
+
+def _write(path: Path, samples: list[Sample]) -> None:
+    if not samples:
+        return
+    step = samples[0]["step"]
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in before if json.loads(line)["step"] < step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [*kept, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    for _, of_set in groupby(samples, key=lambda sample: sample["set"]):
+        say(_brief(next(of_set)))
+
+
+def _brief(sample: Sample) -> str:
+    """One line for the terminal."""
+    prompt, answer, reference = (_cut(sample[key]) for key in ("prompt", "answer", "reference"))
+    where = f"step {sample['step']:,}, {sample['set']} example {sample['example_id']}"
+    return f"{where}: {prompt!r} -> {answer!r} (reference: {reference!r})"
+
+
+def _cut(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= _SHOWN else f"{plain[: _SHOWN - 3]}..."
