@@ -11,7 +11,6 @@ from dualsft.finetune import FitReport, report
 from dualsft.layout import Layout
 from tests.finetune.runs import SaveOften, Workspace, trainer
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
