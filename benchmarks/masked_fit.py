@@ -5,8 +5,9 @@
 
 Memory is the peak of a process that takes two steps on a batch of a few tokens, above what it held before the model was
 made, in bytes per weight of the model: weights, gradients, optimizer state, indices, and whatever a step takes for a
-moment, but hardly any activations. Time is that of a step on a real batch (forward, backward, optimizer), in one
-process, as the median over rounds of the ratio to the dense step of the same round.
+moment. What activations take, and the libraries' own buffers, is left out: as much as a forward and backward pass peaks
+above the weights and an earlier pass's gradients. Time is that of a step on a real batch (forward, backward,
+optimizer), in one process, as the median over rounds of the ratio to the dense step of the same round.
 
 dense         float32 weights, gradients and AdamW state, bfloat16 arithmetic by autocast
 dense, bf16   the same loop in bfloat16 throughout, which loses small updates
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ from dualsft.layout import Batch
 from dualsft.models import checkpoint_activations
 from dualsft.objectives import example_losses
 
+ACTIVATIONS = "activations"
 CASES = {
     "dense": (),
     "dense, bf16": (),
@@ -88,11 +90,29 @@ def mask_of(kind: str, share: float, weight: Tensor, generator: torch.Generator)
     return chosen.expand(weight.shape).contiguous()
 
 
+class Masks(Mapping[str, Tensor]):
+    """Masks that are made when they are asked for, as those of a selection are unpacked."""
+
+    def __init__(self, model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+        self._weights, self._make = dict(model.named_parameters()), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(self._weights[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 def masked(model: nn.Module, kind: str, share: float) -> Training:
     """The model with compact parameters for a share of every tensor."""
     generator = torch.Generator().manual_seed(0)
-    masks = {name: mask_of(kind, share, weight, generator) for name, weight in model.named_parameters()}
-    compact = CompactParameters(model, masks)
+    compact = CompactParameters(model, Masks(model, lambda weight: mask_of(kind, share, weight, generator)))
     compact.attach()
     optimizer = torch.optim.AdamW(compact.parameters(), lr=1e-5)
     compact.write_back_after(optimizer)
@@ -127,14 +147,27 @@ def prepare(case: str, options: argparse.Namespace) -> Training:
 def measure(options: argparse.Namespace) -> int:
     """The peak of two steps on a batch of a few tokens, in bytes; steps on a tiny model come first, to load code."""
     tiny = argparse.Namespace(**{**vars(options), "shape": "tiny"})
-    prepare(options.measure, tiny).step(make_batch(make_model("tiny", options.device, "float32"), 1, 8))
+    prepare("dense, bf16" if options.measure == ACTIVATIONS else options.measure, tiny).step(
+        make_batch(make_model("tiny", options.device, "float32"), 1, 8)
+    )
     meter = Meter(options.device)
     meter.restart()
+    if options.measure == ACTIVATIONS:
+        return activations(options, meter)
     training = prepare(options.measure, options)
     batch = make_batch(training.model, 1, 8)
     for _ in range(2):
         training.step(batch)
     return meter.peak()
+
+
+def activations(options: argparse.Namespace, meter: Meter) -> int:
+    """The peak of a pass above the weights and the gradients of an earlier pass, in bytes."""
+    model = make_model(options.shape, options.device, "bfloat16").train()
+    batch = make_batch(model, 1, 8)
+    for _ in range(2):
+        example_losses(model, batch).mean().backward()
+    return meter.peak() - sum(2 * p.numel() * p.element_size() for p in model.parameters())
 
 
 def measure_alone(options: argparse.Namespace, case: str) -> int:
@@ -178,10 +211,12 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     yield f"{weights:,} weights, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     yield f"{options.batch_tokens} tokens a batch, {options.tokens} an example, checkpointing {options.checkpointing}"
     times = step_times(cases, options)
+    beside = measure_alone(options, ACTIVATIONS)
+    dense = measure_alone(options, "dense") - beside
+    yield f"activations and buffers: {beside / 2**20:.0f} MiB, left out below"
     yield f"{'case':16} {'trained':>9} {'bytes/weight':>13} {'dense/this':>11} {'step/dense':>11}"
-    dense = measure_alone(options, "dense")
     for case in cases:
-        peak = measure_alone(options, case)
+        peak = measure_alone(options, case) - beside
         trained = prepare(case, options).trained / weights
         step = f"{times[case]:.3f} s" if case == "dense" else f"{times[case]:.2f}"
         yield f"{case:16} {trained:9.1%} {peak / weights:13.2f} {dense / peak:11.2f} {step:>11}"
@@ -198,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="per example")
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=[ACTIVATIONS, *CASES], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(measure(options))

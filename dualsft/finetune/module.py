@@ -141,7 +141,7 @@ class MaskedFinetuneModule(LightningModule):
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        self.compact = CompactParameters(model, self.selection.mask() if self.selection else None)
+        self.compact = CompactParameters(model, self.selection.stored_masks() if self.selection else None)
         self.compact.attach()
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()

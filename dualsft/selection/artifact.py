@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualsft import run_folder
 from dualsft.errors import UserError
-from dualsft.selection.mask import pack_bits, unpack_bits
+from dualsft.selection.mask import StoredMasks, pack_bits
 
 SCHEMA_VERSION = 1
 _MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
@@ -85,13 +85,15 @@ class Selection:
         Raises:
             UserError: if the file is damaged.
         """
-        path = self.folder / _MASK
-        try:
-            with safe_open(path, framework="pt") as stored:
-                shapes = json.loads(stored.metadata()["shapes"])
-                return {name: unpack_bits(stored.get_tensor(name), tuple(shapes[name])) for name in sorted(shapes)}
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
+        return dict(self.stored_masks())
+
+    def stored_masks(self) -> Mapping[str, Tensor]:
+        """The same, each unpacked when it is asked for.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        return StoredMasks(self.folder / _MASK)
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Parameter name -> φ_j, float32, of the parameter's shape.

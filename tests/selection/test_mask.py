@@ -1,7 +1,12 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from dualsft.selection.mask import pack_bits, unpack_bits
+from dualsft.errors import UserError
+from dualsft.selection.mask import StoredMasks, pack_bits, unpack_bits
 
 
 def test_bits_are_little_endian() -> None:
@@ -25,3 +30,39 @@ def test_a_mask_may_be_any_view() -> None:
     """The flat order is that of the parameter as it is indexed, not as it lies in memory."""
     mask = (torch.arange(6).view(2, 3) % 2 == 0).t()
     assert torch.equal(unpack_bits(pack_bits(mask), (3, 2)), mask)
+
+
+MASKS = {"b": torch.tensor([[True, False], [False, True]]), "a": torch.ones(9, dtype=torch.bool)}
+
+
+def store(path: Path, shapes: dict[str, list[int]]) -> Path:
+    """A file of masks, which says that they have these shapes."""
+    save_file({name: pack_bits(mask) for name, mask in MASKS.items()}, path, {"shapes": json.dumps(shapes)})
+    return path
+
+
+def test_stored_masks_are_unpacked_when_asked_for(tmp_path: Path) -> None:
+    """A mapping in the order of names, which looks at no mask to say which there are."""
+    stored = StoredMasks(store(tmp_path / "mask.safetensors", {n: list(m.shape) for n, m in MASKS.items()}))
+    assert list(stored) == ["a", "b"]
+    assert ("a" in stored, "c" in stored, len(stored)) == (True, False, 2)
+    assert all(torch.equal(stored[name], mask) for name, mask in MASKS.items())
+
+
+@pytest.mark.parametrize("shapes", [{"a": [9], "c": [2, 2]}, {"a": [9], "b": [40, 40]}])
+def test_a_damaged_file_is_named(tmp_path: Path, shapes: dict[str, list[int]]) -> None:
+    """A mask that is not there, or has another size than it should."""
+    path = store(tmp_path / "mask.safetensors", shapes)
+    with pytest.raises(UserError, match=r"mask\.safetensors is damaged .*; make the selection again"):
+        dict(StoredMasks(path))
+
+
+def test_what_is_no_file_of_masks_is_named(tmp_path: Path) -> None:
+    """Anything else by that name."""
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(b"not this")
+    with pytest.raises(UserError, match="is damaged"):
+        StoredMasks(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="is damaged"):
+        StoredMasks(path)
