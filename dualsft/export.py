@@ -113,9 +113,9 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 def _export(form: Form, options: Namespace, replay: str) -> None:
     given = {key: options[key] for key in form.options}
-    folder = Path(options.output_dir)
+    folder = Path(options.output_dir).expanduser()
     inputs = tuple(given.values())
-    run = RunFolder(folder, overwrite=options.overwrite, inputs=inputs, written=WRITTEN)
+    run = RunFolder(folder, overwrite=options.overwrite, inputs=inputs, resumable=False, written=WRITTEN)
     write = form.prepare(**given)
     run.claim({"command": f"export to {form.last}", **given})
     try:

@@ -192,7 +192,7 @@ def reading_weights(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"The weights in {folder} cannot be read: {_first_line(error)}") from error
 
 

@@ -58,6 +58,7 @@ class RunFolder:
         resume: Go on from what a killed run left there; starts anew where there is nothing.
         overwrite: Replace what is there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
+        resumable: Whether the command knows --resume.
         written: Names, at the top of the folder, of what this command writes there beside what all may write.
 
     Attributes:
@@ -75,10 +76,12 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         inputs: Sequence[str | None] = (),
+        resumable: bool = True,
         written: Sequence[str] = (),
     ) -> None:
         self.path = Path(folder)
         self._written = (*_WRITTEN, *written)
+        self._resumable = resumable
         self._state = self.path / ".unfinished"
         self.complete = False
         if resume and overwrite:
@@ -119,9 +122,8 @@ class RunFolder:
                 "--overwrite."
             )
         elif not resume:
-            raise UserError(
-                f"{self.path} holds an unfinished run; give --resume to go on with it or --overwrite to drop it."
-            )
+            advice = "--resume to go on with it or " if self._resumable else ""
+            raise UserError(f"{self.path} holds an unfinished run; give {advice}--overwrite to drop it.")
 
     def _is_ours(self) -> bool:
         """Whether a run of ours wrote this folder: each leaves a configuration and one of a few results."""

@@ -49,10 +49,17 @@ def prepare_apply(base: str, delta: str) -> Writer:
     change, stored = open_delta(Path(delta)), stored_weights(model_folder(base))
     load_tokenizer(base)
     about = check_pair(change, base)
-    if has_own_names(stored) and float_types(stored) == {loaded_type(change)}:
+    if has_own_names(stored) and _keeps_types(change, stored):
         change.check_entries(stored.specs, base)
         return _streamed_model(stored, _with_changes(stored, change), base, about)
     return _loaded_model(change, base, about)
+
+
+def _keeps_types(change: Delta, stored: Weights) -> bool:
+    """Whether the delta was made with every weight in the type that it is stored in."""
+    specs = stored.specs
+    alike = all(name not in specs or specs[name].dtype == dtype for name, dtype in change.value_types.items())
+    return alike and (loaded_type(change) == "auto" or float_types(stored) == {loaded_type(change)})
 
 
 def check_pair(change: Delta, base: str) -> dict[str, Any]:
@@ -101,7 +108,9 @@ def _write_files(layout: Weights, read: Callable[[str], Tensor], folder: Path) -
     assert layout.files is not None
     for file in sorted(set(layout.files.values())):
         specs = {name: layout.specs[name] for name, held in layout.files.items() if held == file}
-        write_tensors(folder / file.name, specs, read, {"format": "pt"})
+        target = folder / file.relative_to(layout.folder)  # an index may name folders
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(target, specs, read, {"format": "pt"})
     shutil.copyfile(layout.folder / CONFIG, folder / CONFIG)
     if not (folder / "model.safetensors").is_file():
         shutil.copyfile(layout.folder / _INDEX, folder / _INDEX)

@@ -105,10 +105,15 @@ class Delta:
             return {name: stored.get_slice(name + _INDEX).get_shape()[0] for name in self.names}
 
     @cached_property
+    def value_types(self) -> dict[str, torch.dtype]:
+        """Parameter name -> the type of its new values."""
+        with safe_open(self.path, framework="pt") as stored:
+            return {name: DTYPES[stored.get_slice(name + _VALUE).get_dtype()] for name in self.names}
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """The types of the new values."""
-        with safe_open(self.path, framework="pt") as stored:
-            return {DTYPES[stored.get_slice(name + _VALUE).get_dtype()] for name in self.names}
+        return set(self.value_types.values())
 
     def check_base(self, fingerprint: str, named: str) -> None:
         """Refuse other base weights.
@@ -150,6 +155,7 @@ def open_delta(path: Path) -> Delta:
     try:
         with safe_open(path, framework="pt") as stored:
             metadata, keys = stored.metadata() or {}, set(stored.keys())
+            flat = all(len(stored.get_slice(key).get_shape()) == 1 for key in keys)
         about = json.loads(metadata.get(_ABOUT, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, or no delta ({error}); give a delta.safetensors.") from error
@@ -158,7 +164,18 @@ def open_delta(path: Path) -> Delta:
     names = sorted(key.removesuffix(_INDEX) for key in keys if key.endswith(_INDEX))
     if odd := sorted(keys ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
         raise UserError(f"{path} is damaged: of {odd[0]} only one of index and value is there.")
-    return Delta(path, metadata[_BASE], about if isinstance(about, dict) else {}, names)
+    if not flat:
+        raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
+    return Delta(path, metadata[_BASE], _record(about), names)
+
+
+_SECTIONS = ("base", "counts", "selection", "training", "versions")
+
+
+def _record(about: Any) -> dict[str, Any]:
+    """A record, without sections that are none; anybody may write to a file's metadata."""
+    parts = about.items() if isinstance(about, dict) else ()
+    return {key: part for key, part in parts if key not in _SECTIONS or isinstance(part, dict)}
 
 
 def patched(tensor: Tensor, change: Change) -> Tensor:

@@ -37,7 +37,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of every step (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quick start")
     options = parser.parse_args(arguments)
-    folder = RunFolder(options.output_dir, overwrite=options.overwrite)
+    folder = RunFolder(options.output_dir, overwrite=options.overwrite, resumable=False)
     folder.claim({"command": "quickstart"})
     start = time.perf_counter()
     try:

@@ -90,7 +90,8 @@ def reallocate(
     _check_order(source, spent)
     made_from = source.manifest["data"]["train"]
     path, split = train or made_from["path"], train_split or made_from["split"]
-    run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path))
+    inputs = (str(source.folder), path)
+    run = RunFolder(output_dir, overwrite=overwrite, inputs=inputs, resumable=False)
     log = PhaseLog(show=False)
     with log.phase("allocation", examples=0):
         records = _records(source, path, split)

@@ -169,3 +169,40 @@ def test_a_delta_without_a_record_is_applied_too(tmp_path: Path) -> None:
     assert load_file(applied / "model.safetensors")[name][:4].tolist() == [1.0, 5.0, 1.0, 6.0]
     assert "with 2 of its" in (applied / "README.md").read_text()
     assert json.loads((applied / "config.json").read_text()) == json.loads((Path(base) / "config.json").read_text())
+
+
+def test_a_checkpoint_of_mixed_types_keeps_them(tmp_path: Path) -> None:
+    """Every tensor comes out in the type that it was stored in, changed or not."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    save_base(base, "bfloat16")
+    stored = load_file(base / "model.safetensors")
+    stored = {name: value.float() if "norm" in name else value for name, value in stored.items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    save_base(tuned, "bfloat16")
+    moved = {**stored, "model.norm.weight": stored["model.norm.weight"] + 0.1}
+    moved["model.layers.0.mlp.up_proj.weight"] = moved["model.layers.0.mlp.up_proj.weight"] + 0.25
+    save_file(moved, tuned / "model.safetensors", {"format": "pt"})
+    written(tmp_path / "delta", prepare_extract(str(base), str(tuned)))
+    made = written(tmp_path / "made", prepare_apply(str(base), str(tmp_path / "delta" / "delta.safetensors")))
+    found = load_file(made / "model.safetensors")
+    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in moved.items())
+
+
+def test_shards_in_a_folder_of_their_own_stay_there(tmp_path: Path) -> None:
+    """The index names them, and plain transformers finds them."""
+    base, tuned = (
+        save_base(tmp_path / "base", "sharded"),
+        save_tuned(tmp_path / "tuned", save_base(tmp_path / "b", "tied")),
+    )
+    index = Path(base, "model.safetensors.index.json")
+    told = json.loads(index.read_text())
+    Path(base, "w").mkdir()
+    for shard in set(told["weight_map"].values()):
+        Path(base, shard).rename(Path(base, "w", shard))
+    told["weight_map"] = {name: f"w/{shard}" for name, shard in told["weight_map"].items()}
+    index.write_text(json.dumps(told))
+    written(tmp_path / "delta", prepare_extract(base, tuned))
+    made = written(tmp_path / "made", prepare_apply(base, str(tmp_path / "delta" / "delta.safetensors")))
+    expected = AutoModelForCausalLM.from_pretrained(tuned).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(made).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
