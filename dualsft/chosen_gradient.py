@@ -155,6 +155,6 @@ class ChosenGradientHook:
             return da, None, None
         if self._parts[0].rows.index.device != e.device:  # the model has been moved since
             self._parts = [part.to(e.device) for part in self._parts]
-        x, y = e.flatten(0, -2), a.to(e.dtype).flatten(0, -2)
+        x, y = e.reshape(-1, e.shape[-1]), a.to(e.dtype).reshape(-1, a.shape[-1])
         chosen = chosen_products(y, x, self._parts) if self._transposed else chosen_products(x, y, self._parts)
         return da, None, chosen.to(self._master.dtype)

@@ -41,6 +41,7 @@ from dualsft.finetune import (
     ExportModel,
     FitReport,
     MaskedFinetuneModule,
+    RecentCheckpoint,
     best_checkpoint,
     check_trainer,
     report,
@@ -165,7 +166,7 @@ class DualSFTCLI(LightningCLI):
         if not any(isinstance(c, ModelCheckpoint) for c in given):
             own.append(ModelCheckpoint(folder.path / CHECKPOINTS))
             often = timedelta(minutes=options.save_minutes)
-            own.append(ModelCheckpoint(folder.path / CHECKPOINTS, filename="recent", train_time_interval=often))
+            own.append(RecentCheckpoint(folder.path / CHECKPOINTS, filename="recent", train_time_interval=often))
         return own
 
     def select(self, model: SelectionModule, datamodule: InstructionDataModule) -> None:

@@ -75,5 +75,5 @@ class _Exchanged(torch.autograd.Function):
         with torch.autocast(e.device.type, enabled=False):
             needs = (needs_input, needs_weight, needs_other)
             of_input, of_weight, of_other = ctx.behind.backward(e, a, weight, needs)
-            of_bias = e.flatten(0, -2).sum(0) if needs_bias else None
+            of_bias = e.reshape(-1, e.shape[-1]).sum(0) if needs_bias else None
         return None, of_input, of_weight, of_bias, of_other, None

@@ -207,3 +207,16 @@ def test_the_input_s_gradient_is_as_it_was() -> None:
     CompactParameters(net, {"weight": some_columns()}).attach()
     (found,) = torch.autograd.grad(net(x).square().sum(), x)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_single_vector_is_an_input_too() -> None:
+    """As it is for the layer itself."""
+    net, x = nn.Linear(N, M), torch.randn(N)
+    net(x).square().sum().backward()
+    assert net.weight.grad is not None
+    expected = net.weight.grad[some_rows()]
+    net.zero_grad()
+    compact = CompactParameters(net, {"weight": some_rows()})
+    compact.attach()
+    net(x).square().sum().backward()
+    torch.testing.assert_close(compact.masters[0].grad, expected)

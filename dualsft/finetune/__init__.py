@@ -3,6 +3,7 @@
 from dualsft.finetune.ending import EndOfTraining, best_checkpoint
 from dualsft.finetune.export import ExportModel
 from dualsft.finetune.module import MaskedFinetuneModule, check_trainer
+from dualsft.finetune.recent import RecentCheckpoint
 from dualsft.finetune.report import FitReport, report
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ExportModel",
     "FitReport",
     "MaskedFinetuneModule",
+    "RecentCheckpoint",
     "best_checkpoint",
     "check_trainer",
     "report",

@@ -20,7 +20,7 @@ from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.ending import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, scale_gradients
-from dualsft.finetune.optimizers import make_optimizer, make_schedule
+from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
@@ -47,6 +47,10 @@ def check_trainer(trainer: Trainer) -> None:
         raise UserError(
             f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
             f"give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give at least 1 batch to a step."
         )
     if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UserError(
@@ -169,7 +173,7 @@ class MaskedFinetuneModule(LightningModule):
         self.compact.write_back_after(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        return make_schedule(self.lr_scheduler, optimizer, lambda: self.trainer.estimated_stepping_batches)
+        return make_schedule(self.lr_scheduler, optimizer)
 
     def configure_callbacks(self) -> list[Callback]:
         """What keeps a resumed run resumable, and what the options ask for."""
@@ -264,7 +268,14 @@ class MaskedFinetuneModule(LightningModule):
         self._step_loss.restore(state["step"])
 
     def on_train_start(self) -> None:
-        """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients."""
+        """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients.
+
+        Raises:
+            UserError: if the schedule ends before the run. To ask for its length earlier would set up the data before
+                a resumed run's place in it is known.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            check_length(config.scheduler, lambda: self.trainer.estimated_stepping_batches)
         self.compact.restore_gradients(self._resumed_gradients)
         self._resumed_gradients = {}
 

@@ -50,18 +50,15 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
     return optimizer
 
 
-def make_schedule(
-    factory: LRSchedulerCallable, optimizer: Optimizer, steps: Callable[[], float]
-) -> OptimizerLRSchedulerConfig:
+def make_schedule(factory: LRSchedulerCallable, optimizer: Optimizer) -> OptimizerLRSchedulerConfig:
     """The learning rate schedule, stepped once per optimizer step; one on a metric once per epoch.
 
     Args:
         factory: Makes it from the optimizer.
         optimizer: Whose learning rate it moves.
-        steps: Tells how many optimizer steps the run has at most, for a schedule that needs to know.
 
     Raises:
-        UserError: if it refuses its settings, or ends before the run.
+        UserError: if it refuses its settings.
     """
     try:
         schedule = factory(optimizer)
@@ -69,19 +66,27 @@ def make_schedule(
         raise UserError(f"The learning rate schedule cannot be made: {error}.") from error
     if isinstance(schedule, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": schedule.monitor}}
-    if isinstance(schedule, OneCycleLR):
-        _check_length(schedule.total_steps, steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _check_length(total: int, steps: Callable[[], float]) -> None:
-    """OneCycleLR has an end, beyond which it raises an error: the run's last steps would be lost."""
+def check_length(schedule: object, steps: Callable[[], float]) -> None:
+    """OneCycleLR has an end, beyond which it raises an error: the run's last steps would be lost.
+
+    Args:
+        schedule: Any.
+        steps: Tells how many optimizer steps the run has at most.
+
+    Raises:
+        UserError: if it ends before the run.
+    """
+    if not isinstance(schedule, OneCycleLR):
+        return
     try:
         needed = steps()
     except MisconfigurationException:  # it cannot be told where the accumulation changes between epochs
         return
-    if total < needed:
+    if schedule.total_steps < needed:
         raise UserError(
-            f"lr_scheduler.total_steps is {total:,}, but the run has {needed:,.0f} optimizer steps; give OneCycleLR at "
-            "least as many."
+            f"lr_scheduler.total_steps is {schedule.total_steps:,}, but the run has {needed:,.0f} optimizer steps; "
+            "give OneCycleLR at least as many."
         )

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from dualsft.data import TrainingBatches, read_records
 from dualsft.errors import UserError
+from dualsft.finetune import RecentCheckpoint
 from dualsft.models import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
@@ -288,6 +289,44 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Every weight has the same bits."""
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_schedule_that_asks_for_the_run_s_length_resumes(workspace: Workspace, folder: Path) -> None:
+    """In mid-epoch too: to ask sets up the data, which must not be before the place to go on from is known."""
+
+    def run(resume: Path | None) -> dict[str, Tensor]:
+        module = workspace.module(lr_scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.01, total_steps=99))
+        callback = ModelCheckpoint(folder / "a", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(folder, callbacks=[callback]).fit(
+            module, datamodule=workspace.data(), ckpt_path=resume, weights_only=True
+        )
+        return weights(module)
+
+    unbroken = run(None)
+    for path in sorted((folder / "a").glob("*.ckpt"))[:-1]:
+        assert_equal(run(path), unbroken)
+
+
+def test_recent_checkpoints_leave_out_what_a_validation_follows(workspace: Workspace, folder: Path) -> None:
+    """Of the batches of an epoch those at whose end the run validates are left out, for none else."""
+    every = {"every_n_train_steps": 1, "save_top_k": -1}
+    callbacks = [
+        RecentCheckpoint(folder / "a", filename="{step}", **every),
+        ModelCheckpoint(folder / "b", filename="{step}", **every),
+    ]
+    trainer(folder, callbacks=callbacks, val_check_interval=2, max_epochs=1).fit(
+        workspace.module(), datamodule=workspace.data()
+    )
+    recent, all_steps = ({path.stem for path in (folder / name).glob("*.ckpt")} for name in ("a", "b"))
+    assert recent == {step for step in all_steps if int(step.split("=")[1]) % 2}
+    assert len(all_steps) >= 2
+
+
+@pytest.mark.parametrize("batches", [0, -1])
+def test_accumulation_over_no_batch_is_refused(workspace: Workspace, folder: Path, batches: int) -> None:
+    """A negative number would train uphill."""
+    with pytest.raises(UserError, match=rf"accumulate_grad_batches is {batches}; give at least 1"):
+        trainer(folder, accumulate_grad_batches=batches).fit(workspace.module(), datamodule=workspace.data())
 
 
 def test_resuming_gives_the_bits_of_an_unbroken_run(workspace: Workspace, folder: Path) -> None:
