@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from memory import _STEADY, Meter
+from memory import STEADY, Meter
 from scoring import SHAPES, make_batch, make_model
 from torch import Tensor, nn
 
@@ -177,7 +177,7 @@ def measure_alone(options: argparse.Namespace, case: str) -> int:
     if options.checkpointing:
         arguments.append("--checkpointing")
     command = [sys.executable, __file__, *arguments]
-    return int(subprocess.run(command, env={**os.environ, **_STEADY}, stdout=subprocess.PIPE, check=True).stdout)
+    return int(subprocess.run(command, env={**os.environ, **STEADY}, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def seconds_of(training: Training, batch: Batch, device: str) -> float:

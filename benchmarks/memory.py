@@ -36,7 +36,7 @@ from dualsft.selection.scoring_mode import scoring_mode
 from dualsft.selection.teacher import Teacher
 from dualsft.tap import accumulator_dtype
 
-_STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For the C library: what is freed goes back to the system at once, so that the resident set is what is in use."""
 
 
@@ -143,7 +143,7 @@ def measure_alone(options: argparse.Namespace, work: str, examples: int) -> int:
     given = {**vars(options), "measure": work, "examples": examples}
     arguments = [f"--{name}={value}" for name, value in given.items() if not isinstance(value, list)]
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], env={**os.environ, **_STEADY}, stdout=subprocess.PIPE, check=True
+        [sys.executable, __file__, *arguments], env={**os.environ, **STEADY}, stdout=subprocess.PIPE, check=True
     )
     return int(done.stdout)
 

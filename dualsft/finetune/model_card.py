@@ -125,18 +125,7 @@ def _selection(told: Mapping[str, Any] | None) -> list[str]:
         if part := told.get(key):
             options = ", ".join(f"{name} {_shown(value)}" for name, value in part["options"].items())
             lines.append(f"{key.replace('_', ' ')}: `{part['class_path']}`{f' ({options})' if options else ''}")
-    plain = (
-        "preconditioner",
-        "step_size",
-        "warmup",
-        "prior",
-        "order",
-        "combination",
-        "near_duplicates",
-        "control",
-        "seed",
-    )
-    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in plain if key in told]
+    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in _PLAIN if key in told]
     lines += [f"{key}: {_shown(told[key])}" for key in ("trainable", "frozen") if told.get(key)]
     if "predicted_improvement" in (prediction := told.get("prediction", {})):
         lines.append(f"predicted improvement of one step: {prediction['predicted_improvement']:.3g}")
