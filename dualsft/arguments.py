@@ -1,4 +1,4 @@
-"""What is done to the command line before jsonargparse sees it: shared configurations and registered names.
+"""What is done to the command line around jsonargparse: shared configurations, registered names, what is written down.
 
 One configuration file describes the whole job, so each verb takes its own keys from it and leaves what another verb
 knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
@@ -8,13 +8,14 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from itertools import accumulate
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from dualsft.errors import UserError
 from dualsft.registry import class_path
@@ -32,6 +33,15 @@ SET_ELSEWHERE = {
 }
 _SECTIONS = ("model", "data")
 _ADD_UP = "--tasks"
+
+
+def plain_values(value: Any) -> Any:
+    """A parsed configuration that can be written down: enumerations, which defaults hold, by their values."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: plain_values(part) for key, part in vars(value).items()})
+    if isinstance(value, list):
+        return [plain_values(part) for part in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> list[str]:

@@ -32,7 +32,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
-from dualsft.arguments import prepare
+from dualsft.arguments import plain_values, prepare
 from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
@@ -46,7 +46,7 @@ from dualsft.finetune import (
     check_trainer,
     report,
 )
-from dualsft.messages import plainly, unusable
+from dualsft.messages import plainly, refused, unusable
 from dualsft.models import check_vocabulary, model_folder
 from dualsft.run_folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
@@ -111,7 +111,7 @@ class DualSFTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look at the output folder before anything is loaded."""
-        config = self.config[self.subcommand]
+        config = self.config[self.subcommand] = plain_values(self.config[self.subcommand])
         if not config.output_dir and self.subcommand != "validate":
             raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
         model_folder(config.model.model_name_or_path)
@@ -205,9 +205,11 @@ class DualSFTCLI(LightningCLI):
             self.trainer.num_sanity_val_steps = 0  # the base model has been validated, and this is none
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True, **kwargs)
-        except (UserError, MisconfigurationException):
-            if self._latest(folder.path) is None:
+        except Exception as error:
+            if self._latest(folder.path) is None:  # nothing to resume: the next try finds the folder free
                 folder.release()
+            if (refusal := refused(error)) is not None:
+                raise UserError(refusal) from error
             raise
         figures = self.report.figures(self.trainer, model)
         write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2))

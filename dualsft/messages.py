@@ -1,7 +1,10 @@
-"""The option parser's refusals in plain words."""
+"""The refusals of the libraries below us, in plain words."""
 
 import re
+import traceback
 from collections.abc import Iterator
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from dualsft.errors import UserError
 
@@ -11,10 +14,25 @@ def unusable(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return str(cause)
-    refusal, given = re.search(r"Errors:\n\s+- (.*)", str(error)), re.search(r"class_path='([\w.]+)'", str(error))
+    problem = r"Errors:\n\s+- (?:Problem with given class_path .*:\s+)?(.*)"
+    refusal, given = re.search(problem, str(error)), re.search(r"class_path='([\w.]+)'", str(error))
     if refusal and given:
         return f"{given[1]} cannot be made with these options: {refusal[1]}"
     return f"These settings cannot be used: {error}"
+
+
+def refused(error: Exception) -> str | None:
+    """What Lightning itself refuses, or the file system, while a run is under way; None for any other error.
+
+    Lightning finds many mistakes in a trainer's settings only as it sets up its loops, and raises errors of all kinds.
+    """
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be used: {error.strerror}."
+    if isinstance(error, (UserError, MisconfigurationException)):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals.get("__name__", "").startswith("lightning.")
+    return str(error) if ours and isinstance(error, (ValueError, RuntimeError, TypeError, AttributeError)) else None
 
 
 def plainly(error: BaseException) -> str:

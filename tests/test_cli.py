@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning import Callback, LightningModule
+from lightning import Trainer as LightningTrainer
 from safetensors.torch import load_file
 
 from dualsft.allocators import GlobalTopK, TopK
@@ -669,6 +671,9 @@ def test_module_runs_as_the_script_does() -> None:
     assert done.stderr.strip() == "dualsft: error: dualsft plugins takes no arguments, but was given x."
 
 
+STOPPING = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
+ACCUMULATE = ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"]
+CYCLE = ["--lr_scheduler.base_lr=0.1", "--lr_scheduler.max_lr=0.2", "--lr_scheduler.step_size_up=0"]
 FIT_MISTAKES = {
     "half-precision trainer": (["--trainer.precision", "bf16-true"], 1, "trainer.precision is bf16-true"),
     "several processes": (["--trainer.devices", "2"], 1, "fit runs on one process"),
@@ -682,6 +687,27 @@ FIT_MISTAKES = {
     "accelerator": (["--trainer.accelerator", "cuda"], 1, "These settings cannot be used"),
     "linked key": (["--data.selection", "x"], 1, "set that"),
     "union": (["--trainer.precision", "8"], 2, "trainer.precision does not take 8"),
+    "monitor": ([*STOPPING, "val_los"], 1, "EarlyStopping in trainer.callbacks monitors 'val_los'"),
+    "monitor of nothing": (["--data.validation=null", *STOPPING, "val_loss"], 1, "give one of train_loss."),
+    "monitor of best": (["--model.export=best", *STOPPING, "val_los"], 1, "'val_los', which is not logged"),
+    "plateau": (
+        ["--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=x"],
+        1,
+        "(ReduceLROnPlateau) monitors 'x'",
+    ),
+    "schedule that fails later": (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=0"], 1, "StepLR fails after 1"),
+    "schedule": (["--lr_scheduler=CyclicLR", *CYCLE], 1, "schedule cannot be made: float division by zero"),
+    "validation too late": (["--trainer.val_check_interval=999"], 1, "`val_check_interval` (999) must be less"),
+    "two accumulations": (["--trainer.accumulate_grad_batches=2", *ACCUMULATE], 1, "Either remove"),
+    "other fine-tuning": (["--trainer.callbacks+=BackboneFinetuning"], 1, "BackboneFinetuning chooses itself"),
+    "nothing to train on": (["--trainer.limit_train_batches=0"], 1, "trainer.limit_train_batches is 0"),
+    "overfit": (["--trainer.overfit_batches=2"], 1, "trainer.overfit_batches is 2"),
+    "negative clipping": (["--trainer.gradient_clip_val=-1"], 1, "trainer.gradient_clip_val is -1"),
+    "other folder": (
+        ["--model.samples.number=1", "--trainer.default_root_dir=/proc/x"],
+        1,
+        "/proc/x cannot be used: No such file",
+    ),
 }
 
 
@@ -697,6 +723,22 @@ def test_mistakes_in_a_fit_leave_the_folder_free(
     assert words in told.strip().splitlines()[-1]
     assert "Traceback" not in told
     assert not (tmp_path / "out").exists()
+
+
+def test_metrics_of_other_callbacks_can_be_monitored(job: Path, tmp_path: Path) -> None:
+    """Early stopping may go by what a callback of the user's logs; Timer's defaults can be written down."""
+    callbacks = [f"--trainer.callbacks+={__name__}.LogsItsOwn", "--trainer.callbacks+=Timer", *STOPPING, "own"]
+    run(["fit", "--config", str(job / "job.yaml"), *callbacks, "--output_dir", str(tmp_path / "out")])
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert written["trainer"]["callbacks"][1]["init_args"]["interval"] == "step"
+
+
+class LogsItsOwn(Callback):
+    """Logs a metric that the module knows nothing of."""
+
+    def on_train_epoch_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Log it."""
+        pl_module.log("own", 1.0)
 
 
 def test_text_options_are_taken_as_they_are(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

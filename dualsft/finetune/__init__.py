@@ -2,9 +2,10 @@
 
 from dualsft.finetune.ending import EndOfTraining, best_checkpoint
 from dualsft.finetune.export import ExportModel
-from dualsft.finetune.module import MaskedFinetuneModule, check_trainer
+from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.finetune.recent import RecentCheckpoint
 from dualsft.finetune.report import FitReport, report
+from dualsft.finetune.trainer_checks import check_trainer
 
 __all__ = [
     "EndOfTraining",

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 
 from dualsft.errors import UserError
+from dualsft.finetune.trainer_checks import is_validated
 from dualsft.progress import say
 
 Ending = Literal["last", "best"]
@@ -44,8 +45,7 @@ class BestWeights(Callback):
         Raises:
             UserError: if nothing is validated, or no checkpoint is kept by a metric.
         """
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "validation", True) is None or trainer.limit_val_batches == 0:
+        if not is_validated(trainer):
             raise UserError("model.export is best, but nothing is validated; give data.validation, or export the last.")
         if stage == "fit" and not _monitored(trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(

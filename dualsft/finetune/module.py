@@ -6,9 +6,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,49 +21,23 @@ from dualsft.finetune.ending import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, scale_gradients
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
+from dualsft.finetune.trainer_checks import (
+    check_monitor,
+    check_monitors,
+    check_trainer,
+    is_validated,
+    metric_names,
+)
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
 from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
 from dualsft.selection import Selection, load_selection
 from dualsft.spot_check import check_packing
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     """AdamW at the paper's learning rate, 2e-5, without weight decay."""
     return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
-
-
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse a trainer that this fine-tune cannot run under.
-
-    Raises:
-        UserError: if its precision would convert the masters, it has several processes, or it averages weights in a
-            way that would mix them up.
-    """
-    if trainer.precision not in _PRECISIONS:
-        raise UserError(
-            f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
-            f"give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
-        )
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give at least 1 batch to a step."
-        )
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise UserError(
-            f"fit runs on one process, but the trainer has {trainer.world_size} under "
-            f"{type(trainer.strategy).__name__}; set trainer.devices to 1 and leave trainer.strategy at auto."
-        )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # Lightning's newer releases have WeightAveraging; with this setting it would pair the buffers of the module
-        # with those of its copy, which holds the masters alone (`MaskedFinetuneModule.__deepcopy__`)
-        if getattr(callback, "_use_buffers", True) is False:
-            raise UserError(
-                f"{type(callback).__name__} cannot work with use_buffers=false here; leave it at true: the trained "
-                "weights alone are averaged either way."
-            )
 
 
 class MaskedFinetuneModule(LightningModule):
@@ -129,7 +102,10 @@ class MaskedFinetuneModule(LightningModule):
         """
         check_trainer(self.trainer)
         check_validation_data(self.trainer)
-        self.metrics = ValidationMetrics(validation_names(self.trainer))
+        sets = validation_names(self.trainer)
+        self.metrics = ValidationMetrics(sets)
+        self._logged = metric_names(sets, is_validated(self.trainer))
+        check_monitors(self.trainer, self._logged)
 
     def configure_model(self) -> None:
         """Load the base model and put the compact parameters on it, once.
@@ -174,6 +150,20 @@ class MaskedFinetuneModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return make_schedule(self.lr_scheduler, optimizer)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a schedule.
+
+        Raises:
+            UserError: if it fails, as some do only now on settings that they cannot work with.
+        """
+        try:
+            super().lr_scheduler_step(scheduler, metric)
+        except (ArithmeticError, ValueError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{type(scheduler).__name__} fails after {self.trainer.global_step:,} optimizer steps ({error}); give "
+                "lr_scheduler other settings."
+            ) from error
 
     def configure_callbacks(self) -> list[Callback]:
         """What keeps a resumed run resumable, and what the options ask for."""
@@ -271,10 +261,11 @@ class MaskedFinetuneModule(LightningModule):
         """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients.
 
         Raises:
-            UserError: if the schedule ends before the run. To ask for its length earlier would set up the data before
-                a resumed run's place in it is known.
+            UserError: if the schedule goes by a metric that nobody logs, or ends before the run. To ask for its length
+                earlier would set up the data before a resumed run's place in it is known.
         """
         for config in self.trainer.lr_scheduler_configs:
+            check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)
             check_length(config.scheduler, lambda: self.trainer.estimated_stepping_batches)
         self.compact.restore_gradients(self._resumed_gradients)
         self._resumed_gradients = {}

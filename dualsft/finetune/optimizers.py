@@ -62,7 +62,7 @@ def make_schedule(factory: LRSchedulerCallable, optimizer: Optimizer) -> Optimiz
     """
     try:
         schedule = factory(optimizer)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"The learning rate schedule cannot be made: {error}.") from error
     if isinstance(schedule, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": schedule.monitor}}

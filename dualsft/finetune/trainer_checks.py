@@ -1,0 +1,129 @@
+"""What a trainer may not ask of a masked fine-tune: told before anything is loaded or trained."""
+
+from collections.abc import Iterable, Sequence
+
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from dualsft.errors import UserError
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_METRICS = ("loss", "perplexity", "token_accuracy")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that this fine-tune cannot run under.
+
+    Raises:
+        UserError: if its precision would convert the masters, it has several processes, it trains on nothing, or a
+            callback would choose other weights or mix them up.
+    """
+    if trainer.precision not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
+            f"give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
+        )
+    _check_numbers(trainer)
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise UserError(
+            f"fit runs on one process, but the trainer has {trainer.world_size} under "
+            f"{type(trainer.strategy).__name__}; set trainer.devices to 1 and leave trainer.strategy at auto."
+        )
+    for callback in _callbacks(trainer):
+        _check_callback(callback)
+
+
+def _check_numbers(trainer: Trainer) -> None:
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; give at least 1 batch to a step."
+        )
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        raise UserError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, which would turn the gradients round; give a "
+            "positive limit, or null for none."
+        )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches is 0, so there is nothing to train on; give at least 1.")
+    if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError(
+            f"trainer.overfit_batches is {overfit}, which takes the data's batches apart; give "
+            "trainer.limit_train_batches, or data.train and data.validation of a few rows."
+        )
+
+
+def _check_callback(callback: Callback) -> None:
+    kind = type(callback).__name__
+    # Lightning's newer releases have WeightAveraging; with this setting it would pair the buffers of the module
+    # with those of its copy, which holds the masters alone (`MaskedFinetuneModule.__deepcopy__`)
+    if getattr(callback, "_use_buffers", True) is False:
+        raise UserError(
+            f"{kind} cannot work with use_buffers=false here; leave it at true: the trained weights alone are averaged "
+            "either way."
+        )
+    if isinstance(callback, (BaseFinetuning, ModelPruning)):
+        raise UserError(
+            f"{kind} chooses itself which weights are trained or kept, which is the selection's to say; leave it out "
+            "of trainer.callbacks, and give model.selection."
+        )
+
+
+def is_validated(trainer: Trainer) -> bool:
+    """Whether a fit has anything to validate on."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "validation", True) is not None and trainer.limit_val_batches != 0
+
+
+def metric_names(sets: Sequence[str | None], validated: bool) -> list[str]:
+    """The metrics that a fit logs.
+
+    Args:
+        sets: Names of the validation sets; a single source has none: [None].
+        validated: Whether there is any.
+    """
+    names = ["train_loss"]
+    for metric in _METRICS if validated else ():
+        names += [f"val_{metric}", *(f"val_{metric}/{name}" for name in sets if name is not None)]
+    return names
+
+
+def check_monitors(trainer: Trainer, known: Sequence[str]) -> None:
+    """Refuse a callback that goes by a metric which nobody logs: it would say so, or fail, after a whole epoch.
+
+    Raises:
+        UserError: naming it, and the metrics that there are.
+    """
+    for callback in _callbacks(trainer):
+        check_monitor(trainer, f"{type(callback).__name__} in trainer.callbacks", callback, known)
+
+
+def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[str]) -> None:
+    """Refuse a part that goes by a metric which nobody logs.
+
+    Args:
+        trainer: Whose callbacks might log further metrics.
+        where: What to call the part.
+        part: What has a ``monitor``, or none.
+        known: The metrics that the module logs.
+
+    Raises:
+        UserError: naming it, and the metrics that there are.
+    """
+    monitor = getattr(part, "monitor", None)
+    if monitor is None or monitor in (*known, "epoch", "step") or any(map(_may_log, _callbacks(trainer))):
+        return
+    raise UserError(f"{where} monitors {monitor!r}, which is not logged; give one of {', '.join(known)}.")
+
+
+def _may_log(callback: Callback) -> bool:
+    """Whether a callback may log metrics of its own: one of somebody else's, and the one of Lightning's that does."""
+    return isinstance(callback, LearningRateMonitor) or type(callback).__module__.split(".")[0] not in (
+        "lightning",
+        "dualsft",
+    )
+
+
+def _callbacks(trainer: Trainer) -> Iterable[Callback]:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
