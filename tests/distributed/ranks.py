@@ -1,0 +1,82 @@
+"""Functions run on several processes that talk to each other, as ranks of a job do."""
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# a server that has imported everything forks a rank in no time; the test process cannot, once it has used autograd
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "lightning", "transformers", "dualsft.cli", __name__])
+_SECONDS = 120
+
+
+def run_on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a function of a module's top level gives on each rank of a gloo group, given these arguments.
+
+    Raises:
+        AssertionError: with its traceback, if it fails on a rank, or if one has not answered after two minutes.
+    """
+    port = _free_port()
+    ends, ranks = [], []
+    for rank in range(count):
+        ours, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_rank, args=(rank, count, port, theirs, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        ends.append(ours)
+        ranks.append(process)
+    try:
+        return _answers(ends)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def _answers(ends: list[Connection]) -> list[Any]:
+    answers: dict[int, Any] = {}
+    while len(answers) < len(ends):
+        open_ends = [end for k, end in enumerate(ends) if k not in answers]
+        ready = wait(open_ends, timeout=_SECONDS)
+        assert ready, f"ranks {sorted(set(range(len(ends))) - set(answers))} do not answer"
+        for end in ready:
+            assert isinstance(end, Connection)
+            rank = ends.index(end)
+            try:
+                failure, answers[rank] = end.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a word") from None
+            assert not failure, f"rank {rank} failed:\n{failure}"
+    return [answers[rank] for rank in range(len(ends))]
+
+
+def _rank(
+    rank: int, count: int, port: int, end: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+        answer = "", function(*args)
+        distributed.barrier()
+    except BaseException:
+        answer = traceback.format_exc(), None
+    end.send(answer)
+    end.close()
+
+
+def data_parallel_mesh() -> DeviceMesh:
+    """All ranks along one axis, as Lightning names it."""
+    return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
