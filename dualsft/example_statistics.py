@@ -20,6 +20,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.distributed.shards import part
+from dualsft.distributed.travelling import working_parameters
 from dualsft.tap import accumulator_dtype
 
 SKETCH_SIZE = 1021
@@ -49,6 +51,26 @@ class Measurement:
         return bool(set(self.names) - {LOSS})
 
 
+def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tensor]:
+    """√P with the sketch's signs, by parameter name, of its (local) shape; signs alone take a byte each.
+
+    Args:
+        model: Any module.
+        measurement: What is to be measured; empty if that takes no factors.
+    """
+    factors: dict[str, Tensor] = {}
+    if not set(measurement.names) & {PRECONDITIONED_NORM, SKETCH}:
+        return factors
+    generator = torch.Generator().manual_seed(0)  # one S for all runs, so that their sketches can be compared
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sign = part(random_signs(parameter.numel(), generator).view(parameter.shape), parameter)
+            root = measurement.preconditioner[name].sqrt() if measurement.preconditioner is not None else None
+            sign = sign.to(parameter.device)
+            factors[name] = sign if root is None else root.mul_(sign)
+    return factors
+
+
 class ExampleStatistics:
     """Measures each parameter's gradient as backward completes it, while the context is open; the example is alone.
 
@@ -57,12 +79,13 @@ class ExampleStatistics:
     Args:
         model: Any module.
         measurement: What to measure.
+        factors: From `sketch_factors`, each whole when backward completes its parameter's gradient.
         drop: Whether the gradients are of no further use.
     """
 
-    def __init__(self, model: nn.Module, measurement: Measurement, drop: bool) -> None:
-        self._names, self._drop = set(measurement.names), drop
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
+        self._names, self._drop, self._factors = set(measurement.names), drop, factors
+        self._parameters = {n: p for n, p in working_parameters(model).items() if p.requires_grad}
         sizes = {NORM: (), PRECONDITIONED_NORM: (), SKETCH: (SKETCH_SIZE,)}
         device = next(model.parameters()).device
         self._sums = {
@@ -70,20 +93,7 @@ class ExampleStatistics:
             for name, size in sizes.items()
             if name in self._names
         }
-        self._factors = self._make_factors(measurement.preconditioner)
         self._handles: list[RemovableHandle] = []
-
-    def _make_factors(self, preconditioner: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """√P with the sketch's signs, by parameter name; signs alone take a byte each."""
-        factors: dict[str, Tensor] = {}
-        if not self._names & {PRECONDITIONED_NORM, SKETCH}:
-            return factors
-        generator = torch.Generator().manual_seed(0)  # one S for all runs, so that their sketches can be compared
-        for name, parameter in self._parameters.items():
-            sign = random_signs(parameter.numel(), generator).to(parameter.device)
-            root = preconditioner[name].sqrt().flatten() if preconditioner is not None else None
-            factors[name] = sign if root is None else root.mul_(sign)
-        return factors
 
     def __enter__(self) -> "ExampleStatistics":
         self._handles = [
@@ -112,7 +122,8 @@ class ExampleStatistics:
     def _measurer(self, name: str) -> Callable[[Tensor], None]:
         def measure(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._measure(parameter.grad.flatten(), self._factors.get(name), accumulator_dtype(parameter))
+            factor = self._factors[name].flatten() if name in self._factors else None
+            self._measure(parameter.grad.flatten(), factor, accumulator_dtype(parameter))
             if self._drop:
                 parameter.grad = None
 

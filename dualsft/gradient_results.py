@@ -1,11 +1,13 @@
 """What a pass over some examples has found, and how it is kept: as named tensors and a few notes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dualsft.distributed.ranks import gathered
 
 
 @dataclass
@@ -31,6 +33,17 @@ class GradientPass:
     counted: int = 0
     nonfinite: set[int] = field(default_factory=set)
     covered: set[str] = field(default_factory=set)
+
+    def share(self) -> None:
+        """Bring together what the ranks have found; the sums stay shards."""
+        found = gathered(replace(self, sums={}))
+        self.counted = sum(of.counted for of in found)
+        self.nonfinite = {i for of in found for i in of.nonfinite}
+        self.covered = {name for of in found for name in of.covered}
+        self.rows = [{i: v for of in found for i, v in of.rows[k].items()} for k in range(len(self.rows))]
+        self.tokens = [{i: v for of in found for i, v in of.tokens[k].items()} for k in range(len(self.tokens))]
+        names = sorted({name for of in found for name in of.measured})
+        self.measured = {n: {i: v for of in found for i, v in of.measured.get(n, {}).items()} for n in names}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes to keep, from which `from_state` makes the same again."""

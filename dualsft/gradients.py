@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dualsft.distributed.lockstep import Kind, wait_for_turn
+from dualsft.distributed.ranks import any_of
+from dualsft.distributed.travelling import Travelling
 from dualsft.errors import UserError
-from dualsft.example_statistics import LOSS, ExampleStatistics, Measurement
+from dualsft.example_statistics import LOSS, ExampleStatistics, Measurement, sketch_factors
 from dualsft.gradient_results import GradientPass
 from dualsft.interaction import ColumnSums, Direction, RowSums, paused
 from dualsft.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
 from dualsft.objectives import example_losses
-from dualsft.spot_check import shares_rows, spot_check
+from dualsft.spot_check import shares_rows, spot_check, watched_gradients
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 """Something that iterates for the caller and looks at the batches as they pass: progress, counts."""
@@ -38,6 +41,15 @@ Losses = Callable[[PreTrainedModel, Batch, Layout], Tensor]
 
 Derivative = Callable[[Tensor], None]
 """Differentiates a scalar loss, so that whatever is to be summed over the batches becomes the parameters' ``grad``."""
+
+
+_NOTHING: Batch = {
+    "example_id": torch.tensor([-1]),
+    "input_ids": torch.zeros(1, 5, dtype=torch.int64),
+    "labels": torch.zeros(1, 5, dtype=torch.int64),
+    "attention_mask": torch.ones(1, 5, dtype=torch.int64),
+}
+"""An example to stand in with."""
 
 
 @runtime_checkable
@@ -87,14 +99,17 @@ def gradient_pass(
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
     """
     with ExitStack() as stack:
+        factors = sketch_factors(model, measurement)
+        travelling = stack.enter_context(Travelling(model, [*directions, factors]))
+        *us, whole_factors = travelling.whole
         statistics = None
         if measurement.by_example:
-            statistics = stack.enter_context(ExampleStatistics(model, measurement, drop=not columns))
+            statistics = stack.enter_context(ExampleStatistics(model, measurement, whole_factors, drop=not columns))
         column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
-        row_sums = stack.enter_context(RowSums(model, directions, by_token)) if directions else None
+        row_sums = stack.enter_context(RowSums(model, us, by_token)) if directions else None
         if not columns and not statistics:
             stack.enter_context(_frozen(model))
-        taken = _Taken(column_sums, row_sums, statistics, LOSS in measurement.names)
+        taken = _Taken(column_sums, row_sums, statistics, LOSS in measurement.names, travelling)
         attempt = _Pass(model, taken, losses, derivative)
         attempt.take_up(keeper.load() if keeper else None)
         while True:
@@ -118,6 +133,7 @@ class _Taken:
     rows: RowSums | None
     statistics: ExampleStatistics | None
     losses: bool
+    travelling: Travelling
 
 
 class _Pass:
@@ -153,14 +169,22 @@ class _Pass:
         return _Pass(self._model, self._taken, self._losses, self._derivative, self._result.nonfinite)
 
     def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
-        for batch in watch(batches(self._done)):
-            if keeper and keeper.due():
+        """Go through the batches; each rank through its own, a round of one each at a time."""
+        for batch in self._rounds(iter(watch(batches(self._done)))):
+            if keeper and any_of(keeper.due()):
                 keeper.save(*self._state())
-            for part in self._parts(batch):
+            for part in self._parts(batch) if batch is not None else ():
                 self._score(part)
+            self._turn(Kind.NOTHING)
             self._done += 1
         self._note_covered()
+        self._result.share()
         return self._result
+
+    def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
+        """This rank's batches, and None for as long as others have some left."""
+        while any_of((batch := next(batches, None)) is not None):
+            yield batch
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """What is differentiated at once: the batch, or each of its examples where its own gradient is looked at."""
@@ -173,7 +197,7 @@ class _Pass:
         losses, batch, alone = self._finite_losses(batch)
         if len(losses):
             self._differentiate(losses)
-            if self._poisoned:
+            if any_of(self._poisoned):
                 self._find_nonfinite(batch)
             elif not self.void:
                 self._count(batch, losses)
@@ -183,10 +207,32 @@ class _Pass:
     def _differentiate(self, losses: Tensor) -> None:
         if self._statistics:
             self._statistics.begin()
+        self._backward(losses)
+
+    def _backward(self, losses: Tensor) -> None:
         if losses.requires_grad:  # else nothing that is summed or scored took part
             self._derivative(losses.sum())
+        self._taken.travelling.drop()
         if self._rows:
             self._rows.complete()
+
+    def _turn(self, kind: Kind) -> None:
+        wait_for_turn(kind, self._stand_in)
+
+    def _stand_in(self, kind: Kind) -> None:
+        """Take part in another rank's call, with an example that adds nothing."""
+        if kind == Kind.EVALUATION:
+            with torch.no_grad():
+                self._losses(self._model, to_device(_NOTHING, self._model.device), Layout.of(_NOTHING))
+        elif kind == Kind.PROBE:
+            self._probe(_NOTHING)
+        else:
+            losses = self._forward(_NOTHING)
+            if any_of(False):  # an example of another rank's is not finite, and nothing is differentiated
+                return
+            self._differentiate(0 * losses)
+            if any_of(self._poisoned):
+                self._find_nonfinite(None)
 
     def _count(self, batch: Batch, losses: Tensor) -> None:
         ids = batch["example_id"].tolist()
@@ -215,7 +261,7 @@ class _Pass:
         if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
             self._checked.add(sharing)
             with paused(self._statistics, rows, self._columns):
-                spot_check(self._model, rows, batch, found, compute_dtype(self._model))
+                spot_check(self._model, rows, batch, found, compute_dtype(self._model), self._turn_to_probe)
 
     def _finite_losses(self, batch: Batch) -> tuple[Tensor, Batch, list[Batch]]:
         """The batch's losses ready for backward, its examples without the others, and those to be scored alone.
@@ -225,54 +271,100 @@ class _Pass:
         """
         if not len(batch["example_id"]):
             return torch.empty(0), batch, []
-        losses, batch = self._forward(batch)
+        if self._rows is not None and len(batch["input_ids"]) == batch["input_ids"].shape[1]:
+            batch = widen(batch)  # rows and tokens could not be told apart
+        self._turn(Kind.STEP)
+        losses = self._forward(batch)
+        ambiguous = self._is_ambiguous()
         finite = losses.detach().isfinite().cpu()
-        if bool(finite.all()):
+        sound = bool(finite.all()) and not ambiguous
+        if not any_of(not sound):
             return losses, batch, []
-        sound = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
-        if not bool(sound.all()):
-            self._result.nonfinite.update(batch["example_id"][~sound].tolist())
-            return self._finite_losses(without(batch, sound))
+        if ambiguous:
+            return self._finite_losses(widen(batch))
+        if sound:  # another rank's are not
+            return self._finite_losses(batch)
+        lasting = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
+        if not bool(lasting.all()):
+            self._result.nonfinite.update(batch["example_id"][~lasting].tolist())
+            return self._finite_losses(without(batch, lasting))
         alone = [only(batch, k) for k, ok in enumerate(finite.tolist()) if not ok]
         losses, batch, more = self._finite_losses(without(batch, finite))
         return losses, batch, [*alone, *more]
+
+    def _is_ambiguous(self) -> bool:
+        """Whether the last forward pass left a doubt, about an output's axes, that a wider batch has not.
+
+        Raises:
+            UserError: if an output cannot be split.
+        """
+        try:
+            if self._rows is not None:
+                self._rows.check()
+        except AmbiguousShapeError:
+            return True
+        return False
 
     @torch.no_grad()
     def _is_finite_alone(self, batch: Batch, k: int) -> bool:
         if len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),):
             return False  # it is alone already
         alone = only(batch, k)
+        self._turn(Kind.EVALUATION)
         losses = self._losses(self._model, to_device(alone, self._model.device), Layout.of(alone))
         return bool(losses.isfinite().all())
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Batch]:
+    def _forward(self, batch: Batch) -> Tensor:
         layout = Layout.of(batch)
+        self._taken.travelling.drop()
         if self._rows is not None:
             self._rows.begin(layout)
-        try:
-            return self._losses(self._model, to_device(batch, self._model.device), layout), batch
-        except AmbiguousShapeError:
-            return self._forward(widen(batch))
+        return self._losses(self._model, to_device(batch, self._model.device), layout)
 
-    def _find_nonfinite(self, batch: Batch) -> None:
-        """Find which examples of a poisoned batch are to blame; the sums are void from here on."""
+    def _find_nonfinite(self, batch: Batch | None) -> None:
+        """Find which examples of a poisoned batch are to blame; the sums are void from here on.
+
+        Args:
+            batch: This rank's, if it has one.
+        """
         self.void = True
         if self._columns:
             self._columns.reset()
-        found = {i for k, i in enumerate(batch["example_id"].tolist()) if self._is_poison(only(batch, k))}
-        if not found:
+        ids = batch["example_id"].tolist() if batch is not None else []
+        found = {i for k, i in enumerate(ids) if batch is not None and self._is_poison(only(batch, k))}
+        self._turn(Kind.NOTHING)
+        if not any_of(bool(found)):
             raise UserError(
-                f"The gradients of the examples {batch['example_id'].tolist()} overflow {self._model.dtype} when "
-                "added, though each is finite; lower data.batch_tokens or set model.dtype to float32."
+                f"The gradients of the examples {ids} overflow {self._model.dtype} when added, though each is finite; "
+                "lower data.batch_tokens or set model.dtype to float32."
             )
         self._result.nonfinite |= found
 
+    def _turn_to_probe(self) -> None:
+        self._taken.travelling.drop()  # as all ranks do, which gather again together
+        self._turn(Kind.PROBE)
+
     def _is_poison(self, example: Batch) -> bool:
-        self._differentiate(self._forward(example)[0])
-        poisoned = self._poisoned
-        if self._columns:
-            self._columns.reset()
-        return poisoned
+        self._turn_to_probe()
+        return self._probe(example)
+
+    def _probe(self, example: Batch) -> bool:
+        """Whether the gradient of an example, of which nothing is summed, is not finite."""
+        finite: list[Tensor] = []
+
+        def look(_: str, gradient: Tensor) -> None:
+            finite.append(torch.stack(torch.aminmax(gradient)).isfinite().all())
+
+        # the same weights on every rank, and as in a spot check, since what has a gradient is sent to the others
+        names = (
+            self._rows.directions[0]
+            if self._rows
+            else [n for n, p in self._model.named_parameters() if p.requires_grad]
+        )
+        with paused(self._statistics, self._columns), watched_gradients(self._model, names, look):
+            self._backward(self._forward(example))
+        rows = self._rows is None or bool(self._rows.read().isfinite().all())
+        return not (rows and all(map(bool, finite)))
 
     @property
     def _poisoned(self) -> bool:

@@ -31,6 +31,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.distributed.sharding import local
+from dualsft.distributed.travelling import units, working_parameters
 from dualsft.errors import UserError
 from dualsft.layout import AmbiguousShapeError, Layout
 from dualsft.linear_backward import is_linear
@@ -57,7 +59,8 @@ class ColumnSums:
     def __init__(self, model: nn.Module, squared: bool = False) -> None:
         self.squared = squared
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.sums = {n: torch.zeros_like(p, dtype=accumulator_dtype(p)) for n, p in self._parameters.items()}
+        self._whole = working_parameters(model) if squared and units(model) else {}
+        self.sums = {n: torch.zeros_like(local(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()}
         self._handles: list[RemovableHandle] = []
         self._finite: list[Tensor] = []
 
@@ -66,6 +69,8 @@ class ColumnSums:
             parameter.register_post_accumulate_grad_hook(self._folder(name))
             for name, parameter in self._parameters.items()
         ]
+        # a sharded model's gradients are added up over the ranks before they are folded
+        self._handles += [p.register_post_accumulate_grad_hook(_square) for p in self._whole.values()]
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -77,11 +82,13 @@ class ColumnSums:
     def _folder(self, name: str) -> Callable[[Tensor], None]:
         def fold(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._finite.append(torch.stack(torch.aminmax(parameter.grad)).isfinite().all())  # NaN is either
-            if self.squared:
-                self.sums[name].addcmul_(wide := parameter.grad.to(self.sums[name].dtype), wide)
+            gradient = local(parameter.grad)
+            if gradient.numel():
+                self._finite.append(torch.stack(torch.aminmax(gradient)).isfinite().all())  # NaN is either
+            if self.squared and not self._whole:
+                self.sums[name].addcmul_(wide := gradient.to(self.sums[name].dtype), wide)
             else:
-                self.sums[name].add_(parameter.grad)
+                self.sums[name].add_(gradient)
             parameter.grad = None
 
         return fold
@@ -98,6 +105,11 @@ class ColumnSums:
         self._finite = []
         for total in self.sums.values():
             total.zero_()
+
+
+def _square(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.square_()
 
 
 class RowSums:
@@ -120,7 +132,8 @@ class RowSums:
     def __init__(self, model: nn.Module, directions: Sequence[Direction], by_token: bool = False) -> None:
         self._model = model
         self.directions = directions
-        self._names = {id(p): name for name, p in model.named_parameters() if name in directions[0]}
+        both = (*model.named_parameters(), *working_parameters(model).items())
+        self._names = {id(p): name for name, p in both if name in directions[0]}
         self._handles: list[RemovableHandle] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._places: Places | None = None
@@ -130,6 +143,7 @@ class RowSums:
         self.layout = Layout(0, 0, ())
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._refusals: list[AmbiguousShapeError | UserError] = []
         self._complete = False
 
     def __enter__(self) -> "RowSums":
@@ -152,11 +166,33 @@ class RowSums:
         for module, here in (self._places or {}).items():
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in here}
-            tangents = [{n: u[name] for n, name in names.items()} for u in self.directions]
-            kind = LinearHook if is_linear(module) and "weight" in tangents[0] else TapHook
-            hook = kind(self, self._paths[module], module, tangents)
+            tangents = [_Renamed(u, names) for u in self.directions]
+            kind = LinearHook if is_linear(module) and "weight" in names else TapHook
+            hook = self._noting(kind(self, self._paths[module], module, tangents))
             # before any hook of somebody else's: the output must still be the module's own
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+
+    def _noting(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, whose refusal is kept until the forward pass is over, which other ranks may be in too."""
+
+        def noting(*given: Any) -> Any:
+            try:
+                return hook(*given)
+            except (AmbiguousShapeError, UserError) as error:
+                self._refusals.append(error)
+                return None
+
+        return noting
+
+    def check(self) -> None:
+        """See, after the forward pass, that every output could be split.
+
+        Raises:
+            AmbiguousShapeError: if a wider batch would have to be taken.
+            UserError: naming a module whose output cannot be split.
+        """
+        if self._refusals:
+            raise next((error for error in self._refusals if isinstance(error, UserError)), self._refusals[0])
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
@@ -165,6 +201,7 @@ class RowSums:
     def begin(self, layout: Layout) -> None:
         """Forget the last batch and expect one of this layout."""
         self.layout, self._examples, self._tokens, self._complete = layout, {}, {}, False
+        self._refusals = []
 
     def complete(self) -> None:
         """Say that the batch's backward has run, also where none of the weights that are scored took part in it."""
@@ -175,7 +212,9 @@ class RowSums:
 
         Raises:
             RuntimeError: if none has.
+            AmbiguousShapeError, UserError: see `check`.
         """
+        self.check()
         if not (self._complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
         shape = (len(self.directions), len(self.layout.spans))
@@ -245,6 +284,22 @@ class RowSums:
         """Add one number per example to the rows of the k-th u; all are added up in float64."""
         values = values.double()
         self._examples[k] = self._examples[k].add_(values) if k in self._examples else values
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """A direction under a module's own names for its parameters, taken when it is asked for."""
+
+    def __init__(self, direction: Direction, names: Mapping[str, str]) -> None:
+        self._direction, self._names = direction, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._direction[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:

@@ -56,8 +56,12 @@ class LinearHook:
         self._rows = rows
         self.where = f"{path} ({type(module).__name__})"
         self._transposed = type(module) is Conv1D
-        self._us = [u["weight"].t() if self._transposed else u["weight"] for u in tangents]
-        self._u_biases = [u["bias"] for u in tangents if "bias" in u]
+        self._tangents = tangents
+
+    @property
+    def _us(self) -> list[Tensor]:
+        """U as (out, in), to be asked for in backward, where it is at hand."""
+        return [u["weight"].t() if self._transposed else u["weight"] for u in self._tangents]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """The module's output with the tap on it, as a forward hook returns it."""
@@ -76,8 +80,9 @@ class LinearHook:
         weight = weight.t() if self._transposed else weight
         needs_input, needs_weight, _ = needs
         narrow = a.to(e.dtype)
-        for k, u in enumerate(self._u_biases):
-            self._rows.add(k, e, u.to(e.dtype).expand_as(e), self.where)
+        for k, u in enumerate(self._tangents):
+            if "bias" in u:
+                self._rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
         gradient = self._weigh(e, narrow, weight.dtype) if needs_weight else None
         if not needs_weight:
             self._add_products(e, narrow)
@@ -91,7 +96,7 @@ class LinearHook:
         by_gradient = (
             not self._rows.by_token
             and _rows_and_tokens(e, layout)
-            and by_gradient_pays(layout.mean_length, self._us[0].numel(), e.device.type)
+            and by_gradient_pays(layout.mean_length, e.shape[-1] * a.shape[-1], e.device.type)
         )
         if by_gradient:
             values, gradient = example_gradients(e, a, self._us, layout, dtype)

@@ -5,12 +5,14 @@ another, or using a weight past its module, shows here: the row of an example in
 example alone, where the gradient is autograd's own and its product with u is taken as each parameter's is complete.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.distributed.travelling import working_parameters
 from dualsft.errors import UserError
 from dualsft.interaction import RowSums, check_covered
 from dualsft.layout import Batch, Layout, only, to_device
@@ -23,7 +25,12 @@ _BLOCK = 2**20
 
 
 def spot_check(
-    model: PreTrainedModel, rows: RowSums, batch: Batch, found: Sequence[Sequence[float]], dtype: torch.dtype
+    model: PreTrainedModel,
+    rows: RowSums,
+    batch: Batch,
+    found: Sequence[Sequence[float]],
+    dtype: torch.dtype,
+    turn: Callable[[], None] = lambda: None,
 ) -> None:
     """Compare the rows of some of a batch's examples with autograd over each alone.
 
@@ -33,12 +40,14 @@ def spot_check(
         batch: The batch.
         found: Its rows, for each direction.
         dtype: The type that activations have, which decides how close they must be.
+        turn: Waits, before each forward and backward, until other ranks are ready for it.
 
     Raises:
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
     tolerance = _tolerance(dtype)
     for k in _telling(batch):
+        turn()
         products = _products_alone(model, rows.directions, only(batch, k))
         check_covered(model, rows.covered, [name for name, (_, sizes) in products.items() if any(sizes)])
         for values, alone, scale in zip(found, *_added(products, len(rows.directions)), strict=True):
@@ -102,28 +111,51 @@ def _products_alone(
     model: PreTrainedModel, directions: Sequence[Mapping[str, Tensor]], example: Batch
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Parameter name -> <u, g> and Σ|u g| over that parameter for each u, of one example by itself."""
-    scored = {name: p for name, p in model.named_parameters() if name in directions[0]}
     products: dict[str, tuple[list[float], list[float]]] = {}
 
+    def take(name: str, gradient: Tensor) -> None:
+        found = [_product_and_size(gradient, u[name]) for u in directions]
+        products[name] = ([product for product, _ in found], [size for _, size in found])
+
+    with watched_gradients(model, directions[0], take):
+        example_losses(model, to_device(example, model.device)).sum().backward()
+    return products
+
+
+@contextmanager
+def watched_gradients(
+    model: PreTrainedModel, names: Collection[str], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Take each parameter's gradient, which is then dropped, as backward completes it, while the context is open.
+
+    Args:
+        model: The model; of a sharded one, the gradients are this rank's own.
+        names: Of the parameters; those that are frozen require a gradient meanwhile.
+        take: Gets a parameter's name, and its gradient.
+    """
+    scored = {name: p for name, p in model.named_parameters() if name in names}
+    asked = {name: p.requires_grad for name, p in scored.items()}
+
     def taker(name: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
+        def taking(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            found = [_product_and_size(parameter.grad, u[name]) for u in directions]
-            products[name] = ([product for product, _ in found], [size for _, size in found])
+            take(name, parameter.grad)
             parameter.grad = None
 
-        return take
+        return taking
 
-    asked = {name: p.requires_grad for name, p in scored.items()}
-    handles = [_require(p).register_post_accumulate_grad_hook(taker(name)) for name, p in scored.items()]
+    for parameter in scored.values():
+        parameter.requires_grad_(True)
+    working = working_parameters(model)
+    handles = [working[name].register_post_accumulate_grad_hook(taker(name)) for name in scored]
     try:
-        example_losses(model, to_device(example, model.device)).sum().backward()
+        yield
     finally:
         for handle in handles:
             handle.remove()
         for name, parameter in scored.items():
+            parameter.grad = None
             parameter.requires_grad_(asked[name])
-    return products
 
 
 def _product_and_size(gradient: Tensor, u: Tensor) -> tuple[float, float]:
@@ -140,8 +172,3 @@ def _added(products: Mapping[str, tuple[list[float], list[float]]], count: int) 
     """<u, g> and Σ|u g| over all parameters, for each u."""
     values, sizes = ([of[part] for of in products.values()] for part in (0, 1))
     return [sum(of[k] for of in values) for k in range(count)], [sum(of[k] for of in sizes) for k in range(count)]
-
-
-def _require(parameter: nn.Parameter) -> nn.Parameter:
-    parameter.requires_grad_(True)
-    return parameter
