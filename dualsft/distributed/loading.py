@@ -43,10 +43,11 @@ def load_sharded(
     Raises:
         UserError: on every rank alike, as `load_model` and `shard_model` do.
     """
-    model, weights = _on_all(mesh, lambda: _described(name_or_path, dtype))
+    folder = _on_all(mesh, lambda: model_folder(name_or_path))
+    model, weights = _on_all(mesh, lambda: _described(folder, dtype))
     shard_model(model, mesh, cpu_offload)
     device = torch.device("cpu" if cpu_offload else mesh.device_type)
-    _on_all(mesh, lambda: _fill(model, weights, device, model_folder(name_or_path)))
+    _on_all(mesh, lambda: _fill(model, weights, device, folder))
     return model
 
 
@@ -65,11 +66,11 @@ def _on_all(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
     return result
 
 
-def _described(name_or_path: str, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def _described(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A model whose parameters are on the meta device, and what would fill them."""
     with _described_files():
-        model = load_model(name_or_path, dtype)
-    with reading_weights(model_folder(name_or_path)):
+        model = load_model(str(folder), dtype)
+    with reading_weights(folder):
         _read_buffers(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     empty = {id(p): torch.empty(p.shape, dtype=p.dtype, device="meta") for p in model.parameters()}

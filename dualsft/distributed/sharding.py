@@ -49,7 +49,10 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself."""
+    """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
+
+    With gradients enabled it is part of the graph, as any view: detach a parameter first to modify it.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

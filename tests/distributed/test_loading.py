@@ -19,7 +19,7 @@ from dualsft.models import Dtype, load_model, weight_files
 from tests.cases import save_tiny_model
 from tests.distributed.ranks import data_parallel_mesh, run_on_ranks
 from tests.selection.tiny import ARCHITECTURES, make
-from tests.test_models import DAMAGES, shard
+from tests.test_models import DAMAGES, change_weights, shard
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +65,45 @@ def assert_same_model(found: PreTrainedModel, expected: PreTrainedModel) -> None
 def _same_models(paths: Mapping[str, str], dtypes: Sequence[Dtype]) -> None:
     for path in paths.values():
         for dtype in dtypes:
+            expected = load_model(path, dtype)
+            if _has_a_module_of_several_types(expected):  # RWKV in bfloat16, in some releases
+                assert "owns weights of the types" in _refusal(
+                    lambda path=path, dtype=dtype: load_sharded(path, data_parallel_mesh(), dtype)
+                )
+                continue
             found = load_sharded(path, data_parallel_mesh(), dtype)
             assert all(isinstance(parameter, DTensor) for parameter in found.parameters())
-            assert_same_model(found, load_model(path, dtype))
+            assert_same_model(found, expected)
+
+
+def _has_a_module_of_several_types(model: PreTrainedModel) -> bool:
+    return any(len({p.dtype for p in module.parameters(recurse=False)}) > 1 for module in model.modules())
 
 
 def test_every_architecture_loads_as_it_does_whole(folders: dict[str, str]) -> None:
     """On two ranks, in the stored type and cast to bfloat16; mixtral's experts lie one by one in the files."""
     assert any("experts.1.w1" in name for name in weight_files(Path(folders["mixtral"])))
     run_on_ranks(2, _same_models, folders, ["auto", "bfloat16"])
+
+
+def _ties(paths: Mapping[str, str]) -> list[bool]:
+    _same_models(paths, ["auto"])
+    return [is_tied(load_sharded(path, data_parallel_mesh())) for path in paths.values()]
+
+
+def is_tied(model: Any) -> bool:
+    """The head's weights are the embedding's."""
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_stored_beside_the_embedding_is_tied_as_in_the_whole_model(tmp_path: Path) -> None:
+    """What the loader decides by the weights' values, whether they are equal, comes out the same."""
+    paths = {name: save_tiny_model(tmp_path / name) for name in ("equal", "other")}
+    change_weights(Path(paths["equal"]), lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    change_weights(Path(paths["other"]), lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    expected = [is_tied(load_model(path)) for path in paths.values()]  # by no release if they differ
+    assert not expected[1]
+    assert run_on_ranks(2, _ties, paths) == [expected] * 2
 
 
 def _on_four(paths: Mapping[str, str]) -> None:
@@ -173,7 +203,7 @@ def _bytes_read(paths: Sequence[str]) -> list[int]:
 def test_each_byte_is_read_once(folders: dict[str, str]) -> None:
     """By the rank that keeps it, however experts lie in the files, and though the model is cast."""
     paths = [folders[name] for name in ("llama", "gpt2", "mixtral", "qwen3 moe", "gpt-oss")]
-    sizes = [sum(tensor.nbytes for tensor in named(load_model(path)).values()) for path in paths]
+    sizes = [sum(parameter.nbytes for parameter in load_model(path).parameters()) for path in paths]
     read = [sum(counts) for counts in zip(*run_on_ranks(2, _bytes_read, paths), strict=True)]
     assert read == pytest.approx(sizes, rel=0.02)
 

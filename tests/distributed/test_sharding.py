@@ -253,10 +253,11 @@ def _views_modified_in_place() -> None:
     check_sum(Impatient(), lambda model, rank: model(torch.full((5, 4), 1.0 + rank)).square().sum())
 
 
-def _recomputed() -> None:
+def _recomputed_and_in_float64() -> None:
     model = make("llama", torch.float32)
     checkpoint_activations(model)
     check_sum(model.train())
+    check_sum(make("llama", torch.float64))
 
 
 def _router_in_float32() -> None:
@@ -289,7 +290,7 @@ def _between_passes() -> None:
 def _special_cases() -> None:
     _between_passes()
     _views_modified_in_place()
-    _recomputed()
+    _recomputed_and_in_float64()
     _router_in_float32()
     _several_types()
 
