@@ -6,10 +6,9 @@ model and counts; code from the hub is never run, the functions that task files 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from importlib import import_module
 from io import StringIO
 from logging.handlers import BufferingHandler
@@ -21,6 +20,7 @@ from lightning import Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError, advising, is_out_of_memory
+from dualsft.evaluation.task_faults import check_name, check_same, explanation, task_at_fault
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"
@@ -156,31 +156,47 @@ def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
 def _loaded(options: TaskOptions) -> dict[str, Any]:
     manager, unread = _manager(options)
     for name in options.names:
-        if name not in manager.task_index:
-            raise UserError(_unknown(name, manager.all_tasks, unread, options.folder))
-    found: list[Any] = []
+        check_name(name, manager.task_index, options.folder, unread)
     with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
-        for name in options.names:
-            found += _load(manager, name)
-    with _telling("The tasks cannot be evaluated together"):
-        return dict(manager.load(found))
+        return _together({name: _load(manager, name) for name in options.names})
 
 
-def _load(manager: Any, name: str) -> list[Any]:
-    """The tasks of a name; what the harness logs as an error is one, and tells more than what it raises afterwards."""
-    with _telling(f"The task {name!r} cannot be loaded", NEEDS), _listening() as heard:
-        failure: Exception | None = None
-        loaded: dict[str, Any] = {}
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    """What a name stands for; what the harness logs as an error is one, and tells more than what it raises afterwards.
+
+    Raises:
+        UserError: if it cannot be loaded, naming the task; a group has many.
+    """
+    loaded: dict[str, Any] = {}
+    failure: Exception | None = None
+    with _listening() as heard:
         try:
-            loaded = manager.load([name])
+            loaded = dict(manager.load([name]))
         except Exception as error:
             failure = error
+    task = task_at_fault(failure) if failure else None
+    with _telling(f"The task {(task.config.task if task else name)!r} cannot be loaded", NEEDS):
+        if failure and task and (told := explanation(failure, task)):
+            raise UserError(told) from failure
         if errors := [record.getMessage() for record in heard if record.levelno >= logging.ERROR]:
             raise ValueError(errors[0]) from failure
-        if failure is not None:
+        if failure:
             raise failure
-    group = loaded["groups"].get(name)
-    return [group] if group is not None else list(loaded["tasks"].values())
+    return loaded
+
+
+def _together(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several names stand for, each task once; the harness would refuse one that two of them bring."""
+    joined: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    sources: dict[str, str] = {}
+    for name, loaded in found.items():
+        for key, task in loaded["tasks"].items():
+            if key in sources:
+                check_same(key, joined["tasks"][key], task, (sources[key], name))
+            sources.setdefault(key, name)
+        for part in joined:
+            joined[part] |= loaded[part]
+    return joined
 
 
 def _imported(module: str) -> Any:
@@ -192,33 +208,25 @@ def _imported(module: str) -> Any:
         ) from error
 
 
-def _manager(options: TaskOptions) -> tuple[Any, list[str]]:
-    """What knows the tasks by name, and what it says of files in the folder that it passed over.
+def _manager(options: TaskOptions) -> tuple[Any, dict[Path, str]]:
+    """What knows the tasks by name, and what it says of each file in the folder that it passed over.
 
     The harness's own tasks, of which there are thousands, are looked through only where one is needed.
     """
     manager_class = _imported("lm_eval.tasks").TaskManager
     if options.folder is None:
         with _listening():
-            return manager_class(), []
+            return manager_class(), {}
     with _listening(logging.DEBUG) as heard:
         own = manager_class(include_path=options.folder, include_defaults=False)
-    unread = [record.getMessage() for record in heard if record.getMessage().startswith("Skip ")]
+    unread = {}
+    for record in heard:
+        if record.msg.startswith("Skip ") and isinstance(record.args, tuple):
+            unread[Path(str(record.args[0]))] = record.getMessage()
     if set(options.names) <= {*own.all_subtasks, *own.all_tags}:
         return own, unread
     with _listening():
         return manager_class(include_path=options.folder), unread
-
-
-def _unknown(name: str, known: list[str], unread: list[str], folder: Path | None) -> str:
-    where = f"in {folder} or among the harness's own" if folder else "among the harness's own (--task_folder adds more)"
-    close = get_close_matches(name, known, 3)
-    told = f"There is no task {name!r} {where}"
-    if close:
-        told += f"; close names are {', '.join(close)}"
-    if unread:
-        told += f"; the harness says: {' '.join(unread[0].split())}"
-    return f"{told}."
 
 
 def _check(name: str, task: Any) -> None:

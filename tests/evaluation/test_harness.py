@@ -318,10 +318,109 @@ def test_tasks_that_cannot_be_evaluated(mistake: str, own: Path, model: str) -> 
 
 
 def test_a_task_file_that_is_no_yaml_is_named(own: Path) -> None:
-    """The harness passes over it in silence; whoever looks for the task is told."""
-    (own / "broken.yaml").write_text("task: broken\n  : {")
-    with pytest.raises(UserError, match=r"There is no task 'broken' .*; the harness says: Skip .*broken\.yaml"):
-        load_tasks(trainer(), TaskOptions("broken", str(own)))
+    """The harness passes over it in silence; whoever looks for a task that it may hold is told, and nobody else."""
+    (own / "broken.yaml").write_text("task: lost\n  : {")
+    for name in ("broken", "lost"):
+        with pytest.raises(UserError, match=rf"There is no task '{name}' .*; the harness says: Skip .*broken\.yaml"):
+            load_tasks(trainer(), TaskOptions(name, str(own)))
+    with pytest.raises(UserError, match=r"There is no task 'los' in .* harness's own\.$"):
+        load_tasks(trainer(), TaskOptions("los", str(own)))
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "test split": ({"test_split": "dev"}, r"its test_split is 'dev', but its data have test, train; name one"),
+    "shots": ({"fewshot_split": "dev"}, r"its fewshot_split is 'dev', but its data have test, train; name one"),
+    "shots, said otherwise": (
+        {"fewshot_config": {"split": "dev"}, "fewshot_split": None},
+        r"its fewshot_config's split is 'dev', but its data have test, train; name one",
+    ),
+    "empty": (
+        {"dataset_kwargs": {"data_files": {"test": "data/test.jsonl", "train": ["more/*.jsonl"]}}},
+        r"its data have no rows \(\S+/own/more/empty\.jsonl\); fill them, or name others in dataset_kwargs",
+    ),
+    "all empty": (
+        {"dataset_kwargs": {"data_files": "more/empty.jsonl"}},
+        r"its data have no rows \(\S+/own/more/empty\.jsonl\); fill them, or name others in dataset_kwargs",
+    ),
+    "without rows": (
+        {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"test": "more/header.csv"}}},
+        r"its data have no rows \(\S+/own/more/header\.csv\); fill them, or name others in dataset_kwargs",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ["choose", "group"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_splits_and_rows_that_are_not_there(fault: str, asked: str, own: Path) -> None:
+    """One sentence names the task, in a group of several too, its file, what is wrong there and what to do."""
+    settings, words = FAULTS[fault]
+    write_task(own, "choose", **settings)
+    write_task(own, "another")
+    (own / "more").mkdir()
+    (own / "more" / "empty.jsonl").touch()
+    (own / "more" / "header.csv").write_text("question,choices,gold\n")
+    (own / "group.yaml").write_text("group: group\ntask: [another, choose]\n")
+    with pytest.raises(UserError, match=rf"^The task 'choose' \(\S+/own/choose\.yaml\) cannot be loaded: {words}.*\.$"):
+        load_tasks(trainer(), TaskOptions(asked, str(own)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: [choose, chose]", "'group' .* holds 'chose', but there is no such task in .*; close names are choose;"),
+        ("task: [{task: chose, num_fewshot: 1}]", "'group' .* holds 'chose', but there is no such task"),
+        ("task: [{group: inner, task: [chose]}]", "'inner' .* holds 'chose', but there is no such task"),
+        ("task: [lost]", r"'group' .* holds 'lost'.*; the harness says: Skip .*broken\.yaml"),
+        ("task: choose", "'group' .* has no tasks; list them under its key task"),
+        ("task: [{group: inner, task: [group]}]", "'group' .* holds itself; take it out"),
+    ],
+)
+def test_groups_that_cannot_be_loaded(text: str, words: str, own: Path) -> None:
+    """The group, its file and the member are named, though another group is asked for that holds it."""
+    write_task(own, "choose")
+    (own / "broken.yaml").write_text("task: lost\n  : {")
+    (own / "group.yaml").write_text(f"group: group\n{text}\n")
+    (own / "outer.yaml").write_text("group: outer\ntask: [choose, group]\n")
+    for name in ("group", "outer"):
+        with pytest.raises(UserError, match=rf"^The group {words}.*\.$") as told:
+            load_tasks(trainer(), TaskOptions(name, str(own)))
+        assert str(own / "group.yaml") in str(told.value)
+
+
+def test_groups_may_define_their_tasks(own: Path) -> None:
+    """A member that no file defines is one if the group says where its data are."""
+    write_task(own, "choose")
+    task = yaml.safe_load((own / "choose.yaml").read_text())
+    (own / "choose.yaml").unlink()
+    given = {key: task.pop(key) for key in ("dataset_path", "dataset_kwargs")}
+    (own / "group.yaml").write_text(yaml.safe_dump({"group": "inside", "task": [{**task, **given}]}))
+    (own / "above.yaml").write_text(yaml.safe_dump({"group": "above", "task": [task], **given}))
+    loaded = load_tasks(trainer(), TaskOptions("inside,above", str(own)))
+    assert list(loaded["tasks"]) == ["inside::choose", "above::choose"]
+
+
+def test_a_task_that_several_names_bring_is_evaluated_once(model: str, own: Path) -> None:
+    """By itself, in groups and under a tag it has one figure, that of the task alone; groups count it each."""
+    write_task(own, "choose", tag="some")
+    for group in ("one", "two"):
+        metrics = [{"metric": "brier_score"}]
+        settings = {"group": group, "task": ["choose"], "aggregate_metric_list": metrics}
+        (own / f"{group}.yaml").write_text(yaml.safe_dump(settings))
+    module, at = EvaluationModule(model), {"task_folder": str(own), "limit": 3}
+    (alone,) = task_scores(evaluate(module, tasks="choose", **at))
+    for names in ("one,choose", "choose,one,some,two"):
+        found = {score.task: score for score in task_scores(evaluate(module, tasks=names, **at))}
+        assert found.keys() == {"choose", *names.split(",")} - {"some"}
+        assert {(score.value, score.questions) for score in found.values()} == {(alone.value, 3)}
+
+
+def test_a_task_that_comes_with_two_settings_is_refused(own: Path) -> None:
+    """Its figures go by its name, which would stand for two."""
+    write_task(own, "choose")
+    (own / "group.yaml").write_text("group: shown\ntask: [{task: choose, num_fewshot: 2}]\n")
+    words = r"'choose' is in both 'shown' and 'choose', with different settings \(num_fewshot\); evaluate these"
+    with pytest.raises(UserError, match=words):
+        load_tasks(trainer(), TaskOptions("shown,choose", str(own)))
 
 
 def test_groups_may_name_the_harness_s_own_tasks(own: Path) -> None:

@@ -1,0 +1,155 @@
+"""What can be wrong with task files of the lm-evaluation-harness, which itself raises whatever it stumbles over.
+
+What shows in the files alone, names that nobody knows and groups without tasks, is found before any data is read; what
+shows in the data, a split that they do not have or a file without rows, is read off the failure.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from glob import glob
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+from dualsft.errors import UserError
+
+_DEFINING = {"dataset_path", "custom_dataset", "include"}  # with one of these a group defines a task of its own
+
+
+def check_name(name: str, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
+    """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none.
+
+    Args:
+        name: What was asked for.
+        index: The harness's entries by name.
+        folder: Where own task files are.
+        unread: Files there that the harness passed over, and what it says of each.
+
+    Raises:
+        UserError: naming the group, its file and the member, or names that are close.
+    """
+    if name not in index:
+        raise UserError(f"There is no task {name!r} {_where(folder)}{_close(name, index)}{_hidden(name, unread)}.")
+    entry = index[name]
+    if entry.kind.name == "GROUP":
+        _Members(index, folder, unread).check(name, entry.cfg, entry.yaml_path, set(), ())
+
+
+def _where(folder: Path | None) -> str:
+    return f"in {folder} or among the harness's own" if folder else "among the harness's own (--task_folder adds more)"
+
+
+def _close(name: str, known: Mapping[str, Any]) -> str:
+    close = get_close_matches(name, sorted(known), 3)
+    return f"; close names are {', '.join(close)}" if close else ""
+
+
+def _hidden(name: str, unread: Mapping[Path, str]) -> str:
+    """What the harness says of a file that it could not read, if that may be where the task is."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    for path, told in unread.items():
+        if word.search(path.stem) or word.search(path.read_text(encoding="utf-8", errors="replace")):
+            return f"; the harness says: {' '.join(told.split())}"
+    return ""
+
+
+class _Members:
+    """Walks through groups as the harness does when it loads them."""
+
+    def __init__(self, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
+        self._index, self._folder, self._unread = index, folder, unread
+
+    def check(self, name: str, config: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]) -> None:
+        """Refuse a group with a member that cannot be loaded.
+
+        Args:
+            name: The group.
+            config: What its file says.
+            file: Which that is.
+            given: Settings that the groups around it give to their members.
+            above: Those groups.
+        """
+        members = config.get("task")
+        if not isinstance(members, list) or not members:
+            raise UserError(f"The group {name!r} ({file}) has no tasks; list them under its key task.")
+        if name in above:
+            raise UserError(f"The group {name!r} ({file}) holds itself; take it out of its own members.")
+        for member in members:
+            own = {"task": member} if isinstance(member, str) else member
+            if isinstance(own, Mapping):
+                self._check_member(name, own, file, given | config.keys(), (*above, name))
+
+    def _check_member(
+        self, group: str, member: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]
+    ) -> None:
+        name = member.get("group", member.get("task"))
+        if entry := self._index.get(name):
+            if entry.kind.name == "GROUP":
+                self.check(name, entry.cfg, entry.yaml_path, given | member.keys(), above)
+        elif "group" in member:
+            self.check(name, member, file, given, above)
+        elif "task" in member and not _DEFINING & (given | member.keys()):
+            hints = f"{_close(name, self._index)}{_hidden(name, self._unread)}"
+            raise UserError(
+                f"The group {group!r} ({file}) holds {name!r}, but there is no such task {_where(self._folder)}"
+                f"{hints}; correct the name there, or add the task."
+            )
+
+
+def task_at_fault(failure: BaseException) -> Any | None:
+    """The task that the harness was making when it failed: of a group's many, only the call stack knows which."""
+    made_by = (frame.f_locals.get("self") for frame, _ in walk_tb(failure.__traceback__))
+    return next((one for one in made_by if getattr(getattr(one, "config", None), "task", None)), None)
+
+
+def explanation(failure: BaseException, task: Any) -> str | None:
+    """What is wrong with a task's data, in a sentence; None if it is something else.
+
+    Args:
+        failure: What was raised while the task was made.
+        task: From `task_at_fault`.
+    """
+    source = (getattr(task.config, "metadata", None) or {}).get("config_source", "without a file")
+    who, data = f"The task {task.config.task!r} ({source}) cannot be loaded", getattr(task, "dataset", None)
+    if isinstance(data, Mapping):
+        for key, split in _splits(task):
+            if split not in data:
+                return f"{who}: its {key} is {split!r}, but its data have {', '.join(data)}; name one of these there."
+    elif isinstance(failure, StopIteration) or "corresponds to no data" in str(failure):
+        files = _files((task.config.dataset_kwargs or {}).get("data_files"))
+        empty = [str(file) for file in files if file.is_file() and not file.stat().st_size]
+        named = ", ".join(empty or map(str, files))
+        return f"{who}: its data have no rows{named and f' ({named})'}; fill them, or name others in dataset_kwargs."
+    return None
+
+
+def _splits(task: Any) -> Iterator[tuple[str, str]]:
+    for key in ("test_split", "validation_split", "training_split", "fewshot_split"):
+        split = getattr(task.config, key, None)
+        if isinstance(split, str):
+            yield key, split
+    if isinstance(split := getattr(task.config.fewshot_config, "split", None), str):
+        yield "fewshot_config's split", split
+
+
+def _files(given: Any) -> list[Path]:
+    """The files that a task's ``data_files`` name: one pattern, several, or those of each split."""
+    if isinstance(given, str):
+        return [Path(path).absolute() for path in sorted(glob(given)) or [given]]
+    parts = given.values() if isinstance(given, Mapping) else given or []
+    return [file for part in parts for file in _files(part)]
+
+
+def check_same(name: str, one: Any, other: Any, sources: tuple[str, str]) -> None:
+    """Refuse a task that two of the names bring with different settings: results go by its name.
+
+    Raises:
+        UserError: naming the task, who brings it, and what differs.
+    """
+    first, second = one.dump_config(), other.dump_config()
+    if differing := sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key)):
+        raise UserError(
+            f"The task {name!r} is in both {sources[0]!r} and {sources[1]!r}, with different settings "
+            f"({', '.join(differing)}); evaluate these in a run each."
+        )
