@@ -1,10 +1,18 @@
-"""`dualsft export`: from base and delta to the tuned model, back, and other forms of the same change."""
+"""`dualsft export`: from base and delta to the tuned model, back, and other forms of the same change.
 
-from collections.abc import Callable, Sequence
+A result that --overwrite replaces stays until the new one is whole: that is written to a hidden folder next to it and
+moved in at the end. Whenever this is cut short, the old or the new one is whole, and the same command starts anew.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 from dualsft.arguments import CONFIG
 from dualsft.cli import quieten
@@ -28,6 +36,8 @@ WRITTEN = (
     "additional_chat_templates",
 )
 """Names of what these commands write, the tokenizer's files among them."""
+STATE = ".unfinished"
+"""What an output folder holds until its run is complete; see `dualsft.run_folder`."""
 
 
 class Form(NamedTuple):
@@ -92,7 +102,7 @@ def export_command(arguments: Sequence[str]) -> None:
     try:
         _export(FORMS[name], options, replay)
     except KeyboardInterrupt as stop:
-        raise UserError("The export was interrupted and left nothing behind; run it again.") from stop
+        raise UserError("The export was interrupted; run it again.") from stop
 
 
 def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -114,20 +124,74 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 def _export(form: Form, options: Namespace, replay: str) -> None:
     given = {key: options[key] for key in form.options}
     folder = Path(options.output_dir).expanduser()
-    inputs = tuple(given.values())
-    run = RunFolder(folder, overwrite=options.overwrite, inputs=inputs, resumable=False, written=WRITTEN)
+    how: dict[str, Any] = {"inputs": tuple(given.values()), "resumable": False, "written": WRITTEN}
+    run = RunFolder(folder, overwrite=options.overwrite, **how)
+    full = _holds_a_result(folder)
     write = form.prepare(**given)
-    run.claim({"command": f"export to {form.last}", **given})
-    try:
-        staged = run.staging()
-        write(staged)
-        (staged / "config.yaml").write_text(replay, encoding="utf-8")
-        publish(staged, folder, last=form.last)
-    except OSError as error:
-        run.release()
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
-    except BaseException:  # nothing of this is worth resuming
-        run.release()
-        raise
+    identity = {"command": f"export to {form.last}", **given}
+    with _telling(folder):
+        if full:
+            beside = RunFolder(_beside(folder), overwrite=True, **how)
+            with _claimed(beside, identity) as staged:
+                _make(staged, write, replay)
+            run.claim(identity)
+            publish(staged, folder, last=form.last)
+        else:
+            with _claimed(run, identity) as staged:
+                _make(staged, write, replay)
+                publish(staged, folder, last=form.last)
+    if options.overwrite:
+        shutil.rmtree(_beside(folder), ignore_errors=True)
     run.finish()
     print(f"wrote {folder}")
+
+
+def _holds_a_result(folder: Path) -> bool:
+    """Whether there is a finished result to keep until another is whole.
+
+    Raises:
+        UserError: if that cannot be written next to it.
+    """
+    full = folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).is_dir()
+    if full and folder.is_mount():
+        raise UserError(
+            f"{folder} is where a drive is mounted, so that nothing can be written next to it before it is replaced; "
+            "give --output_dir a folder in it."
+        )
+    return full
+
+
+def _beside(folder: Path) -> Path:
+    """Where a result is written that is to replace another one: on the same drive."""
+    place = folder.resolve()
+    return place.with_name(f".{place.name}.partial")
+
+
+@contextmanager
+def _claimed(run: RunFolder, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A claimed folder's place for results; after a failure the folder is as it was, for nothing is worth resuming."""
+    run.claim(identity)
+    try:
+        yield run.staging()
+    except BaseException:
+        run.release()
+        raise
+
+
+def _make(staged: Path, write: Writer, replay: str) -> None:
+    """Write a result; once it is on the disk, moving it is all that is left, which takes no room."""
+    write(staged)
+    (staged / "config.yaml").write_text(replay, encoding="utf-8")
+    for path in staged.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}); choose another --output_dir.") from error

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,6 +186,114 @@ def test_nothing_passes_for_a_result_before_it_is_whole(
             assert (folder / "config.json").is_file()
         moves += 1
     assert moves > 5
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its place there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def two(job: Path, tmp_path: Path) -> tuple[list[str], Path, dict[str, bytes], dict[str, bytes]]:
+    """A command that overwrites, its folder, with another model in it, and the contents before and after."""
+    given = ["--model", str(job / "fit" / "model"), *pair(job)]
+    run(["export", "apply", *pair(job), "--output_dir", str(tmp_path / "out" / "model")])
+    run(["export", "revert", *given, "--output_dir", str(tmp_path / "new")])
+    after, folder = contents(tmp_path / "new"), tmp_path / "out" / "model"
+    after["config.yaml"] = after["config.yaml"].replace(str(tmp_path / "new").encode(), str(folder).encode())
+    return ["export", "revert", *given, "--output_dir", str(folder), "--overwrite"], folder, contents(folder), after
+
+
+Two = tuple[list[str], Path, dict[str, bytes], dict[str, bytes]]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "model cannot be written .No space left on device.; choose"),
+        (
+            SafetensorError("I/O error: no room"),
+            "model cannot be written .I/O error: no room.; choose another --out",
+        ),
+        (KeyboardInterrupt(), "The export was interrupted; run it again"),
+    ],
+)
+def test_a_result_stays_if_another_cannot_be_written(
+    two: Two, error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk or an interruption on the way leaves the old files as they were and nothing beside them."""
+    command, folder, before, after = two
+    assert before["model.safetensors"] != after["model.safetensors"]
+
+    def stopping(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dualsft.finetune.checkpoints.copy_companions", stopping)  # once the weights are there
+        with pytest.raises(UserError, match=words):
+            run(command)
+    assert contents(folder.parent) == {f"model/{name}": data for name, data in before.items()}
+    run(command)
+    assert contents(folder) == after
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_a_kill_while_another_result_is_written(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a chance to tidy up the old files are as they were; the next try leaves nothing of the first."""
+    command, folder, before, after = two
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "release", lambda _: None)
+        patch.setattr("dualsft.finetune.checkpoints.copy_companions", crash)
+        with pytest.raises(RuntimeError):
+            run(command)
+    assert contents(folder) == before
+    assert (folder.parent / ".model.partial" / ".unfinished" / "staging" / "model.safetensors").is_file()
+    run(command)
+    assert contents(folder) == after
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def crash(*_: object) -> None:
+    """Stands for the end of the process."""
+    raise RuntimeError("crash")
+
+
+def test_a_kill_while_results_are_exchanged_loses_neither(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short before any move into the folder, all new files are in it or beside it, and the command starts anew."""
+    command, folder, before, after = two
+    moves = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", failing(Path.replace, iter(range(moves)), folder))
+            try:
+                run(command)
+                break
+            except RuntimeError:
+                staged = contents(folder.parent / ".model.partial" / ".unfinished" / "staging")
+                assert after.items() <= {**contents(folder), **staged}.items()
+                assert len(staged) == len(after) - moves
+        run(command)
+        assert contents(folder.parent) == {f"model/{name}": data for name, data in after.items()}
+        run([*command[:1], "apply", *command[4:]])
+        assert contents(folder) == before
+        moves += 1
+    assert moves == len(after)
+    assert contents(folder.parent) == {f"model/{name}": data for name, data in after.items()}
+
+
+def test_a_drive_of_its_own_is_not_replaced(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be written next to it on the same drive; it is left as it was. A link is followed."""
+    command, folder, before, after = two
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == folder)
+        with pytest.raises(UserError, match=r"/model is where a drive is mounted.*; give --output_dir a folder in it"):
+            run(command)
+    assert contents(folder) == before
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    run([str(link) if part == str(folder) else part for part in command])
+    assert link.is_symlink()
+    assert contents(folder)["model.safetensors"] == after["model.safetensors"]
 
 
 def failing(replace: object, left: Iterator[int], folder: Path) -> object:
