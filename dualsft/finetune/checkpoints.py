@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualsft.data import load_tokenizer
 from dualsft.errors import UserError
+from dualsft.finetune.configurations import check_configurations
 from dualsft.finetune.delta import Delta, apply_delta, changes, open_delta, patched, plain, write_delta
 from dualsft.finetune.export import copy_companions, save_model
 from dualsft.finetune.model_card import write_card
@@ -192,13 +193,14 @@ def prepare_extract(base: str, model: str) -> Writer:
         model: The tuned model's folder or hub id.
 
     Raises:
-        UserError: if one cannot be read, they are not of one architecture, nothing differs, or something differs that
-            is not a parameter.
+        UserError: if one cannot be read, they do not make the same model of the same weights, nothing differs, or
+            something differs that is not a parameter.
     """
     old, tuned = parameter_weights(base), parameter_weights(model)
     if (old.files is None) != (tuned.files is None):
         old, tuned = loaded_weights(base), loaded_weights(model)
     _check_alike(old, tuned)
+    check_configurations(base, model)
     dtype = _common_type(old, tuned)
     changed = changes(old.read, tuned.read, sorted(tuned.specs))
     empty = empty_model(base)
