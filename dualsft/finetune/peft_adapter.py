@@ -63,7 +63,10 @@ def prepare_peft(base: str, delta: str) -> Writer:
     about = check_pair(change, base)
     stored = stored_weights(model_folder(base))
     if not has_own_names(stored):
-        raise UserError(f"{base} stores its weights under other names than its modules have; use export apply instead.")
+        raise UserError(
+            f"{base} stores its weights under other names than its modules have, so that no adapter can be made for "
+            "it; use export apply instead."
+        )
     change.check_entries(stored.specs, base)
     layout = plan(empty_model(base), change)
 
