@@ -1,6 +1,7 @@
-"""Functions run on several processes that talk to each other, as ranks of a job do."""
+"""Functions run on several processes that talk to each other, as ranks of a job do; as torchrun starts them."""
 
 import multiprocessing
+import os
 import pickle
 import socket
 import traceback
@@ -62,8 +63,11 @@ def _rank(
     rank: int, count: int, port: int, end: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+        distributed.init_process_group("gloo")
         answer = "", function(*args)
         distributed.barrier()
     except BaseException:
