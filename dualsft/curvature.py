@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from dualsft.distributed.ranks import total
+from dualsft.distributed.sharding import local
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.gradients import compute_dtype
 
@@ -103,11 +105,9 @@ def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(math.fsum(map(_square, tensors)))
-
-
-def _square(tensor: Tensor) -> float:
-    return float(tensor.detach().double().square().sum())
+    """Of all ranks' tensors together."""
+    here = math.fsum(float(local(tensor.detach()).double().square().sum()) for tensor in tensors)
+    return math.sqrt(float(total(torch.tensor(here, dtype=torch.float64))))
 
 
 def check_smooth(
@@ -127,8 +127,8 @@ def check_smooth(
     Raises:
         UserError: if the second difference is not small against the first.
     """
-    second = math.sqrt(math.fsum(_square(forward[n] + backward[n] - 2 * here[n]) for n in here))
-    first = math.sqrt(math.fsum(_square(forward[n] - backward[n]) for n in here))
+    second = _norm(forward[n] + backward[n] - 2 * here[n] for n in here)
+    first = _norm(forward[n] - backward[n] for n in here)
     if second > _LARGEST_BEND * first:
         raise UserError(
             f"The {name} gradient jumps between the two points of the finite difference (second difference "
@@ -140,8 +140,8 @@ def check_smooth(
 @contextmanager
 def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
     """The model at θ + step · d while the context is open; at θ again, bit for bit, afterwards."""
-    weights = {name: p for name, p in model.named_parameters() if name in direction}
-    kept = {name: p.detach().clone() for name, p in weights.items()}
+    weights = {name: local(p.detach()) for name, p in model.named_parameters() if name in direction}
+    kept = {name: p.clone() for name, p in weights.items()}
     try:
         with torch.no_grad():
             for name, parameter in weights.items():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from dualsft.distributed.ranks import leads
 from dualsft.layout import Batch
 
 
@@ -47,7 +48,7 @@ class PhaseLog:
     def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._device = device
         self.phases: list[Phase] = []
-        self._show = show
+        self._show = show and leads()
 
     @contextmanager
     def phase(self, name: str, examples: int, earlier: dict[str, Any] | None = None) -> Iterator["Meter"]:
@@ -114,8 +115,9 @@ class Meter:
 
 
 def say(message: str) -> None:
-    """Tell the user something, on a line of its own above the bar, if one is drawn."""
-    tqdm.write(f"dualsft: {message}", file=sys.stderr)
+    """Tell the user something, once for all ranks, on a line of its own above the bar, if one is drawn."""
+    if leads():
+        tqdm.write(f"dualsft: {message}", file=sys.stderr)
 
 
 def _phase_from(notes: dict[str, Any]) -> Phase:

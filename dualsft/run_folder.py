@@ -14,11 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dualsft.distributed.ranks import barrier, first, leads, ranks
 from dualsft.errors import UserError
+from dualsft.phase_store import PhaseStore
 
 _RUN, _MANIFEST, _FINISHED = "run.json", "manifest.json", ".finished"
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
@@ -83,18 +83,23 @@ class RunFolder:
         self._written = (*_WRITTEN, *written)
         self._resumable = resumable
         self._state = self.path / ".unfinished"
+        self._phases = PhaseStore(self._state)
         self.complete = False
         if resume and overwrite:
             raise UserError("--resume and --overwrite contradict each other; give one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
+        self._overwrite = overwrite
+        if leads():  # the other ranks may come when it is at work already
+            self._look(resume, overwrite, inputs)
+        self._claimed, self._made = False, not self.path.exists()
+        self._let_go: weakref.finalize[[int], RunFolder] | None = None
+
+    def _look(self, resume: bool, overwrite: bool, inputs: Sequence[str | None]) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
             self._check(resume, overwrite)
         if overwrite:
             self._check_inputs(inputs)
-        self._overwrite = overwrite
-        self._claimed, self._made = False, not self.path.exists()
-        self._let_go: weakref.finalize[[int], RunFolder] | None = None
 
     def _check_inputs(self, inputs: Sequence[str | None]) -> None:
         here = self.path.resolve()
@@ -149,6 +154,11 @@ class RunFolder:
             UserError: if the folder's unfinished run is another one, naming what differs, another process is at work
                 on it, or it cannot be written.
         """
+        if ranks() > 1:
+            identity = {**identity, "ranks": ranks()}  # each keeps a state of its own
+        first(lambda: self._claim(identity))
+
+    def _claim(self, identity: Mapping[str, Any]) -> None:
         if self.complete:
             raise UserError(
                 f"{self.path} holds a finished selection, there is nothing to resume; choose another --output_dir or "
@@ -216,51 +226,38 @@ class RunFolder:
         _empty(self.path, keep=self._state)
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a phase's state, whole or not at all: until it is whole, what was kept before stays.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
-        path = self._file(phase)
-        partial = path.with_suffix(".partial")
-        try:
-            whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(whole, partial, {"notes": json.dumps(notes)})
-            with open(partial, "rb") as stream:
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(
-                f"The state of the run cannot be kept in {self._state} ({error}); see that it can be written and has "
-                "room, and go on with --resume."
-            ) from error
+        """Keep a phase's state; see `PhaseStore.save`."""
+        self._phases.save(phase, tensors, notes)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and notes that were kept of a phase, or None; a tensor is read when it is first used."""
-        path = self._file(phase)
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return tensors, json.loads(stored.metadata()["notes"])
+        """What was kept of a phase; see `PhaseStore.load`."""
+        return self._phases.load(phase)
 
     def drop(self, phase: str) -> None:
         """Forget a phase's state, if there is any."""
-        self._file(phase).unlink(missing_ok=True)
-
-    def _file(self, phase: str) -> Path:
-        return self._state / f"{phase}.safetensors"
+        self._phases.drop(phase)
 
     def staging(self) -> Path:
         """A fresh folder to write results into before they are published."""
-        folder = self._state / "staging"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder
+        return self.scratch("staging")
+
+    def scratch(self, name: str) -> Path:
+        """A fresh folder, which goes when the run is finished."""
+
+        def make() -> Path:
+            folder = self._state / name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return folder
+
+        return first(make)
 
     def finish(self) -> None:
         """Declare the run complete, in one step, and drop its state."""
+        barrier()  # no rank reads it any more
+        first(self._finish)
+
+    def _finish(self) -> None:
         done = self.path / _FINISHED
         shutil.rmtree(done, ignore_errors=True)
         self._state.replace(done)

@@ -14,9 +14,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from dualsft.data import InstructionDataModule, validation_sources
+from dualsft.distributed.strategy import FSDP2, register
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
+
+register()
 
 
 class Trainer(LightningTrainer):
@@ -88,9 +91,10 @@ class _SelectionLoop(_PredictionLoop):
 
     def run(self) -> Any:
         """Run the phases under the trainer's precision."""
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, FSDP2):
             raise UserError(
-                f"select runs on one process, but the trainer has {self.trainer.world_size}; set trainer.devices to 1."
+                f"select on {self.trainer.world_size} processes needs a sharded model; set trainer.strategy to fsdp2, "
+                "or trainer.devices to 1."
             )
         _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dualsft import run_folder
+from dualsft import phase_store, run_folder
 from dualsft.errors import UserError
 from dualsft.run_folder import RunFolder, write_atomically
 
@@ -99,7 +99,7 @@ def test_a_phase_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder, "save_file", broken)
+    monkeypatch.setattr(phase_store, "save_file", broken)
     with pytest.raises(KeyboardInterrupt):
         run.save(phase, {}, {})
     assert str(run.load(phase)) == str(before)
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_and_not_filled_up(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(run_folder, "save_file", full)
+    monkeypatch.setattr(phase_store, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(.*No space left.*\); see that it can"):
         run.save("first", {}, {})
     assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "run.json"]

@@ -188,7 +188,7 @@ class InstructionDataModule(LightningDataModule):
         return training_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, self.packing)
 
     def pool_loader(
-        self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None
+        self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch | PackedBatch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
@@ -196,12 +196,14 @@ class InstructionDataModule(LightningDataModule):
             ids: The examples; by default all that have labels.
             start: How many of the first batches to leave out; they are not even read.
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
+            step: Of how many batches from there on to take one, the first.
         """
         examples = self.train_examples
-        return self._scoring_loader(examples, self._scoring_batches(examples, ids, batch_tokens)[start:], self.packing)
+        batches = self._scoring_batches(examples, ids, batch_tokens)
+        return self._scoring_loader(examples, batches[start::step], self.packing)
 
     def validation_loader(
-        self, name: str = "validation", start: int = 0, batch_tokens: int | None = None
+        self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch | PackedBatch]:
         """Batches for scoring over the examples of one validation set that have labels, the longest first.
 
@@ -209,6 +211,7 @@ class InstructionDataModule(LightningDataModule):
             name: The set's name in `validation_sets`.
             start: How many of the first batches to leave out; they are not even read.
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
+            step: Of how many batches from there on to take one, the first.
 
         Raises:
             KeyError: If there is no set of that name.
@@ -218,7 +221,7 @@ class InstructionDataModule(LightningDataModule):
         examples = self._encoded(key)
         with self._naming(key):
             batches = self._scoring_batches(examples, None, batch_tokens)
-        return self._scoring_loader(examples, batches[start:], self.packing)
+        return self._scoring_loader(examples, batches[start::step], self.packing)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""

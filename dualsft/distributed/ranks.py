@@ -1,9 +1,13 @@
 """What the ranks of a job tell one another; a single process has nobody to ask, and every answer is its own."""
 
-from typing import TypeVar
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from dualsft.errors import UserError
 
 T = TypeVar("T")
 
@@ -16,6 +20,15 @@ def rank() -> int:
 def ranks() -> int:
     """How many processes the job has."""
     return distributed.get_world_size() if _several() else 1
+
+
+def leads() -> bool:
+    """Whether this is the job's first process; before they have joined, as the launcher's environment tells."""
+    if _several():
+        return rank() == 0
+    if (told := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
+        return told == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
 def largest(value: int) -> int:
@@ -47,6 +60,30 @@ def gathered(value: T) -> list[T]:
     found: list[T | None] = [None] * ranks()
     distributed.all_gather_object(found, value)
     return found  # type: ignore[return-value]
+
+
+def first(action: Callable[[], T]) -> T:
+    """What an action gives on the first rank, which alone does it, told to all.
+
+    Raises:
+        UserError: on every rank, if the action fails.
+    """
+    if not _several():
+        return action()
+    told: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            told[0] = action()
+        except Exception as error:
+            failure, told[1] = error, str(error) or type(error).__name__
+    distributed.broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise UserError(told[1])
+    result: T = told[0]
+    return result
 
 
 def mine() -> slice:

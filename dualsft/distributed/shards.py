@@ -26,6 +26,11 @@ def whole(shard: Tensor, like: Tensor) -> Tensor:
     return spread.full_tensor()
 
 
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same in memory of its own, if the tensor is more than that."""
+    return part(tensor, like).clone() if isinstance(like, DTensor) else tensor
+
+
 def part(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a whole tensor, sharing its memory.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualsft import run_folder
 from dualsft.errors import UserError
-from dualsft.selection.mask import StoredMasks, pack_bits
+from dualsft.selection.mask import StoredMasks, write_masks
 
 SCHEMA_VERSION = 1
 _MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
@@ -32,7 +32,7 @@ _SCHEMA = pa.schema(
         ("selected", pa.bool_()),
     ]
 )
-_TOKENS, _WEIGHTS, _SKETCHES = "token_scores.parquet", "parameter_scores", "example_sketches.safetensors"
+_TOKENS, WEIGHT_SCORES, _SKETCHES = "token_scores.parquet", "parameter_scores", "example_sketches.safetensors"
 _TOKEN_SCHEMA = pa.schema(
     [("example_id", pa.int64()), ("token_id", pa.list_(pa.int32())), ("score", pa.list_(pa.float64()))]
 )
@@ -102,7 +102,7 @@ class Selection:
             UserError: if a file is damaged.
         """
         scores = {}
-        for path in sorted(self.folder.glob(f"{_WEIGHTS}*.safetensors")):
+        for path in sorted(self.folder.glob(f"{WEIGHT_SCORES}*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as stored:
                     scores.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
@@ -128,7 +128,7 @@ class Selection:
     @property
     def score_files(self) -> list[Path]:
         """The files that hold scores and nothing of the choice: those of weights, and of tokens and sketches if any."""
-        return sorted(path for name in (f"{_WEIGHTS}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
+        return sorted(path for name in (f"{WEIGHT_SCORES}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
 
 
 def load_selection(folder: str | os.PathLike[str]) -> Selection:
@@ -164,7 +164,7 @@ def write_selection(
     *,
     manifest: Mapping[str, Any],
     examples: Mapping[str, Sequence[Any]],
-    parameter_scores: Mapping[str, Tensor],
+    parameter_scores: Mapping[str, Tensor] | None,
     mask: Mapping[str, Tensor],
     selected_lines: Sequence[str],
     config: str,
@@ -177,7 +177,7 @@ def write_selection(
         folder: An empty folder.
         manifest: All but the schema version.
         examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
-        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
+        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape; None if they are there already.
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
@@ -190,9 +190,9 @@ def write_selection(
         save_file(stored, folder / _SKETCHES)
     if token_scores is not None:
         pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
-    save_torch_state_dict(
-        dict(sorted(parameter_scores.items())), folder, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors"
-    )
+    if parameter_scores is not None:
+        pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
+        save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
     sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
     table = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
     write_choice(folder, manifest=manifest, examples=table, mask=mask, selected_lines=selected_lines, config=config)
@@ -218,10 +218,7 @@ def write_choice(
         config: YAML that replays the run.
     """
     pq.write_table(examples, folder / _EXAMPLES)
-    packed = {name: pack_bits(chosen) for name, chosen in sorted(mask.items())}
-    # one entry: safetensors writes several in an order that changes from run to run
-    shapes = json.dumps({name: list(chosen.shape) for name, chosen in sorted(mask.items())})
-    save_file(packed, folder / _MASK, metadata={"shapes": shapes})
+    write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualsft.distributed.ranks import total
+from dualsft.distributed.shards import own_part, part
 from dualsft.errors import UserError, blaming
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.statistics import Statistics
@@ -15,7 +17,7 @@ from dualsft.selection.validation_sets import Combination, combined
 
 @torch.no_grad()
 def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """U for every trainable parameter.
+    """U for every trainable parameter; of a sharded model, this rank's shard of it.
 
     Args:
         scorer: The rule for u.
@@ -25,12 +27,12 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
     Raises:
         UserError: if a direction is not finite, or not of its parameter's shape.
     """
-    chosen = {}
+    chosen, weights = {}, dict(statistics.model.named_parameters())
     for known in statistics.by_parameter(step_size):
         with blaming(scorer, "direction"):
             u = scorer.direction(known)
         check_vector(scorer, "direction", u, known)
-        chosen[known.name] = u
+        chosen[known.name] = own_part(u, weights[known.name])
     return chosen
 
 
@@ -48,9 +50,15 @@ def check_vector(scorer: Scorer, method: str, found: object, known: ParameterSta
         )
 
 
-def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """U ⊙ m; parameters without a chosen weight are left out, so that no tap is spent on them."""
-    return {name: u[name] * chosen.to(u[name].device) for name, chosen in mask.items() if bool(chosen.any())}
+def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """U ⊙ m; parameters without a chosen weight are left out, so that no tap is spent on them.
+
+    Args:
+        u: By parameter name; of a sharded model, this rank's shards.
+        mask: Which weights are chosen, of the parameters' whole shapes.
+        like: The model's parameters by name.
+    """
+    return {n: u[n] * part(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def parameter_scores(
         combination: How the sets' scores become one.
 
     Returns:
-        Parameter name -> φ_j, float32, of the parameter's shape, on the host; totals in the order of ``us``.
+        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host; totals in the order of ``us``.
     """
     scores = {}
     totals: list[list[ColumnTotals]] = [[] for _ in us]
@@ -103,4 +111,5 @@ def _totals(score: Tensor) -> ColumnTotals:
 
 
 def _together(totals: Sequence[ColumnTotals]) -> ColumnTotals:
-    return ColumnTotals(math.fsum(of.total for of in totals), math.fsum(of.size for of in totals))
+    here = [math.fsum(of.total for of in totals), math.fsum(of.size for of in totals)]
+    return ColumnTotals(*total(torch.tensor(here, dtype=torch.float64)).tolist())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
@@ -29,6 +30,15 @@ def unpack_bits(packed: UInt8[Tensor, " byte"], shape: tuple[int, ...]) -> Bool[
         raise ValueError(f"{len(packed)} bytes hold no {count} bits")
     bits = np.unpackbits(packed.numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).view(shape)
+
+
+def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """Write masks, by parameter name, into a file."""
+    packed, shapes = {}, {}
+    for name, chosen in sorted(masks.items()):
+        packed[name], shapes[name] = pack_bits(chosen), list(chosen.shape)
+    # one entry: safetensors writes several in an order that changes from run to run
+    save_file(packed, path, metadata={"shapes": json.dumps(shapes)})
 
 
 class StoredMasks(Mapping[str, Tensor]):

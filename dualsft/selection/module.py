@@ -1,5 +1,6 @@
 """The phases of a selection, in order: warm-up, validation gradient, direction, rows and columns, budgets, artifact."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,6 +12,10 @@ from transformers import PreTrainedModel
 from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget
 from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
+from dualsft.distributed.files import write_whole
+from dualsft.distributed.loading import load_sharded
+from dualsft.distributed.ranks import first
+from dualsft.distributed.travelling import units
 from dualsft.errors import UserError
 from dualsft.example_statistics import SKETCH
 from dualsft.gradients import compute_dtype
@@ -27,7 +32,7 @@ from dualsft.objectives import Objective, Prior, SelfDistillation, example_losse
 from dualsft.progress import PhaseLog, say
 from dualsft.run_folder import RunFolder
 from dualsft.scorers import FirstOrder, Scorer
-from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection, publish, write_selection
 from dualsft.selection.choosing import (
     ExampleChoice,
     Pool,
@@ -43,6 +48,7 @@ from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
 from dualsft.selection.report import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.scoring import Scoring
+from dualsft.selection.shared_choice import choose_together
 from dualsft.selection.step import StepSize, check_step_size
 from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.teacher import Teacher
@@ -168,7 +174,12 @@ class SelectionModule(LightningModule):
             checkpoint_activations(self.model)
 
     def _load(self, name_or_path: str) -> PreTrainedModel:
-        model = load_model(name_or_path, self.dtype_name).eval()
+        if self._device_mesh is None:
+            model = load_model(name_or_path, self.dtype_name).eval()
+        else:
+            offload = self.trainer.strategy.cpu_offload  # type: ignore[attr-defined]
+            mesh = self._device_mesh["data_parallel"]
+            model = load_sharded(name_or_path, mesh, self.dtype_name, offload).eval()
         model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
         return model
 
@@ -190,10 +201,10 @@ class SelectionModule(LightningModule):
             UserError: on input that cannot be scored or budgets that cannot be met.
         """
         pool = self._check_input(data)
-        chooser = self._chooser(data, pool)
-        inputs = describe_inputs(self, data, seed)
-        if run.complete:
-            run.confirm(inputs)
+        inputs = first(lambda: describe_inputs(self, data, seed))
+        chooser = self._chooser(data, pool, run)
+        if first(lambda: run.complete):
+            first(lambda: run.confirm(inputs))
             return load_selection(run.path)
         run.claim(what_scores_rest_on(self, inputs))
         log = PhaseLog(show, self.model.device)
@@ -203,20 +214,31 @@ class SelectionModule(LightningModule):
         named = data.named_validation
         outcome = describe_outcome(data.train_examples, chosen, scoring, named)
         cost = {"scoring_batch_tokens": phases.batch_tokens, "phases": log.as_json()}
-        write_selection(
-            staged := run.staging(),
-            manifest={**inputs, **outcome, "coverage": self._coverage(chosen.mask), **cost},
-            examples=example_table(data.train_examples, chosen, scoring, named),
-            parameter_scores=chosen.parameter_scores,
-            mask=chosen.mask,
-            selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen.examples)],
-            config=config,
-            token_scores=token_table(data.train_examples, chosen.example_scores) if self.token_scores else None,
-            sketches=scoring.measured.get(SKETCH),
-        )
-        publish(staged, run.path)
+        staged = run.staging()
+        if self._sharded:
+            write_whole(chosen.parameter_scores, dict(self.model.named_parameters()), staged, WEIGHT_SCORES)
+
+        def write() -> None:
+            write_selection(
+                staged,
+                manifest={**inputs, **outcome, "coverage": self._coverage(chosen.mask), **cost},
+                examples=example_table(data.train_examples, chosen, scoring, named),
+                parameter_scores=None if self._sharded else chosen.parameter_scores,
+                mask=chosen.mask,
+                selected_lines=[data.train_examples.records.line(i) for i in sorted(chosen.examples)],
+                config=config,
+                token_scores=token_table(data.train_examples, chosen.example_scores) if self.token_scores else None,
+                sketches=scoring.measured.get(SKETCH),
+            )
+            publish(staged, run.path)
+
+        first(write)
         run.finish()
         return load_selection(run.path)
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(units(self.model))
 
     def _check_input(self, data: InstructionDataModule) -> list[int]:
         """The ids of the examples to score.
@@ -233,6 +255,11 @@ class SelectionModule(LightningModule):
             check_vocabulary(self.model, examples.largest_id())
         if self.warmup.checkpoint is not None and self._needs_second_moment:
             second_moment_file(self.warmup.checkpoint)
+        if "hessian_vector" in self.scorer.needs and self._sharded:
+            raise UserError(
+                "A sharded model cannot be differentiated twice; set the scorer's method to finite_difference, take "
+                "another scorer, or run on one device without trainer.strategy."
+            )
         if "hessian_vector_difference" in self.scorer.needs:
             check_differences(self.model)
         if compute_dtype(self.model) == torch.float16:
@@ -245,7 +272,7 @@ class SelectionModule(LightningModule):
             check_packing(self.model, next(iter(few)), compute_dtype(self.model))
         return data.train_examples.ok_ids()
 
-    def _chooser(self, data: InstructionDataModule, pool: list[int]) -> Chooser:
+    def _chooser(self, data: InstructionDataModule, pool: list[int], run: RunFolder) -> Chooser:
         """What spends the budgets.
 
         Raises:
@@ -259,9 +286,16 @@ class SelectionModule(LightningModule):
             self.parameter_allocator, self.parameter_budget, self.trainable, self.frozen, self._base_weights
         )
         weights.count({name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad})
+        rounds = itertools.count()
+
+        def choose_of_weights(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            if self._sharded:
+                return choose_together(weights, scores, self.model, run.scratch(f"choice-{next(rounds)}"))
+            return choose_weights(weights, scores)
+
         return Chooser(
-            lambda scores: choose_weights(weights, scores),
-            lambda scores, measured: choose_examples(examples, due, scores, known, measured),
+            choose_of_weights,
+            lambda scores, measured: first(lambda: choose_examples(examples, due, scores, known, measured)),
         )
 
     def _base_weights(self) -> dict[str, Tensor]:

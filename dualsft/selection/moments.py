@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dualsft.distributed.shards import part
 from dualsft.errors import UserError
 from dualsft.models import model_fingerprint, model_folder
 
@@ -32,7 +33,7 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
-    """ĉ beside a ready scoring checkpoint, on the host, in its file until it is used.
+    """ĉ beside a ready scoring checkpoint, on the host, in its file until it is used; of a sharded model its shard.
 
     Raises:
         UserError: if there is none, it cannot be read, or it belongs to another model.
@@ -45,7 +46,7 @@ def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
         raise UserError(f"{path} cannot be read: {error}") from error
     if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
-    return moments
+    return {name: part(moment, weights[name]) for name, moment in moments.items()}
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:

@@ -30,7 +30,7 @@ class Chooser:
         examples: φ_i by id, and what was measured beside -> those that are chosen.
     """
 
-    weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     examples: Callable[[Mapping[int, float], Measured], ChosenExamples]
 
 
@@ -48,7 +48,7 @@ class Chosen:
     """
 
     parameter_scores: dict[str, Tensor] = field(default_factory=dict)
-    mask: dict[str, Tensor] = field(default_factory=dict)
+    mask: Mapping[str, Tensor] = field(default_factory=dict)
     example_scores: ExampleScores = field(default_factory=lambda: ExampleScores({}, {}, {}))
     examples: set[int] = field(default_factory=set)
     collapsed: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dualsft.distributed.ranks import rank, ranks
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradient_results import GradientPass
 from dualsft.gradients import gradient_pass
@@ -16,8 +17,8 @@ from dualsft.run_folder import RunFolder
 from dualsft.selection.keeping import PhaseKeeper
 from dualsft.selection.scoring_mode import scoring_mode
 
-Loader = Callable[[int, int], Iterable[Batch]]
-"""(first batch, batch_tokens) -> the batches from that one on."""
+Loader = Callable[[int, int, int], Iterable[Batch]]
+"""(first batch, batch_tokens, step) -> that batch and each that so many batches later follows."""
 
 ADVICE = (
     "set model.gradient_checkpointing and go on with --resume, or start anew (--overwrite) with a lower "
@@ -101,10 +102,14 @@ class Passes:
                 scoring_mode(self._model, self._checkpointing),
             ):
                 return gradient_pass(
-                    self._model, lambda first: loader(first, self.batch_tokens), keeper.meter, keeper=keeper, **options
+                    self._model,
+                    lambda first: loader(first * ranks() + rank(), self.batch_tokens, ranks()),
+                    keeper.meter,
+                    keeper=keeper,
+                    **options,
                 )
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or ranks() > 1:  # the other ranks are in the middle of the pass
                 raise
             reason = shortage(error)
         # outside the handler, whose traceback holds on to the batch

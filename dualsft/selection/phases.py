@@ -18,6 +18,7 @@ from dualsft.curvature import (
     twice_differentiable,
 )
 from dualsft.data import Examples, InstructionDataModule
+from dualsft.distributed.sharding import local
 from dualsft.errors import UserError, advising
 from dualsft.example_statistics import Measurement
 from dualsft.gradient_results import GradientPass
@@ -82,7 +83,9 @@ class Phases:
             saved = self._run.load("warm-up")  # from where the moments need no memory until they are used
             assert saved is not None
         else:
-            self._model.load_state_dict(_under("weight", saved[0]), strict=False)
+            kept = _under("weight", saved[0])
+            for name, parameter in self._model.named_parameters():
+                local(parameter.detach()).copy_(kept[name])
             self._log.restore(saved[1])
         keeper.drop()
         moments = _under("moment", saved[0])
@@ -98,7 +101,7 @@ class Phases:
             moments = warm_up(
                 self._model, loader, settings.epochs, settings.learning_rate, keeper.meter, keeper, self._seed
             )
-        weights = {f"weight:{name}": p for name, p in self._model.named_parameters()}
+        weights = {f"weight:{name}": local(p.detach()) for name, p in self._model.named_parameters()}
         moments = {f"moment:{name}": moment for name, moment in moments.items()}
         self._run.save("warm-up", {**weights, **moments}, self._log.latest())
 

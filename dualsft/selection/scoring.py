@@ -9,9 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.distributed.ranks import total
 from dualsft.example_statistics import Measurement
 from dualsft.gradient_results import GradientPass
 from dualsft.gradients import compute_dtype
@@ -156,7 +158,8 @@ class Scoring:
                 self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
-        us = [masked(u, mask) for u in self._known.directions] if mask else self._known.directions
+        like = dict(self._model.named_parameters())
+        us = [masked(u, mask, like) for u in self._known.directions] if mask else self._known.directions
         return self._take_rows(us, f"scores{occasion}", columns=False)
 
     def prediction(self, named: bool) -> dict[str, object]:
@@ -233,7 +236,9 @@ class Scoring:
         known = self._known
         if not known.rows or not known.sums:
             return
-        check_covered(self._model, known.covered, [name for name in known.used[0] if bool(known.sums[name].any())])
+        names = list(known.used[0])
+        moves = total(torch.tensor([int(known.sums[name].any()) for name in names])).tolist()
+        check_covered(self._model, known.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._objective.sets, known.rows, known.used, strict=True):
             summed = {i: value for i, value in rows.items() if i in known.summed}
             self.identity[name] = sum_identity(summed, column_totals(u, known.sums), compute_dtype(self._model))

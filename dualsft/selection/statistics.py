@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dualsft.distributed.sharding import local
+from dualsft.distributed.shards import whole
 from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS
@@ -15,6 +17,8 @@ from dualsft.tap import accumulator_dtype
 @dataclass(frozen=True)
 class Statistics:
     """What is known for one validation set; every mapping is by parameter name, and may make its tensors when asked.
+
+    Of a sharded model they are this rank's shards.
 
     Attributes:
         model: The model at the scoring checkpoint.
@@ -37,7 +41,7 @@ class Statistics:
     hessian_vector: Mapping[str, Tensor] | None = None
 
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
-        """What a scorer is given, for one trainable parameter after another.
+        """What a scorer is given, for one trainable parameter after another; of a sharded model too it is whole.
 
         Raises:
             UserError: if it modifies the weights; all else is a copy of its own.
@@ -47,13 +51,15 @@ class Statistics:
                 version = weight._version
                 yield ParameterStatistics(
                     name,
-                    weight.detach(),
-                    self.validation_gradient[name],
-                    self.preconditioner[name],
+                    whole(local(weight.detach()), weight),
+                    whole(self.validation_gradient[name], weight),
+                    whole(self.preconditioner[name], weight),
                     step_size,
                     self.num_examples,
                     *(
-                        None if known is None else known[name].to(weight.device, accumulator_dtype(weight), copy=True)
+                        None
+                        if known is None
+                        else whole(known[name].to(weight.device, accumulator_dtype(weight), copy=True), weight)
                         for known in (
                             self.pool_gradient,
                             self.second_moment,
@@ -82,7 +88,7 @@ class Preconditioner(Mapping[str, Tensor]):
         weight = self._weights[name]
         dtype = accumulator_dtype(weight)
         if self._moments is None:
-            return torch.ones_like(weight, dtype=dtype)
+            return torch.ones_like(local(weight.detach()), dtype=dtype)
         return self._moments[name].to(weight.device, dtype).sqrt().add_(EPS).reciprocal_()
 
     def __iter__(self) -> Iterator[str]:

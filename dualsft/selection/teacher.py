@@ -13,6 +13,7 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dualsft.distributed.travelling import units
 from dualsft.errors import advising
 
 ADVICE = (
@@ -49,7 +50,8 @@ class Teacher:
         with advising("at loading the base model for the prior term", ADVICE):
             copy = self._load()
             copy.eval().requires_grad_(False)
-            _be_like(copy, self._model)
+            if not units(copy):  # one in shards is in its place already
+                _be_like(copy, self._model)
         yield copy
 
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
+from dualsft.distributed.ranks import any_of, gathered, rank, ranks
+from dualsft.distributed.sharding import local
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
 from dualsft.layout import Batch, only, split, to_device, without
@@ -131,7 +133,7 @@ class _WarmUp:
         self._model.train()
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
-                if keeper and keeper.due():
+                if keeper and any_of(keeper.due()):
                     keeper.save(*self._state(epoch, k))
                 while not self._step(batch, epoch, k):
                     if keeper:  # at once: the step must not be taken in one piece by a run that goes on from here
@@ -152,7 +154,7 @@ class _WarmUp:
         try:
             self._backward(batch)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or ranks() > 1:  # the other ranks are in the middle of the step
                 raise
             reason = shortage(error)
         else:
@@ -162,14 +164,16 @@ class _WarmUp:
         return False
 
     def _backward(self, batch: Batch) -> None:
-        """The gradient of the batch's mean loss, without the examples that are not finite."""
+        """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
         count = len(batch["example_id"])
-        for part in split(batch, self._parts):
+        share = torch.arange(count) % ranks() == rank()
+        mine, weight = (without(batch, share), 1) if bool(share.any()) else (only(batch, 0), 0)
+        for part in split(mine, self._parts):
             losses = example_losses(self._model, to_device(part, self._model.device))
-            if not bool(losses.isfinite().all()):
-                suspects = {int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()}
+            bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
+            if suspects := {i for of_rank in gathered(bad) for i in of_rank}:
                 return self._backward_without("loss", batch, suspects)
-            (losses.sum() / count).backward()
+            (weight * losses.sum() / count).backward()
         if not self._finite_gradients():
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
@@ -201,8 +205,9 @@ class _WarmUp:
         return finite
 
     def _finite_gradients(self) -> bool:
-        extremes = [torch.stack(m.grad.aminmax()) for m in self._compact.masters if m.grad is not None]
-        return not extremes or bool(torch.stack(extremes).isfinite().all())
+        gradients = [m.grad for m in self._compact.masters if m.grad is not None and m.grad.numel()]
+        extremes = [torch.stack(gradient.aminmax()) for gradient in gradients]
+        return not any_of(bool(extremes) and not bool(torch.stack(extremes).isfinite().all()))
 
     def _drop_gradients(self) -> None:
         for parameter in (*self._model.parameters(), *self._compact.masters):
@@ -225,7 +230,7 @@ class _WarmUp:
             state = self._optimizer.state.pop(master, None)
             moment = state["exp_avg_sq"] if state else torch.zeros_like(master)
             correction = 1 - BETAS[1] ** float(state["step"]) if state else 1.0
-            moments[name] = moment.div_(correction).view_as(weights[name])
+            moments[name] = moment.div_(correction).view_as(local(weights[name].detach()))
         return moments
 
     def _state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

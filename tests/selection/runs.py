@@ -74,9 +74,10 @@ def select(
     options: dict[str, Any],
     data: dict[str, Any] | None = None,
     precision: str = "32-true",
+    ranks: dict[str, Any] | None = None,
     **run: Any,
 ) -> Selection:
-    """A real selection; `options` are the module's, `run` those of `Trainer.select`."""
+    """A real selection; `options` are the module's, `ranks` and `run` those of the trainer and `Trainer.select`."""
     trainer = Trainer(
         accelerator="cpu",
         precision=precision,  # type: ignore[arg-type]
@@ -84,6 +85,7 @@ def select(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **(ranks or {}),
     )
     return trainer.select(SelectionModule(inputs.model, **options), inputs.data(**(data or {})), str(folder), **run)
 

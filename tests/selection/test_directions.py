@@ -78,7 +78,7 @@ def test_weighted_sums_add_up() -> None:
 def test_a_masked_direction_lacks_whole_parameters() -> None:
     """U ⊙ m, and a parameter without a chosen weight is not there at all."""
     mask = {"a": torch.tensor([True, False]), "b": torch.zeros(3, dtype=torch.bool)}
-    found = masked(GRADIENT, mask)
+    found = masked(GRADIENT, mask, GRADIENT)
     assert set(found) == {"a"}
     assert found["a"].tolist() == [1.0, 0.0]
 

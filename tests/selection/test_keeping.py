@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dualsft import SelectionModule, gradients, load_selection, run_folder
+from dualsft import SelectionModule, gradients, load_selection, phase_store
 from dualsft.allocators import Diverse
 from dualsft.objectives import Prior
 from dualsft.progress import PhaseLog
@@ -68,7 +68,7 @@ CASES = {
 }
 KILLS = {
     "as soon as the state is kept": (PhaseKeeper, "save", 2, True),
-    "while the state is written": (run_folder, "save_file", 3, True),
+    "while the state is written": (phase_store, "save_file", 3, True),
 }
 
 
