@@ -34,7 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from dualsft.arguments import plain_values, prepare
 from dualsft.data import InstructionDataModule, validation_sources
-from dualsft.errors import UserError, is_out_of_memory, shortage
+from dualsft.distributed.ranks import leads
+from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.finetune import (
     EndOfTraining,
@@ -182,7 +183,8 @@ class DualSFTCLI(LightningCLI):
             seed=int(config.seed_everything),
             config=self.replay,
         )
-        print(summary(selection, datamodule.tokenizer))
+        if leads():
+            print(summary(selection, datamodule.tokenizer))
 
     def fit(self, model: MaskedFinetuneModule, datamodule: InstructionDataModule, **kwargs: Any) -> None:
         """Fine-tune, from the newest checkpoint if resuming."""
@@ -347,6 +349,12 @@ def main() -> None:
     except ArgumentError as error:
         _fail(plainly(error), 2)
     except (RuntimeError, MemoryError) as error:
+        if is_lost_contact(error):
+            _fail(
+                "another process of this job has stopped or cannot be reached, and says itself why if it could; the "
+                "same command with --resume goes on from what has been kept.",
+                1,
+            )
         if not is_out_of_memory(error):
             raise
         _fail(f"memory ran out ({shortage(error)}); lower data.batch_tokens, or set model.dtype to bfloat16.", 1)

@@ -28,6 +28,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an exception says that another process of the job does not answer any more."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    signs = ("gloo", "nccl", "connection reset by peer", "connection closed by peer")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
 def shortage(error: BaseException) -> str:
     """How memory ran out, in a few words."""
     asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)

@@ -6,14 +6,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from dualsft.distributed.ranks import leads
+from dualsft.distributed.ranks import gathered, leads, ranks
 from dualsft.layout import Batch
 
 
@@ -51,21 +51,25 @@ class PhaseLog:
         self._show = show and leads()
 
     @contextmanager
-    def phase(self, name: str, examples: int, earlier: dict[str, Any] | None = None) -> Iterator["Meter"]:
+    def phase(
+        self, name: str, examples: int, earlier: dict[str, Any] | None = None, dealt: bool = True
+    ) -> Iterator["Meter"]:
         """Time a phase over this many examples; its batches go through the meter.
 
         Args:
             name: What is done.
             examples: How many examples will pass.
             earlier: What a killed run told of its part of the phase (`Meter.so_far`).
+            dealt: Whether each rank passes examples of its own.
         """
+        examples = -(-examples // ranks()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)
         _reset_peak_memory(self._device)
         done = phase.examples % max(examples, 1)  # an earlier round, in vain, may have passed them all
         bar = tqdm(total=examples, initial=done, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True)
         with bar:
             yield (meter := Meter(phase, bar, self._device))
-        self.phases.append(_phase_from(meter.so_far()))
+        self.phases.append(_of_all_ranks(_phase_from(meter.so_far()), dealt))
 
     def latest(self) -> dict[str, Any]:
         """The latest phase, as `restore` takes it."""
@@ -118,6 +122,18 @@ def say(message: str) -> None:
     """Tell the user something, once for all ranks, on a line of its own above the bar, if one is drawn."""
     if leads():
         tqdm.write(f"dualsft: {message}", file=sys.stderr)
+
+
+def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:
+    """What the ranks passed together, and the most memory that one of them took."""
+    of_ranks = gathered(phase)
+    together = of_ranks if dealt else of_ranks[:1]
+    return replace(
+        phase,
+        examples=sum(of.examples for of in together),
+        tokens=sum(of.tokens for of in together),
+        peak_memory_bytes=max(of.peak_memory_bytes for of in of_ranks),
+    )
 
 
 def _phase_from(notes: dict[str, Any]) -> Phase:

@@ -97,7 +97,10 @@ class Phases:
         ids = settings.draw(self._data.train_examples.ok_ids(), self._seed)
         loader = self._data.training_loader(ids, self._seed)
         count = len(ids) * settings.epochs
-        with advising("in the warm-up", ADVICE), self._log.phase("warm-up", count, keeper.earlier) as keeper.meter:
+        with (
+            advising("in the warm-up", ADVICE),
+            self._log.phase("warm-up", count, keeper.earlier, dealt=False) as keeper.meter,
+        ):
             moments = warm_up(
                 self._model, loader, settings.epochs, settings.learning_rate, keeper.meter, keeper, self._seed
             )
