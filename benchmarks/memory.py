@@ -82,7 +82,7 @@ def _distilled(prior: SelfDistillation, base: Any, model: Any, batch: Batch, lay
 def multiply(model: Any, options: argparse.Namespace) -> None:
     """A Hessian-vector product over all examples."""
     direction = {n: torch.full_like(p, 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
-    with twice_differentiable():
+    with twice_differentiable(model):
         derivative = HessianVectorProduct(model, direction)
         gradient_pass(model, lambda first: islice(batches(model, options), first, None), derivative=derivative)
 

@@ -36,7 +36,7 @@ def works(model: Any, batches: list[Batch], direction: dict[str, Tensor]) -> dic
             plain_pass(model, batch)
 
     def product(watch: Stopwatch) -> None:
-        with twice_differentiable():
+        with twice_differentiable(model):
             run(watch, derivative=HessianVectorProduct(model, direction))
 
     def difference(watch: Stopwatch) -> None:

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from dualsft.arguments import plain_values, prepare
 from dualsft.data import InstructionDataModule, validation_sources
-from dualsft.distributed.ranks import leads
+from dualsft.distributed.ranks import leads, rank
 from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.finetune import (
@@ -363,5 +363,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"dualsft: error: {' '.join(message.split())}", file=sys.stderr)
+    place = "" if leads() else f" (rank {rank()})"
+    print(f"dualsft: error{place}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

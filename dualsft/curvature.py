@@ -12,15 +12,18 @@ Source: B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Co
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dualsft.distributed.ranks import total
 from dualsft.distributed.sharding import local
+from dualsft.distributed.shards import whole
+from dualsft.distributed.travelling import made_whole
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.gradients import compute_dtype
 
@@ -36,13 +39,17 @@ class HessianVectorProduct:
     """A derivative for `dualsft.gradients.gradient_pass`: each trainable parameter's ``grad`` becomes (∇² loss) d.
 
     Args:
-        model: The model; unfused attention must be on (`twice_differentiable`).
-        direction: d per trainable parameter, of its shape.
+        model: The model; when a loss is differentiated it must be `twice_differentiable`.
+        direction: d per trainable parameter, of its shape; of a sharded model, this rank's shard of it.
+
+    Attributes:
+        shards: The parameters of a sharded model, which is whole meanwhile; empty for any other.
     """
 
     def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._direction = direction
+        self._model, self._direction = model, direction
+        self.shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        self._whole: Mapping[str, Tensor] | None = None if self.shards else direction
 
     def __call__(self, loss: Tensor) -> None:
         """Differentiate twice.
@@ -50,15 +57,15 @@ class HessianVectorProduct:
         Raises:
             UserError: if some operation of the model has no second derivative.
         """
+        if self._whole is None:
+            self._whole = {name: whole(d, self.shards[name]) for name, d in self._direction.items()}
         try:
-            parameters = list(self._parameters.values())
-            found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
             # a gradient that depends on no weight has no row in the Hessian
-            gradients = {
-                n: g for n, g in zip(self._parameters, found, strict=True) if g is not None and g.requires_grad
-            }
+            gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None and g.requires_grad}
             if gradients:
-                along = [self._direction[name].to(gradient.dtype) for name, gradient in gradients.items()]
+                along = [self._whole[name].to(gradient.dtype) for name, gradient in gradients.items()]
                 torch.autograd.backward(list(gradients.values()), along)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -70,10 +77,11 @@ class HessianVectorProduct:
             ) from error
 
 
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Attention in plain steps: fused kernels have no second derivative."""
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Attention in plain steps, as fused kernels have no second derivative; and a sharded model made whole."""
+    with made_whole(model), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def check_differences(model: PreTrainedModel) -> None:

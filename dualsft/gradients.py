@@ -10,7 +10,7 @@ every such example, and is then repeated without them: the sums hold no trace of
 What a pass holds at the start of a batch is all that it needs to go on from there: it can be kept and taken up again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.distributed.lockstep import Kind, wait_for_turn
-from dualsft.distributed.ranks import any_of
+from dualsft.distributed.ranks import any_of, total
+from dualsft.distributed.shards import own_part
 from dualsft.distributed.travelling import Travelling
 from dualsft.errors import UserError
 from dualsft.example_statistics import LOSS, ExampleStatistics, Measurement, sketch_factors
@@ -79,6 +80,7 @@ def gradient_pass(
     keeper: Keeper | None = None,
     losses: Losses = example_losses,
     derivative: Derivative = Tensor.backward,
+    shards: Mapping[str, Tensor] | None = None,
 ) -> GradientPass:
     """Sum the gradients of all examples and, given u, take <u, g_i> of each, in one backward pass per batch.
 
@@ -94,6 +96,8 @@ def gradient_pass(
         keeper: Keeps the state of the pass every so often, and has what an earlier run kept.
         losses: l_i of each example of a batch.
         derivative: What takes the place of a backward pass.
+        shards: The parameters of a sharded model that has been made whole: its ranks' sums are added up in the end, and
+            each keeps its shards of them.
 
     Raises:
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
@@ -115,6 +119,7 @@ def gradient_pass(
         while True:
             result = attempt.run(batches, watch, keeper)
             if not attempt.void:
+                result.sums = {n: own_part(total(t), shards[n]) if shards else t for n, t in result.sums.items()}
                 return result
             attempt = attempt.repeat()
 
@@ -391,8 +396,8 @@ class _Pass:
         self._done, self.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
         sums = self._result.sums
         self._result = GradientPass.from_state(tensors, notes)
-        for name, total in sums.items():
-            total.copy_(self._result.sums[name])
+        for name, kept_sum in self._result.sums.items():
+            sums[name].copy_(kept_sum)
         self._result.sums = sums
 
 

@@ -52,7 +52,7 @@ def product_loop(model: Any, d: Gradients) -> Gradients:
     """Σ_i (∇² l_i) d: the gradient of <∇ l_i, d>, one unpadded example at a time."""
     parameters = dict(model.named_parameters())
     found = []
-    with twice_differentiable():
+    with twice_differentiable(model):
         for example in EXAMPLES:
             loss = example_losses(model, collate([example])).sum()
             first = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
@@ -65,7 +65,7 @@ def product_loop(model: Any, d: Gradients) -> Gradients:
 
 def product(model: Any, d: Gradients, batches: list[Any]) -> Gradients:
     """The same by one pass."""
-    with twice_differentiable():
+    with twice_differentiable(model):
         return gradient_pass(model, given(batches), derivative=HessianVectorProduct(model, d)).sums
 
 
@@ -170,7 +170,7 @@ def test_what_has_no_second_derivative_is_refused() -> None:
 
 def test_fused_attention_is_left_out() -> None:
     """Inside, attention goes in plain steps; outside, it may not be differentiable twice."""
-    with twice_differentiable():
+    with twice_differentiable(nn.Linear(1, 1)):
         assert torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.flash_sdp_enabled()
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()

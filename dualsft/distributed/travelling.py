@@ -6,6 +6,7 @@ embeddings and the head belong, are whole until backward is over. A model that i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,9 +117,35 @@ def working_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     shards = dict(model.named_parameters())
     found = dict(shards)
     for unit, names in units(model).items():
+        if not isinstance(shards[names[0]], DTensor):  # it is whole
+            continue
         assert isinstance(unit, FSDPModule)
         unit.unshard()
         here = dict(model.named_parameters())
         found.update({name: here[name] for name in names})
         unit.reshard()
     return found
+
+
+@contextmanager
+def made_whole(model: nn.Module) -> Iterator[None]:
+    """Every unit of a sharded model whole on every rank, and gradients each rank's own, while the context is open.
+
+    The model then is like one that is not sharded, and takes as much memory.
+    """
+    here = [unit for unit in units(model) if isinstance(unit, FSDPModule)]
+    for unit in here:
+        _stay(unit, True)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in here:
+            _stay(unit, False)
+            unit.reshard()
+
+
+def _stay(unit: FSDPModule, whole_too: bool) -> None:
+    unit.set_reshard_after_forward(not whole_too, recurse=False)
+    unit.set_reshard_after_backward(not whole_too, recurse=False)
+    unit.set_requires_gradient_sync(not whole_too, recurse=False)

@@ -255,11 +255,6 @@ class SelectionModule(LightningModule):
             check_vocabulary(self.model, examples.largest_id())
         if self.warmup.checkpoint is not None and self._needs_second_moment:
             second_moment_file(self.warmup.checkpoint)
-        if "hessian_vector" in self.scorer.needs and self._sharded:
-            raise UserError(
-                "A sharded model cannot be differentiated twice; set the scorer's method to finite_difference, take "
-                "another scorer, or run on one device without trainer.strategy."
-            )
         if "hessian_vector_difference" in self.scorer.needs:
             check_differences(self.model)
         if compute_dtype(self.model) == torch.float16:

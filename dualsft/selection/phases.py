@@ -146,7 +146,9 @@ class Phases:
             UserError: if the model cannot be differentiated twice, or memory runs out.
         """
         derivative = HessianVectorProduct(self._model, direction)
-        return self._sum(term, f"Hessian-vector product{occasion}", twice_differentiable, derivative=derivative)
+        around = partial(twice_differentiable, self._model)
+        name = f"Hessian-vector product{occasion}"
+        return self._sum(term, name, around, derivative=derivative, shards=derivative.shards)
 
     def hessian_vector_difference(
         self, term: Term, direction: Mapping[str, Tensor], here: Part, occasion: str = ""

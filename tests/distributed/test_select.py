@@ -18,6 +18,12 @@ PLAIN: dict[str, dict[str, Any]] = {
     "re-scored examples": {**SGD, "order": "parameters_then_data", "rounds": 2},
     "re-scored weights": {**SGD, "order": "data_then_parameters", "trainable": ["proj"]},
     "difference": {**SGD, "scorer": HessianVector(method="finite_difference"), "step_size": 0.01},
+    "second derivatives": {
+        **SGD,
+        "scorer": HessianVector(),
+        "step_size": 0.01,
+        "prior": Prior(weight=0.5, fraction=0.5),
+    },
     "squares": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher"), "prior": Prior(weight=0.5, fraction=0.5)},
 }
 WARM: dict[str, dict[str, Any]] = {

@@ -138,7 +138,7 @@ class Slow:
         if kind == "fisher":
             return {name: self._fisher[name] * of for name, of in d.items()}
         parameters = dict(self._model.named_parameters())
-        with float64_throughout(), twice_differentiable():
+        with float64_throughout(), twice_differentiable(self._model):
             loss = torch.stack([example_losses(self._model, collate([e])).sum() for e in self._target]).mean()
             slopes = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
             along = torch.stack([(g * d[name]).sum() for name, g in zip(parameters, slopes, strict=True)]).sum()
