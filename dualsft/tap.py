@@ -207,6 +207,18 @@ def _embedding_product(
     return product if module.padding_idx is None else product * (ids != module.padding_idx).unsqueeze(-1)
 
 
+class _Forward(nn.Module):
+    """A module's forward without its hooks, which have run on the inputs, and may have changed its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward gives."""
+        return self.module.forward(*args, **kwargs)
+
+
 def _general_product(
     module: nn.Module, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype
 ) -> Tensor:
@@ -218,8 +230,11 @@ def _general_product(
         tangents["weight"] = tangents["weight"].clone()
         tangents["weight"][module.padding_idx] = 0
 
+    alone = _Forward(module)
+
     def forward(parameters: dict[str, Tensor]) -> Tensor:
-        return pytree.tree_flatten(functional_call(module, parameters, args, kwargs, tie_weights=False))[0][k]
+        named = {f"module.{name}": parameter for name, parameter in parameters.items()}
+        return pytree.tree_flatten(functional_call(alone, named, args, kwargs, tie_weights=False))[0][k]
 
     # fused attention has no forward-mode derivative
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -135,14 +135,15 @@ def _agree_on_gradients(model: nn.Module) -> None:
     they would add up what does not belong together.
     """
     units = {module: [*_owned(module)] for module in model.modules() if isinstance(module, FSDPModule)}
+    everything = [pair for owned in units.values() for pair in owned]
+    # before FSDP's own, which asks autograd to call it back in the end, for the units that no input's gradient ended;
+    # and behind `_without_views`, whose copy of the output is what FSDP's own then looks at
+    model.register_forward_hook(partial(_complete_in_the_end, everything), prepend=True)
     for unit, owned in units.items():
         # behind FSDP's own, which marks the inputs whose gradient ends the unit's backward pass
         unit.register_forward_pre_hook(partial(_complete_at_the_inputs, owned), with_kwargs=True)
         unit.register_forward_pre_hook(partial(_notice_thawing, owned, []), prepend=True)
         unit.register_forward_hook(_without_views, prepend=True)
-    everything = [pair for owned in units.values() for pair in owned]
-    # before FSDP's own, which asks autograd to call it back in the end, for the units that no input's gradient ended
-    model.register_forward_hook(partial(_complete_in_the_end, everything), prepend=True)
 
 
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
