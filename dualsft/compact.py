@@ -12,19 +12,26 @@ So any torch optimizer, gradient clipping, scheduler and weight decay acts on x 
 other weights are never written. The cost is w itself plus, per selected weight, an index (4 bytes), x (4), its
 gradient (4, from backward to step) and the optimizer's state (8 for Adam), and one layer's dense gradient at a time.
 Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits: 1,000 steps of 1e-5 on 0.02 are lost.
+
+Of a sharded model each rank has the masters of its own shards: pieces, which one behind another in the order of ranks
+are the masters of one process (`dualsft.distributed.pieces`). A state dict holds the whole ones, on the first rank, and
+each rank takes its piece of what is loaded; so a state moves between any numbers of ranks.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
+from dualsft.distributed.pieces import joined, own_pieces
+from dualsft.distributed.sharding import local, shard_offset
 from dualsft.tap import accumulator_dtype
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
@@ -38,12 +45,14 @@ class CompactParameters(nn.Module):
     weights follow the masters after each optimizer step (`write_back_after`) and when a state dict is loaded.
 
     Args:
-        model: The model whose weights are trained; its values are changed in place, by `write_back` alone.
+        model: The model whose weights are trained; its values are changed in place, by `write_back` alone. If it is
+            sharded, every rank calls this, and later `state_dict`, `load_state_dict` and all that has to do with
+            gradients that no step has used.
         mask: Which entries to train; None trains every entry of every trainable parameter.
 
     Attributes:
         names: The parameters with a selected entry, in the model's order.
-        masters: Their selected entries, each of shape (selected,).
+        masters: Their selected entries, each of shape (selected,); of a sharded model those on this rank, if any.
 
     Raises:
         KeyError: if the mask names a parameter that the model lacks.
@@ -58,30 +67,48 @@ class CompactParameters(nn.Module):
         self.names: list[str] = []
         self.masters = nn.ParameterList()
         self._weights: list[nn.Parameter] = []
+        self._num_selected, digest = 0, hashlib.sha256()
         for name, weight in parameters.items():
             index = _selected_index(name, weight, mask)
-            if index is not None and not len(index):
-                weight.requires_grad_(False)
-                continue
-            weight.requires_grad_(True)
-            self.register_buffer(f"index_{len(self.names)}", index, persistent=False)
-            self.names.append(name)
-            self._weights.append(weight)
-            values = _gather(weight.detach(), index)
-            self.masters.append(nn.Parameter(values.to(accumulator_dtype(weight), copy=True)))
+            weight.requires_grad_(index is None or len(index) > 0)
+            if weight.requires_grad:
+                count = self._add(name, weight, index)
+                digest.update(f"{name}|{count}|".encode())
+                digest.update(b"all" if index is None else index.numpy().tobytes())
         if not self.names:
             raise ValueError("no weight is selected")
+        self._fingerprint = digest.hexdigest()
+        self._sharded = any(isinstance(weight, DTensor) for weight in self._weights)
+        if self._sharded:
+            self.masters.register_state_dict_post_hook(_join)
+            self.masters.register_load_state_dict_pre_hook(_take_pieces)
         self._chosen = self._chosen_gradients(model)
         self._handles: list[RemovableHandle] = []
         self.register_load_state_dict_post_hook(lambda module, _: module.write_back())
 
+    def _add(self, name: str, weight: nn.Parameter, index: Int[Tensor, " selected"] | None) -> int:
+        """Take in a tensor, of whose entries these are selected, all of them if None; tells how many."""
+        count = weight.numel() if index is None else len(index)
+        self._num_selected += count
+        here = local(weight.detach())
+        if index is not None:
+            index = _of_shard(index, weight).to(here.device)
+        self.register_buffer(f"index_{len(self.names)}", index, persistent=False)
+        self.names.append(name)
+        self._weights.append(weight)
+        self.masters.append(nn.Parameter(_gather(here, index).to(accumulator_dtype(weight), copy=True)))
+        return count
+
     def index(self, k: int) -> Int[Tensor, " selected"] | None:
-        """Flat indices of the k-th tensor's selected entries, ascending; None where every entry is selected."""
+        """Flat indices of the k-th tensor's selected entries, ascending; None where every entry is selected.
+
+        Of a sharded model these are indices into this rank's shard.
+        """
         return self.get_buffer(f"index_{k}")
 
     def num_selected(self) -> int:
-        """How many weights are trained."""
-        return sum(master.numel() for master in self.masters)
+        """How many weights are trained, on all ranks together."""
+        return self._num_selected
 
     def attach(self) -> None:
         """Fold every gradient into the masters as soon as it is complete; idempotent."""
@@ -92,8 +119,12 @@ class CompactParameters(nn.Module):
             self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._chosen]
 
     def _chosen_gradients(self, model: nn.Module) -> list[tuple[nn.Module, ChosenGradientHook]]:
-        """The linear layers that need not form all of their weight's gradient."""
-        number = {weight: k for k, weight in enumerate(self._weights)}
+        """The linear layers that need not form all of their weight's gradient.
+
+        None of a sharded model: while such a layer is at work its weight is whole, and the gradients of its chosen
+        entries would belong to other ranks.
+        """
+        number = {weight: k for k, weight in enumerate(self._weights) if not isinstance(weight, DTensor)}
         found = []
         for module, weight in linear_layers(model):
             index = self.index(number[weight]) if weight in number else None
@@ -112,7 +143,7 @@ class CompactParameters(nn.Module):
         def fold(weight: Tensor) -> None:
             assert weight.grad is not None
             master = self.masters[k]
-            gradient = _gather(weight.grad, self.index(k)).to(master.dtype)
+            gradient = _gather(local(weight.grad), self.index(k)).to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             weight.grad = None
 
@@ -122,11 +153,11 @@ class CompactParameters(nn.Module):
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
         for k, (weight, master) in enumerate(zip(self._weights, self.masters, strict=True)):
-            index, values = self.index(k), master.to(weight.dtype)
+            index, values, here = self.index(k), master.to(weight.dtype), local(weight.detach())
             if index is None:
-                weight.copy_(values.view_as(weight))
+                here.copy_(values.view_as(here))
             else:
-                weight.put_(index.long(), values)
+                here.put_(index.long(), values)
 
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.
@@ -158,26 +189,42 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Gradients that no step has used yet, by tensor: those of an accumulation under way."""
-        return {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
+        """Gradients that no step has used yet, by tensor: those of an accumulation under way.
+
+        Of a sharded model the whole ones, on the first rank alone.
+        """
+        pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
+        return dict(zip(pending, joined([*pending.values()]), strict=True)) if self._sharded else pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
         """Go on with an accumulation from earlier `pending_gradients`."""
-        for k, gradient in gradients.items():
+        given = [*gradients.values()]
+        if self._sharded:
+            given = own_pieces(given, [len(self.masters[k]) for k in gradients])
+        for k, gradient in zip(gradients, given, strict=True):
             self.masters[k].grad = gradient.to(self.masters[k])
 
     def fingerprint(self) -> str:
-        """SHA-256 over which entries of which tensors are selected."""
-        digest = hashlib.sha256()
-        for k, name in enumerate(self.names):
-            index = self.index(k)
-            digest.update(f"{name}|{self.masters[k].numel()}|".encode())
-            digest.update(b"all" if index is None else index.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 over which entries of which tensors are selected, on whatever ranks they are."""
+        return self._fingerprint
+
+
+def _join(masters: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state holds the whole masters, on the first rank."""
+    names = [f"{prefix}{k}" for k, _ in masters.named_parameters()]
+    state.update(zip(names, joined([state[name] for name in names]), strict=True))
+
+
+def _take_pieces(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Each rank loads its own."""
+    lengths = {f"{prefix}{k}": len(master) for k, master in masters.named_parameters()}
+    if lengths.keys() <= state.keys():
+        wholes: Sequence[Tensor] = [state[name] for name in lengths]
+        state.update(zip(lengths, own_pieces(wholes, [*lengths.values()]), strict=True))
 
 
 def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | None:
-    """Flat indices (int32 while they fit) of a tensor's selected entries; None means all of them."""
+    """Flat indices (int32 while they fit) of a whole tensor's selected entries, on the host; None means all of them."""
     if mask is None:
         return None if weight.requires_grad else torch.empty(0, dtype=torch.int32)
     if name not in mask:
@@ -188,7 +235,17 @@ def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | No
     if bool(chosen.all()):
         return None
     narrow = weight.numel() < 2**31
-    return chosen.flatten().nonzero().squeeze(1).to(weight.device, torch.int32 if narrow else torch.int64)
+    return chosen.flatten().nonzero().squeeze(1).to("cpu", torch.int32 if narrow else torch.int64)
+
+
+def _of_shard(index: Int[Tensor, " selected"], weight: Tensor) -> Int[Tensor, " here"]:
+    """Of flat indices into a whole tensor those into this rank's shard of it, counted from the shard's start."""
+    if not isinstance(weight, DTensor):
+        return index
+    first = shard_offset(weight)
+    ends = torch.tensor([first, first + local(weight.detach()).numel()], dtype=index.dtype)
+    start, end = torch.searchsorted(index, ends).tolist()
+    return index[start:end] - first
 
 
 def _mask_of(index: Int[Tensor, " selected"], weight: Tensor) -> Bool[Tensor, "m n"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dualsft.data.tokenizer import pad_id
+from dualsft.distributed.ranks import gathered, mine, ranks
 from dualsft.errors import UserError
 from dualsft.layout import Batch
 
@@ -68,8 +69,10 @@ def generate_answers(
 ) -> tuple[list[str], list[str]]:
     """Greedy continuations of each example's last prompt, and the reference texts.
 
+    On many ranks each answers its share of the prompts, at least one, and all get all answers.
+
     Args:
-        model: A causal language model.
+        model: A causal language model; if it is sharded, all ranks call this with the same batch.
         tokenizer: Its tokenizer.
         batch: Examples, each with at least one supervised token.
         max_new_tokens: Longest answer.
@@ -87,8 +90,25 @@ def generate_answers(
                 f"Example {example_id} of data.validation has no prompt to answer; set model.generation.max_new_tokens "
                 "to 0."
             )
+    prompts = [prompt for prompt, _ in turns]
+    made = _continued(model, tokenizer, prompts[mine()] or prompts[:1], batch["input_ids"].device, max_new_tokens)
+    answers = [""] * len(turns)
+    for number, of_rank in enumerate(gathered(made)):
+        answers[number :: ranks()] = of_rank[: len(answers[number :: ranks()])]
+    references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
+    return answers, list(references)
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    device: torch.device,
+    max_new_tokens: int,
+) -> list[str]:
+    """The texts of greedy continuations; every rank makes as many calls of the model as the last to finish."""
     pad = pad_id(tokenizer)
-    ids, mask = _left_padded([prompt for prompt, _ in turns], pad)
+    ids, mask = _left_padded(prompts, pad)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -96,10 +116,9 @@ def generate_answers(
         eos_token_id=_end_of_answer(model, tokenizer),
     )
     generate: Any = model.generate  # not part of the base class's type
-    made = generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    answers = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-    references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
-    return list(answers), list(references)
+    given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    made = generate(**given, generation_config=config, synced_gpus=ranks() > 1)
+    return list(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _left_padded(

@@ -4,7 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
+from transformers import PreTrainedModel
 
+from dualsft.distributed.dealing import own_rows
+from dualsft.layout import Batch
 from dualsft.objectives import token_losses
 
 
@@ -16,6 +19,12 @@ class LanguageModelMetrics(torch.nn.Module):
         # by default torchmetrics leaves NaN out of the mean, with a warning: a broken model would look sound
         self.loss = MeanMetric(nan_strategy="disable")
         self.accuracy = MeanMetric(nan_strategy="disable")
+
+    def measure(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Take in what a model makes of one padded batch, of which each rank works on its own rows."""
+        own = own_rows(batch)
+        logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
+        self.update(logits, own["labels"])
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:

@@ -3,14 +3,15 @@
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
 from dualsft.data import load_tokenizer
+from dualsft.distributed.ranks import mine
+from dualsft.distributed.strategy import load_for
 from dualsft.evaluation.generation import Generation, generate_answers
 from dualsft.evaluation.harness import TaskOptions, evaluate_tasks
 from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.layout import Batch
-from dualsft.models import Dtype, load_model
+from dualsft.models import Dtype
 
 
 class EvaluationModule(LightningModule):
@@ -46,24 +47,23 @@ class EvaluationModule(LightningModule):
         self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match)
 
     def configure_model(self) -> None:
-        """Load the checkpoint."""
-        self.model = load_model(self.model_name_or_path, self.dtype_name)
+        """Load the checkpoint, in shards if the trainer says so."""
+        self.model = load_for(self, self.model_name_or_path, self.dtype_name)
         self.tokenizer = load_tokenizer(self.model_name_or_path)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in one batch of the validation set of this index."""
-        logits: Tensor = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        self.metrics.tokens(dataloader_idx).update(logits, batch["labels"])
+        self.metrics.tokens(dataloader_idx).measure(self.model, batch)
         if self.generation.max_new_tokens:
             answers, references = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
-            extract = self.generation.extract
-            self.metrics.answers(dataloader_idx).update([extract(a) for a in answers], [extract(r) for r in references])
+            extract, own = self.generation.extract, mine()  # every rank has all answers, and counts are added up
+            self.metrics.answers(dataloader_idx).update(
+                [extract(answer) for answer in answers[own]], [extract(reference) for reference in references[own]]
+            )
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, under names without a loader's number, which Lightning adds in a step."""
-        self.log_dict(self.metrics.finish())
+        self.log_dict(self.metrics.finish(), sync_dist=True)  # the same on every rank already
 
     def evaluate_tasks(
         self, trainer: Trainer, tasks: dict[str, Any], options: TaskOptions, batch_size: int, seed: int

@@ -7,6 +7,8 @@ Tokens are supervised ones throughout. With gradient accumulation a step has sev
 averaged, each batch weighing the same. Their token means would not add up to the step's, as batches differ in tokens,
 and how many tokens a step has is known at its last batch alone. So a batch's sum is divided by the tokens of the step's
 first batch, and the accumulated gradient is multiplied by what corrects that before it is clipped.
+
+On many ranks n and T are of all ranks, and each rank sums over its own rows: gradients are added up over ranks.
 """
 
 from typing import Literal
@@ -16,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.distributed.dealing import own_rows
+from dualsft.distributed.ranks import total
 from dualsft.layout import Batch
 from dualsft.objectives import example_losses, supervised_losses
 
@@ -34,14 +38,16 @@ class StepLoss:
         self._first = self._tokens = 0
 
     def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(the batch's own mean, what to differentiate for the step)."""
+        """(the batch's own mean, this rank's share of what to differentiate for the step)."""
+        own = own_rows(batch)
         if self._kind == "example_mean":
-            mean = example_losses(model, batch).mean()
-            return mean, mean
-        losses = supervised_losses(model, batch)
-        self._first = self._first or len(losses)
-        self._tokens += len(losses)
-        return losses.mean(), losses.sum() / self._first
+            share = example_losses(model, own).sum() / len(batch["example_id"])
+            return total(share.detach()), share
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        self._first = self._first or tokens
+        self._tokens += tokens
+        losses = supervised_losses(model, own).sum()
+        return total(losses.detach()) / tokens, losses / self._first
 
     def finish(self, accumulated: int) -> float:
         """What to multiply the step's gradient by; the next batch is the first of another step.
@@ -62,6 +68,17 @@ class StepLoss:
     def restore(self, state: dict[str, int]) -> None:
         """Go on with a step from an earlier `state`."""
         self._first, self._tokens = state["first"], state["tokens"]
+
+
+@torch.no_grad()
+def clip_norm(parameters: list[Tensor], limit: float) -> None:
+    """Bring the gradients' norm over all ranks down to a limit, as `torch.nn.utils.clip_grad_norm_` does on one."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    squares = [gradient.double().square().sum() for gradient in gradients]
+    norm = total(torch.stack(squares).sum()).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))
 
 
 @torch.no_grad()

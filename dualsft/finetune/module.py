@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
+from dualsft.distributed.ranks import ranks
+from dualsft.distributed.strategy import load_for
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.ending import BestWeights, Ending
-from dualsft.finetune.losses import Loss, StepLoss, scale_gradients
+from dualsft.finetune.losses import Loss, StepLoss, clip_norm, scale_gradients
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.finetune.trainer_checks import (
@@ -30,7 +33,7 @@ from dualsft.finetune.trainer_checks import (
 )
 from dualsft.gradients import compute_dtype
 from dualsft.layout import Batch
-from dualsft.models import Dtype, checkpoint_activations, load_model, model_fingerprint
+from dualsft.models import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
 from dualsft.spot_check import check_packing
 
@@ -108,7 +111,7 @@ class MaskedFinetuneModule(LightningModule):
         check_monitors(self.trainer, self._logged)
 
     def configure_model(self) -> None:
-        """Load the base model and put the compact parameters on it, once.
+        """Load the base model, in shards if the trainer says so, and put the compact parameters on it, once.
 
         Raises:
             UserError: if the selection was made for another model.
@@ -117,7 +120,7 @@ class MaskedFinetuneModule(LightningModule):
             return
         self.base_fingerprint = model_fingerprint(self.model_name_or_path)
         self._check_selection()
-        model = load_model(self.model_name_or_path, self.dtype_name)
+        model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
@@ -194,12 +197,21 @@ class MaskedFinetuneModule(LightningModule):
         factor = self._step_loss.finish(self.trainer.accumulate_grad_batches)
         scale_gradients(list(self.compact.masters), factor)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by value, or by the norm over all ranks."""
+        if ranks() > 1 and gradient_clip_val and gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM):
+            clip_norm(list(self.compact.masters), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in one batch of the validation set of this index."""
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        self.metrics.tokens(dataloader_idx).update(logits, batch["labels"])
+        self.metrics.tokens(dataloader_idx).measure(self.model, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """What a callback that averages weights keeps of this module: its masters, under their names.
@@ -232,7 +244,8 @@ class MaskedFinetuneModule(LightningModule):
         Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
         """
         self._follow_masters()
-        self.log_dict({f"val_{name}": value for name, value in self.metrics.finish().items()})
+        found = {f"val_{name}": value for name, value in self.metrics.finish().items()}
+        self.log_dict(found, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the masters belong to, and the gradients of an accumulation under way."""

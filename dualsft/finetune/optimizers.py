@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import OneCycleLR
 
+from dualsft.distributed.ranks import ranks
 from dualsft.errors import UserError
 from dualsft.progress import say
 
@@ -36,6 +37,11 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
         raise UserError(f"The optimizer cannot be made: {error}{shape}.") from error
     if isinstance(optimizer, SparseAdam):
         raise UserError("SparseAdam takes sparse gradients alone, and those of a language model are dense; give Adam.")
+    if isinstance(optimizer, (LBFGS, Adafactor)) and ranks() > 1:
+        raise UserError(
+            f"{type(optimizer).__name__} works with norms and products of whole tensors, of which each rank has a "
+            "part; give an optimizer that works entry by entry, such as AdamW, or set trainer.devices to 1."
+        )
     if isinstance(optimizer, LBFGS) and accumulated > 1:
         raise UserError(
             "LBFGS evaluates the loss several times in a step, for which "

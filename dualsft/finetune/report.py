@@ -1,4 +1,7 @@
-"""What a fit did from its first step to its last, however often it was interrupted, as figures and as a table."""
+"""What a fit did from its first step to its last, however often it was interrupted, as figures and as a table.
+
+On many ranks the figures are those of the whole job: every rank is given all batches. Memory is the largest of a rank.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from dualsft.distributed.ranks import largest
 from dualsft.progress import peak_memory
 
 _BATCHES = 10  # single batches' losses differ by what is in them more than by what has been learnt
@@ -94,11 +98,11 @@ class FitReport(Callback):
     def _so_far(self) -> Progress:
         now = {**vars(self._progress)}
         now["seconds"] += time.perf_counter() - self._start
-        now["peak_memory_bytes"] = max(now["peak_memory_bytes"], peak_memory(self._device))
+        now["peak_memory_bytes"] = max(now["peak_memory_bytes"], largest(peak_memory(self._device)))
         return Progress(**now)
 
     def figures(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """All figures of a finished fit.
+        """All figures of a finished fit; every rank must ask at once.
 
         Args:
             trainer: What it ran under.

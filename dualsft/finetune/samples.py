@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel
 from dualsft.data import InstructionDataModule
 from dualsft.data.batches import collate
 from dualsft.data.tokenizer import pad_id
+from dualsft.distributed.ranks import rank
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
-from dualsft.layout import Batch
+from dualsft.layout import Batch, to_device
 from dualsft.progress import say
 from dualsft.run_folder import write_atomically
 
@@ -71,10 +73,12 @@ class LogSamples(Callback):
         if batch_idx or dataloader_idx or not fitting or resumed or not isinstance(data, InstructionDataModule):
             return
         when = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        made = [when | sample for name in data.validation_sets for sample in self._answer(pl_module.model, data, name)]
-        _write(Path(trainer.default_root_dir) / FILE, made)
+        of_set = partial(self._answer, pl_module.model, pl_module.device, data)
+        made = [when | sample for name in data.validation_sets for sample in of_set(name)]
+        if rank() == 0:
+            _write(Path(trainer.default_root_dir) / FILE, made)
 
-    def _answer(self, model: Any, data: InstructionDataModule, name: str) -> Iterator[Sample]:
+    def _answer(self, model: Any, device: torch.device, data: InstructionDataModule, name: str) -> Iterator[Sample]:
         """The samples of one validation set."""
         assert isinstance(model, PreTrainedModel)
         examples, tokenizer = data.validation_sets[name], data.tokenizer
@@ -84,7 +88,7 @@ class LogSamples(Callback):
         asking = [k for k, prompt in enumerate(prompts) if prompt.strip()]  # plain text asks nothing
         if not asking:
             return
-        batch = cast(Batch, collate([rows[k] for k in asking], pad_id(tokenizer)))
+        batch = to_device(cast(Batch, collate([rows[k] for k in asking], pad_id(tokenizer))), device)
         answers, references = generate_answers(model, tokenizer, batch, self._samples.max_new_tokens)
         for k, answer, reference in zip(asking, answers, references, strict=True):
             example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}

@@ -6,9 +6,11 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from dualsft.distributed.strategy import FSDP2
 from dualsft.errors import UserError
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_SHARDED_PRECISIONS = _PRECISIONS[:2]  # ranks would not agree on how to scale the loss
 _METRICS = ("loss", "perplexity", "token_accuracy")
 
 
@@ -16,19 +18,20 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that this fine-tune cannot run under.
 
     Raises:
-        UserError: if its precision would convert the masters, it has several processes, it trains on nothing, or a
-            callback would choose other weights or mix them up.
+        UserError: if its precision would convert the masters, it has several processes that do not share the weights,
+            it trains on nothing, or a callback would choose other weights or mix them up.
     """
-    if trainer.precision not in _PRECISIONS:
+    precisions = _SHARDED_PRECISIONS if isinstance(trainer.strategy, FSDP2) else _PRECISIONS
+    if trainer.precision not in precisions:
         raise UserError(
             f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
-            f"give one of {', '.join(_PRECISIONS)}, and set the weights' type with model.dtype."
+            f"give one of {', '.join(precisions)}, and set the weights' type with model.dtype."
         )
     _check_numbers(trainer)
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, FSDP2)):
         raise UserError(
-            f"fit runs on one process, but the trainer has {trainer.world_size} under "
-            f"{type(trainer.strategy).__name__}; set trainer.devices to 1 and leave trainer.strategy at auto."
+            f"fit runs on one process or with weights in shards, but the trainer has {trainer.world_size} under "
+            f"{type(trainer.strategy).__name__}; set trainer.strategy to fsdp2, or trainer.devices to 1."
         )
     for callback in _callbacks(trainer):
         _check_callback(callback)
