@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
 from dualsft.distributed.pieces import joined, own_pieces
-from dualsft.distributed.sharding import local, shard_offset
+from dualsft.distributed.sharding import is_sharded, local, shard_offset
 from dualsft.tap import accumulator_dtype
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
@@ -78,7 +78,7 @@ class CompactParameters(nn.Module):
         if not self.names:
             raise ValueError("no weight is selected")
         self._fingerprint = digest.hexdigest()
-        self._sharded = any(isinstance(weight, DTensor) for weight in self._weights)
+        self._sharded = is_sharded(model)
         if self._sharded:
             self.masters.register_state_dict_post_hook(_join)
             self.masters.register_load_state_dict_pre_hook(_take_pieces)

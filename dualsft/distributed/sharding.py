@@ -48,6 +48,11 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
     _agree_on_gradients(model)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are in shards, be it a single one."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
 

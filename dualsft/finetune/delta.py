@@ -21,6 +21,8 @@ from jaxtyping import Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dualsft.distributed.pieces import joined
+from dualsft.distributed.sharding import local, shard_offset
 from dualsft.errors import UserError
 from dualsft.finetune.tensor_file import DTYPES, TensorSpec, write_tensors
 
@@ -48,6 +50,25 @@ def changes(before: Callable[[str], Tensor], after: Callable[[str], Tensor], nam
         if len(change[0]):
             found[name] = change
     return found
+
+
+def sharded_changes(
+    before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, Change]:
+    """The same of a sharded model, on the first rank alone; every rank must ask at once.
+
+    Args:
+        before: Gives this rank's rows of a tensor.
+        after: The model's parameters.
+        names: Of those that may have changed.
+    """
+    found = {}
+    for name in names:
+        here = local(after[name].detach()).cpu()
+        index, value = changed_entries(before(name).to(here), here)
+        found[name] = index + shard_offset(after[name]), value
+    wholes = zip(found, *(joined([change[part] for change in found.values()]) for part in (0, 1)), strict=True)
+    return {name: (index, value) for name, index, value in wholes if len(index)}
 
 
 def write_delta(

@@ -2,19 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.data import load_tokenizer
+from dualsft.distributed import is_sharded, load_sharded, local
+from dualsft.distributed.ranks import any_of, first
+from dualsft.distributed.sharding import first_row
 from dualsft.errors import UserError
-from dualsft.finetune.delta import Change, changes, plain, write_delta
+from dualsft.finetune.delta import Change, changes, plain, sharded_changes, write_delta
 from dualsft.finetune.model_card import write_card
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.finetune.record import describe_base, describe_selection, describe_training, num_weights, versions
-from dualsft.finetune.weights import parameter_weights, weights_of
+from dualsft.finetune.sharded_files import save_sharded
+from dualsft.finetune.weights import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.models import model_folder
 
 GENERATION = "generation_config.json"
@@ -38,17 +44,23 @@ class ExportModel(Callback):
         """
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
-        if not all(bool(master.isfinite().all()) for master in pl_module.compact.masters):
+        if any_of(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):
             raise UserError("The trained weights are not finite, so nothing is exported; lower the learning rate.")
         changed = _changes(pl_module)
-        about = _record(trainer, pl_module, changed)
-        self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(pl_module.model, pl_module.model_name_or_path, partial)
+        first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        save_weights(pl_module.model, partial)
+        first(lambda: self._complete(trainer, pl_module, changed, partial))
+
+    def _complete(
+        self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
+    ) -> None:
+        """Write all that goes with the weights, and put the whole in its place."""
+        about = _record(trainer, module, changed)
+        copy_companions(module.model_name_or_path, partial)
         write_card(partial, about)
         delta = self._folder / "delta.safetensors.partial"
-        write_delta(delta, changed, pl_module.base_fingerprint, about)
+        write_delta(delta, changed, module.base_fingerprint, about)
         self._replace_model(partial)
         delta.replace(self._folder / "delta.safetensors")
 
@@ -64,8 +76,17 @@ class ExportModel(Callback):
 
 def save_model(model: PreTrainedModel, base: str, folder: Path) -> None:
     """Write a model that is held in memory as a Hugging Face folder, with what its base has beside the weights."""
-    model.save_pretrained(folder)
+    save_weights(model, folder)
     copy_companions(base, folder)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as a Hugging Face folder; of a sharded one every rank calls this, and the first one writes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if is_sharded(model):
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def copy_companions(base: str, folder: Path) -> None:
@@ -81,9 +102,29 @@ def copy_companions(base: str, folder: Path) -> None:
 
 
 def _changes(module: MaskedFinetuneModule) -> dict[str, Change]:
+    if is_sharded(module.model):
+        return sharded_changes(_base_rows(module), dict(module.model.named_parameters()), module.compact.names)
     base = parameter_weights(module.model_name_or_path, module.dtype_name)
     tuned = weights_of(base.folder, module.model)
     return changes(base.read, tuned.read, module.compact.names)
+
+
+def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
+    """Gives this rank's rows of a weight of the base model: from the files if they have it, else from another shard."""
+    parameters = dict(module.model.named_parameters())
+    stored = stored_weights(model_folder(module.model_name_or_path))
+    if not has_own_names(stored):
+        mesh = module.device_mesh
+        assert mesh is not None
+        base = load_sharded(module.model_name_or_path, mesh["data_parallel"], module.dtype_name, cpu_offload=True)
+        rows = {name: local(weight.detach()) for name, weight in base.named_parameters()}
+        return rows.__getitem__
+
+    def read(name: str) -> Tensor:
+        first = first_row(parameters[name])
+        return stored_rows(stored, name, slice(first, first + len(local(parameters[name].detach()))))
+
+    return read
 
 
 def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change]) -> dict[str, Any]:

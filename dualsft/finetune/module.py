@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
-from dualsft.distributed.ranks import ranks
+from dualsft.distributed.ranks import first, ranks
 from dualsft.distributed.strategy import load_for
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
@@ -118,7 +118,7 @@ class MaskedFinetuneModule(LightningModule):
         """
         if self._configured:
             return
-        self.base_fingerprint = model_fingerprint(self.model_name_or_path)
+        self.base_fingerprint = first(lambda: model_fingerprint(self.model_name_or_path))
         self._check_selection()
         model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()

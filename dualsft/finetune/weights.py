@@ -51,6 +51,18 @@ def stored_weights(folder: Path) -> Weights:
     return Weights(folder, specs, read, files)
 
 
+def stored_rows(stored: Weights, name: str, rows: slice) -> Tensor:
+    """Some rows (of dimension 0) of a tensor in files, of which no others are read.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    assert stored.files is not None
+    with reading_weights(stored.folder), safe_open(stored.files[name], framework="pt") as file:
+        part: Tensor = file.get_slice(name)[rows]
+    return part
+
+
 def _spec(name: str, path: Path) -> TensorSpec:
     with safe_open(path, framework="pt") as stored:
         tensor = stored.get_slice(name)
