@@ -5,7 +5,6 @@ What is trained are vectors in pieces (`dualsft.distributed.pieces`): the module
 apart, and here the same is done for what the optimizers keep for each of them.
 """
 
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -174,9 +173,3 @@ def register() -> None:
         StrategyRegistry.register(
             "fsdp2_cpu_offload", FSDP2, description="Fully sharded weights (FSDP2) on the host", cpu_offload=True
         )
-
-
-def this_rank() -> int:
-    """Which of the job's processes this is, also before they have joined: as the launcher's environment tells."""
-    told = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return int(next((value for value in told if value is not None), 0))

@@ -64,6 +64,16 @@ def pairs(ours: dict[str, Any], right: dict[str, Any]) -> list[tuple[Any, Any]]:
     return [(ours[name], right[name]) for name in right]
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_warmed_up_selection_on_ranks_is_that_of_one_process(count: int, tmp_path: Path) -> None:
+    """With the second moment of a warm-up whose batches the ranks share, and a teacher beside the warmed-up model."""
+    inputs = write_inputs(tmp_path)
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", WARM, count)
+    for name, options in WARM.items():
+        expected = select(inputs, tmp_path / "alone" / name, options)
+        assert_same(load_selection(tmp_path / "ranks" / name), expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_selection_on_ranks_is_that_of_one_process(count: int, tmp_path: Path) -> None:
     """Scores of both sides, masks and subsets, with re-scored orders, curvature and a prior."""
