@@ -20,7 +20,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dualsft.distributed.shards import part
+from dualsft.distributed.shards import part, working_device
 from dualsft.distributed.travelling import working_parameters
 from dualsft.tap import accumulator_dtype
 
@@ -87,7 +87,7 @@ class ExampleStatistics:
         self._names, self._drop, self._factors = set(measurement.names), drop, factors
         self._parameters = {n: p for n, p in working_parameters(model).items() if p.requires_grad}
         sizes = {NORM: (), PRECONDITIONED_NORM: (), SKETCH: (SKETCH_SIZE,)}
-        device = next(model.parameters()).device
+        device = working_device(model)
         self._sums = {
             name: torch.zeros(size, dtype=torch.float64, device=device)
             for name, size in sizes.items()

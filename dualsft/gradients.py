@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dualsft.distributed.lockstep import Kind, wait_for_turn
 from dualsft.distributed.ranks import any_of, total
-from dualsft.distributed.shards import own_part
+from dualsft.distributed.shards import own_part, working_device
 from dualsft.distributed.travelling import Travelling
 from dualsft.errors import UserError
 from dualsft.example_statistics import LOSS, ExampleStatistics, Measurement, sketch_factors
@@ -126,7 +126,7 @@ def gradient_pass(
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """The type that activations and their gradients have: the weights', or autocast's where it is on."""
-    device = model.device.type
+    device = working_device(model).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
@@ -228,7 +228,7 @@ class _Pass:
         """Take part in another rank's call, with an example that adds nothing."""
         if kind == Kind.EVALUATION:
             with torch.no_grad():
-                self._losses(self._model, to_device(_NOTHING, self._model.device), Layout.of(_NOTHING))
+                self._losses(self._model, to_device(_NOTHING, working_device(self._model)), Layout.of(_NOTHING))
         elif kind == Kind.PROBE:
             self._probe(_NOTHING)
         else:
@@ -316,7 +316,7 @@ class _Pass:
             return False  # it is alone already
         alone = only(batch, k)
         self._turn(Kind.EVALUATION)
-        losses = self._losses(self._model, to_device(alone, self._model.device), Layout.of(alone))
+        losses = self._losses(self._model, to_device(alone, working_device(self._model)), Layout.of(alone))
         return bool(losses.isfinite().all())
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -324,7 +324,7 @@ class _Pass:
         self._taken.travelling.drop()
         if self._rows is not None:
             self._rows.begin(layout)
-        return self._losses(self._model, to_device(batch, self._model.device), layout)
+        return self._losses(self._model, to_device(batch, working_device(self._model)), layout)
 
     def _find_nonfinite(self, batch: Batch | None) -> None:
         """Find which examples of a poisoned batch are to blame; the sums are void from here on.

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.distributed.sharding import local
+from dualsft.distributed.shards import working_device
 from dualsft.distributed.travelling import units, working_parameters
 from dualsft.errors import UserError
 from dualsft.layout import AmbiguousShapeError, Layout
@@ -139,7 +140,7 @@ class RowSums:
         self._places: Places | None = None
         self._tapped: set[int] = set()
         self.by_token = by_token
-        self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+        self.anchor = torch.zeros((), device=working_device(model), requires_grad=True)
         self.layout = Layout(0, 0, ())
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.distributed.shards import working_device
 from dualsft.distributed.travelling import working_parameters
 from dualsft.errors import UserError
 from dualsft.interaction import RowSums, check_covered
@@ -78,9 +79,9 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
         return
     training = model.training
     model.eval()
-    together = example_losses(model, to_device(batch, model.device))
+    together = example_losses(model, to_device(batch, working_device(model)))
     for k in _telling(batch):
-        alone = example_losses(model, to_device(only(batch, k), model.device))[0]
+        alone = example_losses(model, to_device(only(batch, k), working_device(model)))[0]
         if not bool(together[k].isfinite()):  # spoilt by a neighbour that will be left out
             continue
         if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):
@@ -118,7 +119,7 @@ def _products_alone(
         products[name] = ([product for product, _ in found], [size for _, size in found])
 
     with watched_gradients(model, directions[0], take):
-        example_losses(model, to_device(example, model.device)).sum().backward()
+        example_losses(model, to_device(example, working_device(model))).sum().backward()
     return products
 
 

@@ -4,15 +4,26 @@ A shard is contiguous in the row-major order of the whole tensor. With fewer row
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dualsft.distributed.sharding import first_row, local
 
 
+def working_device(model: nn.Module) -> torch.device:
+    """Where the model computes, which may be elsewhere than its shards are kept."""
+    parameter = next(model.parameters())
+    return _device(parameter) if isinstance(parameter, DTensor) else parameter.device
+
+
+def _device(sharded: DTensor) -> torch.device:
+    kind = sharded.device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 @torch.no_grad()
 def whole(shard: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose shards the ranks have; every rank must ask at once.
+    """The tensor whose shards the ranks have, where the model computes; every rank must ask at once.
 
     Args:
         shard: This rank's, of any type.
@@ -21,14 +32,19 @@ def whole(shard: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return shard
     spread = DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard.to(_device(like)),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
     return spread.full_tensor()
 
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """The same in memory of its own, if the tensor is more than that."""
-    return part(tensor, like).clone() if isinstance(like, DTensor) else tensor
+    """The same where the shards are kept, in memory of its own, if the tensor is more than that."""
+    return part(tensor, like).to(like.device, copy=True) if isinstance(like, DTensor) else tensor
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:

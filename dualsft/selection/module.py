@@ -15,6 +15,7 @@ from dualsft.data import InstructionDataModule
 from dualsft.distributed.files import write_whole
 from dualsft.distributed.loading import load_sharded
 from dualsft.distributed.ranks import first
+from dualsft.distributed.shards import working_device
 from dualsft.distributed.travelling import units
 from dualsft.errors import UserError
 from dualsft.example_statistics import SKETCH
@@ -207,7 +208,7 @@ class SelectionModule(LightningModule):
             first(lambda: run.confirm(inputs))
             return load_selection(run.path)
         run.claim(what_scores_rest_on(self, inputs))
-        log = PhaseLog(show, self.model.device)
+        log = PhaseLog(show, working_device(self.model))
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scoring = self._scoring(phases, data, pool, seed)
         chosen = choose(self.order, self.rounds, scoring, chooser, pool)

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
-from dualsft.distributed.ranks import any_of, gathered, rank, ranks
+from dualsft.distributed.dealing import own_rows
+from dualsft.distributed.ranks import any_of, gathered, ranks
 from dualsft.distributed.sharding import local
+from dualsft.distributed.shards import working_device
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
 from dualsft.layout import Batch, only, split, to_device, without
@@ -108,7 +110,8 @@ def warm_up(
     """
     run = _WarmUp(model, learning_rate, seed)
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        device = working_device(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             run.all_steps(batches, epochs, watch, keeper)
         return run.second_moment()
     finally:
@@ -166,14 +169,12 @@ class _WarmUp:
     def _backward(self, batch: Batch) -> None:
         """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
         count = len(batch["example_id"])
-        share = torch.arange(count) % ranks() == rank()
-        mine, weight = (without(batch, share), 1) if bool(share.any()) else (only(batch, 0), 0)
-        for part in split(mine, self._parts):
-            losses = example_losses(self._model, to_device(part, self._model.device))
+        for part in split(own_rows(batch), self._parts):
+            losses = example_losses(self._model, to_device(part, working_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
             if suspects := {i for of_rank in gathered(bad) for i in of_rank}:
                 return self._backward_without("loss", batch, suspects)
-            (weight * losses.sum() / count).backward()
+            (losses.sum() / count).backward()
         if not self._finite_gradients():
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
@@ -196,7 +197,7 @@ class _WarmUp:
             self._backward(without(batch, torch.tensor([i not in bad for i in ids])))
 
     def _finite_alone(self, example: Batch) -> bool:
-        loss = example_losses(self._model, to_device(example, self._model.device)).sum()
+        loss = example_losses(self._model, to_device(example, working_device(self._model))).sum()
         if not bool(loss.isfinite()):
             return False
         loss.backward()
