@@ -18,6 +18,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -34,7 +35,8 @@ from transformers.utils import logging as transformers_logging
 
 from dualsft.arguments import plain_values, prepare
 from dualsft.data import InstructionDataModule, validation_sources
-from dualsft.distributed.ranks import leads, rank
+from dualsft.distributed.ranks import first, leads, rank
+from dualsft.distributed.strategy import join
 from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.finetune import (
@@ -192,6 +194,7 @@ class DualSFTCLI(LightningCLI):
         assert folder is not None
         # a mistake in the trainer, the data, the model or the selection shows here, before the folder is touched
         check_trainer(self.trainer)
+        join(self.trainer, model)
         datamodule.setup("fit")
         model.configure_model()
         for examples in (datamodule.train_examples, *datamodule.validation_sets.values()):
@@ -199,9 +202,9 @@ class DualSFTCLI(LightningCLI):
         settings = self.config["fit"].as_dict()
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
         folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
-        write_atomically(folder.path / "config.yaml", self.replay)
+        first(lambda: write_atomically(folder.path / "config.yaml", self.replay))
         share = datamodule.training_padding_share()
-        print(f"training on {len(datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
+        tell(f"training on {len(datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         checkpoint = self._checkpoint(folder.path) if self.config["fit"].resume else None
         if checkpoint:
             self.trainer.num_sanity_val_steps = 0  # the base model has been validated, and this is none
@@ -214,15 +217,15 @@ class DualSFTCLI(LightningCLI):
                 raise UserError(refusal) from error
             raise
         figures = self.report.figures(self.trainer, model)
-        write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2))
+        first(lambda: write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2)))
         folder.finish()
-        print(report(figures))
-        print(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
+        tell(report(figures))
+        tell(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
 
     def _checkpoint(self, folder: Path) -> Path | None:
         """Where to go on from, and a word on it."""
-        found = self._latest(folder)
-        print(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
+        found = first(lambda: self._latest(folder))
+        tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
         return found
 
     def _latest(self, folder: Path) -> Path | None:
@@ -254,7 +257,7 @@ class DualSFTCLI(LightningCLI):
             model.evaluate_tasks(self.trainer, tasks, options, datamodule.batch_size, seed) if tasks else None
         )
         if verbose and self.task_results is not None:
-            print(task_report(self.task_results))
+            tell(task_report(self.task_results))
 
     def _validate_data(
         self, model: EvaluationModule, datamodule: InstructionDataModule, verbose: bool, **kwargs: Any
@@ -265,19 +268,28 @@ class DualSFTCLI(LightningCLI):
         if verbose and named:
             width = max(map(len, self.trainer.callback_metrics), default=0)
             for name, value in self.trainer.callback_metrics.items():
-                print(f"{name:<{width}}  {float(value):.6g}")
+                tell(f"{name:<{width}}  {float(value):.6g}")
 
     def after_validate(self) -> None:
         """Keep the metrics, if there is a folder to keep them in."""
         if self.folder is not None:
-            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
             self.folder.claim({"command": "validate"})
-            write_atomically(self.folder.path / "config.yaml", self.replay)
-            if self.task_results is not None:
-                metrics |= task_metrics(self.task_results)
-                write_atomically(self.folder.path / "tasks.json", json.dumps(self.task_results, indent=2))
-            write_atomically(self.folder.path / "metrics.json", json.dumps(metrics, indent=2))
+            first(partial(self._write_metrics, self.folder.path))
             self.folder.finish()
+
+    def _write_metrics(self, folder: Path) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        write_atomically(folder / "config.yaml", self.replay)
+        if self.task_results is not None:
+            metrics |= task_metrics(self.task_results)
+            write_atomically(folder / "tasks.json", json.dumps(self.task_results, indent=2))
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2))
+
+
+def tell(text: str) -> None:
+    """Print something, once for all ranks."""
+    if leads():
+        print(text)
 
 
 def _link(parser: LightningArgumentParser, subcommand: str) -> None:
