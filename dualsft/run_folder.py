@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.distributed.ranks import barrier, first, leads, ranks
+from dualsft.distributed.ranks import barrier, first, leads
 from dualsft.errors import UserError
 from dualsft.phase_store import PhaseStore
 
@@ -154,8 +154,6 @@ class RunFolder:
             UserError: if the folder's unfinished run is another one, naming what differs, another process is at work
                 on it, or it cannot be written.
         """
-        if ranks() > 1:
-            identity = {**identity, "ranks": ranks()}  # each keeps a state of its own
         first(lambda: self._claim(identity))
 
     def _claim(self, identity: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
@@ -53,6 +54,7 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` goes on from the last finished phase.
         """
+        _check_strategy(self)
         validation = validation_sources(datamodule.validation).values()
         inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
@@ -76,6 +78,19 @@ class Trainer(LightningTrainer):
         return self._run(model)
 
 
+def _check_strategy(trainer: LightningTrainer) -> None:
+    """Refuse a strategy that the phases cannot run under.
+
+    Raises:
+        UserError: naming it, and those that they can.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, FSDP2)):
+        raise UserError(
+            f"select cannot run under {type(trainer.strategy).__name__} on {trainer.world_size} processes; set "
+            "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
+        )
+
+
 class _SelectionLoop(_PredictionLoop):
     def __init__(
         self,
@@ -91,11 +106,6 @@ class _SelectionLoop(_PredictionLoop):
 
     def run(self) -> Any:
         """Run the phases under the trainer's precision."""
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, FSDP2):
-            raise UserError(
-                f"select on {self.trainer.world_size} processes needs a sharded model; set trainer.strategy to fsdp2, "
-                "or trainer.devices to 1."
-            )
         _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), _fresh_casts(self._model.device):

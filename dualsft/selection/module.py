@@ -13,9 +13,9 @@ from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, To
 from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
 from dualsft.distributed.files import write_whole
-from dualsft.distributed.loading import load_sharded
-from dualsft.distributed.ranks import first
+from dualsft.distributed.ranks import first, ranks
 from dualsft.distributed.shards import working_device
+from dualsft.distributed.strategy import load_for
 from dualsft.distributed.travelling import units
 from dualsft.errors import UserError
 from dualsft.example_statistics import SKETCH
@@ -26,7 +26,6 @@ from dualsft.models import (
     base_weights,
     check_vocabulary,
     checkpoint_activations,
-    load_model,
     parameter_shapes,
 )
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
@@ -175,12 +174,7 @@ class SelectionModule(LightningModule):
             checkpoint_activations(self.model)
 
     def _load(self, name_or_path: str) -> PreTrainedModel:
-        if self._device_mesh is None:
-            model = load_model(name_or_path, self.dtype_name).eval()
-        else:
-            offload = self.trainer.strategy.cpu_offload  # type: ignore[attr-defined]
-            mesh = self._device_mesh["data_parallel"]
-            model = load_sharded(name_or_path, mesh, self.dtype_name, offload).eval()
+        model = load_for(self, name_or_path, self.dtype_name).eval()
         model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
         return model
 
@@ -207,7 +201,8 @@ class SelectionModule(LightningModule):
         if first(lambda: run.complete):
             first(lambda: run.confirm(inputs))
             return load_selection(run.path)
-        run.claim(what_scores_rest_on(self, inputs))
+        states = {"ranks": ranks()} if ranks() > 1 else {}  # of which each keeps its own
+        run.claim({**what_scores_rest_on(self, inputs), **states})
         log = PhaseLog(show, working_device(self.model))
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scoring = self._scoring(phases, data, pool, seed)
