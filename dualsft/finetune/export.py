@@ -82,7 +82,6 @@ def save_model(model: PreTrainedModel, base: str, folder: Path) -> None:
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as a Hugging Face folder; of a sharded one every rank calls this, and the first one writes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if is_sharded(model):
         save_sharded(model, folder)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.distributed.described import Described, Rows, rows_of
-from dualsft.distributed.ranks import rank, ranks
+from dualsft.distributed.ranks import on_first_rank, rank, ranks
 from dualsft.distributed.sharding import local
 from dualsft.distributed.shards import whole
 from dualsft.finetune.tensor_file import TensorSpec, write_tensors
@@ -31,20 +31,22 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
         folder: Where to.
     """
     shards = dict(model.named_parameters())
-    if rank():
-        _answer(shards)
-        return
 
     @lru_cache(maxsize=_KEPT)
     def ask(name: str) -> Tensor:
         _tell(name)
         return whole(local(shards[name].detach()), shards[name]).cpu()
 
-    try:
-        with _written_one_by_one():
-            model.save_pretrained(folder, state_dict=_described(model, ask))
-    finally:
-        _tell(None)
+    def write() -> None:
+        try:
+            with _written_one_by_one():
+                model.save_pretrained(folder, state_dict=_described(model, ask))
+        finally:
+            _tell(None)
+
+    if rank():
+        _answer(shards)
+    on_first_rank(write)
 
 
 def _answer(shards: Mapping[str, nn.Parameter]) -> None:
