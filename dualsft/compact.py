@@ -143,7 +143,7 @@ class CompactParameters(nn.Module):
         def fold(weight: Tensor) -> None:
             assert weight.grad is not None
             master = self.masters[k]
-            gradient = _gather(local(weight.grad), self.index(k)).to(master.dtype)
+            gradient = _gather(_arrived(local(weight.grad)), self.index(k)).to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             weight.grad = None
 
@@ -252,6 +252,13 @@ def _mask_of(index: Int[Tensor, " selected"], weight: Tensor) -> Bool[Tensor, "m
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=index.device)
     mask[index.long()] = True
     return mask.view(weight.shape)
+
+
+def _arrived(gradient: Tensor) -> Tensor:
+    """A gradient; earlier releases of torch do not wait until one that is kept on the host has come there."""
+    if gradient.is_pinned():
+        torch.accelerator.current_stream().synchronize()
+    return gradient
 
 
 def _gather(dense: Tensor, index: Int[Tensor, " selected"] | None) -> Float[Tensor, " selected"]:

@@ -19,13 +19,14 @@ from tests.finetune.runs import Workspace, trainer
 
 @dataclass(frozen=True)
 class Case:
-    """Options of a fit: of its module, its data and its trainer, and what makes its callbacks, given its folder."""
+    """Options of a fit: of its module, data, trainer and strategy, and what makes its callbacks, given its folder."""
 
     module: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callable[[Path], Callback]] = ()
     resume: Path | None = None
+    strategy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,7 +71,7 @@ def fitted(workspace: Workspace, folder: Path, case: Case) -> Fitted:
     callbacks = [losses, report, *(make(folder) for make in case.callbacks)]
     options: dict[str, Any] = {"enable_checkpointing": False, **case.trainer, "callbacks": callbacks}
     if distributed.is_initialized():
-        options |= {"strategy": FSDP2(), "devices": distributed.get_world_size()}
+        options |= {"strategy": FSDP2(**case.strategy), "devices": distributed.get_world_size()}
     run = trainer(folder, **options)
     run.fit(module, datamodule=workspace.data(**case.data), ckpt_path=case.resume, weights_only=True)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}

@@ -8,14 +8,16 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 
+from dualsft.distributed.ranks import ranks
+from dualsft.distributed.strategy import FSDP2, join
 from dualsft.errors import UserError
 from dualsft.finetune import EndOfTraining, ExportModel
 from dualsft.models import load_model
 from dualsft.selection import load_selection
-from tests.distributed.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted
+from tests.distributed.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_sharded_files import assert_same_files
-from tests.finetune.runs import SaveOften, Workspace, make_workspace
+from tests.finetune.runs import SaveOften, Workspace, make_workspace, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
@@ -51,6 +53,7 @@ MORE_CASES = {
     "recomputed": Case(module={"gradient_checkpointing": True}),
     "moving average": Case(callbacks=[average]),
     "stochastic average": Case(callbacks=[stochastic_average]),
+    "on the host": Case(trainer={"gradient_clip_val": 0.5}, strategy={"cpu_offload": True}),
     "best": Case({"export": "best"}, {}, saved, [best]),
 }
 
@@ -95,6 +98,26 @@ def test_bfloat16(tmp_path: Path, precision: str) -> None:
     for name, chosen in mask.items():
         assert found.weights[name].dtype == dtype
         assert torch.equal(found.weights[name][~chosen], base[name][~chosen])
+
+
+def joined_first(workspace: Workspace, folder: Path) -> Fitted:
+    """A fit by ranks that have joined, and loaded the model, before the trainer runs."""
+    module = workspace.module()
+    run = trainer(folder, strategy=FSDP2(), devices=ranks(), enable_checkpointing=False)
+    join(run, module)
+    module.configure_model()
+    mesh = module.device_mesh
+    run.fit(module, datamodule=workspace.data())
+    assert module.device_mesh is mesh
+    return Fitted([], whole_weights(module), {}, {})
+
+
+def test_ranks_may_join_before_the_trainer_runs(workspace: Workspace, tmp_path: Path) -> None:
+    """For what is to be looked at first; the fit is the same."""
+    found = run_on_ranks(2, joined_first, workspace, tmp_path)[0]
+    expected = fitted(workspace, tmp_path, Case())
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-5)
 
 
 ACCUMULATED = {"accumulate_grad_batches": 2, **saved}

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import distributed
 
+from dualsft.distributed.ranks import on_first_rank, rank
+from dualsft.errors import UserError
 from tests.distributed.ranks import data_parallel_mesh, run_on_ranks
 
 
@@ -25,3 +27,24 @@ def test_a_failure_on_one_rank_is_told_with_its_traceback() -> None:
     """The others, which wait for it, are not waited for."""
     with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*ValueError: not today"):
         run_on_ranks(2, _fail_on_one)
+
+
+def _on_first(fails: bool) -> str:
+    def act() -> str:
+        if fails:
+            raise OSError("the disk is full")
+        return f"rank {rank()} did"
+
+    try:
+        return on_first_rank(act)
+    except (OSError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_what_the_first_rank_does_all_know() -> None:
+    """What it gives, or that it has failed; alone it is as if the action were called."""
+    assert run_on_ranks(2, _on_first, False) == ["rank 0 did"] * 2
+    assert run_on_ranks(2, _on_first, True) == ["OSError: the disk is full", "UserError: the disk is full"]
+    assert _on_first(False) == "rank 0 did"
+    with pytest.raises(ZeroDivisionError):
+        on_first_rank(lambda: 1 / 0)
