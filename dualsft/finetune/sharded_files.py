@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.distributed.described import Described, Rows, rows_of
-from dualsft.distributed.ranks import on_first_rank, rank, ranks
+from dualsft.distributed.ranks import first, rank, ranks
 from dualsft.distributed.sharding import local
 from dualsft.distributed.shards import whole
 from dualsft.finetune.tensor_file import TensorSpec, write_tensors
@@ -46,7 +46,7 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
 
     if rank():
         _answer(shards)
-    on_first_rank(write)
+    first(write)
 
 
 def _answer(shards: Mapping[str, nn.Parameter]) -> None:

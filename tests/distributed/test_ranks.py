@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributed
 
-from dualsft.distributed.ranks import on_first_rank, rank
+from dualsft.distributed.ranks import first, rank
 from dualsft.errors import UserError
 from tests.distributed.ranks import data_parallel_mesh, run_on_ranks
 
@@ -36,7 +36,7 @@ def _on_first(fails: bool) -> str:
         return f"rank {rank()} did"
 
     try:
-        return on_first_rank(act)
+        return first(act)
     except (OSError, UserError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -47,4 +47,4 @@ def test_what_the_first_rank_does_all_know() -> None:
     assert run_on_ranks(2, _on_first, True) == ["OSError: the disk is full", "UserError: the disk is full"]
     assert _on_first(False) == "rank 0 did"
     with pytest.raises(ZeroDivisionError):
-        on_first_rank(lambda: 1 / 0)
+        first(lambda: 1 / 0)
