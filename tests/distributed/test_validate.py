@@ -1,5 +1,6 @@
 """Validation on ranks, each with shards of the weights, gives what one process finds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
 from dualsft.layout import Layout, split
-from tests.cases import random_batch, write_jsonl
+from tests.cases import VOCABULARY, random_batch, write_jsonl
 from tests.distributed.fits import Case, fitted
 from tests.distributed.ranks import run_on_ranks
 from tests.finetune.runs import Workspace, make_workspace, trainer
@@ -22,8 +23,11 @@ from tests.selection.tiny import make_examples, pack
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A base model and validation data."""
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
+    """A base model, which ends an answer at every fourth token on average, and validation data."""
+    made = make_workspace(tmp_path_factory.mktemp("workspace"))
+    settings = json.dumps({"eos_token_id": list(range(0, VOCABULARY, 4))})
+    (Path(made.base) / "generation_config.json").write_text(settings)
+    return made
 
 
 def validated(workspace: Workspace, folder: Path, sets: dict[str, str], **options: Any) -> dict[str, float]:
@@ -48,6 +52,7 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     for batch in data.val_dataloader():
         answers, _ = generate_answers(module.model, data.tokenizer, batch, 6)
         right += [{**rows[k], "response": a} for k, a in zip(batch["example_id"].tolist(), answers, strict=True)]
+    assert len({len(row["response"]) for row in right}) > 2
     right[0]["response"] = "another"
     return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from dualsft.data import TrainingBatches, read_records
+from dualsft.distributed.strategy import FSDP2
 from dualsft.errors import UserError
 from dualsft.finetune import RecentCheckpoint
 from dualsft.models import load_model
@@ -248,8 +249,16 @@ def test_precision_that_would_convert_the_masters_is_refused(
     assert not list(module.parameters())
 
 
+def test_precisions_of_shards(workspace: Workspace, folder: Path) -> None:
+    """A scaled loss is no choice where ranks would have to agree on the scale."""
+    module = workspace.module()
+    module.trainer = trainer(folder, strategy=FSDP2(), precision="16-true")
+    with pytest.raises(UserError, match=r"is 16-true, .*give one of 32-true, bf16-mixed, and set"):
+        module.setup("fit")
+
+
 def test_several_processes_are_refused(workspace: Workspace, folder: Path) -> None:
-    """The hooks know nothing of other processes' gradients."""
+    """The hooks know nothing of other processes' gradients, unless the weights are in shards."""
     module = workspace.module()
     module.trainer = trainer(folder, devices=2, strategy="ddp_spawn")
     with pytest.raises(UserError, match=r"the trainer has 2 under DDPStrategy; set trainer\.strategy to fsdp2"):
