@@ -21,7 +21,6 @@ from dualsft.finetune.delta import Delta, apply_delta, changes, open_delta, patc
 from dualsft.finetune.export import copy_companions, save_model
 from dualsft.finetune.model_card import write_card
 from dualsft.finetune.record import describe_base, num_weights, versions
-from dualsft.finetune.tensor_file import write_tensors
 from dualsft.finetune.weights import (
     Weights,
     has_own_names,
@@ -30,6 +29,7 @@ from dualsft.finetune.weights import (
     stored_weights,
 )
 from dualsft.models import Dtype, empty_model, load_model, model_fingerprint, model_folder, weights_fingerprint
+from dualsft.tensor_file import write_tensors
 
 Writer = Callable[[Path], None]
 """Writes a result into an empty folder."""

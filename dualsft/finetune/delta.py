@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dualsft.distributed.pieces import joined
 from dualsft.distributed.sharding import local, shard_offset
 from dualsft.errors import UserError
-from dualsft.finetune.tensor_file import DTYPES, TensorSpec, write_tensors
+from dualsft.tensor_file import DTYPES, TensorSpec, write_tensors
 
 Change: TypeAlias = tuple[Int[Tensor, " changed"], Shaped[Tensor, " changed"]]
 """Flat indices, ascending, and the new values there."""

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from dualsft.data import load_tokenizer
 from dualsft.distributed import is_sharded, load_sharded, local
 from dualsft.distributed.ranks import any_of, first
+from dualsft.distributed.saving import save_sharded
 from dualsft.distributed.sharding import first_row
 from dualsft.errors import UserError
 from dualsft.finetune.delta import Change, changes, plain, sharded_changes, write_delta
 from dualsft.finetune.model_card import write_card
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.finetune.record import describe_base, describe_selection, describe_training, num_weights, versions
-from dualsft.finetune.sharded_files import save_sharded
 from dualsft.finetune.weights import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.models import model_folder
 

@@ -24,9 +24,9 @@ from dualsft.errors import UserError
 from dualsft.finetune.checkpoints import Writer, check_pair, loaded_type
 from dualsft.finetune.delta import Delta, open_delta, patched
 from dualsft.finetune.model_card import write_card
-from dualsft.finetune.tensor_file import TensorSpec, write_tensors
 from dualsft.finetune.weights import Weights, has_own_names, stored_weights
 from dualsft.models import empty_model, model_folder
+from dualsft.tensor_file import TensorSpec, write_tensors
 
 _PREFIX, _VALUES, _PLACES = "base_model.model.", "shira_weight", "shira_indices"
 _ENTRY_BYTES = 12  # a float32 value and two int32 coordinates

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dualsft.errors import UserError
-from dualsft.finetune.tensor_file import DTYPES, TensorSpec
 from dualsft.models import Dtype, empty_model, load_model, model_folder, reading_weights, weight_files
+from dualsft.tensor_file import DTYPES, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
@@ -18,7 +19,10 @@ from dualsft.curvature import (
     twice_differentiable,
 )
 from dualsft.data import Examples, InstructionDataModule
+from dualsft.distributed.ranks import first
+from dualsft.distributed.saving import save_sharded, write_shards
 from dualsft.distributed.sharding import local
+from dualsft.distributed.travelling import units
 from dualsft.errors import UserError, advising
 from dualsft.example_statistics import Measurement
 from dualsft.gradient_results import GradientPass
@@ -110,13 +114,20 @@ class Phases:
 
     def _keep_checkpoint(self, moments: Moments) -> None:
         folder = self._run.path / "warmup"
-        if folder.exists():  # whole, as it came here in one step
+        if first(folder.exists):  # whole, as it came here in one step
             return
         staged = self._run.staging()
-        self._model.save_pretrained(staged)
-        self._data.tokenizer.save_pretrained(staged)
-        save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
-        staged.replace(folder)
+        self._write_model(staged, moments)
+        first(lambda: self._data.tokenizer.save_pretrained(staged))
+        first(lambda: staged.replace(folder))
+
+    def _write_model(self, folder: Path, moments: Moments) -> None:
+        if units(self._model):
+            save_sharded(self._model, folder)
+            write_shards(moments, dict(self._model.named_parameters()), folder / SECOND_MOMENT)
+        else:
+            self._model.save_pretrained(folder)
+            save_file({name: moment.contiguous() for name, moment in moments.items()}, folder / SECOND_MOMENT)
 
     def gradient(self, term: Term) -> Part:
         """A term's share of v = ∇V(θ): its weight over the number of its examples, and the sum of their gradients.

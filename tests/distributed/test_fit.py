@@ -16,7 +16,7 @@ from dualsft.models import load_model
 from dualsft.selection import load_selection
 from tests.distributed.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_sharded_files import assert_same_files
+from tests.distributed.test_saving import assert_same_files
 from tests.finetune.runs import SaveOften, Workspace, make_workspace, trainer
 
 pytestmark = [

@@ -21,7 +21,7 @@ from dualsft.allocators import (
 from dualsft.distributed.strategy import FSDP2
 from dualsft.objectives import Prior
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
-from dualsft.selection import Selection, load_selection
+from dualsft.selection import Selection, Warmup, load_selection
 from tests.distributed.ranks import run_on_ranks
 from tests.selection.runs import ADAM, SGD, Inputs, select, write_inputs
 
@@ -39,7 +39,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "squares": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher"), "prior": Prior(weight=0.5, fraction=0.5)},
 }
 WARM: dict[str, dict[str, Any]] = {
-    "adam": ADAM,
+    "adam": {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)},
     "adam's second moment": {
         **ADAM,
         "scorer": DiagonalFisher(source="second_moment"),
@@ -122,6 +122,9 @@ def test_a_warmed_up_selection_on_ranks_is_that_of_one_process(count: int, tmp_p
     for name, options in WARM.items():
         expected = select(inputs, tmp_path / "alone" / name, options)
         assert_same(load_selection(tmp_path / "ranks" / name), expected)
+    kept = {"warmup": Warmup(checkpoint=str(tmp_path / "ranks" / "adam" / "warmup"))}
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", {"again": kept}, count)
+    assert_same(load_selection(tmp_path / "ranks" / "again"), load_selection(tmp_path / "alone" / "adam"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

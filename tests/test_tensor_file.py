@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualsft.finetune.tensor_file import DTYPES, TensorSpec, write_tensors
+from dualsft.tensor_file import DTYPES, TensorSpec, write_tensors
 
 
 def test_a_file_is_what_safetensors_itself_writes(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.distributed.described import Described, Rows, rows_of
 from dualsft.distributed.ranks import first, rank, ranks
 from dualsft.distributed.sharding import local
 from dualsft.distributed.shards import whole
-from dualsft.finetune.tensor_file import TensorSpec, write_tensors
+from dualsft.tensor_file import TensorSpec, write_tensors
 
 _KEPT = 2  # two stacks of a layer's experts, whose parts lie side by side in a file
 
@@ -30,29 +30,47 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
         model: No rank holds more than its shards and a weight or two.
         folder: Where to.
     """
-    shards = dict(model.named_parameters())
+    like = dict(model.named_parameters())
+
+    def write(ask: Callable[[str], Tensor]) -> None:
+        with _written_one_by_one():
+            model.save_pretrained(folder, state_dict=_described(model, ask))
+
+    _with_wholes({name: local(p.detach()) for name, p in like.items()}, like, write)
+
+
+def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of which each rank has its shard into one safetensors file; every rank calls this.
+
+    Args:
+        shards: Name -> this rank's shard.
+        like: Name -> the parameter that is sharded in the same way.
+        path: Where to.
+    """
+    specs = {name: TensorSpec(shard.dtype, tuple(like[name].shape)) for name, shard in shards.items()}
+    _with_wholes(shards, like, lambda ask: write_tensors(path, specs, ask, {"format": "pt"}))
+
+
+def _with_wholes(
+    shards: Mapping[str, Tensor], like: Mapping[str, Tensor], action: Callable[[Callable[[str], Tensor]], None]
+) -> None:
+    """Do something on the first rank, which may ask for tensors by name; the others help to make them whole."""
 
     @lru_cache(maxsize=_KEPT)
     def ask(name: str) -> Tensor:
         _tell(name)
-        return whole(local(shards[name].detach()), shards[name]).cpu()
+        return whole(shards[name], like[name]).cpu()
 
-    def write() -> None:
+    def act() -> None:
         try:
-            with _written_one_by_one():
-                model.save_pretrained(folder, state_dict=_described(model, ask))
+            action(ask)
         finally:
             _tell(None)
 
     if rank():
-        _answer(shards)
-    first(write)
-
-
-def _answer(shards: Mapping[str, nn.Parameter]) -> None:
-    """Help to make those weights whole that the first rank asks for, until it is done."""
-    while (name := _tell(None)) is not None:
-        whole(local(shards[name].detach()), shards[name])
+        while (name := _tell(None)) is not None:
+            whole(shards[name], like[name])
+    first(act)
 
 
 def _tell(name: str | None) -> str | None:

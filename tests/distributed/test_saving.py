@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import modeling_utils
 
+from dualsft.distributed import saving
 from dualsft.distributed.loading import load_sharded
-from dualsft.finetune import sharded_files
 from dualsft.finetune.export import save_weights
 from dualsft.models import load_model
 from tests.cases import save_tiny_model
@@ -32,7 +32,7 @@ def save_all(folders: dict[str, str], target: Path) -> None:
     """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
     for name, folder in folders.items():
         model = load_sharded(folder, data_parallel_mesh())
-        with mock.patch.object(sharded_files, "whole", wraps=sharded_files.whole) as made_whole:
+        with mock.patch.object(saving, "whole", wraps=saving.whole) as made_whole:
             save_weights(model, target / name)
         assert made_whole.call_count == len([*model.parameters()]), name
     with small_files():
