@@ -76,8 +76,8 @@ def clip_norm(parameters: list[Tensor], limit: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    squares = [gradient.double().square().sum() for gradient in gradients]
-    norm = total(torch.stack(squares).sum()).sqrt()
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norm = total(torch.stack(norms).square().sum()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))
 
 

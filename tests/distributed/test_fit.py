@@ -1,5 +1,7 @@
 """A fit on ranks, each with shards of the weights, is the fit of one process."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from dualsft.errors import UserError
 from dualsft.finetune import EndOfTraining, ExportModel
 from dualsft.models import load_model
 from dualsft.selection import load_selection
+from tests.cases import random_mask
 from tests.distributed.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_saving import assert_same_files
-from tests.finetune.runs import SaveOften, Workspace, make_workspace, trainer
+from tests.finetune.runs import CHOSEN, SaveOften, Workspace, make_workspace, select, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
@@ -225,10 +228,26 @@ def export(folder: Path) -> ExportModel:
     return ExportModel(str(folder))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_export_is_that_of_one_process(tmp_path: Path, dtype: torch.dtype) -> None:
+def unprefixed(folder: Path) -> Workspace:
+    """One whose base model's files have other names than its parameters."""
+    made = make_workspace(folder)
+    model: Any = load_model(made.base)
+    model.model.save_pretrained(made.base)
+    again = select(folder / "again", made.base, made.pool, random_mask(model, 0.3), CHOSEN)
+    return replace(made, selection=again)
+
+
+BASES = {
+    "float32": make_workspace,
+    "bfloat16": partial(make_workspace, dtype=torch.bfloat16),
+    "unprefixed": unprefixed,
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_export_is_that_of_one_process(tmp_path: Path, base: str) -> None:
     """From the same masters: every file of ``model/`` and the delta have the same bytes, on any number of ranks."""
-    workspace = make_workspace(tmp_path, dtype)
+    workspace = BASES[base](tmp_path)
     fitted(workspace, tmp_path / "saved", Case(trainer=saved, callbacks=[SaveOften]))
     case = Case(trainer=saved, callbacks=[ending, export], resume=tmp_path / "saved" / "1-4.ckpt")
     fitted(workspace, tmp_path / "expected", case)
