@@ -1,0 +1,182 @@
+"""Jobs on several ranks and nodes as they are started: from the command line, with torchrun, by SLURM; and killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cases import save_tiny_model, sums, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CHOSEN = ("mask.safetensors", "selected.jsonl")
+ON_TWO = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
+SRUN = """#!/usr/bin/env bash
+# what srun does, on one machine
+while [[ $1 == --* ]]; do shift; done
+for k in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$k SLURM_LOCALID=$((k % SLURM_NTASKS_PER_NODE)) SLURM_NODEID=$((k / SLURM_NTASKS_PER_NODE)) "$@" &
+done
+wait
+"""
+
+
+def write_job(folder: Path, examples: int) -> Path:
+    """A configuration for a selection from so many short examples, and all that it names."""
+    rows = sums(examples)
+    config = {
+        "model": {
+            "model_name_or_path": save_tiny_model(folder / "model"),
+            "preconditioner": "none",
+            "warmup": {"fraction": 0.0},
+            "parameter_budget": 0.1,
+            "data_budget": 0.1,
+            "save_minutes": 0.005,
+        },
+        "data": {
+            "train": write_jsonl(folder / "pool.jsonl", rows),
+            "validation": write_jsonl(folder / "validation.jsonl", rows[-20:]),
+            "max_length": 64,
+            "batch_tokens": 400,
+        },
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(config))
+    return folder / "job.yaml"
+
+
+def select(job: Path, output: Path) -> list[str]:
+    """The arguments that make a selection."""
+    return ["select", "--config", str(job), "--output_dir", str(output)]
+
+
+@contextmanager
+def started(command: list[str], stderr: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, of which nothing is left in the end."""
+    own = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with open(stderr, "wb") as told:
+        process = subprocess.Popen(
+            command, env={**own, **environment}, stderr=told, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for pid in members(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def run(command: list[str], stderr: Path, **environment: str) -> None:
+    """A process that is to succeed."""
+    with started(command, stderr, **environment) as process:
+        assert process.wait(120) == 0, stderr.read_text()
+
+
+def dualsft(arguments: list[str]) -> list[str]:
+    """A command line."""
+    return [sys.executable, "-m", "dualsft", *arguments]
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = stat.read_text().split(" (", 1)
+        except OSError:  # it has just ended
+            continue
+        state, _, its_group, *_ = rest.rpartition(") ")[2].split()
+        if int(its_group) == group and state not in "ZX":
+            found.append(int(pid))
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Return as soon as it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} after {seconds} s"
+        time.sleep(0.02)
+
+
+def assert_same(folder: Path, expected: Path, names: Sequence[str]) -> None:
+    """These files of two selections are the same to the byte."""
+    for name in names:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_two_nodes_started_with_torchrun_select_what_one_process_does(tmp_path: Path) -> None:
+    """Two nodes of two ranks on loopback, by the shipped script: the same mask and subset to the byte."""
+    job = write_job(tmp_path, 60)
+    script = [str(CONFIGS / "torchrun.sh"), *select(job, tmp_path / "nodes")]
+    nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": free_port(), "GPUS_PER_NODE": "2"}
+    with started(script, tmp_path / "1.log", **nodes, NODE_RANK="1") as other:
+        run(script, tmp_path / "0.log", **nodes, NODE_RANK="0")
+        assert other.wait(60) == 0, (tmp_path / "1.log").read_text()
+    run(dualsft(select(job, tmp_path / "alone")), tmp_path / "alone.log")
+    assert_same(tmp_path / "nodes", tmp_path / "alone", CHOSEN)
+
+
+def test_a_slurm_job_selects_what_one_process_does(tmp_path: Path) -> None:
+    """The shipped batch script, with two tasks that `srun` would start on two nodes."""
+    job = write_job(tmp_path, 60)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1"}
+    slurm |= {"SLURM_JOB_NAME": "dualsft", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port()}
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = ["bash", str(CONFIGS / "slurm.sbatch"), *select(job, tmp_path / "tasks")]
+    run(script, tmp_path / "tasks.log", **slurm, PATH=path)
+    run(dualsft(select(job, tmp_path / "alone")), tmp_path / "alone.log")
+    assert_same(tmp_path / "tasks", tmp_path / "alone", CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job that takes a while, and what two ranks select unless they are killed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(dualsft([*select(write_job(folder, 600), folder / "selection"), *ON_TWO]), folder / "log")
+    return folder
+
+
+@pytest.mark.parametrize("victim", ["the started rank", "the starting rank"])
+def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(victim: str, unbroken: Path, tmp_path: Path) -> None:
+    """SIGKILL in the scores pass: no rank lives on, the other says why in a sentence, and a resumed job ends alike."""
+    output = tmp_path / "selection"
+    command = dualsft([*select(unbroken / "job.yaml", output), *ON_TWO])
+    state = output / ".unfinished"
+    with started(command, tmp_path / "killed.log") as process:
+        # the second state is kept once all ranks have the first
+        wait_for(lambda: [*state.glob("scores.under-way@[2-9].rank-1-of-2.safetensors")], 60, "state of the pass")
+        (other,) = set(members(process.pid)) - {process.pid}
+        os.kill(other if victim == "the started rank" else process.pid, signal.SIGKILL)
+        wait_for(lambda: process.poll() is not None and not members(process.pid), 60, "end of all ranks")
+    assert not (output / "manifest.json").exists()
+    told = (tmp_path / "killed.log").read_text().splitlines()
+    if victim == "the started rank" and process.returncode == -signal.SIGKILL:
+        # Lightning, which looks every five seconds, has found the other dead too, perhaps before there was a word
+        assert len(told) <= 1
+    else:
+        assert len(told) == 1
+    assert all(line.startswith("dualsft: error") and "another process of this job has stopped" in line for line in told)
+    run([*command, "--resume"], tmp_path / "resumed.log")
+    scores = sorted(path.name for path in (unbroken / "selection").glob("parameter_scores*"))
+    assert scores == sorted(path.name for path in output.glob("parameter_scores*"))
+    assert_same(output, unbroken / "selection", (*CHOSEN, *scores, "examples.parquet"))
