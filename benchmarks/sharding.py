@@ -172,7 +172,7 @@ def report(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     count, itemsize = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
     yield f"{count:,} weights in {options.dtype}, gloo on the CPU, torch {torch.__version__}"
     yield f"batches of {options.batch_size} examples of {options.tokens} tokens on each rank; bytes per weight"
-    yield "ranks        peak   of 1 rank   received: weights   direction   gradients   in all   of the least"
+    yield "ranks        peak   of first   received: weights   direction   gradients   in all   of the least"
     (alone,) = run(options, folder, 0)
     yield f"no shards {alone['peak'] / count:7.2f}"
     first = None

@@ -121,31 +121,35 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def test_two_nodes_started_with_torchrun_select_what_one_process_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job, and what one process selects."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(dualsft(select(write_job(folder, 60), folder / "selection")), folder / "log")
+    return folder
+
+
+def test_two_nodes_started_with_torchrun_select_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks on loopback, by the shipped script: the same mask and subset to the byte."""
-    job = write_job(tmp_path, 60)
-    script = [str(CONFIGS / "torchrun.sh"), *select(job, tmp_path / "nodes")]
+    script = [str(CONFIGS / "torchrun.sh"), *select(alone / "job.yaml", tmp_path / "nodes")]
     nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": free_port(), "GPUS_PER_NODE": "2"}
     with started(script, tmp_path / "1.log", **nodes, NODE_RANK="1") as other:
         run(script, tmp_path / "0.log", **nodes, NODE_RANK="0")
         assert other.wait(60) == 0, (tmp_path / "1.log").read_text()
-    run(dualsft(select(job, tmp_path / "alone")), tmp_path / "alone.log")
-    assert_same(tmp_path / "nodes", tmp_path / "alone", CHOSEN)
+    assert_same(tmp_path / "nodes", alone / "selection", CHOSEN)
 
 
-def test_a_slurm_job_selects_what_one_process_does(tmp_path: Path) -> None:
+def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     """The shipped batch script, with two tasks that `srun` would start on two nodes."""
-    job = write_job(tmp_path, 60)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text(SRUN)
     (tmp_path / "bin" / "srun").chmod(0o755)
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1"}
     slurm |= {"SLURM_JOB_NAME": "dualsft", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port()}
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = ["bash", str(CONFIGS / "slurm.sbatch"), *select(job, tmp_path / "tasks")]
+    script = ["bash", str(CONFIGS / "slurm.sbatch"), *select(alone / "job.yaml", tmp_path / "tasks")]
     run(script, tmp_path / "tasks.log", **slurm, PATH=path)
-    run(dualsft(select(job, tmp_path / "alone")), tmp_path / "alone.log")
-    assert_same(tmp_path / "tasks", tmp_path / "alone", CHOSEN)
+    assert_same(tmp_path / "tasks", alone / "selection", CHOSEN)
 
 
 @pytest.fixture(scope="module")
