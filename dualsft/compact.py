@@ -31,7 +31,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
 from dualsft.distributed.pieces import joined, own_pieces
-from dualsft.distributed.sharding import is_sharded, local, shard_offset
+from dualsft.distributed.sharding import is_sharded
+from dualsft.distributed.shards import local, shard_offset
 from dualsft.tap import accumulator_dtype
 
 Mask = Mapping[str, Bool[Tensor, "..."]]

@@ -21,8 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dualsft.distributed.ranks import total
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import whole
+from dualsft.distributed.shards import local, whole
 from dualsft.distributed.travelling import made_whole
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.gradients import compute_dtype

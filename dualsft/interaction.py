@@ -31,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import working_device
-from dualsft.distributed.travelling import units, working_parameters
+from dualsft.distributed.sharding import is_sharded
+from dualsft.distributed.shards import local, working_device
+from dualsft.distributed.travelling import working_parameters
 from dualsft.errors import UserError
 from dualsft.layout import AmbiguousShapeError, Layout
 from dualsft.linear_backward import is_linear
@@ -60,7 +60,7 @@ class ColumnSums:
     def __init__(self, model: nn.Module, squared: bool = False) -> None:
         self.squared = squared
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._whole = working_parameters(model) if squared and units(model) else {}
+        self._whole = working_parameters(model) if squared and is_sharded(model) else {}
         self.sums = {n: torch.zeros_like(local(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()}
         self._handles: list[RemovableHandle] = []
         self._finite: list[Tensor] = []

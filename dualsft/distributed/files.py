@@ -35,15 +35,15 @@ def write_whole(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max(each, 1)
     )
+    own: dict[str, dict[str, Tensor]] = {}
     for k, (file, names) in enumerate(plan.filename_to_tensors.items()):
-        held = {}
         for name in names:
             tensor = whole(shards[name], like[name])
             if k % ranks() == rank():
-                held[name] = tensor.cpu().contiguous()
+                own.setdefault(file, {})[name] = tensor.cpu().contiguous()
             del tensor
-        if held:
-            save_file(held, folder / file, {"format": "pt"})
+    for file, held in own.items():  # all ranks at once
+        save_file(held, folder / file, {"format": "pt"})
     if plan.is_sharded and rank() == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.distributed.described import Described, rows_of
-from dualsft.distributed.sharding import first_row, local, shard_model
+from dualsft.distributed.sharding import shard_model
+from dualsft.distributed.shards import first_row, local
 from dualsft.errors import UserError
 from dualsft.models import Dtype, load_model, model_folder, reading_weights
 

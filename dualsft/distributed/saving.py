@@ -1,13 +1,14 @@
-"""Writing a sharded model's files, to the byte as `save_pretrained` writes them of the same model in one piece.
+"""Writing what is in shards: a model's files, as `save_pretrained` writes them of one in one piece, and others.
 
-The library decides what goes into which file and under which name, on the first rank, with tensors that are not there
-(`dualsft.distributed.described`). When one is written, the ranks make the weights whole that it is made of.
+The library decides what goes into which file and under which name, with tensors that are not there
+(`dualsft.distributed.described`). For each file the ranks make the weights whole that it is made of.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,28 +16,98 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.distributed.described import Described, Rows, rows_of
-from dualsft.distributed.ranks import first, rank, ranks
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import whole
+from dualsft.distributed.ranks import first, gathered, rank, ranks
+from dualsft.distributed.shards import local, whole
+from dualsft.errors import UserError
 from dualsft.tensor_file import TensorSpec, write_tensors
+
+_LARGEST_FILE, _WORTH_DIVIDING = 50 * 10**9, 10**9
+"""Bytes: the largest file, as `save_pretrained` has it, and a model of how many is divided between ranks."""
 
 _KEPT = 2  # two stacks of a layer's experts, whose parts lie side by side in a file
 
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
-    """Write a sharded model as a Hugging Face folder; the first rank does, and every rank calls this.
+    """Write a sharded model as a Hugging Face folder; every rank calls this, and each writes about as much.
 
     Args:
-        model: No rank holds more than its shards and a weight or two.
+        model: No rank holds more of the whole at a time than the files that it writes.
         folder: Where to.
     """
     like = dict(model.named_parameters())
 
-    def write(ask: Callable[[str], Tensor]) -> None:
-        with _written_one_by_one():
-            model.save_pretrained(folder, state_dict=_described(model, ask))
+    @lru_cache(maxsize=_KEPT)
+    def make_whole(name: str) -> Tensor:
+        return whole(local(like[name].detach()), like[name]).cpu()
 
-    _with_wholes({name: local(p.detach()) for name, p in like.items()}, like, write)
+    files = _Files(folder)
+    with TemporaryDirectory() as elsewhere, files.taking(), _saving_on_every_rank(model):
+        # all ranks plan the same files, and make weights whole together; what goes with them the first one writes
+        target = folder if rank() == 0 else elsewhere
+        size = sum(p.numel() * p.element_size() for p in like.values())
+        each = min(_LARGEST_FILE, max(_WORTH_DIVIDING, -(-size // ranks())))
+        model.save_pretrained(target, state_dict=_described(model, make_whole), max_shard_size=each)
+    files.write()
+
+
+@contextmanager
+def _saving_on_every_rank(model: Any) -> Iterator[None]:
+    """Newer releases of `transformers` save on the first rank alone, unless asked not to."""
+    model.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
+
+
+class _Files:
+    """The files of a model as the library plans them, of which each rank takes its own.
+
+    Args:
+        folder: Where they belong.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._own: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
+        self._count = 0
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Whatever `transformers` saves comes here."""
+        module: Any = modeling_utils
+        module.safe_save_file, usual = self._take, module.safe_save_file
+        try:
+            yield
+        finally:
+            module.safe_save_file = usual
+
+    def _take(self, tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
+        mine = self._count % ranks() == rank()
+        self._count += 1
+        kept = {}
+        for name in sorted(tensors):
+            tensor = rows_of(tensors[name], ...)
+            if mine:
+                kept[name] = tensor
+        if mine:
+            self._own[Path(path).name] = kept, metadata or {}
+
+    def write(self) -> None:
+        """Write this rank's files, while the others write theirs.
+
+        Raises:
+            UserError: on every rank, if one cannot.
+        """
+        message = ""
+        try:
+            for name, (tensors, metadata) in self._own.items():
+                specs = {n: TensorSpec(tensor.dtype, tuple(tensor.shape)) for n, tensor in tensors.items()}
+                write_tensors(self._folder / name, specs, tensors.__getitem__, metadata)
+        except OSError as error:
+            message = f"{self._folder} cannot be written ({error.strerror}); see that it has room."
+        if failed := [told for told in gathered(message) if told]:
+            raise UserError(failed[0])
 
 
 def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
@@ -94,19 +165,3 @@ def _described(model: PreTrainedModel, ask: Callable[[str], Tensor]) -> dict[str
 
 def _read(ask: Callable[[str], Tensor], name: str, rows: Rows) -> Tensor:
     return ask(name)[rows]
-
-
-@contextmanager
-def _written_one_by_one() -> Iterator[None]:
-    """Whatever `transformers` saves is read and written one tensor at a time."""
-    module: Any = modeling_utils
-    module.safe_save_file, usual = _write, module.safe_save_file
-    try:
-        yield
-    finally:
-        module.safe_save_file = usual
-
-
-def _write(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(Path(path), specs, lambda name: rows_of(tensors[name], ...), metadata or {})

@@ -7,7 +7,6 @@ A unit is gathered for its forward and its backward pass. Then the ranks' gradie
 and each rank keeps the rows that are its own. A unit is a transformer block, or all that is in no block.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dualsft.errors import UserError
@@ -51,37 +50,6 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's parameters are in shards, be it a single one."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
-
-    With gradients enabled it is part of the graph, as any view: detach a parameter first to modify it.
-    """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_row(tensor: Tensor) -> int:
-    """The index, along dimension 0 of the whole tensor, of this rank's first row; its length if the rank has none.
-
-    Raises:
-        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
-    """
-    if not isinstance(tensor, DTensor):
-        return 0
-    if tuple(tensor.placements) != (Shard(0),):
-        raise ValueError(f"only shards along dimension 0 are contiguous, not {tensor.placements}")
-    rows = tensor.shape[0]
-    return min(tensor.device_mesh.get_local_rank() * math.ceil(rows / tensor.device_mesh.size()), rows)
-
-
-def shard_offset(tensor: Tensor) -> int:
-    """The flat index, in the whole tensor, of this rank's first entry: its rows are contiguous in row-major order.
-
-    Raises:
-        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
-    """
-    return first_row(tensor) * math.prod(tensor.shape[1:])
 
 
 def _units(model: nn.Module) -> Iterator[tuple[nn.Module, torch.dtype]]:

@@ -3,11 +3,42 @@
 A shard is contiguous in the row-major order of the whole tensor. With fewer rows than ranks some shards are empty.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from dualsft.distributed.sharding import first_row, local
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
+
+    With gradients enabled it is part of the graph, as any view: detach a parameter first to modify it.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The index, along dimension 0 of the whole tensor, of this rank's first row; its length if the rank has none.
+
+    Raises:
+        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0
+    if tuple(tensor.placements) != (Shard(0),):
+        raise ValueError(f"only shards along dimension 0 are contiguous, not {tensor.placements}")
+    rows = tensor.shape[0]
+    return min(tensor.device_mesh.get_local_rank() * math.ceil(rows / tensor.device_mesh.size()), rows)
+
+
+def shard_offset(tensor: Tensor) -> int:
+    """The flat index, in the whole tensor, of this rank's first entry: its rows are contiguous in row-major order.
+
+    Raises:
+        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
+    """
+    return first_row(tensor) * math.prod(tensor.shape[1:])
 
 
 def working_device(model: nn.Module) -> torch.device:

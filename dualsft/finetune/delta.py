@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dualsft.distributed.pieces import joined
-from dualsft.distributed.sharding import local, shard_offset
+from dualsft.distributed.shards import local, shard_offset
 from dualsft.errors import UserError
 from dualsft.tensor_file import DTYPES, TensorSpec, write_tensors
 

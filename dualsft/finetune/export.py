@@ -14,7 +14,7 @@ from dualsft.data import load_tokenizer
 from dualsft.distributed import is_sharded, load_sharded, local
 from dualsft.distributed.ranks import any_of, first
 from dualsft.distributed.saving import save_sharded
-from dualsft.distributed.sharding import first_row
+from dualsft.distributed.shards import first_row
 from dualsft.errors import UserError
 from dualsft.finetune.delta import Change, changes, plain, sharded_changes, write_delta
 from dualsft.finetune.model_card import write_card
@@ -81,7 +81,7 @@ def save_model(model: PreTrainedModel, base: str, folder: Path) -> None:
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model as a Hugging Face folder; of a sharded one every rank calls this, and the first one writes."""
+    """Write a model as a Hugging Face folder; of a sharded one every rank calls this."""
     if is_sharded(model):
         save_sharded(model, folder)
     else:

@@ -14,9 +14,9 @@ from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
 from dualsft.distributed.files import write_whole
 from dualsft.distributed.ranks import first, ranks
+from dualsft.distributed.sharding import is_sharded
 from dualsft.distributed.shards import working_device
 from dualsft.distributed.strategy import load_for
-from dualsft.distributed.travelling import units
 from dualsft.errors import UserError
 from dualsft.example_statistics import SKETCH
 from dualsft.gradients import compute_dtype
@@ -234,7 +234,7 @@ class SelectionModule(LightningModule):
 
     @property
     def _sharded(self) -> bool:
-        return bool(units(self.model))
+        return is_sharded(self.model)
 
     def _check_input(self, data: InstructionDataModule) -> list[int]:
         """The ids of the examples to score.

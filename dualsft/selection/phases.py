@@ -21,8 +21,8 @@ from dualsft.curvature import (
 from dualsft.data import Examples, InstructionDataModule
 from dualsft.distributed.ranks import first
 from dualsft.distributed.saving import save_sharded, write_shards
-from dualsft.distributed.sharding import local
-from dualsft.distributed.travelling import units
+from dualsft.distributed.sharding import is_sharded
+from dualsft.distributed.shards import local
 from dualsft.errors import UserError, advising
 from dualsft.example_statistics import Measurement
 from dualsft.gradient_results import GradientPass
@@ -122,7 +122,7 @@ class Phases:
         first(lambda: staged.replace(folder))
 
     def _write_model(self, folder: Path, moments: Moments) -> None:
-        if units(self._model):
+        if is_sharded(self._model):
             save_sharded(self._model, folder)
             write_shards(moments, dict(self._model.named_parameters()), folder / SECOND_MOMENT)
         else:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import whole
+from dualsft.distributed.shards import local, whole
 from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS

@@ -13,7 +13,7 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dualsft.distributed.travelling import units
+from dualsft.distributed.sharding import is_sharded
 from dualsft.errors import advising
 
 ADVICE = (
@@ -50,7 +50,7 @@ class Teacher:
         with advising("at loading the base model for the prior term", ADVICE):
             copy = self._load()
             copy.eval().requires_grad_(False)
-            if not units(copy):  # one in shards is in its place already
+            if not is_sharded(copy):  # one in shards is in its place already
                 _be_like(copy, self._model)
         yield copy
 

@@ -19,8 +19,7 @@ from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
 from dualsft.distributed.dealing import own_rows
 from dualsft.distributed.ranks import any_of, gathered, ranks
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import working_device
+from dualsft.distributed.shards import local, working_device
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.gradients import Keeper, Watch
 from dualsft.layout import Batch, only, split, to_device, without

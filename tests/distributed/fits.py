@@ -10,8 +10,7 @@ from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
 from torch import Tensor, distributed
 
-from dualsft.distributed.sharding import local
-from dualsft.distributed.shards import whole
+from dualsft.distributed.shards import local, whole
 from dualsft.distributed.strategy import FSDP2
 from dualsft.finetune import FitReport, MaskedFinetuneModule
 from tests.finetune.runs import Workspace, trainer

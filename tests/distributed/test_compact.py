@@ -9,8 +9,8 @@ from torch import Tensor
 from dualsft.compact import CompactParameters
 from dualsft.distributed.pieces import joined, own_pieces
 from dualsft.distributed.ranks import gathered, rank, ranks
-from dualsft.distributed.sharding import local, shard_model
-from dualsft.distributed.shards import whole
+from dualsft.distributed.sharding import shard_model
+from dualsft.distributed.shards import local, whole
 from dualsft.objectives import example_losses
 from tests.cases import random_batch, random_mask, tiny_llama
 from tests.distributed.ranks import data_parallel_mesh, run_on_ranks

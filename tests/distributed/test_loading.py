@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dualsft.distributed import loading
 from dualsft.distributed.loading import load_sharded
-from dualsft.distributed.sharding import local
+from dualsft.distributed.shards import local
 from dualsft.errors import UserError
 from dualsft.models import Dtype, load_model, weight_files
 from tests.cases import save_tiny_model

@@ -37,6 +37,8 @@ def save_all(folders: dict[str, str], target: Path) -> None:
         assert made_whole.call_count == len([*model.parameters()]), name
     with small_files():
         save_weights(model, target / "small files")
+    with mock.patch.object(saving, "_WORTH_DIVIDING", 1):
+        save_weights(model, target / "divided")
 
 
 def assert_same_files(found: Path, expected: Path) -> None:
@@ -58,6 +60,9 @@ def check(folders: dict[str, str], root: Path, count: int) -> None:
         save_weights(model, root / "expected" / "small files")
     assert len([*(root / "expected" / "small files").glob("*.safetensors")]) > 1
     assert_same_files(root / "found" / "small files", root / "expected" / "small files")
+    assert len([*(root / "found" / "divided").glob("*.safetensors")]) >= count
+    divided, whole = load_model(str(root / "found" / "divided")).state_dict(), model.state_dict()
+    assert all(torch.equal(divided[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -8,7 +8,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dualsft.distributed.sharding import local, shard_model, shard_offset
+from dualsft.distributed.sharding import shard_model
+from dualsft.distributed.shards import local, shard_offset
 from dualsft.errors import UserError
 from dualsft.models import checkpoint_activations
 from tests.distributed.ranks import data_parallel_mesh, run_on_ranks
