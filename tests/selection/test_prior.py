@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from dualsft import SelectionModule, curvature
 from dualsft.cli import run
+from dualsft.distributed import strategy
 from dualsft.errors import UserError
 from dualsft.layout import Batch, Layout
 from dualsft.models import load_model
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
-from dualsft.selection import Selection, Warmup, load_selection, module, passes
+from dualsft.selection import Selection, Warmup, load_selection, passes
 from dualsft.selection.warmup import EPS
 from tests.cases import save_tiny_model
 from tests.objectives.slow_prior import slow_prior
@@ -211,7 +212,7 @@ PRECISIONS = [
 
 def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often a selection loads weights."""
-    return kill_at(monkeypatch, module, "load_model", call=0)
+    return kill_at(monkeypatch, strategy, "load_model", call=0)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS[:4])
@@ -289,7 +290,7 @@ def teachers_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any
     loaded: list[weakref.ref[Any]] = []
     alive: list[int] = []
     made: list[SelectionModule] = []
-    load, gradient_pass = module.load_model, passes.gradient_pass
+    load, gradient_pass = strategy.load_model, passes.gradient_pass
 
     def watched_load(*args: Any) -> PreTrainedModel:
         loaded.append(weakref.ref(model := load(*args)))
@@ -304,7 +305,7 @@ def teachers_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any
             super().__init__(*args, **options)
             made.append(self)
 
-    monkeypatch.setattr(module, "load_model", watched_load)
+    monkeypatch.setattr(strategy, "load_model", watched_load)
     monkeypatch.setattr(passes, "gradient_pass", watched_pass)
     monkeypatch.setattr("tests.selection.runs.SelectionModule", Watched)
     return loaded, alive, made
