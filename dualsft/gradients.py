@@ -8,6 +8,9 @@ the batch. A non-finite *gradient* is seen when parts of it have been folded alr
 every such example, and is then repeated without them: the sums hold no trace of them.
 
 What a pass holds at the start of a batch is all that it needs to go on from there: it can be kept and taken up again.
+
+Of a sharded model each rank passes over batches of its own, and its calls of the model are made with all others'
+(`distributed/lockstep.py`); what is found of the examples is shared in the end, the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
