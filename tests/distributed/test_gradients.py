@@ -58,7 +58,7 @@ def gathered_pass(architecture: str, batches: Given, seeds: list[int], **options
 
 def all_architectures(batches: Given) -> dict[str, GradientPass]:
     """Passes over every architecture."""
-    return {architecture: gathered_pass(architecture, batches, [0, 1]) for architecture in ARCHITECTURES}
+    return {architecture: gathered_pass(architecture, batches, [0]) for architecture in ARCHITECTURES}
 
 
 CASES: dict[str, tuple[Given, list[int], dict[str, Any]]] = {
@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Given, list[int], dict[str, Any]]] = {
     "rows by token": (BATCHES, [0], {"by_token": True}),
     "columns alone": (BATCHES, [], {}),
     "squares": (BATCHES, [], {"squared": True}),
+    "two directions": (BATCHES, [0, 1], {}),
     "packed": ([pack([[0, 1], [2]], make_examples()), pack([[3, 4]], make_examples())], [0], {}),
     "one batch": (BATCHES[:1], [0], {}),
     "measured": (BATCHES, [0], {"measurement": Measurement([LOSS, NORM, PRECONDITIONED_NORM, SKETCH])}),
@@ -114,15 +115,15 @@ def test_rows_and_columns_are_those_of_one_process() -> None:
     """On every architecture; the ranks agree."""
     answers = run_on_ranks(2, all_architectures, BATCHES)
     for architecture, found in answers[0].items():
-        us = [random_direction(make(architecture), seed) for seed in (0, 1)]
-        expected = gradient_pass(make(architecture), lambda first: BATCHES[first:], directions=us)
+        u = random_direction(make(architecture), 0)
+        expected = gradient_pass(make(architecture), lambda first: BATCHES[first:], directions=[u])
         assert_same(found, expected, 1e-5)
     assert all(found.rows == answers[0][name].rows for answer in answers for name, found in answer.items())
 
 
 def test_whatever_a_pass_does_it_does_on_ranks() -> None:
-    """Kinds of passes and of statistics, with more ranks than batches, and examples that are not finite; float64."""
-    for name, found in run_on_ranks(3, all_cases)[0].items():
+    """Kinds of passes and of statistics, with fewer batches than ranks, and examples that are not finite; float64."""
+    for name, found in run_on_ranks(2, all_cases)[0].items():
         batches, seeds, options = CASES[name]
         us = [random_direction(make("llama"), seed) for seed in seeds]
         expected = gradient_pass(make("llama"), lambda first, given=batches: given[first:], directions=us, **options)

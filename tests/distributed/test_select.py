@@ -114,7 +114,7 @@ def test_whatever_is_chosen_by_is_chosen_on_ranks(tmp_path: Path) -> None:
         assert_same(load_selection(tmp_path / "ranks" / name), expected)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [4])
 def test_a_warmed_up_selection_on_ranks_is_that_of_one_process(count: int, tmp_path: Path) -> None:
     """With the second moment of a warm-up whose batches the ranks share, and a teacher beside the warmed-up model."""
     inputs = write_inputs(tmp_path)
