@@ -371,16 +371,18 @@ class _Pass:
         )
         with paused(self._statistics, self._columns), watched_gradients(self._model, names, look):
             self._backward(self._forward(example))
-        rows = self._rows is None or bool(self._rows.read().isfinite().all())
-        return not (rows and all(map(bool, finite)))
+        return not (self._finite_rows() and all(map(bool, finite)))
+
+    def _finite_rows(self) -> bool:
+        """Whether the rows are finite, as far as they can be told: the width of an example alone may leave a doubt."""
+        return self._rows is None or self._is_ambiguous() or bool(self._rows.read().isfinite().all())
 
     @property
     def _poisoned(self) -> bool:
         """Whether the last backward brought something that is not finite; without columns, as far as the rows show."""
         if self._columns:
             return self._columns.poisoned
-        assert self._rows is not None
-        return not bool(self._rows.read().isfinite().all())
+        return not self._finite_rows()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self._note_covered()
