@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dualsft.layout import Layout
-from dualsft.linear_tap import by_gradient_pays, example_gradients
+from dualsft.data.layout import Layout
+from dualsft.matrix.linear_tap import by_gradient_pays, example_gradients
 
 SHAPES = [(512, 128), (512, 512), (512, 1376), (1376, 512), (512, 8192)]
 

@@ -33,10 +33,10 @@ from memory import STEADY, Meter
 from scoring import SHAPES, make_batch, make_model
 from torch import Tensor, nn
 
-from dualsft.compact import CompactParameters
-from dualsft.layout import Batch
-from dualsft.models import checkpoint_activations
+from dualsft.data.layout import Batch
+from dualsft.models.loading import checkpoint_activations
 from dualsft.objectives import example_losses
+from dualsft.training.compact import CompactParameters
 
 ACTIVATIONS = "activations"
 CASES = {

@@ -23,9 +23,9 @@ from scoring import SHAPES, Stopwatch, make_batch, make_model
 from torch import Tensor
 
 from dualsft.allocators import Diverse, ScoredExamples, TopK
-from dualsft.example_statistics import SKETCH_SIZE, Measurement
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch, only
+from dualsft.data.layout import Batch, only
+from dualsft.matrix.passes import gradient_pass
+from dualsft.matrix.sketches import SKETCH_SIZE, Measurement
 from dualsft.objectives import example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 

@@ -28,13 +28,13 @@ from scoring import SHAPES, make_batch, make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dualsft.curvature import HessianVectorProduct, twice_differentiable
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch, Layout
+from dualsft.data.layout import Batch, Layout
+from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
+from dualsft.matrix.passes import gradient_pass
+from dualsft.models.dtypes import accumulator_dtype
 from dualsft.objectives import Prior, SelfDistillation, example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 from dualsft.selection.teacher import Teacher
-from dualsft.tap import accumulator_dtype
 
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For the C library: what is freed goes back to the system at once, so that the resident set is what is in use."""

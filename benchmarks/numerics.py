@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
-from dualsft.gradient_results import GradientPass
-from dualsft.gradients import Batches, gradient_pass
-from dualsft.interaction import Direction
-from dualsft.layout import only
-from dualsft.models import Dtype, load_model
+from dualsft.commands.quickstart import ASSETS, POOL
+from dualsft.data.layout import only
+from dualsft.matrix.interaction import Direction
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.passes import Batches, gradient_pass
+from dualsft.models.loading import Dtype, load_model
 from dualsft.objectives import example_losses
-from dualsft.quickstart.run import ASSETS, POOL
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import directions
 from dualsft.selection.statistics import Preconditioner, Statistics

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dualsft import InstructionDataModule, SelectionModule
-from dualsft.gradients import gradient_pass
-from dualsft.models import load_model
+from dualsft.commands.quickstart import ASSETS, POOL
+from dualsft.matrix.passes import gradient_pass
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
-from dualsft.quickstart.run import ASSETS, POOL
 from dualsft.scorers import HessianVector
 from dualsft.selection import Warmup
 from dualsft.selection.statistics import Preconditioner

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
+from dualsft.data.layout import Batch
+from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
 from dualsft.selection.scoring_mode import scoring_mode
 

@@ -17,9 +17,9 @@ import torch
 from scoring import SHAPES, Stopwatch, make_batch, make_model, plain_pass
 from torch import Tensor
 
-from dualsft.curvature import HessianVectorProduct, difference_step, displaced, twice_differentiable
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
+from dualsft.data.layout import Batch
+from dualsft.matrix.curvature import HessianVectorProduct, difference_step, displaced, twice_differentiable
+from dualsft.matrix.passes import gradient_pass
 from dualsft.selection.scoring_mode import scoring_mode
 
 Work = Callable[[Stopwatch], None]

@@ -38,12 +38,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from dualsft.distributed import load_sharded, local, travelling
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
-from dualsft.models import load_model
+from dualsft.data.layout import Batch
+from dualsft.matrix.passes import gradient_pass
+from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.loading import load_model
 from dualsft.selection.scoring_mode import scoring_mode
-from dualsft.tap import accumulator_dtype
+from dualsft.sharding import load_sharded, local, unit_gather
 
 PARTS = ("weights", "direction", "gradients")
 
@@ -69,11 +69,15 @@ class Received:
 
 @contextmanager
 def counted(received: Received) -> Iterator[None]:
-    """Counts what units and directions receive, where FSDP2 and `travelling` look their collectives up."""
+    """Counts what units and directions receive, where FSDP2 and `unit_gather` look their collectives up."""
     # torch 2.13 has named them anew
     gather = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
     scatter = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
-    places = ((distributed, gather, "weights"), (distributed, scatter, "gradients"), (travelling, "whole", "direction"))
+    places = (
+        (distributed, gather, "weights"),
+        (distributed, scatter, "gradients"),
+        (unit_gather, "whole", "direction"),
+    )
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, part), original in zip(places, originals, strict=True):
         setattr(module, name, _counting(original, received.total, part))

@@ -13,8 +13,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from dualsft.commands.quickstart import POOL, QuickStart
 from dualsft.quickstart.control import Draw, write_control
-from dualsft.quickstart.run import POOL, QuickStart
 from dualsft.selection import Selection, load_selection
 
 VARIANTS: dict[str, tuple[Draw, Draw]] = {

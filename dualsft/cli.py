@@ -33,10 +33,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
-from dualsft.arguments import plain_values, prepare
+from dualsft.commands.messages import plainly, refused, unusable
+from dualsft.commands.parsing import plain_values, prepare
 from dualsft.data import InstructionDataModule, validation_sources
-from dualsft.distributed.ranks import first, leads, rank
-from dualsft.distributed.strategy import join
 from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.finetune import (
@@ -49,11 +48,12 @@ from dualsft.finetune import (
     check_trainer,
     report,
 )
-from dualsft.messages import plainly, refused, unusable
-from dualsft.models import check_vocabulary, model_folder
-from dualsft.run_folder import RunFolder, write_atomically
+from dualsft.models.loading import check_vocabulary, model_folder
+from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
 from dualsft.selection.summary import summary
+from dualsft.sharding.collectives import first, leads, rank
+from dualsft.sharding.strategy import join
 from dualsft.trainer import Trainer, latest_checkpoint
 
 MODULES = {"select": SelectionModule, "fit": MaskedFinetuneModule, "validate": EvaluationModule}
@@ -66,10 +66,10 @@ DESCRIPTION = (
 CHECKPOINTS = "checkpoints"
 # imported when called: they need no trainer, or this very module
 SIMPLE_COMMANDS = {
-    "allocate": "dualsft.allocate:allocate_command",
-    "export": "dualsft.export:export_command",
-    "plugins": "dualsft.plugins:plugins_command",
-    "quickstart": "dualsft.quickstart.run:quickstart_command",
+    "allocate": "dualsft.commands.allocate:allocate_command",
+    "export": "dualsft.commands.export:export_command",
+    "plugins": "dualsft.commands.plugins:plugins_command",
+    "quickstart": "dualsft.commands.quickstart:quickstart_command",
 }
 
 

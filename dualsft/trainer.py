@@ -15,10 +15,10 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from dualsft.data import InstructionDataModule, validation_sources
-from dualsft.distributed.strategy import FSDP2, register
 from dualsft.errors import UserError
-from dualsft.run_folder import RunFolder
+from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
+from dualsft.sharding.strategy import FSDP2, register
 
 register()
 

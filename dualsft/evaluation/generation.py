@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import pad_id
-from dualsft.distributed.ranks import gathered, mine, ranks
 from dualsft.errors import UserError
-from dualsft.layout import Batch
+from dualsft.sharding.collectives import gathered, mine, ranks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel
 
-from dualsft.distributed.dealing import own_rows
-from dualsft.layout import Batch
+from dualsft.data.layout import Batch
 from dualsft.objectives import token_losses
+from dualsft.sharding.local_batch import own_rows
 
 
 class LanguageModelMetrics(torch.nn.Module):

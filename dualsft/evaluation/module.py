@@ -5,13 +5,13 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from dualsft.data import load_tokenizer
-from dualsft.distributed.ranks import mine
-from dualsft.distributed.strategy import load_for
+from dualsft.data.layout import Batch
 from dualsft.evaluation.generation import Generation, generate_answers
 from dualsft.evaluation.harness import TaskOptions, evaluate_tasks
 from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
-from dualsft.layout import Batch
-from dualsft.models import Dtype
+from dualsft.models.loading import Dtype
+from dualsft.sharding.collectives import mine
+from dualsft.sharding.strategy import load_for
 
 
 class EvaluationModule(LightningModule):

@@ -1,7 +1,7 @@
 """Masked fine-tuning of the selected weights on the selected examples, and what it leaves behind."""
 
 from dualsft.finetune.ending import EndOfTraining, best_checkpoint
-from dualsft.finetune.export import ExportModel
+from dualsft.finetune.export_callback import ExportModel
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.finetune.recent import RecentCheckpoint
 from dualsft.finetune.report import FitReport, report

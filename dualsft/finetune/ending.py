@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Progress
 
 from dualsft.errors import UserError
 from dualsft.finetune.trainer_checks import is_validated
-from dualsft.progress import say
+from dualsft.runs.progress import say
 
 Ending = Literal["last", "best"]
 

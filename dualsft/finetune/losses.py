@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.distributed.dealing import own_rows
-from dualsft.distributed.ranks import total
-from dualsft.layout import Batch
+from dualsft.data.layout import Batch
 from dualsft.objectives import example_losses, supervised_losses
+from dualsft.sharding.collectives import total
+from dualsft.sharding.local_batch import own_rows
 
 Loss = Literal["example_mean", "token_mean"]
 

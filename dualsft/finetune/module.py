@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from dualsft.compact import CompactParameters
 from dualsft.data import KeepEpochCount
-from dualsft.distributed.ranks import first, ranks
-from dualsft.distributed.strategy import load_for
+from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.ending import BestWeights, Ending
@@ -31,11 +29,13 @@ from dualsft.finetune.trainer_checks import (
     is_validated,
     metric_names,
 )
-from dualsft.gradients import compute_dtype
-from dualsft.layout import Batch
-from dualsft.models import Dtype, checkpoint_activations, model_fingerprint
+from dualsft.matrix.passes import compute_dtype
+from dualsft.matrix.spot_check import check_packing
+from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
-from dualsft.spot_check import check_packing
+from dualsft.sharding.collectives import first, ranks
+from dualsft.sharding.strategy import load_for
+from dualsft.training.compact import CompactParameters
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:

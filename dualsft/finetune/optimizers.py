@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dualsft.distributed.ranks import ranks
 from dualsft.errors import UserError
-from dualsft.progress import say
+from dualsft.runs.progress import say
+from dualsft.sharding.collectives import ranks
 
 
 def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dualsft.distributed.ranks import largest
-from dualsft.progress import peak_memory
+from dualsft.runs.progress import peak_memory
+from dualsft.sharding.collectives import largest
 
 _BATCHES = 10  # single batches' losses differ by what is in them more than by what has been learnt
 

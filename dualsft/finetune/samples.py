@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from dualsft.data import InstructionDataModule
 from dualsft.data.batches import collate
+from dualsft.data.layout import Batch, to_device
 from dualsft.data.tokenizer import pad_id
-from dualsft.distributed.ranks import rank
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
-from dualsft.layout import Batch, to_device
-from dualsft.progress import say
-from dualsft.run_folder import write_atomically
+from dualsft.runs.folder import write_atomically
+from dualsft.runs.progress import say
+from dualsft.sharding.collectives import rank
 
 _SHOWN = 60
 FILE = "samples.jsonl"

@@ -6,8 +6,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from dualsft.distributed.strategy import FSDP2
 from dualsft.errors import UserError
+from dualsft.sharding.strategy import FSDP2
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _SHARDED_PRECISIONS = _PRECISIONS[:2]  # ranks would not agree on how to scale the loss

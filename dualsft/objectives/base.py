@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.layout import Batch, Layout
+from dualsft.data.layout import Batch, Layout
 
 
 class Objective(ABC):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dualsft.layout import Batch, Layout
+from dualsft.data.layout import Batch, Layout
 
 
 def supervised_logits(

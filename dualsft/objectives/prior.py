@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
-from dualsft.layout import Batch, Layout
 from dualsft.objectives.base import Objective
 from dualsft.objectives.likelihood import mean_over_tokens, supervised_logits
 

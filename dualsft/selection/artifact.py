@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualsft import run_folder
 from dualsft.errors import UserError
+from dualsft.runs import folder as run_folder
 from dualsft.selection.mask import StoredMasks, write_masks
 
 SCHEMA_VERSION = 1

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualsft.distributed.ranks import total
-from dualsft.distributed.shards import own_part, part
 from dualsft.errors import UserError, blaming
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.statistics import Statistics
 from dualsft.selection.validation_sets import Combination, combined
+from dualsft.sharding.collectives import total
+from dualsft.sharding.shards import own_part, part
 
 
 @torch.no_grad()

@@ -10,18 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.allocators import DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget
-from dualsft.curvature import check_differences
 from dualsft.data import InstructionDataModule
-from dualsft.distributed.files import write_whole
-from dualsft.distributed.ranks import first, ranks
-from dualsft.distributed.sharding import is_sharded
-from dualsft.distributed.shards import working_device
-from dualsft.distributed.strategy import load_for
+from dualsft.data.layout import Batch
 from dualsft.errors import UserError
-from dualsft.example_statistics import SKETCH
-from dualsft.gradients import compute_dtype
-from dualsft.layout import Batch
-from dualsft.models import (
+from dualsft.matrix.curvature import check_differences
+from dualsft.matrix.passes import compute_dtype
+from dualsft.matrix.sketches import SKETCH
+from dualsft.matrix.spot_check import check_packing
+from dualsft.models.loading import (
     Dtype,
     base_weights,
     check_vocabulary,
@@ -29,8 +25,8 @@ from dualsft.models import (
     parameter_shapes,
 )
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
-from dualsft.progress import PhaseLog, say
-from dualsft.run_folder import RunFolder
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import PhaseLog, say
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection, publish, write_selection
 from dualsft.selection.choosing import (
@@ -55,7 +51,11 @@ from dualsft.selection.teacher import Teacher
 from dualsft.selection.terms import check_objectives, further_terms, validation_terms
 from dualsft.selection.validation_sets import Combination
 from dualsft.selection.warmup import Warmup
-from dualsft.spot_check import check_packing
+from dualsft.sharding.collectives import first, ranks
+from dualsft.sharding.files import write_whole
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import working_device
+from dualsft.sharding.strategy import load_for
 
 Preconditioner = Literal["none", "adam"]
 

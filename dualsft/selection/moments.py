@@ -7,9 +7,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dualsft.distributed.shards import part
 from dualsft.errors import UserError
-from dualsft.models import model_fingerprint, model_folder
+from dualsft.models.loading import model_fingerprint, model_folder
+from dualsft.sharding.shards import part
 
 SECOND_MOMENT = "second_moment.safetensors"
 Moments = dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
-from dualsft.example_statistics import Measurement
+from dualsft.matrix.sketches import Measurement
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
 from dualsft.selection.parts import check_needs_known
 from dualsft.selection.phases import Part, Phases

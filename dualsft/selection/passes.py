@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dualsft.distributed.ranks import rank, ranks
+from dualsft.data.layout import Batch
 from dualsft.errors import UserError, is_out_of_memory, shortage
-from dualsft.gradient_results import GradientPass
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
-from dualsft.progress import PhaseLog, say
-from dualsft.run_folder import RunFolder
-from dualsft.selection.keeping import PhaseKeeper
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.passes import gradient_pass
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.sharding.collectives import rank, ranks
 
 Loader = Callable[[int, int, int], Iterable[Batch]]
 """(first batch, batch_tokens, step) -> that batch and each that so many batches later follows."""

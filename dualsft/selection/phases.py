@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.curvature import (
+from dualsft.data import Examples, InstructionDataModule
+from dualsft.errors import UserError, advising
+from dualsft.matrix.curvature import (
     HessianVectorProduct,
     check_differences,
     check_smooth,
@@ -18,22 +20,20 @@ from dualsft.curvature import (
     displaced,
     twice_differentiable,
 )
-from dualsft.data import Examples, InstructionDataModule
-from dualsft.distributed.ranks import first
-from dualsft.distributed.saving import save_sharded, write_shards
-from dualsft.distributed.sharding import is_sharded
-from dualsft.distributed.shards import local
-from dualsft.errors import UserError, advising
-from dualsft.example_statistics import Measurement
-from dualsft.gradient_results import GradientPass
-from dualsft.progress import PhaseLog
-from dualsft.run_folder import RunFolder
-from dualsft.selection.keeping import PhaseKeeper
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.sketches import Measurement
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.progress import PhaseLog
 from dualsft.selection.moments import SECOND_MOMENT, Moments
 from dualsft.selection.passes import Passes
 from dualsft.selection.step import StepSize
 from dualsft.selection.terms import Term
 from dualsft.selection.warmup import ADVICE, Warmup, warm_up
+from dualsft.sharding.collectives import first
+from dualsft.sharding.save import save_sharded, write_shards
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import local
 
 _STEP = "step-size"
 Part = tuple[float, Mapping[str, Tensor]]

@@ -15,10 +15,10 @@ from torch import Tensor
 from dualsft.allocators import Budget, DataAllocator, ParameterAllocator, check_budget
 from dualsft.data import FormatOptions, Records, read_records, selected_ids
 from dualsft.errors import UserError
-from dualsft.example_statistics import SKETCH
-from dualsft.models import base_weights, model_fingerprint
-from dualsft.progress import PhaseLog
-from dualsft.run_folder import RunFolder
+from dualsft.matrix.sketches import SKETCH
+from dualsft.models.loading import base_weights, model_fingerprint
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
 from dualsft.selection.choosing import (
     ChosenExamples,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualsft.data import Examples, InstructionDataModule
-from dualsft.gradients import compute_dtype
-from dualsft.models import model_fingerprint, tokenizer_fingerprint
+from dualsft.matrix.passes import compute_dtype
+from dualsft.models.loading import model_fingerprint, tokenizer_fingerprint
 from dualsft.selection.moments import describe_checkpoint
 from dualsft.selection.order import Chosen
 from dualsft.selection.parts import describe_part

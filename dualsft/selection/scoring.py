@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.distributed.ranks import total
-from dualsft.example_statistics import Measurement
-from dualsft.gradient_results import GradientPass
-from dualsft.gradients import compute_dtype
-from dualsft.interaction import check_covered
-from dualsft.progress import say
+from dualsft.matrix.interaction import check_covered
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.passes import compute_dtype
+from dualsft.matrix.sketches import Measurement
+from dualsft.runs.progress import say
 from dualsft.scorers import Scorer
 from dualsft.selection.directions import column_totals, directions, masked, parameter_scores
 from dualsft.selection.identity import sum_identity
@@ -27,6 +26,7 @@ from dualsft.selection.phases import Phases
 from dualsft.selection.statistics import Statistics
 from dualsft.selection.step import Along, StepSize, along_pool_step, describe, settle, warning
 from dualsft.selection.validation_sets import Combination, combined_rows, combined_tokens
+from dualsft.sharding.collectives import total
 
 T = TypeVar("T")
 

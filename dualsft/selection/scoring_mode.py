@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dualsft.models import checkpoint_activations
+from dualsft.models.loading import checkpoint_activations
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dualsft.distributed.files import StoredTensors, write_whole
-from dualsft.distributed.ranks import first
 from dualsft.selection.choosing import WeightChoice, choose_weights
 from dualsft.selection.mask import StoredMasks, write_masks
+from dualsft.sharding.collectives import first
+from dualsft.sharding.files import StoredTensors, write_whole
 
 _SCORES, _MASK = "scores", "mask.safetensors"
 

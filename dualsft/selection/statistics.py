@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dualsft.distributed.shards import local, whole
 from dualsft.errors import UserError
+from dualsft.models.dtypes import accumulator_dtype
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS
-from dualsft.tap import accumulator_dtype
+from dualsft.sharding.shards import local, whole
 
 
 @dataclass(frozen=True)

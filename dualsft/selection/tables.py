@@ -3,7 +3,7 @@
 from typing import Any
 
 from dualsft.data import Examples
-from dualsft.example_statistics import SKETCH
+from dualsft.matrix.sketches import SKETCH
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import ExampleScores, Scoring
 

@@ -13,8 +13,8 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dualsft.distributed.sharding import is_sharded
 from dualsft.errors import advising
+from dualsft.sharding.shard_model import is_sharded
 
 ADVICE = (
     "a prior term needs the base model beside the model: set model.dtype to bfloat16 and start anew (--overwrite), or "

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.data import InstructionDataModule
+from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError, blaming
-from dualsft.gradients import Losses
-from dualsft.layout import Batch, Layout
+from dualsft.matrix.passes import Losses
 from dualsft.objectives import Objective, example_losses
 from dualsft.selection.passes import Loader
 from dualsft.selection.teacher import Teacher

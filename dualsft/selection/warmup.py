@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from dualsft.compact import CompactParameters
 from dualsft.data import ResumableLoader
-from dualsft.distributed.dealing import own_rows
-from dualsft.distributed.ranks import any_of, gathered, ranks
-from dualsft.distributed.shards import local, working_device
+from dualsft.data.layout import Batch, only, split, to_device, without
 from dualsft.errors import UserError, is_out_of_memory, shortage
-from dualsft.gradients import Keeper, Watch
-from dualsft.layout import Batch, only, split, to_device, without
+from dualsft.matrix.passes import Keeper, Watch
 from dualsft.objectives import example_losses
-from dualsft.progress import say
+from dualsft.runs.progress import say
+from dualsft.sharding.collectives import any_of, gathered, ranks
+from dualsft.sharding.local_batch import own_rows
+from dualsft.sharding.shards import local, working_device
+from dualsft.training.compact import CompactParameters
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 ADVICE = (

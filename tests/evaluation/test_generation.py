@@ -6,10 +6,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dualsft.data import collate
+from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.evaluation import Generation
 from dualsft.evaluation.generation import generate_answers, last_turn
-from dualsft.layout import Batch
 from tests.cases import tiny_llama, tiny_tokenizer
 
 GSM8K = r"#### (-?[\d.,]+)"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.cli import run
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_scores
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.trainer import Trainer
 from tests.cases import save_tiny_model, sums, tiny_tokenizer, write_jsonl
 from tests.data.tiny_tokenizers import CHATML

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule, Generation
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.trainer import Trainer
 from tests.cases import save_tiny_model, sums, tiny_tokenizer, write_jsonl
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dualsft.cli import run
 from dualsft.data import InstructionDataModule, read_records
 from dualsft.finetune import MaskedFinetuneModule
-from dualsft.models import load_model, model_fingerprint
+from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.selection.artifact import write_selection
 from dualsft.trainer import Trainer
 from tests.cases import random_mask, save_tiny_model, sums, write_jsonl

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
 from tests.finetune.runs import Workspace, make_workspace, trainer, weights

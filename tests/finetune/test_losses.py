@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dualsft.data import TrainingBatches
-from dualsft.layout import Batch, Layout, only
-from dualsft.models import load_model
+from dualsft.data.layout import Batch, Layout, only
+from dualsft.models.loading import load_model
 from dualsft.objectives import token_losses
 from dualsft.selection import load_selection
 from tests.finetune.runs import SaveOften, Workspace, trainer, weights

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from dualsft.data import TrainingBatches, read_records
-from dualsft.distributed.strategy import FSDP2
 from dualsft.errors import UserError
 from dualsft.finetune import RecentCheckpoint
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
+from dualsft.sharding.strategy import FSDP2
 from tests.cases import save_tiny_model, write_jsonl
 from tests.finetune.runs import CHOSEN, SaveOften, Workspace, adamw, make_workspace, select, trainer, weights
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from dualsft.data.layout import only
 from dualsft.errors import UserError
-from dualsft.layout import only
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from tests.finetune.runs import Workspace, adamw, trainer, weights
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning import Callback
 
+from dualsft.data.layout import Layout
 from dualsft.finetune import FitReport, report
-from dualsft.layout import Layout
 from tests.finetune.runs import SaveOften, Workspace, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")

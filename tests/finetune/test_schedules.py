@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.optim import lr_scheduler
 
 from dualsft.errors import UserError
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.selection import load_selection
 from tests.finetune.runs import Workspace, fit, trainer, weights

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
-from dualsft.layout import Batch, Layout
 from dualsft.objectives import Prior, SelfDistillation
 from dualsft.selection import Warmup
 from tests.objectives.slow_prior import slow_prior

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.selection.warmup import EPS
 from tests.cases import VOCABULARY, tiny_tokenizer

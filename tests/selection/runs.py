@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dualsft import InstructionDataModule, SelectionModule
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.selection import Selection, Warmup
 from dualsft.trainer import Trainer
 from tests.cases import save_tiny_model

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dualsft import load_selection
 from dualsft.errors import UserError
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from tests.selection.runs import ADAM, LINES, OK, SGD, STATUS, Inputs, contents, select, slow_scores, write_inputs
 from tests.selection.tiny import assert_same_gradients
 

@@ -9,7 +9,7 @@ import torch
 from dualsft import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
 from dualsft.allocators import Diverse, GlobalTopK, LayerQuota, PositiveOnly, TokenBudget, TopK
 from dualsft.errors import UserError
-from dualsft.models import load_model
+from dualsft.models.loading import load_model
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary

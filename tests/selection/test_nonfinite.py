@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from dualsft.data.layout import Batch
 from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
+from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
 from tests.selection.runs import LINES, OK, SGD, Inputs, select
 from tests.selection.tiny import (

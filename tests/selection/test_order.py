@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dualsft import SelectionModule
 from dualsft.allocators import GlobalTopK, ScoredExamples, TopK
-from dualsft.curvature import twice_differentiable
 from dualsft.errors import UserError
-from dualsft.gradient_results import GradientPass
-from dualsft.gradients import gradient_pass
-from dualsft.interaction import RowSums
-from dualsft.models import load_model
+from dualsft.matrix.curvature import twice_differentiable
+from dualsft.matrix.interaction import RowSums
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.passes import gradient_pass
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, passes

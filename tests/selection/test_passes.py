@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft import SelectionModule, spot_check, tap
+from dualsft import SelectionModule
 from dualsft.errors import UserError
+from dualsft.matrix import spot_check, tap
+from dualsft.runs.keeping import PhaseKeeper
 from dualsft.selection import Selection, passes
-from dualsft.selection.keeping import PhaseKeeper
 from tests.selection.kills import kill_at, killed_run
 from tests.selection.runs import ADAM, OK, SGD, Inputs, contents, select
 from tests.selection.test_keeping import ALWAYS, resumed_until_done
@@ -172,7 +173,7 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("dualsft.interaction.torch.zeros_like", noted)
+        patch.setattr("dualsft.matrix.interaction.torch.zeros_like", noted)
         gc.disable()
         try:
             select(inputs, tmp_path, {**SGD, "token_scores": True})

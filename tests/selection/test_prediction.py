@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dualsft import InstructionDataModule
-from dualsft.curvature import HessianVectorProduct
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch, Layout
-from dualsft.models import load_model
+from dualsft.commands.quickstart import ASSETS, POOL
+from dualsft.data.layout import Batch, Layout
+from dualsft.matrix.curvature import HessianVectorProduct
+from dualsft.matrix.passes import gradient_pass
+from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
-from dualsft.quickstart.run import ASSETS, POOL
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection.directions import column_totals, directions
 from dualsft.selection.statistics import Preconditioner, Statistics

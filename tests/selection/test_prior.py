@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft import SelectionModule, curvature
+from dualsft import SelectionModule
 from dualsft.cli import run
-from dualsft.distributed import strategy
+from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
-from dualsft.layout import Batch, Layout
-from dualsft.models import load_model
+from dualsft.matrix import curvature
+from dualsft.models.loading import load_model
 from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup, load_selection, passes
 from dualsft.selection.warmup import EPS
+from dualsft.sharding import strategy
 from tests.cases import save_tiny_model
 from tests.objectives.slow_prior import slow_prior
 from tests.selection.kills import kill_at, killed_run

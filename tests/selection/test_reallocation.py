@@ -15,7 +15,7 @@ import pytest
 from dualsft import ParameterAllocator, load_selection
 from dualsft.allocators import GlobalTopK, TopK
 from dualsft.errors import UserError
-from dualsft.run_folder import RunFolder
+from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, artifact, reallocation
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate

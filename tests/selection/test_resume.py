@@ -12,7 +12,7 @@ import pytest
 from dualsft import load_selection
 from dualsft.allocators import Diverse, LayerQuota, PerSourceQuota
 from dualsft.errors import UserError
-from dualsft.run_folder import RunFolder
+from dualsft.runs.folder import RunFolder
 from dualsft.selection import Warmup, module, passes, phases
 from tests.selection.kills import kill_at, killed_run
 from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs

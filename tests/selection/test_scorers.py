@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from dualsft import curvature
+from dualsft.matrix import curvature
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.step import StepSize

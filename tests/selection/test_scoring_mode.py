@@ -1,6 +1,6 @@
 import pytest
 
-from dualsft.gradients import gradient_pass
+from dualsft.matrix.passes import gradient_pass
 from dualsft.selection.scoring_mode import scoring_mode
 from tests.selection.tiny import (
     assert_same_gradients,

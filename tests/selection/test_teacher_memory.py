@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dualsft.gradients import gradient_pass
-from dualsft.layout import Batch
+from dualsft.data.layout import Batch
+from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import Prior, SelfDistillation
 from dualsft.selection.teacher import Teacher
 from tests.cases import random_batch
+from tests.matrix.test_memory import peak, weight_bytes
 from tests.selection.tiny import llama, random_direction
-from tests.test_memory import peak, weight_bytes
 
 SIZES = {"weights": (2, 6, 64), "logits": (10, 24, 1000)}
 """Examples of a batch, their tokens, and the vocabulary: what takes most of the memory."""

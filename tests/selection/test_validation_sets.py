@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.gradients import gradient_pass
+from dualsft.matrix.passes import gradient_pass
 from dualsft.scorers import DiagonalFisher, HessianVector, Scorer
 from dualsft.selection import Selection
 from tests.selection.runs import OK, SGD, Inputs, select
@@ -308,7 +308,7 @@ def test_rows_of_several_directions_are_those_of_each(
     architecture: str, layout: str, way: str, columns: bool, by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass for two u gives each its rows and tokens in a pass of its own, and the columns once."""
-    monkeypatch.setattr("dualsft.linear_tap._BREAK_EVEN", {"cpu": BREAK_EVEN[way], "cuda": BREAK_EVEN[way]})
+    monkeypatch.setattr("dualsft.matrix.linear_tap._BREAK_EVEN", {"cpu": BREAK_EVEN[way], "cuda": BREAK_EVEN[way]})
     model, batch = make(architecture), LAYOUTS[layout]
     us: list[Gradients] = [random_direction(model, seed) for seed in (2, 3)]
     options: dict[str, Any] = {"columns": columns, "by_token": by_token}

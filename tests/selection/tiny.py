@@ -47,8 +47,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from dualsft.data.layout import Batch
 from dualsft.data.packing import collate_packed
-from dualsft.layout import Batch
 from dualsft.objectives import example_losses
 
 VOCABULARY = 61

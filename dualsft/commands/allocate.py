@@ -1,0 +1,191 @@
+"""`dualsft allocate`: another choice from the scores of a finished selection, in seconds and without a model."""
+
+import argparse
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+
+from dualsft.allocators import GlobalTopK, TopK
+from dualsft.cli import verb_parsers
+from dualsft.commands.messages import unusable
+from dualsft.commands.parsing import CONFIG, class_given, prepare
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError
+from dualsft.selection import SelectionModule, load_selection
+from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.parts import describe_part
+from dualsft.selection.reallocation import reallocate
+from dualsft.selection.summary import summary
+
+VERB = "allocate"
+BUDGETS = ("parameter_budget", "data_budget")
+ALLOCATORS = ("parameter_allocator", "data_allocator")
+NEAR_DUPLICATES = tuple(f"near_duplicates.{field.name}" for field in fields(NearDuplicates))
+PATTERNS = ("trainable", "frozen")
+TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
+    "model": (
+        "The choice",
+        SelectionModule,
+        ("parameter_budget", "data_budget", *ALLOCATORS, "near_duplicates", *PATTERNS),
+    ),
+    "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
+}
+"""Section -> its title, whose options it has, and which of them."""
+KEPT = (
+    *(f"model.{name}" for name in (*BUDGETS, *ALLOCATORS, *NEAR_DUPLICATES, *PATTERNS)),
+    "data.train",
+    "data.train_split",
+)
+AS_IT_WAS = "as in SELECTION"
+DESCRIPTION = (
+    "Makes another selection from the stored scores of a finished one, with other budgets or allocators. Whatever is "
+    "not given stays as it was in SELECTION."
+)
+
+
+def allocate_command(arguments: Sequence[str]) -> None:
+    """Allocate, and say what was chosen.
+
+    Args:
+        arguments: SELECTION first, unless a configuration names it, then the options.
+
+    Raises:
+        UserError: on a mistake in the input or the settings.
+        ArgumentError: on options that cannot be parsed.
+    """
+    config, replay = _parse(arguments)
+    if not config.output_dir:
+        raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
+    model = config.model
+    try:
+        made = reallocate(
+            config.selection,
+            config.output_dir,
+            parameter_budget=model.parameter_budget,
+            data_budget=model.data_budget,
+            parameter_allocator=model.parameter_allocator or GlobalTopK(),
+            data_allocator=model.data_allocator or TopK(),
+            near_duplicates=NearDuplicates(**vars(model.near_duplicates)),
+            trainable=model.trainable or [],
+            frozen=model.frozen or [],
+            train=config.data.train,
+            train_split=config.data.train_split,
+            overwrite=config.overwrite,
+            config=replay,
+        )
+    except KeyboardInterrupt as stop:
+        raise UserError("The allocation was interrupted and left nothing behind; run it again.") from stop
+    print(summary(made))
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
+    """The settings, with the allocators made, and the YAML that replays them."""
+    parser, verbs = _parser(), verb_parsers()
+    if arguments and not arguments[0].startswith("-"):
+        named, rest = ["--selection", arguments[0]], arguments[1:]
+        # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
+        arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
+    arguments = prepare([VERB, *arguments], {**verbs, VERB: parser})[1:]
+    selection = _selection(arguments)
+    lost: list[str] = []
+    if selection is not None:
+        lost = _stay_as_they_were(parser, load_selection(selection).manifest, arguments)
+    elif _asks_for_help(arguments):
+        parser.set_defaults(dict.fromkeys(KEPT, AS_IT_WAS))
+    else:
+        raise UserError("The selection is not given; name it first: `dualsft allocate SELECTION --output_dir DIR`.")
+    config = parser.parse_args(arguments)
+    for key in lost:
+        if config[key] is None:
+            raise UserError(f"The {key} of {selection} cannot be made again from its manifest; give --{key}.")
+    replay = parser.dump(Namespace(**{**vars(config), "overwrite": False}), skip_none=False)
+    try:
+        return parser.instantiate_classes(config, instantiate_groups=False), replay
+    except UserError:
+        raise
+    except Exception as error:  # an allocator may be anybody's
+        raise UserError(unusable(error)) from error
+
+
+def _parser() -> ArgumentParser:
+    """The options; those that `select` has too are the same, in type and in help."""
+    usage = "dualsft allocate SELECTION --output_dir DIR [options]"
+    parser = ArgumentParser(prog="dualsft allocate", usage=usage, description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("-c", *CONFIG[:1], action="config", help="Path to a configuration file in yaml format.")
+    parser.add_argument(
+        "--selection", type=str, default=None, help="Folder of the finished selection; SELECTION, given first, is it."
+    )
+    parser.add_argument("--output_dir", type=str, default="", help="Folder that the results are written to.")
+    parser.add_argument(
+        "--overwrite", action=ActionYesNo, default=False, help="Replace the run that --output_dir holds."
+    )
+    for section, (title, kind, taken) in TAKEN.items():
+        others = set(inspect.signature(kind).parameters) - set(taken)
+        parser.add_class_arguments(kind, section, skip=others, sub_configs=True, instantiate=False)
+        assert parser.groups is not None
+        parser.groups[section].title = title  # the class's own says what `select` does
+    return parser
+
+
+def _selection(arguments: Sequence[str]) -> str | None:
+    """The selection that the command line names, or its last configuration to name one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--selection")
+    parser.add_argument(*CONFIG, dest="configs", action="append", default=[])
+    known, _ = parser.parse_known_args(arguments)
+    named = [yaml.safe_load(text).get("selection") for text in known.configs]
+    return known.selection or next((name for name in reversed(named) if isinstance(name, str)), None)
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(a == "-h" or a.endswith("help") for a in arguments)
+
+
+def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
+    """Make what a selection was made with the default of every option; the keys for which that cannot be done.
+
+    An allocator's options stay as long as it does: those of another one have defaults of their own.
+    """
+    parser.set_defaults(
+        {
+            "model.parameter_budget": manifest["budgets"]["parameters"],
+            "model.data_budget": manifest["budgets"]["data"],
+            **{f"model.{name}": manifest.get(name, []) for name in PATTERNS},
+            **{f"model.near_duplicates.{k}": v for k, v in manifest.get("near_duplicates", {}).items()},
+            "data.train": manifest["data"]["train"]["path"],
+            "data.train_split": manifest["data"]["train"]["split"],
+        }
+    )
+    lost = []
+    for name in ALLOCATORS:
+        stored = manifest[name]
+        try:
+            given = class_given(arguments, f"model.{name}")
+            if given and resolve_name(given) is not resolve_name(stored["class_path"]):
+                continue
+            parser.set_defaults({f"model.{name}": _made_again(name, stored)})
+        except Exception:  # its package may be gone, or its options cannot be told from what it keeps
+            lost.append(f"model.{name}")
+    return lost
+
+
+def _made_again(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting of an allocator that makes what a manifest describes.
+
+    Raises:
+        ValueError: if another one comes of it, as it keeps its options under other names than it takes them by.
+        Exception: if it cannot be made at all.
+    """
+    taken = inspect.signature(resolve_name(stored["class_path"])).parameters
+    options = {key: value for key, value in stored["options"].items() if key in taken}
+    setting = {"class_path": stored["class_path"], "init_args": options}
+    (probe := _parser()).set_defaults({f"model.{name}": setting})
+    made = probe.instantiate_classes(probe.parse_args([]), instantiate_groups=False).model[name]
+    if describe_part(made) != stored:
+        raise ValueError(f"{stored['class_path']} is another one when made again")
+    return setting

@@ -1,0 +1,197 @@
+"""`dualsft export`: from base and delta to the tuned model, back, and other forms of the same change.
+
+A result that --overwrite replaces stays until the new one is whole: that is written to a hidden folder next to it and
+moved in at the end. Whenever this is cut short, the old or the new one is whole, and the same command starts anew.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from safetensors import SafetensorError
+
+from dualsft.cli import quieten
+from dualsft.commands.parsing import CONFIG
+from dualsft.errors import UserError
+from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
+from dualsft.export.peft_adapter import prepare_peft
+from dualsft.runs.folder import RunFolder, publish
+
+DESCRIPTION = (
+    "Takes the change that a fine-tune made from one form to another: a delta.safetensors, a Hugging Face folder, a "
+    "PEFT adapter. All refuse weights that the delta was not made from."
+)
+OPTIONS = {
+    "base": "The base model: a Hugging Face folder or hub id with safetensors weights.",
+    "model": "The tuned model: a Hugging Face folder or hub id with safetensors weights.",
+    "delta": "The delta.safetensors of a fit, or of export extract.",
+}
+WRITTEN = (
+    *("config.json", "generation_config.json", "README.md", "model-*-of-*.safetensors", "adapter_*"),
+    *("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    "additional_chat_templates",
+)
+"""Names of what these commands write, the tokenizer's files among them."""
+STATE = ".unfinished"
+"""What an output folder holds until its run is complete; see `dualsft.runs.folder`."""
+
+
+class Form(NamedTuple):
+    """One subcommand."""
+
+    description: str
+    prepare: Callable[..., Writer]
+    options: tuple[str, ...]
+    last: str
+    """What seals the result."""
+
+
+FORMS = {
+    "apply": Form(
+        "Base and delta to the tuned model: a Hugging Face folder, with tokenizer, generation settings and model card.",
+        prepare_apply,
+        ("base", "delta"),
+        "config.json",
+    ),
+    "revert": Form(
+        "Tuned model and delta back to the base model, with the old values of the changed weights from the base.",
+        prepare_revert,
+        ("model", "base", "delta"),
+        "config.json",
+    ),
+    "extract": Form(
+        "Two checkpoints of one model to the delta.safetensors that leads from one to the other.",
+        prepare_extract,
+        ("base", "model"),
+        "delta.safetensors",
+    ),
+    "peft": Form(
+        "Base and delta to a PEFT adapter (SHiRA), which PEFT loads onto the base.",
+        prepare_peft,
+        ("base", "delta"),
+        "adapter_config.json",
+    ),
+}
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Take a change from one form to another.
+
+    Args:
+        arguments: Which, then its options.
+
+    Raises:
+        UserError: on a mistake in the input or the settings; the output folder is then as it was.
+        ArgumentError: on options that cannot be parsed.
+    """
+    quieten()
+    if not arguments or (not arguments[0].startswith("-") and arguments[0] not in FORMS):
+        told = f"has no form {arguments[0]!r}; its" if arguments else "needs to know what to make; its"
+        raise UserError(f"dualsft export {told} forms are {', '.join(FORMS)}.")
+    parser, parsers = _parsers()
+    config = parser.parse_args(list(arguments))
+    name, options = config.form, config[config.form]
+    for key in (*FORMS[name].options, "output_dir"):
+        if not options[key]:
+            raise UserError(f"--{key} is not given; `dualsft export {name} --help` says what it is.")
+    replay = parsers[name].dump(Namespace(**{**vars(options), "overwrite": False}), skip_none=False)
+    try:
+        _export(FORMS[name], options, replay)
+    except KeyboardInterrupt as stop:
+        raise UserError("The export was interrupted; run it again.") from stop
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The command's parser, and that of each form."""
+    parser = ArgumentParser(prog="dualsft export", description=DESCRIPTION, exit_on_error=False)
+    forms = parser.add_subcommands(dest="form")
+    parsers = {}
+    for name, form in FORMS.items():
+        parsers[name] = own = ArgumentParser(description=form.description, exit_on_error=False)
+        own.add_argument("-c", *CONFIG[:1], action="config", help="Path to a configuration file in yaml format.")
+        for option in form.options:
+            own.add_argument(f"--{option}", type=str, default="", help=OPTIONS[option])
+        own.add_argument("--output_dir", type=str, default="", help="Folder that the result is written to.")
+        own.add_argument("--overwrite", action=ActionYesNo, default=False, help="Replace what --output_dir holds.")
+        forms.add_subcommand(name, own, help=form.description)
+    return parser, parsers
+
+
+def _export(form: Form, options: Namespace, replay: str) -> None:
+    given = {key: options[key] for key in form.options}
+    folder = Path(options.output_dir).expanduser()
+    how: dict[str, Any] = {"inputs": tuple(given.values()), "resumable": False, "written": WRITTEN}
+    run = RunFolder(folder, overwrite=options.overwrite, **how)
+    full = _holds_a_result(folder)
+    write = form.prepare(**given)
+    identity = {"command": f"export to {form.last}", **given}
+    with _telling(folder):
+        if full:
+            beside = RunFolder(_beside(folder), overwrite=True, **how)
+            with _claimed(beside, identity) as staged:
+                _make(staged, write, replay)
+            run.claim(identity)
+            publish(staged, folder, last=form.last)
+        else:
+            with _claimed(run, identity) as staged:
+                _make(staged, write, replay)
+                publish(staged, folder, last=form.last)
+    if options.overwrite:
+        shutil.rmtree(_beside(folder), ignore_errors=True)
+    run.finish()
+    print(f"wrote {folder}")
+
+
+def _holds_a_result(folder: Path) -> bool:
+    """Whether there is a finished result to keep until another is whole.
+
+    Raises:
+        UserError: if that cannot be written next to it.
+    """
+    full = folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).is_dir()
+    if full and folder.is_mount():
+        raise UserError(
+            f"{folder} is where a drive is mounted, so that nothing can be written next to it before it is replaced; "
+            "give --output_dir a folder in it."
+        )
+    return full
+
+
+def _beside(folder: Path) -> Path:
+    """Where a result is written that is to replace another one: on the same drive."""
+    place = folder.resolve()
+    return place.with_name(f".{place.name}.partial")
+
+
+@contextmanager
+def _claimed(run: RunFolder, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A claimed folder's place for results; after a failure the folder is as it was, for nothing is worth resuming."""
+    run.claim(identity)
+    try:
+        yield run.staging()
+    except BaseException:
+        run.release()
+        raise
+
+
+def _make(staged: Path, write: Writer, replay: str) -> None:
+    """Write a result; once it is on the disk, moving it is all that is left, which takes no room."""
+    write(staged)
+    (staged / "config.yaml").write_text(replay, encoding="utf-8")
+    for path in staged.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}); choose another --output_dir.") from error

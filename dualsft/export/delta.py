@@ -1,0 +1,239 @@
+"""The change that a fine-tune made, as indices and new values.
+
+    <name>.index    int64, flat, ascending: which entries of the parameter have other bits than in the base model
+    <name>.value    their new values, in the tuned model's type
+    metadata        base_fingerprint: the hash of the base weights; about: JSON, what is known of how it was made
+
+Where the tuned model is stored in another type than its base, the base is first converted to that type. An entry that
+was trained and came out with the bits that it had is left out: of an embedding, or in bfloat16, these may be many.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Int, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dualsft.errors import UserError
+from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
+from dualsft.sharding.shards import local, shard_offset
+from dualsft.sharding.vectors import joined
+
+Change: TypeAlias = tuple[Int[Tensor, " changed"], Shaped[Tensor, " changed"]]
+"""Flat indices, ascending, and the new values there."""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INDEX, _VALUE, _BASE, _ABOUT = ".index", ".value", "base_fingerprint", "about"
+
+
+def changed_entries(before: Shaped[Tensor, "..."], after: Shaped[Tensor, "..."]) -> Change:
+    """Where two tensors of one type and shape differ in their bits: 0 and -0 do, a NaN and itself do not."""
+    bits = _BITS[after.element_size()]
+    was, now = (tensor.contiguous().flatten() for tensor in (before, after))
+    index = (was.view(bits) != now.view(bits)).nonzero().squeeze(1)
+    return index, now[index]
+
+
+def changes(before: Callable[[str], Tensor], after: Callable[[str], Tensor], names: Iterable[str]) -> dict[str, Change]:
+    """The change of each tensor that has any; memory holds two tensors at a time, and what is found."""
+    found = {}
+    for name in names:
+        tuned = after(name).cpu()
+        change = changed_entries(before(name).to(tuned), tuned)
+        if len(change[0]):
+            found[name] = change
+    return found
+
+
+def sharded_changes(
+    before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, Change]:
+    """The same of a sharded model, on the first rank alone; every rank must ask at once.
+
+    Args:
+        before: Gives this rank's rows of a tensor.
+        after: The model's parameters.
+        names: Of those that may have changed.
+    """
+    found = {}
+    for name in names:
+        here = local(after[name].detach()).cpu()
+        index, value = changed_entries(before(name).to(here), here)
+        found[name] = index + shard_offset(after[name]), value
+    wholes = zip(found, *(joined([change[part] for change in found.values()]) for part in (0, 1)), strict=True)
+    return {name: (index, value) for name, index, value in wholes if len(index)}
+
+
+def write_delta(
+    path: Path, changed: Mapping[str, Change], base_fingerprint: str, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write a delta, the same bytes on every run.
+
+    Args:
+        path: Where to.
+        changed: Parameter name -> indices and new values.
+        base_fingerprint: The `model_fingerprint` of the base.
+        about: What is known of how it was made, for JSON; see `dualsft.export.record`.
+    """
+    tensors = {name + _INDEX: index for name, (index, _) in changed.items()}
+    tensors |= {name + _VALUE: value for name, (_, value) in changed.items()}
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = {_BASE: base_fingerprint, _ABOUT: json.dumps(about or {})}
+    write_tensors(path, specs, tensors.__getitem__, metadata)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta on disk, whose parts are read when they are asked for.
+
+    Attributes:
+        path: Where it lies.
+        base_fingerprint: The hash of the weights that it belongs to.
+        about: What it says of how it was made; empty if nothing.
+        names: The parameters that it changes.
+    """
+
+    path: Path
+    base_fingerprint: str
+    about: dict[str, Any]
+    names: list[str]
+
+    def change(self, name: str) -> Change:
+        """Indices and new values of one parameter.
+
+        Raises:
+            UserError: if they do not belong together.
+        """
+        with safe_open(self.path, framework="pt") as stored:
+            index, value = stored.get_tensor(name + _INDEX), stored.get_tensor(name + _VALUE)
+        if index.dtype != torch.int64 or index.ndim != 1 or value.shape != index.shape:
+            raise UserError(f"{self.path} is damaged: {name} has indices and values that do not belong together.")
+        if bool((index[1:] <= index[:-1]).any()):
+            raise UserError(f"{self.path} is damaged: the indices of {name} are not in ascending order.")
+        return index, value
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Parameter name -> how many of its entries change."""
+        with safe_open(self.path, framework="pt") as stored:
+            return {name: stored.get_slice(name + _INDEX).get_shape()[0] for name in self.names}
+
+    @cached_property
+    def value_types(self) -> dict[str, torch.dtype]:
+        """Parameter name -> the type of its new values."""
+        with safe_open(self.path, framework="pt") as stored:
+            return {name: DTYPES[stored.get_slice(name + _VALUE).get_dtype()] for name in self.names}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the new values."""
+        return set(self.value_types.values())
+
+    def check_base(self, fingerprint: str, named: str) -> None:
+        """Refuse other base weights.
+
+        Raises:
+            UserError: telling both hashes.
+        """
+        if self.base_fingerprint != fingerprint:
+            raise UserError(
+                f"{self.path} belongs to base weights {self.base_fingerprint[:12]}, {named} has {fingerprint[:12]}; "
+                "give the model that it was made from."
+            )
+
+    def check_entries(self, specs: Mapping[str, TensorSpec], named: str) -> None:
+        """Refuse entries that a model of these parameters does not have; one parameter is read at a time.
+
+        Raises:
+            UserError: naming the first parameter that does not fit.
+        """
+        for name in self.names:
+            if name not in specs:
+                raise UserError(
+                    f"{self.path} changes {name}, which {named} does not have; they do not belong together."
+                )
+            index, _ = self.change(name)
+            size = prod(specs[name].shape)
+            if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < size:
+                raise UserError(f"{self.path} is damaged: {name} has {size:,} entries, and it changes others.")
+
+
+def open_delta(path: Path) -> Delta:
+    """Open a delta.
+
+    Raises:
+        UserError: if there is none, the file is another one, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a delta.safetensors.")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata, keys = stored.metadata() or {}, set(stored.keys())
+            flat = all(len(stored.get_slice(key).get_shape()) == 1 for key in keys)
+        about = json.loads(metadata.get(_ABOUT, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged, or no delta ({error}); give a delta.safetensors.") from error
+    if _BASE not in metadata:
+        raise UserError(f"{path} is not a delta: its metadata name no base weights; give a delta.safetensors.")
+    names = sorted(key.removesuffix(_INDEX) for key in keys if key.endswith(_INDEX))
+    if odd := sorted(keys ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
+        raise UserError(f"{path} is damaged: of {odd[0]} only one of index and value is there.")
+    if not flat:
+        raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
+    return Delta(path, metadata[_BASE], _record(about), names)
+
+
+_SECTIONS = ("base", "counts", "selection", "training", "versions")
+
+
+def _record(about: Any) -> dict[str, Any]:
+    """A record, without sections that are none; anybody may write to a file's metadata."""
+    parts = about.items() if isinstance(about, dict) else ()
+    return {key: part for key, part in parts if key not in _SECTIONS or isinstance(part, dict)}
+
+
+def patched(tensor: Tensor, change: Change) -> Tensor:
+    """A copy of a tensor with new values at some of its entries.
+
+    Raises:
+        ValueError: if the values are of another type: they would be rounded.
+    """
+    index, value = change
+    if value.dtype != tensor.dtype:
+        raise ValueError(f"values of {value.dtype} for a tensor of {tensor.dtype}")
+    return tensor.clone().put_(index.to(tensor.device), value.to(tensor.device))
+
+
+@torch.no_grad()
+def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
+    """Set the changed weights of the base model to their new values.
+
+    Raises:
+        UserError: if the delta is damaged, belongs to other base weights, or the model is loaded in another type than
+            the values.
+    """
+    delta = open_delta(path)
+    delta.check_base(base_fingerprint, "the model")
+    weights = dict(model.named_parameters())
+    specs = {name: TensorSpec(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    delta.check_entries(specs, "the model")
+    for name in delta.names:
+        index, value = delta.change(name)
+        if value.dtype != weights[name].dtype:
+            raise UserError(
+                f"{path} holds {name} as {plain(value.dtype)}, the model as {plain(weights[name].dtype)}; load the "
+                f"base model in {plain(value.dtype)}."
+            )
+        weights[name].put_(index.to(weights[name].device), value.to(weights[name].device))
+
+
+def plain(dtype: torch.dtype) -> str:
+    """The name of a type, as the settings call it."""
+    return str(dtype).removeprefix("torch.")

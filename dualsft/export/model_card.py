@@ -1,0 +1,165 @@
+"""The model card: what was selected and how, how it was trained, how to load it, and how to get from base to result.
+
+It is written from the record that a delta carries (`dualsft.export.record`), so that whoever applies the delta gets
+the same card as whoever trained; of what the record does not hold the card says nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+FORMULA = (
+    "With g_i the gradient of example i's mean loss and u = (η/n) P ⊙ (v − ½ η H (P ⊙ ḡ)) (first order: without the H "
+    "term), one matrix M_ij = g_ij u_j scores both: an example by its row sum ⟨u, g_i⟩, a weight by its column sum "
+    "u_j Σ_i g_ij ([arXiv 2605.06166](https://arxiv.org/abs/2605.06166))."
+)
+_PLAIN = (
+    "preconditioner",
+    "step_size",
+    "warmup",
+    "prior",
+    "order",
+    "combination",
+    "near_duplicates",
+    "control",
+    "seed",
+)
+_LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+_DELTA = """The change is also a file of its own, `delta.safetensors`: for each changed parameter `<name>.index` (int64,
+flat) and `<name>.value`, and the hash of the base weights (`{fingerprint}`) in the metadata. With `dualsft`:
+
+```bash
+dualsft export apply --base {base} --delta delta.safetensors --output_dir tuned
+dualsft export revert --model tuned --base {base} --delta delta.safetensors --output_dir restored
+```"""
+_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```"""
+
+
+def write_card(folder: Path, about: Mapping[str, Any], adapter: bool = False) -> None:
+    """Write ``README.md`` into the folder of a model or of an adapter.
+
+    Args:
+        folder: Where to.
+        about: The record.
+        adapter: Whether the folder holds a PEFT adapter rather than a model.
+    """
+    base = about["base"]
+    name = base["name"]
+    sections = [
+        f"# {name}, fine-tuned{' in selected weights' if about.get('selection') else ''}",
+        _in_a_sentence(about, adapter),
+        *_section("What was selected, and how", _selection(about.get("selection"))),
+        *_section("Training", _training(about.get("training"))),
+        "## Loading",
+        _ADAPTER.format(base=name, dtype=base.get("dtype", "auto")) if adapter else _LOADING,
+        "## Base and delta",
+        _DELTA.format(fingerprint=base.get("fingerprint", "unknown"), base=name),
+        *_section("Versions", [f"{package} {version}" for package, version in about.get("versions", {}).items()]),
+    ]
+    card = ModelCard(f"---\n{_metadata(base, adapter).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card.save(folder / "README.md")
+
+
+def _metadata(base: Mapping[str, Any], adapter: bool) -> ModelCardData:
+    named = None if base["local"] or not _is_hub_id(base["name"]) else base["name"]
+    return ModelCardData(
+        base_model=named,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dualsft", "sparse-fine-tuning", "data-selection"],
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _in_a_sentence(about: Mapping[str, Any], adapter: bool) -> str:
+    counts, base = about["counts"], about["base"]
+    trained = f", of {counts['trained']:,} that were trained" if "trained" in counts else ""
+    made_by = f"; made by `{about['made_by']}`" if "made_by" in about else ""
+    made_by += "; here as an adapter for PEFT, equal to that up to float32 rounding" if adapter else ""
+    return (
+        f"{base['name']} (weights `{base['fingerprint']}`) with {counts['changed']:,} of its {counts['all']:,} weights "
+        f"({counts['changed'] / counts['all']:.2%}) changed{trained}; all others have the bits of the base model as "
+        f"loaded in {base['dtype']}{made_by}."
+    )
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _selection(told: Mapping[str, Any] | None) -> list[str]:
+    """One line for each thing that the record of the selection tells."""
+    if not told:
+        return []
+    lines = []
+    if counts := told.get("counts"):
+        examples, weights = counts["examples"], counts["parameters"]
+        lines.append(f"examples: {examples['selected']:,} of {examples['rows']:,} ({examples['scored']:,} scored)")
+        lines.append(f"weights: {weights['selected']:,} of {weights['scored']:,}")
+    if budgets := told.get("budgets"):
+        lines.append(f"budgets: data {_shown(budgets['data'])}, weights {_shown(budgets['parameters'])}")
+    for key in ("scorer", "parameter_allocator", "data_allocator"):
+        if part := told.get(key):
+            options = ", ".join(f"{name} {_shown(value)}" for name, value in part["options"].items())
+            lines.append(f"{key.replace('_', ' ')}: `{part['class_path']}`{f' ({options})' if options else ''}")
+    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in _PLAIN if key in told]
+    lines += [f"{key}: {_shown(told[key])}" for key in ("trainable", "frozen") if told.get(key)]
+    if "predicted_improvement" in (prediction := told.get("prediction", {})):
+        lines.append(f"predicted improvement of one step: {prediction['predicted_improvement']:.3g}")
+    lines += _data("scored", told.get("data", {}).get("train", []))
+    lines += _data("target", told.get("data", {}).get("validation", []))
+    return [*lines, FORMULA] if "scorer" in told else lines
+
+
+def _data(role: str, sources: list[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for source in sources:
+        named = f" {source['set']}" if "set" in source else ""
+        rows = f", {source['rows']:,} rows" if "rows" in source else ""
+        lines.append(f"{role} data{named}: {source.get('name', 'unnamed')}{rows}, SHA-256 `{source['fingerprint']}`")
+    return lines
+
+
+def _training(told: Mapping[str, Any] | None) -> list[str]:
+    if not told:
+        return []
+    lines = []
+    for optimizer in told.get("optimizer", []):
+        options = ", ".join(f"{key} {_shown(value)}" for key, value in optimizer.items() if key != "name")
+        lines.append(f"optimizer: {optimizer['name']} ({options})")
+    lines += [f"learning rate schedule: {name}" for name in told.get("lr_scheduler", [])]
+    rest = [key for key in told if key not in ("optimizer", "lr_scheduler", "data") and told[key] is not None]
+    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in rest]
+    return lines + _data("training", told.get("data", []))
+
+
+def _shown(value: Any) -> str:
+    """A setting as a reader would write it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

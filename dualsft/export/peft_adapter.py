@@ -1,0 +1,208 @@
+"""A delta as a PEFT adapter: SHiRA where a linear layer's weight changed, a module stored whole elsewhere.
+
+SHiRA (Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175; `peft.tuners.shira`) keeps for a linear layer of
+m × n weights the positions and values of r (m + n) entries that are added to them, with one r for the whole adapter. So
+
+    value = new − old, in float32;  a layer with fewer changed entries than r (m + n) is filled up with zeros
+
+and a layer whose changed entries do not fit, because r (m + n) must be at least their number and at most m n, is stored
+whole (PEFT's ``modules_to_save``), as are modules of any other kind: embeddings, norms, layers with a changed bias. r
+is the one that makes the adapter smallest. Modules stored whole are exact; old + value is new up to float32 rounding.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dualsft.errors import UserError
+from dualsft.export.checkpoints import Writer, check_pair, loaded_type
+from dualsft.export.delta import Delta, open_delta, patched
+from dualsft.export.model_card import write_card
+from dualsft.models.loading import empty_model, model_folder
+from dualsft.models.stored import Weights, has_own_names, stored_weights
+from dualsft.models.tensor_file import TensorSpec, write_tensors
+
+_PREFIX, _VALUES, _PLACES = "base_model.model.", "shira_weight", "shira_indices"
+_ENTRY_BYTES = 12  # a float32 value and two int32 coordinates
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which modules are stored how.
+
+    Attributes:
+        rank: SHiRA's r.
+        sparse: Linear layers whose weight is changed in places -> the parameter, which may be tied and named elsewhere.
+        whole: Parameters of modules that are stored whole, by the names that they have there -> the parameter.
+        modules: Those modules.
+    """
+
+    rank: int
+    sparse: dict[str, str]
+    whole: dict[str, str]
+    modules: list[str]
+
+
+def prepare_peft(base: str, delta: str) -> Writer:
+    """A PEFT adapter, which PEFT loads onto the base model.
+
+    Args:
+        base: The base model's folder or hub id.
+        delta: A ``delta.safetensors`` that belongs to it.
+
+    Raises:
+        UserError: if either cannot be read, they do not belong together, or the delta does not fit an adapter.
+    """
+    change = open_delta(Path(delta))
+    about = check_pair(change, base)
+    stored = stored_weights(model_folder(base))
+    if not has_own_names(stored):
+        raise UserError(
+            f"{base} stores its weights under other names than its modules have, so that no adapter can be made for "
+            "it; use export apply instead."
+        )
+    change.check_entries(stored.specs, base)
+    layout = plan(empty_model(base), change)
+
+    def write(folder: Path) -> None:
+        _write_tensors(folder / "adapter_model.safetensors", layout, stored, change)
+        write_card(folder, about, adapter=True)
+        settings = json.dumps(_settings(layout, base), indent=2)
+        (folder / "adapter_config.json").write_text(settings, encoding="utf-8")
+
+    return write
+
+
+def plan(model: nn.Module, change: Delta) -> Layout:
+    """Decide how each changed module is stored.
+
+    Args:
+        model: The model, which may be without its weights.
+        change: What changes.
+
+    Raises:
+        UserError: if not a single layer's change fits SHiRA, or a module that is to be stored whole has a buffer.
+    """
+    places = _changed_modules(model, set(change.names))
+    linear = {
+        module: parameters["weight"]
+        for module, parameters in places.items()
+        if isinstance(model.get_submodule(module), nn.Linear) and parameters.keys() == {"weight"}
+    }
+    modules = dict(model.named_modules(remove_duplicate=False))
+    weights = {m: modules[m].get_parameter("weight") for m in linear}
+    rank, sparse = _cheapest({m: (change.counts[linear[m]], weights[m].shape) for m in linear}, change)
+    if not rank:
+        raise UserError(f"No linear layer's change in {change.path} is sparse enough for SHiRA; use export apply.")
+    whole = _outermost(places.keys() - sparse)
+    inside = {module for module in sparse if any(module.startswith(f"{outer}.") for outer in whole)}
+    return Layout(rank, {m: linear[m] for m in sorted(sparse - inside)}, _contents(model, whole), whole)
+
+
+def _changed_modules(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
+    """Module -> its own changed parameters, by their names in it; a tied one appears in each module that has it."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    places: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first[id(parameter)] in changed:
+            module, _, leaf = name.rpartition(".")
+            places[module][leaf] = first[id(parameter)]
+    return places
+
+
+def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tuple[int, set[str]]:
+    """The r with which the adapter is smallest, and the layers that are then sparse; 0 if none can be.
+
+    Args:
+        layers: Linear layer -> how many entries change, and its shape.
+        change: Says in which type a layer would be stored whole.
+    """
+    needed = {name: ceil(count / sum(shape)) for name, (count, shape) in layers.items()}
+    item = max((dtype.itemsize for dtype in change.dtypes), default=0)
+    best: tuple[float, int, set[str]] = (float("inf"), 0, set())
+    for rank in sorted(set(needed.values())):
+        size, sparse = 0, set()
+        for name, (_, shape) in layers.items():
+            entries, dense = rank * sum(shape), shape.numel() * item
+            fits = needed[name] <= rank and entries <= shape.numel() and entries * _ENTRY_BYTES < dense
+            size += entries * _ENTRY_BYTES if fits else dense
+            if fits:
+                sparse.add(name)
+        if sparse:
+            best = min(best, (size, rank, sparse), key=lambda found: found[:2])
+    return best[1], best[2]
+
+
+def _outermost(modules: set[str]) -> list[str]:
+    """Without those that lie in another one."""
+    return [m for m in sorted(modules) if not any(m.startswith(f"{other}.") for other in modules)]
+
+
+def _contents(model: nn.Module, whole: list[str]) -> dict[str, str]:
+    """Every parameter of these modules, by its name there -> the parameter."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    contents = {}
+    for module in whole:
+        own = model.get_submodule(module)
+        parameters = dict(own.named_parameters(remove_duplicate=False))
+        if buffers := sorted(own.state_dict().keys() - parameters.keys()):
+            raise UserError(f"{module} has a buffer ({buffers[0]}), so that PEFT cannot store it; use export apply.")
+        contents.update({f"{module}.{name}": first[id(parameter)] for name, parameter in parameters.items()})
+    return contents
+
+
+def _write_tensors(path: Path, layout: Layout, stored: Weights, change: Delta) -> None:
+    wanted = loaded_type(change)
+    convert = getattr(torch, wanted) if wanted != "auto" else None
+    specs: dict[str, TensorSpec] = {}
+    for name, parameter in layout.whole.items():
+        spec = stored.specs[parameter]
+        specs[_PREFIX + name] = TensorSpec(convert or spec.dtype, spec.shape)
+    for module, parameter in layout.sparse.items():
+        entries = layout.rank * sum(stored.specs[parameter].shape)
+        specs[f"{_PREFIX}{module}.{_VALUES}"] = TensorSpec(torch.float32, (entries,))
+        specs[f"{_PREFIX}{module}.{_PLACES}"] = TensorSpec(torch.int32, (2, entries))
+
+    def read(name: str) -> Tensor:
+        module, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+        if leaf in (_VALUES, _PLACES):
+            weight = stored.read(layout.sparse[module])
+            places, values = _entries(weight.to(convert or weight.dtype), change, layout.sparse[module], layout.rank)
+            return values if leaf == _VALUES else places
+        parameter = layout.whole[name.removeprefix(_PREFIX)]
+        weight = stored.read(parameter).to(specs[name].dtype)
+        return patched(weight, change.change(parameter)) if parameter in change.names else weight
+
+    write_tensors(path, specs, read, {"format": "pt"})
+
+
+def _entries(weight: Tensor, change: Delta, name: str, rank: int) -> tuple[Tensor, Tensor]:
+    """Coordinates (2, entries) and values (entries) of what is added to a weight; filled up with zeros elsewhere."""
+    index, new = change.change(name)
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool)
+    chosen[index] = True
+    chosen[(~chosen).nonzero().squeeze(1)[: rank * sum(weight.shape) - len(index)]] = True
+    added = torch.zeros(weight.numel(), dtype=torch.float32)
+    added[index] = (new.double() - weight.flatten()[index].double()).float()
+    flat = chosen.nonzero().squeeze(1)
+    return torch.stack([flat // weight.shape[1], flat % weight.shape[1]]).int(), added[flat]
+
+
+def _settings(layout: Layout, base: str) -> dict[str, object]:
+    """PEFT's ``adapter_config.json``; a mask type that it does not know keeps it from drawing masks at random."""
+    return {
+        "peft_type": "SHIRA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": layout.rank,
+        "mask_type": "dualsft",
+        "target_modules": list(layout.sparse),
+        "modules_to_save": layout.modules or None,
+    }

@@ -1,0 +1,39 @@
+"""Hugging Face folders: a model's weights, and what its base has beside them."""
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from dualsft.data import load_tokenizer
+from dualsft.models.loading import model_folder
+from dualsft.sharding import is_sharded
+from dualsft.sharding.save import save_sharded
+
+GENERATION = "generation_config.json"
+
+
+def save_model(model: PreTrainedModel, base: str, folder: Path) -> None:
+    """Write a model that is held in memory as a Hugging Face folder, with what its base has beside the weights."""
+    save_weights(model, folder)
+    copy_companions(base, folder)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as a Hugging Face folder; of a sharded one every rank calls this."""
+    if is_sharded(model):
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def copy_companions(base: str, folder: Path) -> None:
+    """Give a folder the base's tokenizer, and its generation settings as they stand.
+
+    Raises:
+        UserError: if the base has no tokenizer that can be loaded.
+    """
+    load_tokenizer(base).save_pretrained(folder)
+    settings = model_folder(base) / GENERATION
+    if settings.is_file():
+        shutil.copyfile(settings, folder / GENERATION)

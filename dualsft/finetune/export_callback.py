@@ -1,0 +1,113 @@
+"""After the fine-tune: an ordinary Hugging Face checkpoint with its model card, and the delta."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from dualsft.errors import UserError
+from dualsft.export.delta import Change, changes, plain, sharded_changes, write_delta
+from dualsft.export.model_card import write_card
+from dualsft.export.pretrained import copy_companions, save_weights
+from dualsft.export.record import describe_base, describe_selection, describe_training, num_weights, versions
+from dualsft.finetune.module import MaskedFinetuneModule
+from dualsft.models.loading import model_folder
+from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
+from dualsft.sharding import is_sharded, load_sharded, local
+from dualsft.sharding.collectives import any_of, first
+from dualsft.sharding.shards import first_row
+
+
+class ExportModel(Callback):
+    """Writes ``model/`` and ``delta.safetensors`` when the fit is over, each whole or not at all.
+
+    Args:
+        output_dir: Where they go.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self._folder = Path(output_dir)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export; Lightning does not come here after an interruption or an error.
+
+        Raises:
+            UserError: if the trained weights are not finite.
+        """
+        if not isinstance(pl_module, MaskedFinetuneModule):
+            raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
+        if any_of(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):
+            raise UserError("The trained weights are not finite, so nothing is exported; lower the learning rate.")
+        changed = _changes(pl_module)
+        partial = self._folder / "model.partial"
+        first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        save_weights(pl_module.model, partial)
+        first(lambda: self._complete(trainer, pl_module, changed, partial))
+
+    def _complete(
+        self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
+    ) -> None:
+        """Write all that goes with the weights, and put the whole in its place."""
+        about = _record(trainer, module, changed)
+        copy_companions(module.model_name_or_path, partial)
+        write_card(partial, about)
+        delta = self._folder / "delta.safetensors.partial"
+        write_delta(delta, changed, module.base_fingerprint, about)
+        self._replace_model(partial)
+        delta.replace(self._folder / "delta.safetensors")
+
+    def _replace_model(self, partial: Path) -> None:
+        """Put a finished folder in the place of ``model/``; whenever this is cut short, that is old, new or absent."""
+        model, old = self._folder / "model", self._folder / "model.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if model.exists():
+            model.replace(old)
+        partial.replace(model)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _changes(module: MaskedFinetuneModule) -> dict[str, Change]:
+    if is_sharded(module.model):
+        return sharded_changes(_base_rows(module), dict(module.model.named_parameters()), module.compact.names)
+    base = parameter_weights(module.model_name_or_path, module.dtype_name)
+    tuned = weights_of(base.folder, module.model)
+    return changes(base.read, tuned.read, module.compact.names)
+
+
+def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
+    """Gives this rank's rows of a weight of the base model: from the files if they have it, else from another shard."""
+    parameters = dict(module.model.named_parameters())
+    stored = stored_weights(model_folder(module.model_name_or_path))
+    if not has_own_names(stored):
+        mesh = module.device_mesh
+        assert mesh is not None
+        base = load_sharded(module.model_name_or_path, mesh["data_parallel"], module.dtype_name, cpu_offload=True)
+        rows = {name: local(weight.detach()) for name, weight in base.named_parameters()}
+        return rows.__getitem__
+
+    def read(name: str) -> Tensor:
+        first = first_row(parameters[name])
+        return stored_rows(stored, name, slice(first, first + len(local(parameters[name].detach()))))
+
+    return read
+
+
+def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change]) -> dict[str, Any]:
+    record = {
+        "made_by": "dualsft fit",
+        "base": describe_base(module.model_name_or_path, module.base_fingerprint, plain(module.model.dtype)),
+        "counts": {
+            "changed": sum(len(index) for index, _ in changed.values()),
+            "trained": module.compact.num_selected(),
+            "all": num_weights(module.model),
+        },
+        "selection": describe_selection(module.selection.manifest) if module.selection else None,
+        "training": describe_training(trainer),
+        "versions": versions(),
+    }
+    kept: dict[str, Any] = json.loads(json.dumps(record))  # as whoever applies the delta will read it
+    return kept

@@ -1,0 +1,179 @@
+"""The fast tap for Linear, y = a Wᵀ + b, where nearly all the work is; also for Conv1D, whose weight is Wᵀ.
+
+With e the gradient of y, and a_i, e_i the tokens of example i, there are two ways to the rows <dW_i, U> when the
+columns Σ_i dW_i are wanted too. In units of 2 x tokens x weights floating-point operations:
+
+    by gradient   dW_i = e_iᵀ a_i, one example at a time: its product with U goes to row i, the matrix to the columns.
+                  1 unit, which the columns cost anyway, and memory traffic per example.
+    by product    (e U) · a or, whichever is narrower, (a Uᵀ) · e for the rows, and eᵀ a for the columns. 2 units.
+
+So the first is near the limit for long examples, the second better for short ones; `by_gradient_pays` is the rule.
+Without columns there is only the second, at the 1 unit that the weight gradient would have cost. Contributions by token
+come from the second alone. Several directions U share the dW_i of the first; each takes a product of its own of the
+second.
+
+The layer's own backward is replaced whole, so that the weight gradient is not formed twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dualsft.data.layout import Layout
+from dualsft.matrix.tap import Rows
+from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.linear import exchange
+
+_BLOCK = 2**20
+"""Entries of dW that are formed at a time: 4 MiB stay in a cache while they are multiplied and added."""
+
+_BREAK_EVEN = {"cpu": (24.0, 3e6), "cuda": (2048.0, 3e9)}
+"""Tokens per example at which both ways cost the same, for a large layer, and the weights below which the cost of a
+call counts. Measured by ``benchmarks/linear_tap.py`` on a CPU; for CUDA from the ratio of an H100's arithmetic to its
+memory bandwidth, and not measured."""
+
+
+def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bool:
+    """Whether forming each dW_i is cheaper than a product with U, for one layer of this many weights."""
+    tokens, calls = _BREAK_EVEN.get(device, _BREAK_EVEN["cuda"])
+    return tokens_per_example >= tokens + calls / weights
+
+
+class LinearHook:
+    """A forward hook that exchanges the graph behind a linear layer's output for one that adds to the rows.
+
+    Args:
+        rows: What the tap adds to.
+        path: The module's name.
+        module: The module.
+        tangents: For each direction, u for its weight and, if it is scored, its bias.
+    """
+
+    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
+        self._rows = rows
+        self.where = f"{path} ({type(module).__name__})"
+        self._transposed = type(module) is Conv1D
+        self._tangents = tangents
+
+    @property
+    def _us(self) -> list[Tensor]:
+        """U as (out, in), to be asked for in backward, where it is at hand."""
+        return [u["weight"].t() if self._transposed else u["weight"] for u in self._tangents]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """The module's output with the tap on it, as a forward hook returns it."""
+        if not torch.is_grad_enabled():  # as in the jvp of a module around this one
+            return None
+        (a,) = args or kwargs.values()
+        a, output = self._rows.layout.expand(a), self._rows.layout.expand(output)
+        self._rows.expect(output.shape, self.where)
+        self._rows.touch(module)
+        return exchange(module, a, output, self._rows.anchor, self, weight_too=True)
+
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Add to the rows; the gradients of the input and of the weight, where needed; see `LinearBackward`."""
+        weight = weight.t() if self._transposed else weight
+        needs_input, needs_weight, _ = needs
+        narrow = a.to(e.dtype)
+        for k, u in enumerate(self._tangents):
+            if "bias" in u:
+                self._rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
+        gradient = self._weigh(e, narrow, weight.dtype) if needs_weight else None
+        if not needs_weight:
+            self._add_products(e, narrow)
+        if gradient is not None and self._transposed:
+            gradient = gradient.t()
+        return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
+
+    def _weigh(self, e: Tensor, a: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
+        layout = self._rows.layout
+        by_gradient = (
+            not self._rows.by_token
+            and _rows_and_tokens(e, layout)
+            and by_gradient_pays(layout.mean_length, e.shape[-1] * a.shape[-1], e.device.type)
+        )
+        if by_gradient:
+            values, gradient = example_gradients(e, a, self._us, layout, dtype)
+            for k, of_examples in enumerate(values):
+                self._rows.add_examples(k, of_examples)
+            return gradient
+        self._add_products(e, a)
+        return e.flatten(0, -2).t() @ a.flatten(0, -2)
+
+    def _add_products(self, e: Tensor, a: Tensor) -> None:
+        for k, direction in enumerate(self._us):
+            u = direction.to(e.dtype)
+            out_features, in_features = u.shape
+            x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
+            self._rows.add(k, x, y, self.where)
+
+
+def _rows_and_tokens(e: Tensor, layout: Layout) -> bool:
+    """Whether the axes before the last are rows and tokens, or both flattened into one."""
+    return e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
+
+
+def example_gradients(
+    e: Float[Tensor, "*tokens out"],
+    a: Float[Tensor, "*tokens in"],
+    us: Sequence[Float[Tensor, "out in"]],
+    layout: Layout,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "out in"]]:
+    """<e_iᵀ a_i, U> of every direction U and example, and Σ_i e_iᵀ a_i in this type, a block of the matrix at a time.
+
+    The block's longer side comes first, which is what matrix multiplication into few rows is slow at; the sum over
+    examples is float32 at least.
+    """
+    out_features, in_features = us[0].shape
+    e, a = (part.reshape(layout.rows, layout.tokens, -1) for part in (e, a))
+    turned = in_features > out_features
+    x, y, us = (a, e, [u.t() for u in us]) if turned else (e, a, us)
+    wide = accumulator_dtype(e)
+    height, width = us[0].shape
+    gradient = e.new_empty((height, width), dtype=dtype)
+    step = max(1, _BLOCK // width)
+    buffer = e.new_empty((2, min(step, height), width), dtype=wide)
+    values = []
+    for first in range(0, height, step):
+        block = slice(first, first + step)
+        part, total = _block_gradients(x[..., block], y, [u[block].to(wide) for u in us], layout, buffer)
+        values.append(part)
+        gradient[block] = total
+    return torch.stack(values).sum(0), gradient.t() if turned else gradient
+
+
+def _block_gradients(
+    x: Float[Tensor, "row token m"],
+    y: Float[Tensor, "row token n"],
+    us: Sequence[Float[Tensor, "m n"]],
+    layout: Layout,
+    buffer: Float[Tensor, "2 step n"],
+) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "m n"]]:
+    one, scratch = buffer[:, : x.shape[-1]]
+    total = torch.zeros_like(one)
+    products = []
+    for row, first, length in layout.spans:
+        span = slice(first, first + length)
+        _outer(x[row, span], y[row, span], one)
+        # not torch.dot, which adds a million products in a handful of float32 numbers
+        products += [torch.mul(one, u, out=scratch).sum() for u in us]
+        total.add_(one)
+    return torch.stack(products).double().view(-1, len(us)).t(), total
+
+
+def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:
+    """Store xᵀ y, in the target's type where the device can multiply so."""
+    if x.dtype == into.dtype:
+        torch.mm(x.t(), y, out=into)
+    elif x.device.type == "cuda":
+        into.copy_(torch.mm(x.t(), y, out_dtype=into.dtype))
+    else:
+        into.copy_(torch.mm(x.t(), y))

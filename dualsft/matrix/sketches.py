@@ -1,0 +1,159 @@
+"""Norms and sketches of single gradients g_i, for allocators that look at examples beyond their scores.
+
+    gradient norm ‖g_i‖        preconditioned norm ‖P ⊙ g_i‖        sketch  z_i = S (√P ⊙ g_i)
+
+S is a count sketch (Charikar, Chen, Farach-Colton 2002): entry j goes to component j mod K, with a random sign of its
+own. Then E[z_i · z_k] = g_iᵀ P g_k, and the standard deviation of the estimate is near ‖√P ⊙ g_i‖ ‖√P ⊙ g_k‖ / √K. K is
+prime, so that a few columns of large entries, which many weight matrices' gradients have, spread over all components
+whatever the matrix's width.
+
+None of this is a sum over the tokens of a batch, so a batch is differentiated one example at a time: the gradient that
+is complete at a parameter is then one example's own, tied weights included. It is folded and dropped as that of a sum.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dualsft.models.dtypes import accumulator_dtype
+from dualsft.sharding.shards import part, working_device
+from dualsft.sharding.unit_gather import working_parameters
+
+SKETCH_SIZE = 1021
+"""Components of a sketch; prime. The cosine of two sketches is that of the gradients to about 0.03."""
+
+_BLOCK = 2**20 // SKETCH_SIZE * SKETCH_SIZE
+"""Entries that are worked on at a time."""
+
+LOSS, NORM, PRECONDITIONED_NORM, SKETCH = "loss", "gradient_norm", "preconditioned_gradient_norm", "sketch"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure of each example.
+
+    Attributes:
+        names: Any of loss, gradient_norm, preconditioned_gradient_norm and sketch.
+        preconditioner: Parameter name -> P, of its shape; None for P = 1.
+    """
+
+    names: Collection[str] = ()
+    preconditioner: Mapping[str, Tensor] | None = None
+
+    @property
+    def by_example(self) -> bool:
+        """Whether anything asked for takes each example's own gradient."""
+        return bool(set(self.names) - {LOSS})
+
+
+def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tensor]:
+    """√P with the sketch's signs, by parameter name, of its (local) shape; signs alone take a byte each.
+
+    Args:
+        model: Any module.
+        measurement: What is to be measured; empty if that takes no factors.
+    """
+    factors: dict[str, Tensor] = {}
+    if not set(measurement.names) & {PRECONDITIONED_NORM, SKETCH}:
+        return factors
+    generator = torch.Generator().manual_seed(0)  # one S for all runs, so that their sketches can be compared
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sign = part(random_signs(parameter.numel(), generator).view(parameter.shape), parameter)
+            root = measurement.preconditioner[name].sqrt() if measurement.preconditioner is not None else None
+            sign = sign.to(parameter.device)
+            factors[name] = sign if root is None else root.mul_(sign)
+    return factors
+
+
+class ExampleStatistics:
+    """Measures each parameter's gradient as backward completes it, while the context is open; the example is alone.
+
+    Enter it before `ColumnSums`, which drops the gradient.
+
+    Args:
+        model: Any module.
+        measurement: What to measure.
+        factors: From `sketch_factors`, each whole when backward completes its parameter's gradient.
+        drop: Whether the gradients are of no further use.
+    """
+
+    def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
+        self._names, self._drop, self._factors = set(measurement.names), drop, factors
+        self._parameters = {n: p for n, p in working_parameters(model).items() if p.requires_grad}
+        sizes = {NORM: (), PRECONDITIONED_NORM: (), SKETCH: (SKETCH_SIZE,)}
+        device = working_device(model)
+        self._sums = {
+            name: torch.zeros(size, dtype=torch.float64, device=device)
+            for name, size in sizes.items()
+            if name in self._names
+        }
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "ExampleStatistics":
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._measurer(name))
+            for name, parameter in self._parameters.items()
+        ]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self) -> None:
+        """Forget the last example."""
+        for total in self._sums.values():
+            total.zero_()
+
+    def read(self) -> dict[str, Float[Tensor, "..."]]:
+        """Name -> what was measured of the example whose backward has run, on the host; waits for the device.
+
+        Norms are numbers, float64; the sketch is a vector, float32 as it is kept. All are zero for an example in whose
+        loss no weight takes part.
+        """
+        return {name: (total.float() if name == SKETCH else total.sqrt()).cpu() for name, total in self._sums.items()}
+
+    def _measurer(self, name: str) -> Callable[[Tensor], None]:
+        def measure(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            factor = self._factors[name].flatten() if name in self._factors else None
+            self._measure(parameter.grad.flatten(), factor, accumulator_dtype(parameter))
+            if self._drop:
+                parameter.grad = None
+
+        return measure
+
+    @torch.no_grad()
+    def _measure(self, gradient: Tensor, factor: Tensor | None, wide: torch.dtype) -> None:
+        for first in range(0, len(gradient), _BLOCK):
+            g = gradient[first : first + _BLOCK].to(wide)
+            if NORM in self._sums:
+                self._sums[NORM] += g.square().sum()
+            if factor is not None:
+                self._measure_scaled(g, factor[first : first + _BLOCK])
+
+    def _measure_scaled(self, gradient: Tensor, factor: Tensor) -> None:
+        scaled = gradient * factor
+        if SKETCH in self._sums:
+            self._sums[SKETCH] += fold(scaled)
+        if PRECONDITIONED_NORM in self._sums:
+            self._sums[PRECONDITIONED_NORM] += (scaled * factor).square().sum()
+
+
+def random_signs(count: int, generator: torch.Generator) -> Int8[Tensor, " entry"]:
+    """So many of 1 and -1, each as likely."""
+    return torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+
+
+def fold(values: Float[Tensor, " entry"], size: int = SKETCH_SIZE) -> Float[Tensor, " size"]:
+    """Σ over the entries whose place is k modulo the size, for each k."""
+    whole = len(values) // size * size
+    folded = values[:whole].view(-1, size).sum(0)
+    folded[: len(values) - whole] += values[whole:]
+    return folded

@@ -1,0 +1,107 @@
+"""A checkpoint's weights by the names of the model's parameters, read one at a time wherever the files allow it.
+
+They do when they hold the parameters under the model's own names. Files that the library renames or fuses on loading
+(mixtures of experts, checkpoints without the model's prefix), or that hold a tied weight twice, do not: then the model
+is loaded whole.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dualsft.errors import UserError
+from dualsft.models.loading import Dtype, empty_model, load_model, model_folder, reading_weights, weight_files
+from dualsft.models.tensor_file import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name.
+
+    Attributes:
+        folder: Where they come from.
+        specs: Name -> type and shape.
+        read: Gives a tensor by its name; not to be written to.
+        files: Name -> the file that holds it; None when they are not read from files.
+    """
+
+    folder: Path
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], Tensor]
+    files: Mapping[str, Path] | None = None
+
+
+def stored_weights(folder: Path) -> Weights:
+    """The tensors as the files name them.
+
+    Raises:
+        UserError: if they cannot be read, or are of a type that is not known here.
+    """
+    with reading_weights(folder):
+        files = weight_files(folder)
+        specs = {name: _spec(name, path) for name, path in files.items()}
+
+    def read(name: str) -> Tensor:
+        with reading_weights(folder), safe_open(files[name], framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    return Weights(folder, specs, read, files)
+
+
+def stored_rows(stored: Weights, name: str, rows: slice) -> Tensor:
+    """Some rows (of dimension 0) of a tensor in files, of which no others are read.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    assert stored.files is not None
+    with reading_weights(stored.folder), safe_open(stored.files[name], framework="pt") as file:
+        part: Tensor = file.get_slice(name)[rows]
+    return part
+
+
+def _spec(name: str, path: Path) -> TensorSpec:
+    with safe_open(path, framework="pt") as stored:
+        tensor = stored.get_slice(name)
+        dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    if dtype not in DTYPES:
+        raise UserError(f"{path} stores {name} as {dtype}, which is not known here; give a checkpoint of plain floats.")
+    return TensorSpec(DTYPES[dtype], shape)
+
+
+def loaded_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
+    """The parameters of a model that is held in memory; see `load_model`."""
+    return weights_of(model_folder(name_or_path), load_model(name_or_path, dtype))
+
+
+def weights_of(folder: Path, model: nn.Module) -> Weights:
+    """The parameters of a model in memory, as what comes from a folder."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    specs = {name: TensorSpec(weight.dtype, tuple(weight.shape)) for name, weight in parameters.items()}
+    return Weights(folder, specs, parameters.__getitem__)
+
+
+def parameter_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
+    """The weights by parameter name: from the files if they have these names, otherwise of the loaded model.
+
+    Args:
+        name_or_path: A Hugging Face model folder or hub id.
+        dtype: Type to load the model in, where it must be loaded.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    stored = stored_weights(model_folder(name_or_path))
+    return stored if has_own_names(stored) else loaded_weights(name_or_path, dtype)
+
+
+def has_own_names(stored: Weights) -> bool:
+    """Whether files hold just the model's parameters, each under its name and with its shape, and buffers beside."""
+    model = empty_model(str(stored.folder))
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: spec.shape for name, spec in stored.specs.items() if name in parameters}
+    others = stored.specs.keys() - parameters.keys()
+    return found == parameters and others <= {name for name, _ in model.named_buffers()}

@@ -1,0 +1,160 @@
+"""The weight gradient of a linear layer for its chosen entries alone, where these make few rectangles.
+
+    y = a Wᵀ + b:     dW = eᵀ a,     and of rows R and columns C     dW[R, C] = e[:, R]ᵀ a[:, C],
+
+with e the gradient of y, and tokens as rows of e and a. Whole rows, whole columns or blocks are a few such products, of
+as many floating-point operations as there are chosen entries; the dense gradient, a third of a training step, is never
+formed. Entries in any pattern would take a product for every row, which is slower than the dense one.
+
+The layer's own backward is replaced. Any other use of its weight, as of one that is tied to an embedding, or that a
+module around takes past the layer, has its ordinary gradient.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dualsft.models.linear import exchange, is_linear
+
+MOST_RECTANGLES, LEAST_ROWS = 256, 4
+"""With more of them, or fewer rows to each, the calls cost more than the products."""
+
+SHORTEST_RUN = 16
+"""Of columns side by side, on average, that are copied as such."""
+
+LARGEST_SHARE = 0.75
+"""Of a layer's weights; above it, one dense product is as fast."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some columns of a matrix.
+
+    Attributes:
+        index: Which, ascending.
+        runs: The same as runs of columns side by side, where these are few: they are taken without a gather.
+    """
+
+    index: Int[Tensor, " place"]
+    runs: tuple[slice, ...] = ()
+
+    @staticmethod
+    def of(index: Int[Tensor, " place"]) -> "Places":
+        """With its runs, if they are long."""
+        ends = [*((index[1:] - index[:-1]) != 1).nonzero().squeeze(1).tolist(), len(index) - 1]
+        if len(ends) * SHORTEST_RUN > len(index) and len(ends) > 1:
+            return Places(index)
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        return Places(index, tuple(slice(int(index[a]), int(index[b]) + 1) for a, b in zip(starts, ends, strict=True)))
+
+    def take(self, matrix: Float[Tensor, "token n"]) -> Float[Tensor, "token place"]:
+        """These columns of a matrix; a view if they are one run."""
+        if not self.runs:
+            return matrix.index_select(1, self.index)
+        parts = [matrix[:, run] for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def to(self, device: torch.device) -> "Places":
+        """The same on another device."""
+        return Places(self.index.to(device), self.runs)
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Some rows by some columns of a matrix.
+
+    Attributes:
+        rows: Which rows.
+        columns: Which columns.
+        entries: Where the rectangle lies, row by row, among all chosen entries of the matrix in row-major order.
+    """
+
+    rows: Places
+    columns: Places
+    entries: slice
+
+    def to(self, device: torch.device) -> "Rectangle":
+        """The same on another device."""
+        return Rectangle(self.rows.to(device), self.columns.to(device), self.entries)
+
+
+def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
+    """The rectangles that chosen entries make: of rows that follow one another, empty ones aside, and are alike.
+
+    Returns:
+        None where they are too many, or too much of the matrix, to be worth it.
+    """
+    if mask.sum() > LARGEST_SHARE * mask.numel():
+        return None
+    rows = mask.any(1).nonzero().squeeze(1)
+    filled = mask[rows]
+    starts = torch.cat([rows.new_zeros(1), (filled[1:] != filled[:-1]).any(1).nonzero().squeeze(1) + 1])
+    if not len(rows) or len(starts) > min(MOST_RECTANGLES, max(4, len(rows) // LEAST_ROWS)):
+        return None
+    found, first = [], 0
+    for k, group in enumerate(rows.tensor_split(starts[1:].cpu())):
+        columns = filled[starts[k]].nonzero().squeeze(1)
+        size = len(group) * len(columns)
+        found.append(Rectangle(Places.of(group), Places.of(columns), slice(first, first + size)))
+        first += size
+    return found
+
+
+def chosen_products(
+    x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], parts: list[Rectangle]
+) -> Float[Tensor, " selected"]:
+    """The entries of xᵀ y in these rectangles, in row-major order of the whole matrix."""
+    chosen = x.new_empty(parts[-1].entries.stop)
+    for part in parts:
+        left, right = part.rows.take(x), part.columns.take(y)
+        torch.mm(left.t(), right, out=chosen[part.entries].view(left.shape[1], right.shape[1]))
+    return chosen
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """The modules that compute a Wᵀ + b, or with Conv1D a W + b, and nothing else, with their W."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if is_linear(module) and isinstance(weight, nn.Parameter):
+            yield module, weight
+
+
+class ChosenGradientHook:
+    """A forward hook on a linear layer, for whose weight's chosen entries a master stands.
+
+    Args:
+        module: The layer.
+        master: Gets the gradient of the chosen entries, in row-major order of the weight; of shape (selected,).
+        parts: Where they are.
+    """
+
+    def __init__(self, module: nn.Module, master: nn.Parameter, parts: list[Rectangle]) -> None:
+        self._transposed = type(module) is Conv1D
+        self._master, self._parts = master, parts
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """The module's output with another graph behind it, as a forward hook returns it."""
+        if not torch.is_grad_enabled():
+            return None
+        (a,) = args or kwargs.values()
+        return exchange(module, a, output, self._master, self, weight_too=False)
+
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the input and of the master, where needed; see `LinearBackward`."""
+        needs_input, _, needs_master = needs
+        inward = weight.t() if self._transposed else weight
+        da = (e @ inward.to(e.dtype)).to(a.dtype) if needs_input else None
+        if not needs_master:
+            return da, None, None
+        if self._parts[0].rows.index.device != e.device:  # the model has been moved since
+            self._parts = [part.to(e.device) for part in self._parts]
+        x, y = e.reshape(-1, e.shape[-1]), a.to(e.dtype).reshape(-1, a.shape[-1])
+        chosen = chosen_products(y, x, self._parts) if self._transposed else chosen_products(x, y, self._parts)
+        return da, None, chosen.to(self._master.dtype)

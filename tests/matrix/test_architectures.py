@@ -1,0 +1,210 @@
+"""Scores are exact whatever the architecture: rows and columns of a batch are autograd's over single examples."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dualsft.data.layout import Batch
+from dualsft.errors import UserError
+from dualsft.matrix import interaction, tap
+from dualsft.matrix import passes as gradients
+from dualsft.matrix.linear_tap import LinearHook
+from dualsft.matrix.passes import gradient_pass
+from dualsft.objectives import example_losses
+from tests.selection.tiny import (
+    ARCHITECTURES,
+    Gradients,
+    assert_rows,
+    assert_same_gradients,
+    collate,
+    float64_throughout,
+    given,
+    gradient_loop,
+    make,
+    make_examples,
+    pack,
+    random_direction,
+    total,
+)
+
+EXAMPLES = make_examples()
+FLOAT64, FLOAT32 = 1e-12, 1e-5
+"""How near to float64 autograd, relative to the numbers that are added."""
+
+FORGETFUL = {"gpt-oss", "opt", "bloom", "bert", "rwkv", "lfm2", "mamba"}
+"""What lets packed examples see one another: other positions than ids, a state, or attention that is not told."""
+
+
+@cache
+def reference(architecture: str) -> list[Gradients]:
+    """Autograd over one unpadded example at a time, float64 all through."""
+    with float64_throughout():
+        return gradient_loop(make(architecture), EXAMPLES)
+
+
+@pytest.fixture(params=["by gradient", "by product"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Linear layers take one way to the rows, whatever the lengths."""
+    breaks_even = (0.0, 0.0) if request.param == "by gradient" else (1e9, 0.0)
+    monkeypatch.setattr("dualsft.matrix.linear_tap._BREAK_EVEN", {"cpu": breaks_even, "cuda": breaks_even})
+    return str(request.param)
+
+
+def assert_scores(
+    model: PreTrainedModel, batch: Batch, expected: list[Gradients], relative: float, **options: Any
+) -> None:
+    """A pass over one batch covers every weight, and finds the rows and the columns of these gradients."""
+    u = random_direction(model)
+    found = gradient_pass(model, given([batch]), directions=[u], **options)
+    assert found.covered == set(u)
+    assert_rows([found.rows[0][k] for k in range(len(expected))], u, expected, relative)
+    if found.sums:
+        assert_same_gradients(found.sums, total(expected), relative)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float64_scores_are_autograds(architecture: str) -> None:
+    """Rows and columns of a padded batch of mixed lengths are those of autograd over unpadded single examples."""
+    with float64_throughout():
+        assert_scores(make(architecture), collate(EXAMPLES), reference(architecture), FLOAT64)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_scores_are_those_of_float64(architecture: str) -> None:
+    """The same weights in float32 score the same but for rounding."""
+    assert_scores(make(architecture, torch.float32), collate(EXAMPLES), reference(architecture), FLOAT32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_alone_are_the_same(architecture: str) -> None:
+    """Rows without columns, from frozen weights, are as exact."""
+    with float64_throughout():
+        assert_scores(make(architecture), collate(EXAMPLES), reference(architecture), FLOAT64, columns=False)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_add_up(architecture: str) -> None:
+    """The contributions of an example's own tokens add up to its row, and padding has none."""
+    model = make(architecture)
+    u = random_direction(model)
+    with float64_throughout():
+        found = gradient_pass(model, given([collate(EXAMPLES)]), directions=[u], by_token=True)
+    assert [len(found.tokens[0][k]) for k in range(len(EXAMPLES))] == [len(ids) for ids, _ in EXAMPLES]
+    assert_rows([float(found.tokens[0][k].sum()) for k in range(len(EXAMPLES))], u, reference(architecture), FLOAT64)
+    assert_same_gradients(found.sums, total(reference(architecture)), FLOAT64)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("architecture", [n for n in ARCHITECTURES if n not in {*FORGETFUL, "falcon"}])
+def test_packed_scores_are_those_of_each_alone(architecture: str) -> None:
+    """Rows that hold several examples give each the score that it has alone, and the columns are the same."""
+    with float64_throughout():
+        assert_scores(make(architecture), pack([[0, 3, 1], [2], [4]], EXAMPLES), reference(architecture), FLOAT64)
+
+
+@pytest.mark.parametrize("architecture", sorted(FORGETFUL))
+def test_packing_that_is_not_kept_apart_is_refused(architecture: str) -> None:
+    """A model in which packed examples see one another is named, with what to do."""
+    model = make(architecture)
+    with pytest.raises(UserError, match=r"cannot be scored in batches.*set data\.packing to false"):
+        gradient_pass(model, given([pack([[0, 3, 1], [2, 4]], EXAMPLES)]), directions=[random_direction(model)])
+
+
+def test_packing_is_exact_or_refused() -> None:
+    """Falcon keeps packed examples apart from one release of transformers on; in none is it silently wrong."""
+    model, batch = make("falcon"), pack([[0, 3, 1], [2, 4]], EXAMPLES)
+    u, refusal = random_direction(model), ""
+    try:
+        found = gradient_pass(model, given([batch]), directions=[u])
+    except UserError as error:
+        refusal = str(error)
+    if refusal:
+        assert "set data.packing to false" in refusal
+    else:
+        assert_rows([found.rows[0][k] for k in range(len(EXAMPLES))], u, reference("falcon"), 1e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("architecture", ["llama with biases", "llama tied", "gpt2"])
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_fast_taps_equal_the_general_one(architecture: str, columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear, Conv1D and Embedding score as any other module does, by forward-mode differentiation."""
+    model, batch = make(architecture), collate(EXAMPLES)
+    u = random_direction(model)
+    fast = gradient_pass(model, given([batch]), directions=[u], columns=columns)
+    monkeypatch.setattr(interaction, "is_linear", lambda _: False)
+    monkeypatch.setattr(tap, "_embedding_product", tap._general_product)
+    general = gradient_pass(model, given([batch]), directions=[u], columns=columns)
+    assert fast.rows[0] == pytest.approx(general.rows[0], rel=FLOAT64)
+    if columns:
+        assert_same_gradients(fast.sums, general.sums, FLOAT64)
+
+
+@pytest.mark.parametrize("architecture", ["llama tied", "gpt2"])
+def test_weight_gradients_may_be_formed_in_blocks(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that no layer's weight is a multiple of change neither rows nor columns."""
+    monkeypatch.setattr("dualsft.matrix.linear_tap._BREAK_EVEN", {"cpu": (0.0, 0.0), "cuda": (0.0, 0.0)})
+    monkeypatch.setattr("dualsft.matrix.linear_tap._BLOCK", 100)
+    with float64_throughout():
+        assert_scores(make(architecture), collate(EXAMPLES), reference(architecture), FLOAT64)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])
+def test_rows_alone_form_no_weight_gradient(architecture: str, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without columns no parameter is given a gradient, and no linear layer makes one."""
+    model, made, needed = make(architecture), [], []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
+    backward = LinearHook.backward
+
+    def watched(hook: LinearHook, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Any:
+        needed.append(needs[1])
+        return backward(hook, e, a, weight, needs)
+
+    monkeypatch.setattr(LinearHook, "backward", watched)
+    monkeypatch.setattr(gradients, "spot_check", lambda *_: None)  # whose reference is autograd's gradient
+    options: dict[str, Any] = {"directions": [random_direction(model)], "by_token": by_token}
+    gradient_pass(model, given([collate(EXAMPLES)]), columns=False, **options)
+    assert made == []
+    assert needed
+    assert not any(needed)
+    gradient_pass(model, given([collate(EXAMPLES)]), **options)
+    assert set(made) == {name for name, _ in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class PerToken(nn.Module):
+    """A linear layer with a copy of its weight for each token."""
+
+    def __init__(self, linear: nn.Linear, tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().expand(tokens, -1, -1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token t of one example by the t-th copy."""
+        return torch.einsum("bti,toi->bto", x, self.weight)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.down_proj", "input_layernorm"])
+def test_token_contributions_are_those_of_each_use_of_a_weight(name: str) -> None:
+    """Token t contributes <u, ∂l/∂W_t>, where W_t is the weight as it is used at token t, one copy for each token."""
+    model, batch = make("llama"), collate([EXAMPLES[0]])
+    module, tokens = model.model.layers[0].get_submodule(name), len(EXAMPLES[0][0])
+    weight = f"model.layers.0.{name}.weight"
+    u = {weight: random_direction(model)[weight]}
+    found = gradient_pass(model, given([batch]), directions=[u], columns=False, by_token=True).tokens[0][0]
+    if isinstance(module, nn.Linear):
+        model.set_submodule(weight.removesuffix(".weight"), copies := PerToken(module, tokens))
+    else:
+        module.weight = nn.Parameter(module.weight.detach().expand(tokens, -1).clone())
+        copies = module
+    (gradient,) = torch.autograd.grad(example_losses(model, batch).sum(), [copies.weight])
+    expected = (gradient * u[weight]).flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))

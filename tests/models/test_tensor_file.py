@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
+
+
+def test_a_file_is_what_safetensors_itself_writes(tmp_path: Path) -> None:
+    """Every type, no entries, no axes and odd lengths: the bytes are those of the library, and it reads them back."""
+    tensors = {f"t{k}": torch.arange(6).view(2, 3).to(dtype) for k, dtype in enumerate(DTYPES.values())}
+    tensors |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "é": torch.ones(1, dtype=torch.uint8)}
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "ours", specs, tensors.__getitem__, {"format": "pt"})
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name].float(), tensor.float())
+    plain = {name: tensor for name, tensor in tensors.items() if tensor.dtype in (torch.float32, torch.bfloat16)}
+    write_tensors(tmp_path / "plain", {name: specs[name] for name in plain}, plain.__getitem__, {"format": "pt"})
+    save_file(plain, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_tensor_is_what_was_announced(tmp_path: Path) -> None:
+    """Another shape would shift all that follows."""
+    with pytest.raises(ValueError, match="announced"):
+        write_tensors(tmp_path / "x", {"a": TensorSpec(torch.float32, (3,))}, lambda _: torch.zeros(2), {})

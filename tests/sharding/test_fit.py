@@ -1,0 +1,259 @@
+"""A fit on ranks, each with shards of the weights, is the fit of one process."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor
+
+from dualsft.errors import UserError
+from dualsft.finetune import EndOfTraining, ExportModel
+from dualsft.models.loading import load_model
+from dualsft.selection import load_selection
+from dualsft.sharding.collectives import ranks
+from dualsft.sharding.strategy import FSDP2, join
+from tests.cases import random_mask
+from tests.finetune.runs import CHOSEN, SaveOften, Workspace, make_workspace, select, trainer
+from tests.sharding.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
+from tests.sharding.ranks import run_on_ranks
+from tests.sharding.test_saving import assert_same_files
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+
+def average(_: Path) -> EMAWeightAveraging:
+    """A moving average of the weights."""
+    return EMAWeightAveraging(decay=0.7)
+
+
+def stochastic_average(_: Path) -> StochasticWeightAveraging:
+    """An average over epochs."""
+    return StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)
+
+
+def best(folder: Path) -> ModelCheckpoint:
+    """A checkpoint of the weights with the highest loss, which are not the last."""
+    return ModelCheckpoint(folder, monitor="val_loss", mode="max")
+
+
+saved = {"enable_checkpointing": True}
+CASES = {
+    "batches of three": Case(data={"batch_size": 3}),
+    "clipped by norm": Case(trainer={"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
+    "clipped by value": Case(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "mean over tokens": Case(module={"loss": "token_mean"}, trainer={"accumulate_grad_batches": 3}),
+    "packed": Case(data={"packing": True}),
+}
+MORE_CASES = {
+    "all weights": Case(module={"selection": None}),
+    "recomputed": Case(module={"gradient_checkpointing": True}),
+    "moving average": Case(callbacks=[average]),
+    "stochastic average": Case(callbacks=[stochastic_average]),
+    "on the host": Case(trainer={"gradient_clip_val": 0.5}, strategy={"cpu_offload": True}),
+    "best": Case({"export": "best"}, {}, saved, [best]),
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A base model, data and a selection; nothing may be written there."""
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def check(workspace: Workspace, folder: Path, cases: dict[str, Case], count: int) -> None:
+    """Fit on ranks and on one process, and compare."""
+    found = run_on_ranks(count, all_fitted, workspace, folder / "found", cases)[0]
+    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    for name, case in cases.items():
+        assert_same_fit(found[name], fitted(workspace, folder / "expected" / name, case))
+        for weight, chosen in mask.items() if "selection" not in case.module else ():
+            assert torch.equal(found[name].weights[weight][~chosen], base[weight][~chosen])
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_fit_is_that_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
+    """Every batch's loss, the weights and the metrics are; weights that are not selected keep every bit."""
+    check(workspace, tmp_path, CASES, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
+def test_fits_of_all_kinds(workspace: Workspace, tmp_path: Path, count: int) -> None:
+    """One rank too; with averages of weights, the best weights, and activations that are computed again."""
+    check(workspace, tmp_path, CASES | MORE_CASES, count)
+
+
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_bfloat16(tmp_path: Path, precision: str) -> None:
+    """Weights stored in bfloat16, and computing in it, are within its rounding; what is not selected keeps its bits."""
+    dtype = torch.bfloat16 if precision == "32-true" else torch.float32
+    workspace, case = make_workspace(tmp_path, dtype), Case(trainer={"precision": precision})
+    found = run_on_ranks(2, fitted, workspace, tmp_path / "found", case)[0]
+    assert_same_fit(found, fitted(workspace, tmp_path / "expected", case), 2e-2)
+    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    for name, chosen in mask.items():
+        assert found.weights[name].dtype == dtype
+        assert torch.equal(found.weights[name][~chosen], base[name][~chosen])
+
+
+def joined_first(workspace: Workspace, folder: Path) -> Fitted:
+    """A fit by ranks that have joined, and loaded the model, before the trainer runs."""
+    module = workspace.module()
+    run = trainer(folder, strategy=FSDP2(), devices=ranks(), enable_checkpointing=False)
+    join(run, module)
+    module.configure_model()
+    mesh = module.device_mesh
+    run.fit(module, datamodule=workspace.data())
+    assert module.device_mesh is mesh
+    return Fitted([], whole_weights(module), {}, {})
+
+
+def test_ranks_may_join_before_the_trainer_runs(workspace: Workspace, tmp_path: Path) -> None:
+    """For what is to be looked at first; the fit is the same."""
+    found = run_on_ranks(2, joined_first, workspace, tmp_path)[0]
+    expected = fitted(workspace, tmp_path, Case())
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-5)
+
+
+ACCUMULATED = {"accumulate_grad_batches": 2, **saved}
+
+
+def tensors(tree: Any, place: str = "") -> dict[str, Tensor]:
+    """Every tensor in nested containers, by its place."""
+    if isinstance(tree, Tensor):
+        return {place: tree}
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {where: found for key, part in parts for where, found in tensors(part, f"{place}/{key}").items()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint, without pickled code."""
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+def goes_on(workspace: Workspace, folder: Path, names: list[str]) -> dict[str, Fitted]:
+    """Goes on from each of these checkpoints, after saving what it goes on from."""
+    cases = {n: Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveFirst], folder / f"{n}.ckpt") for n in names}
+    return all_fitted(workspace, folder / "resumed", cases)
+
+
+@pytest.mark.parametrize(
+    ("saving", "going_on"),
+    [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow)],
+)
+def test_checkpoints_move_between_numbers_of_ranks(
+    workspace: Workspace, tmp_path: Path, saving: int, going_on: int
+) -> None:
+    """In mid-accumulation and in mid-epoch: masters, averages, optimizer and gradients to the bit, and then the end.
+
+    The file is that of one process, tensor by tensor.
+    """
+    case = Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveOften])
+    one = fitted(workspace, tmp_path / "one", case)
+    many = run_on_ranks(saving, fitted, workspace, tmp_path / "many", case)[0]
+    assert_same_fit(many, one)
+    for path in sorted((tmp_path / "one").glob("*.ckpt")):
+        written, expected = (tensors(read(folder / path.name)) for folder in (tmp_path / "many", path.parent))
+        assert written.keys() == expected.keys()
+        for place, tensor in expected.items():
+            torch.testing.assert_close(written[place], tensor, rtol=1e-3, atol=1e-5)
+    names = ["0-0", "0-1", "1-2"]
+    if going_on == 1:
+        found = goes_on(workspace, tmp_path / "many", names)
+    else:
+        found = run_on_ranks(going_on, goes_on, workspace, tmp_path / "many", names)[0]
+    for name in names:
+        before = read(tmp_path / "many" / f"{name}.ckpt")
+        after = read(tmp_path / "many" / "resumed" / name / "restored.ckpt")
+        assert len(tensors(before["dualsft"])) == (0 if name == "0-1" else len(tensors(before["state_dict"])))
+        for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "dualsft"):
+            restored, kept = tensors(after[part]), tensors(before[part])
+            assert restored.keys() == kept.keys()
+            assert all(torch.equal(restored[place], tensor) for place, tensor in kept.items()), part
+        for weight, expected_weight in one.weights.items():
+            torch.testing.assert_close(found[name].weights[weight], expected_weight, rtol=0, atol=1e-5)
+        assert found[name].figures["tokens"] == one.figures["tokens"]
+
+
+def ending(_: Path) -> EndOfTraining:
+    """Ends a run that has nothing left to train."""
+    return EndOfTraining()
+
+
+def lbfgs(parameters: Any) -> torch.optim.Optimizer:
+    """Works on inner products of whole tensors."""
+    return torch.optim.LBFGS(parameters)
+
+
+def bursting(parameters: Any) -> torch.optim.Optimizer:
+    """After one step no loss is finite."""
+    return torch.optim.SGD(parameters, lr=1e30)
+
+
+REFUSED = {
+    "LBFGS works with norms and products of whole tensors": Case({"optimizer": lbfgs}),
+    "The training loss became nan in epoch 0": Case({"optimizer": bursting}),
+    "missing.jsonl does not exist": Case(data={"validation": "missing.jsonl"}),
+}
+
+
+def refusals(workspace: Workspace, folder: Path) -> list[str]:
+    """What each of the fits that cannot be done fails with."""
+    found = []
+    for case in REFUSED.values():
+        with pytest.raises(UserError) as error:
+            fitted(workspace, folder, case)
+        found.append(str(error.value))
+    return found
+
+
+def test_what_fails_fails_on_all_ranks(workspace: Workspace, tmp_path: Path) -> None:
+    """In the same sentence, and no rank waits for another."""
+    for found in run_on_ranks(2, refusals, workspace, tmp_path):
+        for words, message in zip(REFUSED, found, strict=True):
+            assert words in message
+
+
+def export(folder: Path) -> ExportModel:
+    """Exports into the fit's folder."""
+    return ExportModel(str(folder))
+
+
+def unprefixed(folder: Path) -> Workspace:
+    """One whose base model's files have other names than its parameters."""
+    made = make_workspace(folder)
+    model: Any = load_model(made.base)
+    model.model.save_pretrained(made.base)
+    again = select(folder / "again", made.base, made.pool, random_mask(model, 0.3), CHOSEN)
+    return replace(made, selection=again)
+
+
+BASES = {
+    "float32": make_workspace,
+    "bfloat16": partial(make_workspace, dtype=torch.bfloat16),
+    "unprefixed": unprefixed,
+}
+
+
+@pytest.mark.parametrize(("base", "count"), [("float32", 3), ("bfloat16", 1), ("unprefixed", 2)])
+def test_export_is_that_of_one_process(tmp_path: Path, base: str, count: int) -> None:
+    """From the same masters: every file of ``model/`` and the delta have the same bytes, on any number of ranks."""
+    workspace = BASES[base](tmp_path)
+    fitted(workspace, tmp_path / "saved", Case(trainer=saved, callbacks=[SaveOften]))
+    case = Case(trainer=saved, callbacks=[ending, export], resume=tmp_path / "saved" / "1-4.ckpt")
+    fitted(workspace, tmp_path / "expected", case)
+    found, expected = tmp_path / "found", tmp_path / "expected"
+    run_on_ranks(count, fitted, workspace, found, case)
+    assert sorted(path.name for path in found.iterdir()) == ["delta.safetensors", "model"]
+    assert_same_files(found / "model", expected / "model")
+    assert (found / "delta.safetensors").read_bytes() == (expected / "delta.safetensors").read_bytes()
+    assert (found / "delta.safetensors").stat().st_size > 10_000

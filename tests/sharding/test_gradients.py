@@ -1,0 +1,130 @@
+"""A pass over a sharded model, each rank with its own batches, gives what it gives on one process."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.data.layout import Batch, Layout
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.passes import gradient_pass
+from dualsft.matrix.sketches import LOSS, NORM, PRECONDITIONED_NORM, SKETCH, Measurement
+from dualsft.objectives import example_losses
+from dualsft.sharding.collectives import mine
+from dualsft.sharding.shard_model import shard_model
+from dualsft.sharding.shards import part, whole
+from tests.selection.tiny import ARCHITECTURES, collate, make, make_examples, pack, random_direction
+from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+
+
+def spoilt_losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
+    """Those of the examples 1 and 3 are not finite."""
+    return torch.where(spoilt(batch), torch.inf, example_losses(model, batch, layout))
+
+
+def spoilt_gradients(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
+    """Those of the examples 1 and 3 are finite, and their gradients are not."""
+    losses = example_losses(model, batch, layout)
+    return losses + torch.where(spoilt(batch), (losses - losses.detach()).abs(), 1.0).sqrt() - 1.0
+
+
+def spoilt(batch: Batch) -> Tensor:
+    """Which examples are 1 or 3."""
+    return torch.isin(batch["example_id"], torch.tensor([1, 3]))
+
+
+BATCHES = [
+    collate(make_examples()[:2], [0, 1]),
+    collate(make_examples()[2:3], [2]),
+    collate(make_examples()[3:], [3, 4]),
+]
+Given = list[Batch]
+
+
+def gathered_pass(architecture: str, batches: Given, seeds: list[int], **options: Any) -> GradientPass:
+    """A pass of all ranks over these batches, dealt out, with its sums made whole."""
+    model = make(architecture)
+    directions = [random_direction(model, seed) for seed in seeds]
+    shard_model(model, data_parallel_mesh())
+    shards = dict(model.named_parameters())
+    us = [{name: part(u, shards[name]) for name, u in direction.items()} for direction in directions]
+    found = gradient_pass(model, lambda first: batches[mine()][first:], directions=us, **options)
+    found.sums = {name: whole(total, shards[name]) for name, total in found.sums.items()}
+    return found
+
+
+def all_architectures(batches: Given) -> dict[str, GradientPass]:
+    """Passes over every architecture."""
+    return {architecture: gathered_pass(architecture, batches, [0]) for architecture in ARCHITECTURES}
+
+
+CASES: dict[str, tuple[Given, list[int], dict[str, Any]]] = {
+    "rows alone": (BATCHES, [0], {"columns": False}),
+    "rows by token": (BATCHES, [0], {"by_token": True}),
+    "columns alone": (BATCHES, [], {}),
+    "squares": (BATCHES, [], {"squared": True}),
+    "two directions": (BATCHES, [0, 1], {}),
+    "packed": ([pack([[0, 1], [2]], make_examples()), pack([[3, 4]], make_examples())], [0], {}),
+    "one batch": (BATCHES[:1], [0], {}),
+    "measured": (BATCHES, [0], {"measurement": Measurement([LOSS, NORM, PRECONDITIONED_NORM, SKETCH])}),
+    "measured without sums": (BATCHES, [0], {"columns": False, "measurement": Measurement([NORM, SKETCH])}),
+    "square batches": ([collate(make_examples([4, 4, 4, 4])), collate(make_examples([3, 3, 3]), [4, 5, 6])], [0], {}),
+    "infinite loss": (BATCHES, [0], {"losses": spoilt_losses}),
+    "infinite gradient": (BATCHES, [0], {"losses": spoilt_gradients}),
+    "infinite gradient, rows alone": (BATCHES, [0], {"losses": spoilt_gradients, "columns": False}),
+}
+
+
+def all_cases() -> dict[str, GradientPass]:
+    """Passes over a Llama."""
+    return {name: gathered_pass("llama", *given, **options) for name, (*given, options) in CASES.items()}
+
+
+def assert_same(found: GradientPass, expected: GradientPass, relative: float) -> None:
+    """Two passes found the same, but for rounding."""
+    assert found.counted == expected.counted
+    assert found.nonfinite == expected.nonfinite
+    assert found.covered == expected.covered
+    assert_near(found.sums, expected.sums, relative)
+    for kind in ("rows", "tokens"):
+        for values, right in zip(getattr(found, kind), getattr(expected, kind), strict=True):
+            assert_near(as_tensors(values), as_tensors(right), 10 * relative)
+    assert found.measured.keys() == expected.measured.keys()
+    for name, values in expected.measured.items():
+        assert_near(found.measured[name], values, max(relative, 1e-6 if name == SKETCH else 0))
+
+
+def as_tensors(values: Mapping[int, Any]) -> dict[int, Tensor]:
+    """The same, of numbers or tensors."""
+    return {i: torch.as_tensor(value, dtype=torch.float64) for i, value in values.items()}
+
+
+def assert_near(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], relative: float) -> None:
+    """The same keys, and values that differ by no more than this share of the largest."""
+    assert found.keys() == expected.keys()
+    for key, right in expected.items():
+        size = max(float(right.abs().max()), 1e-3)
+        torch.testing.assert_close(found[key], right, rtol=0, atol=relative * size, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_rows_and_columns_are_those_of_one_process() -> None:
+    """On every architecture; the ranks agree."""
+    answers = run_on_ranks(2, all_architectures, BATCHES)
+    for architecture, found in answers[0].items():
+        u = random_direction(make(architecture), 0)
+        expected = gradient_pass(make(architecture), lambda first: BATCHES[first:], directions=[u])
+        assert_same(found, expected, 1e-5)
+    assert all(found.rows == answers[0][name].rows for answer in answers for name, found in answer.items())
+
+
+def test_whatever_a_pass_does_it_does_on_ranks() -> None:
+    """Kinds of passes and of statistics, with fewer batches than ranks, and examples that are not finite; float64."""
+    for name, found in run_on_ranks(2, all_cases)[0].items():
+        batches, seeds, options = CASES[name]
+        us = [random_direction(make("llama"), seed) for seed in seeds]
+        expected = gradient_pass(make("llama"), lambda first, given=batches: given[first:], directions=us, **options)
+        assert_same(found, expected, 1e-9)

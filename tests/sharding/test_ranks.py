@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import distributed
+
+from dualsft.errors import UserError
+from dualsft.sharding.collectives import first, rank
+from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+
+
+def _sum_of_ranks(offset: int) -> tuple[int, int]:
+    value = torch.tensor(distributed.get_rank() + offset)
+    distributed.all_reduce(value)
+    return int(value), data_parallel_mesh()["data_parallel"].size()
+
+
+def _fail_on_one() -> None:
+    if distributed.get_rank() == 1:
+        raise ValueError("not today")
+
+
+def test_ranks_talk_to_each_other() -> None:
+    """Each rank computes with the others, and its answer comes back."""
+    assert run_on_ranks(2, _sum_of_ranks, 10) == [(21, 2), (21, 2)]
+
+
+def test_a_failure_on_one_rank_is_told_with_its_traceback() -> None:
+    """The others, which wait for it, are not waited for."""
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*ValueError: not today"):
+        run_on_ranks(2, _fail_on_one)
+
+
+def _on_first(fails: bool) -> str:
+    def act() -> str:
+        if fails:
+            raise OSError("the disk is full")
+        return f"rank {rank()} did"
+
+    try:
+        return first(act)
+    except (OSError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_what_the_first_rank_does_all_know() -> None:
+    """What it gives, or that it has failed; alone it is as if the action were called."""
+    assert run_on_ranks(2, _on_first, False) == ["rank 0 did"] * 2
+    assert run_on_ranks(2, _on_first, True) == ["OSError: the disk is full", "UserError: the disk is full"]
+    assert _on_first(False) == "rank 0 did"
+    with pytest.raises(ZeroDivisionError):
+        first(lambda: 1 / 0)

@@ -1,0 +1,84 @@
+"""A sharded model's files are those of the same model in one piece, to the byte."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import modeling_utils
+
+from dualsft.export.pretrained import save_weights
+from dualsft.models.loading import load_model
+from dualsft.sharding import save as saving
+from dualsft.sharding.load import load_sharded
+from tests.cases import save_tiny_model
+from tests.selection.tiny import ARCHITECTURES, make
+from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+
+split: Any = modeling_utils.split_torch_state_dict_into_shards
+
+
+def small_files() -> Any:
+    """Models are saved in files of 20 KB."""
+
+    def divide(state: Any, **options: Any) -> Any:
+        return split(state, **{**options, "max_shard_size": "20KB"})
+
+    return mock.patch.object(modeling_utils, "split_torch_state_dict_into_shards", divide)
+
+
+def save_all(folders: dict[str, str], target: Path) -> None:
+    """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
+    for name, folder in folders.items():
+        model = load_sharded(folder, data_parallel_mesh())
+        with mock.patch.object(saving, "whole", wraps=saving.whole) as made_whole:
+            save_weights(model, target / name)
+        assert made_whole.call_count == len([*model.parameters()]), name
+    with small_files():
+        save_weights(model, target / "small files")
+    with mock.patch.object(saving, "_WORTH_DIVIDING", 1):
+        save_weights(model, target / "divided")
+
+
+def assert_same_files(found: Path, expected: Path) -> None:
+    """Two folders hold files of the same names and bytes."""
+    names = [path.name for path in sorted(expected.iterdir())]
+    assert [path.name for path in sorted(found.iterdir())] == names
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), f"{found.name}/{name}"
+
+
+def check(folders: dict[str, str], root: Path, count: int) -> None:
+    """Save on ranks and in one piece, and compare."""
+    run_on_ranks(count, save_all, folders, root / "found")
+    for name, folder in folders.items():
+        model = load_model(folder)
+        save_weights(model, root / "expected" / name)
+        assert_same_files(root / "found" / name, root / "expected" / name)
+    with small_files():
+        save_weights(model, root / "expected" / "small files")
+    assert len([*(root / "expected" / "small files").glob("*.safetensors")]) > 1
+    assert_same_files(root / "found" / "small files", root / "expected" / "small files")
+    assert len([*(root / "found" / "divided").glob("*.safetensors")]) >= count
+    divided, whole = load_model(str(root / "found" / "divided")).state_dict(), model.state_dict()
+    assert all(torch.equal(divided[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_files_are_those_of_one_process(tmp_path: Path, count: int) -> None:
+    """Of a tied Llama in bfloat16 and of an untied one, in one file and in several."""
+    made = {
+        "tied": save_tiny_model(tmp_path / "tied", dtype=torch.bfloat16),
+        "untied": save_tiny_model(tmp_path / "untied", tied=False),
+    }
+    check(made, tmp_path, count)
+
+
+@pytest.mark.slow
+def test_files_of_every_architecture(tmp_path: Path) -> None:
+    """Experts are written apart that the model holds as stacks, and whatever else the library undoes."""
+    folders = {name: str(tmp_path / name) for name in ARCHITECTURES}
+    for name, path in folders.items():
+        make(name, torch.float32).save_pretrained(path)
+    check(folders, tmp_path, 2)

@@ -1,0 +1,137 @@
+"""A selection on several ranks is the one that a single process makes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualsft.allocators import (
+    Diverse,
+    LayerQuota,
+    PerSourceQuota,
+    PositiveOnly,
+    Proportional,
+    Structured,
+    TokenBudget,
+    UniformPerLayer,
+)
+from dualsft.objectives import Prior
+from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
+from dualsft.selection import Selection, Warmup, load_selection
+from dualsft.sharding.strategy import FSDP2
+from tests.selection.runs import ADAM, SGD, Inputs, select, write_inputs
+from tests.sharding.ranks import run_on_ranks
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "first order": {**SGD, "token_scores": True},
+    "re-scored examples": {**SGD, "order": "parameters_then_data", "rounds": 2},
+    "re-scored weights": {**SGD, "order": "data_then_parameters", "trainable": ["proj"]},
+    "difference": {**SGD, "scorer": HessianVector(method="finite_difference"), "step_size": 0.01},
+    "second derivatives": {
+        **SGD,
+        "scorer": HessianVector(),
+        "step_size": 0.01,
+        "prior": Prior(weight=0.5, fraction=0.5),
+    },
+    "squares": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher"), "prior": Prior(weight=0.5, fraction=0.5)},
+}
+WARM: dict[str, dict[str, Any]] = {
+    "adam": {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)},
+    "adam's second moment": {
+        **ADAM,
+        "scorer": DiagonalFisher(source="second_moment"),
+        "prior": Prior(weight=0.5, fraction=0.5),
+    },
+}
+
+
+class RowNorms(Scorer):
+    """Somebody's rule, which looks at whole rows and at the whole matrix."""
+
+    def direction(self, s: ParameterStatistics) -> Tensor:
+        """The gradient over its rows' norms."""
+        v = s.validation_gradient
+        return s.step_size * v / v.flatten(1).norm(dim=-1, keepdim=True).clamp(min=1e-3) if v.dim() > 1 else v
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "whole rows": {**SGD, "scorer": RowNorms(), "parameter_allocator": Structured("row")},
+    "layers": {**SGD, "parameter_allocator": LayerQuota(), "data_allocator": TokenBudget(), "data_budget": 60},
+    "each layer": {**SGD, "parameter_allocator": UniformPerLayer(), "data_allocator": PositiveOnly()},
+    "proportional": {**SGD, "parameter_allocator": Proportional(), "data_allocator": Diverse()},
+    "sources": {**SGD, "data_allocator": PerSourceQuota("prompt"), "gradient_checkpointing": True},
+}
+
+
+def select_all(inputs: Inputs, folder: Path, runs: dict[str, dict[str, Any]], count: int, **data: Any) -> None:
+    """Each of these selections, in a folder of its name."""
+    for name, options in runs.items():
+        select(inputs, folder / name, options, data, ranks={"strategy": FSDP2(), "devices": count})
+
+
+def select_packed(inputs: Inputs, folder: Path, runs: dict[str, dict[str, Any]], count: int) -> None:
+    """The same of packed examples."""
+    select_all(inputs, folder, runs, count, packing=True)
+
+
+def assert_same(found: Selection, expected: Selection) -> None:
+    """The same scores within float32 rounding, and the same choice."""
+    for name in expected.examples.column_names:
+        values, right = found.examples[name].to_pylist(), expected.examples[name].to_pylist()
+        if any(isinstance(value, float) for value in right):
+            assert [value is None for value in values] == [value is None for value in right]
+            right = [value for value in right if value is not None]
+            size = max(map(abs, right))
+            assert [value for value in values if value is not None] == pytest.approx(right, abs=1e-5 * size), name
+        else:
+            assert values == right, name
+    ours, right_scores = found.parameter_scores(), expected.parameter_scores()
+    for name, (score, right_score) in pairs(ours, right_scores).items():
+        size = float(right_score.abs().max())
+        torch.testing.assert_close(score, right_score, rtol=0, atol=1e-5 * size, msg=name)
+    assert all(torch.equal(mask, right_mask) for mask, right_mask in pairs(found.mask(), expected.mask()).values())
+    assert found.records == expected.records
+    for part in ("counts", "rounds", "budgets"):
+        assert found.manifest[part] == expected.manifest[part]
+
+
+def pairs(ours: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values of two dictionaries of the same keys."""
+    assert ours.keys() == right.keys()
+    return {name: (ours[name], right[name]) for name in right}
+
+
+def test_whatever_is_chosen_by_is_chosen_on_ranks(tmp_path: Path) -> None:
+    """A stranger's scorer, every allocator, several validation sets, packed and recomputed."""
+    inputs = write_inputs(tmp_path)
+    inputs = replace(inputs, validation={"a": inputs.validation, "b": inputs.train})
+    run_on_ranks(2, select_packed, inputs, tmp_path / "ranks", OTHERS, 2)
+    for name, options in OTHERS.items():
+        expected = select(inputs, tmp_path / "alone" / name, options, {"packing": True})
+        assert_same(load_selection(tmp_path / "ranks" / name), expected)
+
+
+@pytest.mark.parametrize("count", [4])
+def test_a_warmed_up_selection_on_ranks_is_that_of_one_process(count: int, tmp_path: Path) -> None:
+    """With the second moment of a warm-up whose batches the ranks share, and a teacher beside the warmed-up model."""
+    inputs = write_inputs(tmp_path)
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", WARM, count)
+    for name, options in WARM.items():
+        expected = select(inputs, tmp_path / "alone" / name, options)
+        assert_same(load_selection(tmp_path / "ranks" / name), expected)
+    kept = {"warmup": Warmup(checkpoint=str(tmp_path / "ranks" / "adam" / "warmup"))}
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", {"again": kept}, count)
+    assert_same(load_selection(tmp_path / "ranks" / "again"), load_selection(tmp_path / "alone" / "adam"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_selection_on_ranks_is_that_of_one_process(count: int, tmp_path: Path) -> None:
+    """Scores of both sides, masks and subsets, with re-scored orders, curvature and a prior."""
+    inputs = write_inputs(tmp_path)
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", PLAIN, count)
+    for name, options in PLAIN.items():
+        expected = select(inputs, tmp_path / "alone" / name, options)
+        assert_same(load_selection(tmp_path / "ranks" / name), expected)

@@ -1,0 +1,115 @@
+"""Validation on ranks, each with shards of the weights, gives what one process finds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, distributed
+
+from dualsft.data.layout import Layout, split
+from dualsft.evaluation import EvaluationModule, Generation
+from dualsft.evaluation.generation import generate_answers
+from dualsft.finetune.samples import FILE, Samples
+from dualsft.sharding.local_batch import own_rows
+from dualsft.sharding.strategy import FSDP2
+from tests.cases import VOCABULARY, random_batch, write_jsonl
+from tests.finetune.runs import Workspace, make_workspace, trainer
+from tests.selection.tiny import make_examples, pack
+from tests.sharding.fits import Case, fitted
+from tests.sharding.ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A base model, which ends an answer at every fourth token on average, and validation data."""
+    made = make_workspace(tmp_path_factory.mktemp("workspace"))
+    settings = json.dumps({"eos_token_id": list(range(0, VOCABULARY, 4))})
+    (Path(made.base) / "generation_config.json").write_text(settings)
+    return made
+
+
+def validated(workspace: Workspace, folder: Path, sets: dict[str, str], **options: Any) -> dict[str, float]:
+    """The metrics of the base model on named sets, on all ranks that there are."""
+    if distributed.is_initialized():
+        options |= {"strategy": FSDP2(), "devices": distributed.get_world_size()}
+    module = EvaluationModule(workspace.base, Generation(6))
+    run = trainer(folder, **options)
+    run.validate(module, datamodule=workspace.data(train=None, selection=None, validation=sets), verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
+    """The validation set, and another whose answers are those that the model gives, but for one of five."""
+    rows = [{"prompt": f"{k} + {k}? " + "and " * k} for k in range(5)]
+    given = [{**row, "response": "?"} for row in rows]
+    source = write_jsonl(folder / "asked.jsonl", given)
+    data = workspace.data(train=None, selection=None, validation=source)
+    module = EvaluationModule(workspace.base)
+    module.configure_model()
+    right = []
+    for batch in data.val_dataloader():
+        answers, _ = generate_answers(module.model, data.tokenizer, batch, 6)
+        right += [{**rows[k], "response": a} for k, a in zip(batch["example_id"].tolist(), answers, strict=True)]
+    assert len({len(row["response"]) for row in right}) > 2
+    right[0]["response"] = "another"
+    return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_metrics_are_those_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
+    """Of each set and their mean, with batches of fewer rows than ranks, and generated answers."""
+    sets = sets_of(workspace, tmp_path)
+    expected = validated(workspace, tmp_path, sets)
+    assert 0 < expected["exact_match/right"] < 1
+    for found in run_on_ranks(count, validated, workspace, tmp_path, sets):
+        assert found.keys() == expected.keys()
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_are_those_of_one_process(workspace: Workspace, tmp_path: Path) -> None:
+    """A fit on ranks logs the answers of one process, once."""
+    texts = []
+    for count in (None, 2):
+        folder = tmp_path / str(count)
+        case = Case(module={"samples": Samples(3, 8)}, trainer={"logger": CSVLogger(folder), "log_every_n_steps": 1})
+        if count is None:
+            fitted(workspace, folder, case)
+        else:
+            run_on_ranks(count, fitted, workspace, folder, case)
+        texts.append((folder / FILE).read_text())
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 9  # before training, and after each of two epochs
+
+
+def dealt(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """This rank's rows of each batch."""
+    return [own_rows(batch) for batch in batches]
+
+
+def supervised(batch: dict[str, Tensor]) -> dict[int, tuple[list[int], list[int]]]:
+    """Tokens and labels of each example that has any label."""
+    found = {}
+    for example_id, (row, first, length) in zip(batch["example_id"].tolist(), Layout.of(batch).spans, strict=True):
+        ids, labels = (batch[name][row, first : first + length].tolist() for name in ("input_ids", "labels"))
+        if any(label != -100 for label in labels):
+            found[example_id] = (ids, labels)
+    return found
+
+
+def test_rows_are_dealt_out_once() -> None:
+    """Each example is one rank's, whole; padding that a rank's rows do not need is gone; some rank stands in."""
+    packed = pack([[0, 3], [1], [2, 4]], make_examples())
+    batches = [random_batch(5, 9), random_batch(2, 6), packed, split(packed, 3)[0]]
+    answers = run_on_ranks(3, dealt, batches)
+    for k, batch in enumerate(batches):
+        parts = [answer[k] for answer in answers]
+        found = [supervised(part) for part in parts]
+        assert sum(map(len, found)) == len(supervised(batch))
+        assert {i: example for part in found for i, example in part.items()} == supervised(batch)
+        assert all(part.keys() == batch.keys() for part in parts)
+        for part in parts:
+            assert part["input_ids"].shape[1] == max(first + length for _, first, length in Layout.of(part).spans)
+    assert supervised(answers[2][1]) == {}
+    assert len(answers[2][1]["input_ids"]) == 1
