@@ -43,7 +43,7 @@ from dualsft.matrix.passes import gradient_pass
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.loading import load_model
 from dualsft.selection.scoring_mode import scoring_mode
-from dualsft.sharding import load_sharded, local, unit_gather
+from dualsft.sharding import load_sharded, local_shard, unit_gather
 
 PARTS = ("weights", "direction", "gradients")
 
@@ -104,7 +104,8 @@ def _counting(function: Callable[..., Any], total: Counter[str], part: str) -> C
 def score(model: Any, options: argparse.Namespace, batches: int, rank: int = 0, ranks: int = 1) -> dict[str, float]:
     """Rows and columns of so many batches on each rank, in one pass; what it received in a step."""
     direction = {
-        n: torch.full_like(local(p.detach()), 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()
+        n: torch.full_like(local_shard(p.detach()), 1e-6, dtype=accumulator_dtype(p))
+        for n, p in model.named_parameters()
     }
     made = [make_batch(model, options.batch_size, options.tokens) for _ in range(batches * ranks)]
     received = Received()

@@ -52,7 +52,7 @@ from dualsft.models.loading import check_vocabulary, model_folder
 from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
 from dualsft.selection.summary import summary
-from dualsft.sharding.collectives import first, leads, rank
+from dualsft.sharding.collectives import is_rank_zero, on_rank_zero, rank
 from dualsft.sharding.strategy import join
 from dualsft.trainer import Trainer, latest_checkpoint
 
@@ -185,7 +185,7 @@ class DualSFTCLI(LightningCLI):
             seed=int(config.seed_everything),
             config=self.replay,
         )
-        if leads():
+        if is_rank_zero():
             print(summary(selection, datamodule.tokenizer))
 
     def fit(self, model: MaskedFinetuneModule, datamodule: InstructionDataModule, **kwargs: Any) -> None:
@@ -202,7 +202,7 @@ class DualSFTCLI(LightningCLI):
         settings = self.config["fit"].as_dict()
         decisive = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
         folder.claim({"command": "fit", **{key: settings.get(key) for key in decisive}})
-        first(lambda: write_atomically(folder.path / "config.yaml", self.replay))
+        on_rank_zero(lambda: write_atomically(folder.path / "config.yaml", self.replay))
         share = datamodule.training_padding_share()
         tell(f"training on {len(datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         checkpoint = self._checkpoint(folder.path) if self.config["fit"].resume else None
@@ -217,14 +217,14 @@ class DualSFTCLI(LightningCLI):
                 raise UserError(refusal) from error
             raise
         figures = self.report.figures(self.trainer, model)
-        first(lambda: write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2)))
+        on_rank_zero(lambda: write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2)))
         folder.finish()
         tell(report(figures))
         tell(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
 
     def _checkpoint(self, folder: Path) -> Path | None:
         """Where to go on from, and a word on it."""
-        found = first(lambda: self._latest(folder))
+        found = on_rank_zero(lambda: self._latest(folder))
         tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
         return found
 
@@ -274,7 +274,7 @@ class DualSFTCLI(LightningCLI):
         """Keep the metrics, if there is a folder to keep them in."""
         if self.folder is not None:
             self.folder.claim({"command": "validate"})
-            first(partial(self._write_metrics, self.folder.path))
+            on_rank_zero(partial(self._write_metrics, self.folder.path))
             self.folder.finish()
 
     def _write_metrics(self, folder: Path) -> None:
@@ -288,7 +288,7 @@ class DualSFTCLI(LightningCLI):
 
 def tell(text: str) -> None:
     """Print something, once for all ranks."""
-    if leads():
+    if is_rank_zero():
         print(text)
 
 
@@ -375,6 +375,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    place = "" if leads() else f" (rank {rank()})"
+    place = "" if is_rank_zero() else f" (rank {rank()})"
     print(f"dualsft: error{place}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

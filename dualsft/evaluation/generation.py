@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import gathered, mine, ranks
+from dualsft.sharding.collectives import all_gather, rank_slice, world_size
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def generate_answers(
                 "to 0."
             )
     prompts = [prompt for prompt, _ in turns]
-    made = _continued(model, tokenizer, prompts[mine()] or prompts[:1], batch["input_ids"].device, max_new_tokens)
+    made = _continued(model, tokenizer, prompts[rank_slice()] or prompts[:1], batch["input_ids"].device, max_new_tokens)
     answers = [""] * len(turns)
-    for number, of_rank in enumerate(gathered(made)):
-        answers[number :: ranks()] = of_rank[: len(answers[number :: ranks()])]
+    for number, of_rank in enumerate(all_gather(made)):
+        answers[number :: world_size()] = of_rank[: len(answers[number :: world_size()])]
     references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
     return answers, list(references)
 
@@ -117,7 +117,7 @@ def _continued(
     )
     generate: Any = model.generate  # not part of the base class's type
     given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    made = generate(**given, generation_config=config, synced_gpus=ranks() > 1)
+    made = generate(**given, generation_config=config, synced_gpus=world_size() > 1)
     return list(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.objectives import token_losses
-from dualsft.sharding.local_batch import own_rows
+from dualsft.sharding.local_batch import local_rows
 
 
 class LanguageModelMetrics(torch.nn.Module):
@@ -22,7 +22,7 @@ class LanguageModelMetrics(torch.nn.Module):
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Take in what a model makes of one padded batch, of which each rank works on its own rows."""
-        own = own_rows(batch)
+        own = local_rows(batch)
         logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
         self.update(logits, own["labels"])
 

@@ -10,7 +10,7 @@ from dualsft.evaluation.generation import Generation, generate_answers
 from dualsft.evaluation.harness import TaskOptions, evaluate_tasks
 from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.models.loading import Dtype
-from dualsft.sharding.collectives import mine
+from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
 
 
@@ -56,7 +56,7 @@ class EvaluationModule(LightningModule):
         self.metrics.tokens(dataloader_idx).measure(self.model, batch)
         if self.generation.max_new_tokens:
             answers, references = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
-            extract, own = self.generation.extract, mine()  # every rank has all answers, and counts are added up
+            extract, own = self.generation.extract, rank_slice()  # every rank has all answers, and counts are added up
             self.metrics.answers(dataloader_idx).update(
                 [extract(answer) for answer in answers[own]], [extract(reference) for reference in references[own]]
             )

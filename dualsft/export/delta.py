@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from dualsft.errors import UserError
 from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
-from dualsft.sharding.shards import local, shard_offset
-from dualsft.sharding.vectors import joined
+from dualsft.sharding.shards import local_shard, shard_offset
+from dualsft.sharding.vectors import gather_vectors
 
 Change: TypeAlias = tuple[Int[Tensor, " changed"], Shaped[Tensor, " changed"]]
 """Flat indices, ascending, and the new values there."""
@@ -64,10 +64,10 @@ def sharded_changes(
     """
     found = {}
     for name in names:
-        here = local(after[name].detach()).cpu()
+        here = local_shard(after[name].detach()).cpu()
         index, value = changed_entries(before(name).to(here), here)
         found[name] = index + shard_offset(after[name]), value
-    wholes = zip(found, *(joined([change[part] for change in found.values()]) for part in (0, 1)), strict=True)
+    wholes = zip(found, *(gather_vectors([change[part] for change in found.values()]) for part in (0, 1)), strict=True)
     return {name: (index, value) for name, index, value in wholes if len(index)}
 
 

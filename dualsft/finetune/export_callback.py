@@ -17,8 +17,8 @@ from dualsft.export.record import describe_base, describe_selection, describe_tr
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
-from dualsft.sharding import is_sharded, load_sharded, local
-from dualsft.sharding.collectives import any_of, first
+from dualsft.sharding import is_sharded, load_sharded, local_shard
+from dualsft.sharding.collectives import any_rank, on_rank_zero
 from dualsft.sharding.shards import first_row
 
 
@@ -40,13 +40,13 @@ class ExportModel(Callback):
         """
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
-        if any_of(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):
+        if any_rank(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):
             raise UserError("The trained weights are not finite, so nothing is exported; lower the learning rate.")
         changed = _changes(pl_module)
         partial = self._folder / "model.partial"
-        first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
         save_weights(pl_module.model, partial)
-        first(lambda: self._complete(trainer, pl_module, changed, partial))
+        on_rank_zero(lambda: self._complete(trainer, pl_module, changed, partial))
 
     def _complete(
         self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
@@ -86,12 +86,12 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
         mesh = module.device_mesh
         assert mesh is not None
         base = load_sharded(module.model_name_or_path, mesh["data_parallel"], module.dtype_name, cpu_offload=True)
-        rows = {name: local(weight.detach()) for name, weight in base.named_parameters()}
+        rows = {name: local_shard(weight.detach()) for name, weight in base.named_parameters()}
         return rows.__getitem__
 
     def read(name: str) -> Tensor:
         first = first_row(parameters[name])
-        return stored_rows(stored, name, slice(first, first + len(local(parameters[name].detach()))))
+        return stored_rows(stored, name, slice(first, first + len(local_shard(parameters[name].detach()))))
 
     return read
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.objectives import example_losses, supervised_losses
-from dualsft.sharding.collectives import total
-from dualsft.sharding.local_batch import own_rows
+from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.local_batch import local_rows
 
 Loss = Literal["example_mean", "token_mean"]
 
@@ -39,15 +39,15 @@ class StepLoss:
 
     def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """(the batch's own mean, this rank's share of what to differentiate for the step)."""
-        own = own_rows(batch)
+        own = local_rows(batch)
         if self._kind == "example_mean":
             share = example_losses(model, own).sum() / len(batch["example_id"])
-            return total(share.detach()), share
+            return all_reduce_sum(share.detach()), share
         tokens = int((batch["labels"][:, 1:] != -100).sum())
         self._first = self._first or tokens
         self._tokens += tokens
         losses = supervised_losses(model, own).sum()
-        return total(losses.detach()) / tokens, losses / self._first
+        return all_reduce_sum(losses.detach()) / tokens, losses / self._first
 
     def finish(self, accumulated: int) -> float:
         """What to multiply the step's gradient by; the next batch is the first of another step.
@@ -77,7 +77,7 @@ def clip_norm(parameters: list[Tensor], limit: float) -> None:
     if not gradients:
         return
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    norm = total(torch.stack(norms).square().sum()).sqrt()
+    norm = all_reduce_sum(torch.stack(norms).square().sum()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))
 
 

@@ -33,7 +33,7 @@ from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
-from dualsft.sharding.collectives import first, ranks
+from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters
 
@@ -118,7 +118,7 @@ class MaskedFinetuneModule(LightningModule):
         """
         if self._configured:
             return
-        self.base_fingerprint = first(lambda: model_fingerprint(self.model_name_or_path))
+        self.base_fingerprint = on_rank_zero(lambda: model_fingerprint(self.model_name_or_path))
         self._check_selection()
         model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()
@@ -204,7 +204,7 @@ class MaskedFinetuneModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by value, or by the norm over all ranks."""
-        if ranks() > 1 and gradient_clip_val and gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM):
+        if world_size() > 1 and gradient_clip_val and gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM):
             clip_norm(list(self.compact.masters), gradient_clip_val)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)

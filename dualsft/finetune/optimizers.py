@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from dualsft.errors import UserError
 from dualsft.runs.progress import say
-from dualsft.sharding.collectives import ranks
+from dualsft.sharding.collectives import world_size
 
 
 def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:
@@ -37,7 +37,7 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
         raise UserError(f"The optimizer cannot be made: {error}{shape}.") from error
     if isinstance(optimizer, SparseAdam):
         raise UserError("SparseAdam takes sparse gradients alone, and those of a language model are dense; give Adam.")
-    if isinstance(optimizer, (LBFGS, Adafactor)) and ranks() > 1:
+    if isinstance(optimizer, (LBFGS, Adafactor)) and world_size() > 1:
         raise UserError(
             f"{type(optimizer).__name__} works with norms and products of whole tensors, of which each rank has a "
             "part; give an optimizer that works entry by entry, such as AdamW, or set trainer.devices to 1."

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from dualsft.runs.progress import peak_memory
-from dualsft.sharding.collectives import largest
+from dualsft.sharding.collectives import all_reduce_max
 
 _BATCHES = 10  # single batches' losses differ by what is in them more than by what has been learnt
 
@@ -98,7 +98,7 @@ class FitReport(Callback):
     def _so_far(self) -> Progress:
         now = {**vars(self._progress)}
         now["seconds"] += time.perf_counter() - self._start
-        now["peak_memory_bytes"] = max(now["peak_memory_bytes"], largest(peak_memory(self._device)))
+        now["peak_memory_bytes"] = max(now["peak_memory_bytes"], all_reduce_max(peak_memory(self._device)))
         return Progress(**now)
 
     def figures(self, trainer: Trainer, module: Any) -> dict[str, Any]:

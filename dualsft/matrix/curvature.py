@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.passes import compute_dtype
-from dualsft.sharding.collectives import total
-from dualsft.sharding.shards import is_shard, local, whole
-from dualsft.sharding.unit_gather import made_whole
+from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.shards import full_tensor, is_shard, local_shard
+from dualsft.sharding.unit_gather import unsharded
 
 _RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 1e-5}
 """ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large; in
@@ -56,7 +56,7 @@ class HessianVectorProduct:
             UserError: if some operation of the model has no second derivative.
         """
         if self._whole is None:
-            self._whole = {name: whole(d, self.shards[name]) for name, d in self._direction.items()}
+            self._whole = {name: full_tensor(d, self.shards[name]) for name, d in self._direction.items()}
         try:
             parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
             found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
@@ -78,7 +78,7 @@ class HessianVectorProduct:
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Attention in plain steps, as fused kernels have no second derivative; and a sharded model made whole."""
-    with made_whole(model), sdpa_kernel(SDPBackend.MATH):
+    with unsharded(model), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -112,8 +112,8 @@ def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     """Of all ranks' tensors together."""
-    here = math.fsum(float(local(tensor.detach()).double().square().sum()) for tensor in tensors)
-    return math.sqrt(float(total(torch.tensor(here, dtype=torch.float64))))
+    here = math.fsum(float(local_shard(tensor.detach()).double().square().sum()) for tensor in tensors)
+    return math.sqrt(float(all_reduce_sum(torch.tensor(here, dtype=torch.float64))))
 
 
 def check_smooth(
@@ -146,7 +146,7 @@ def check_smooth(
 @contextmanager
 def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
     """The model at θ + step · d while the context is open; at θ again, bit for bit, afterwards."""
-    weights = {name: local(p.detach()) for name, p in model.named_parameters() if name in direction}
+    weights = {name: local_shard(p.detach()) for name, p in model.named_parameters() if name in direction}
     kept = {name: p.clone() for name, p in weights.items()}
     try:
         with torch.no_grad():

@@ -39,8 +39,8 @@ from dualsft.matrix.tap import TapHook
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import is_linear
 from dualsft.sharding.shard_model import is_sharded
-from dualsft.sharding.shards import local, working_device
-from dualsft.sharding.unit_gather import working_parameters
+from dualsft.sharding.shards import compute_device, local_shard
+from dualsft.sharding.unit_gather import unsharded_parameters
 
 Direction = Mapping[str, Tensor]
 """Parameter name -> u, of the parameter's shape."""
@@ -61,8 +61,10 @@ class ColumnSums:
     def __init__(self, model: nn.Module, squared: bool = False) -> None:
         self.squared = squared
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._whole = working_parameters(model) if squared and is_sharded(model) else {}
-        self.sums = {n: torch.zeros_like(local(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()}
+        self._whole = unsharded_parameters(model) if squared and is_sharded(model) else {}
+        self.sums = {
+            n: torch.zeros_like(local_shard(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()
+        }
         self._handles: list[RemovableHandle] = []
         self._finite: list[Tensor] = []
 
@@ -84,7 +86,7 @@ class ColumnSums:
     def _folder(self, name: str) -> Callable[[Tensor], None]:
         def fold(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradient = local(parameter.grad)
+            gradient = local_shard(parameter.grad)
             if gradient.numel():
                 self._finite.append(torch.stack(torch.aminmax(gradient)).isfinite().all())  # NaN is either
             if self.squared and not self._whole:
@@ -134,14 +136,14 @@ class RowSums:
     def __init__(self, model: nn.Module, directions: Sequence[Direction], by_token: bool = False) -> None:
         self._model = model
         self.directions = directions
-        both = (*model.named_parameters(), *working_parameters(model).items())
+        both = (*model.named_parameters(), *unsharded_parameters(model).items())
         self._names = {id(p): name for name, p in both if name in directions[0]}
         self._handles: list[RemovableHandle] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._places: Places | None = None
         self._tapped: set[int] = set()
         self.by_token = by_token
-        self.anchor = torch.zeros((), device=working_device(model), requires_grad=True)
+        self.anchor = torch.zeros((), device=compute_device(model), requires_grad=True)
         self.layout = Layout(0, 0, ())
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualsft.sharding.collectives import gathered
+from dualsft.sharding.collectives import all_gather
 
 
 @dataclass
@@ -36,7 +36,7 @@ class GradientPass:
 
     def share(self) -> None:
         """Bring together what the ranks have found; the sums stay shards."""
-        found = gathered(replace(self, sums={}))
+        found = all_gather(replace(self, sums={}))
         self.counted = sum(of.counted for of in found)
         self.nonfinite = {i for of in found for i in of.nonfinite}
         self.covered = {name for of in found for name in of.covered}

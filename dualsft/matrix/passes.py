@@ -29,10 +29,10 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
 from dualsft.matrix.spot_check import shares_rows, spot_check, watched_gradients
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import any_of, total
-from dualsft.sharding.lockstep import Kind, wait_for_turn
-from dualsft.sharding.shards import own_part, working_device
-from dualsft.sharding.unit_gather import Travelling
+from dualsft.sharding.collectives import all_reduce_sum, any_rank
+from dualsft.sharding.lockstep import CallKind, wait_for_turn
+from dualsft.sharding.shards import compute_device, shard_copy
+from dualsft.sharding.unit_gather import UnitGather
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 """Something that iterates for the caller and looks at the batches as they pass: progress, counts."""
@@ -107,7 +107,7 @@ def gradient_pass(
     """
     with ExitStack() as stack:
         factors = sketch_factors(model, measurement)
-        travelling = stack.enter_context(Travelling(model, [*directions, factors]))
+        travelling = stack.enter_context(UnitGather(model, [*directions, factors]))
         *us, whole_factors = travelling.whole
         statistics = None
         if measurement.by_example:
@@ -122,14 +122,16 @@ def gradient_pass(
         while True:
             result = attempt.run(batches, watch, keeper)
             if not attempt.void:
-                result.sums = {n: own_part(total(t), shards[n]) if shards else t for n, t in result.sums.items()}
+                result.sums = {
+                    n: shard_copy(all_reduce_sum(t), shards[n]) if shards else t for n, t in result.sums.items()
+                }
                 return result
             attempt = attempt.repeat()
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """The type that activations and their gradients have: the weights', or autocast's where it is on."""
-    device = working_device(model).type
+    device = compute_device(model).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
@@ -141,7 +143,7 @@ class _Taken:
     rows: RowSums | None
     statistics: ExampleStatistics | None
     losses: bool
-    travelling: Travelling
+    travelling: UnitGather
 
 
 class _Pass:
@@ -179,11 +181,11 @@ class _Pass:
     def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
         """Go through the batches; each rank through its own, a round of one each at a time."""
         for batch in self._rounds(iter(watch(batches(self._done)))):
-            if keeper and any_of(keeper.due()):
+            if keeper and any_rank(keeper.due()):
                 keeper.save(*self._state())
             for part in self._parts(batch) if batch is not None else ():
                 self._score(part)
-            self._turn(Kind.NOTHING)
+            self._turn(CallKind.NOTHING)
             self._done += 1
         self._note_covered()
         self._result.share()
@@ -191,7 +193,7 @@ class _Pass:
 
     def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
         """This rank's batches, and None for as long as others have some left."""
-        while any_of((batch := next(batches, None)) is not None):
+        while any_rank((batch := next(batches, None)) is not None):
             yield batch
 
     def _parts(self, batch: Batch) -> list[Batch]:
@@ -205,7 +207,7 @@ class _Pass:
         losses, batch, alone = self._finite_losses(batch)
         if len(losses):
             self._differentiate(losses)
-            if any_of(self._poisoned):
+            if any_rank(self._poisoned):
                 self._find_nonfinite(batch)
             elif not self.void:
                 self._count(batch, losses)
@@ -224,22 +226,22 @@ class _Pass:
         if self._rows:
             self._rows.complete()
 
-    def _turn(self, kind: Kind) -> None:
+    def _turn(self, kind: CallKind) -> None:
         wait_for_turn(kind, self._stand_in)
 
-    def _stand_in(self, kind: Kind) -> None:
+    def _stand_in(self, kind: CallKind) -> None:
         """Take part in another rank's call, with an example that adds nothing."""
-        if kind == Kind.EVALUATION:
+        if kind == CallKind.EVALUATION:
             with torch.no_grad():
-                self._losses(self._model, to_device(_NOTHING, working_device(self._model)), Layout.of(_NOTHING))
-        elif kind == Kind.PROBE:
+                self._losses(self._model, to_device(_NOTHING, compute_device(self._model)), Layout.of(_NOTHING))
+        elif kind == CallKind.PROBE:
             self._probe(_NOTHING)
         else:
             losses = self._forward(_NOTHING)
-            if any_of(False):  # an example of another rank's is not finite, and nothing is differentiated
+            if any_rank(False):  # an example of another rank's is not finite, and nothing is differentiated
                 return
             self._differentiate(0 * losses)
-            if any_of(self._poisoned):
+            if any_rank(self._poisoned):
                 self._find_nonfinite(None)
 
     def _count(self, batch: Batch, losses: Tensor) -> None:
@@ -281,12 +283,12 @@ class _Pass:
             return torch.empty(0), batch, []
         if self._rows is not None and len(batch["input_ids"]) == batch["input_ids"].shape[1]:
             batch = widen(batch)  # rows and tokens could not be told apart
-        self._turn(Kind.STEP)
+        self._turn(CallKind.STEP)
         losses = self._forward(batch)
         ambiguous = self._is_ambiguous()
         finite = losses.detach().isfinite().cpu()
         sound = bool(finite.all()) and not ambiguous
-        if not any_of(not sound):
+        if not any_rank(not sound):
             return losses, batch, []
         if ambiguous:
             return self._finite_losses(widen(batch))
@@ -318,8 +320,8 @@ class _Pass:
         if len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),):
             return False  # it is alone already
         alone = only(batch, k)
-        self._turn(Kind.EVALUATION)
-        losses = self._losses(self._model, to_device(alone, working_device(self._model)), Layout.of(alone))
+        self._turn(CallKind.EVALUATION)
+        losses = self._losses(self._model, to_device(alone, compute_device(self._model)), Layout.of(alone))
         return bool(losses.isfinite().all())
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -327,7 +329,7 @@ class _Pass:
         self._taken.travelling.drop()
         if self._rows is not None:
             self._rows.begin(layout)
-        return self._losses(self._model, to_device(batch, working_device(self._model)), layout)
+        return self._losses(self._model, to_device(batch, compute_device(self._model)), layout)
 
     def _find_nonfinite(self, batch: Batch | None) -> None:
         """Find which examples of a poisoned batch are to blame; the sums are void from here on.
@@ -340,8 +342,8 @@ class _Pass:
             self._columns.reset()
         ids = batch["example_id"].tolist() if batch is not None else []
         found = {i for k, i in enumerate(ids) if batch is not None and self._is_poison(only(batch, k))}
-        self._turn(Kind.NOTHING)
-        if not any_of(bool(found)):
+        self._turn(CallKind.NOTHING)
+        if not any_rank(bool(found)):
             raise UserError(
                 f"The gradients of the examples {ids} overflow {self._model.dtype} when added, though each is finite; "
                 "lower data.batch_tokens or set model.dtype to float32."
@@ -350,7 +352,7 @@ class _Pass:
 
     def _turn_to_probe(self) -> None:
         self._taken.travelling.drop()  # as all ranks do, which gather again together
-        self._turn(Kind.PROBE)
+        self._turn(CallKind.PROBE)
 
     def _is_poison(self, example: Batch) -> bool:
         self._turn_to_probe()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.dtypes import accumulator_dtype
-from dualsft.sharding.shards import part, working_device
-from dualsft.sharding.unit_gather import working_parameters
+from dualsft.sharding.shards import compute_device, shard_of
+from dualsft.sharding.unit_gather import unsharded_parameters
 
 SKETCH_SIZE = 1021
 """Components of a sketch; prime. The cosine of two sketches is that of the gradients to about 0.03."""
@@ -64,7 +64,7 @@ def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tens
     generator = torch.Generator().manual_seed(0)  # one S for all runs, so that their sketches can be compared
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sign = part(random_signs(parameter.numel(), generator).view(parameter.shape), parameter)
+            sign = shard_of(random_signs(parameter.numel(), generator).view(parameter.shape), parameter)
             root = measurement.preconditioner[name].sqrt() if measurement.preconditioner is not None else None
             sign = sign.to(parameter.device)
             factors[name] = sign if root is None else root.mul_(sign)
@@ -85,9 +85,9 @@ class ExampleStatistics:
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
         self._names, self._drop, self._factors = set(measurement.names), drop, factors
-        self._parameters = {n: p for n, p in working_parameters(model).items() if p.requires_grad}
+        self._parameters = {n: p for n, p in unsharded_parameters(model).items() if p.requires_grad}
         sizes = {NORM: (), PRECONDITIONED_NORM: (), SKETCH: (SKETCH_SIZE,)}
-        device = working_device(model)
+        device = compute_device(model)
         self._sums = {
             name: torch.zeros(size, dtype=torch.float64, device=device)
             for name, size in sizes.items()

@@ -16,8 +16,8 @@ from dualsft.data.layout import Batch, Layout, only, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import RowSums, check_covered
 from dualsft.objectives import example_losses
-from dualsft.sharding.shards import working_device
-from dualsft.sharding.unit_gather import working_parameters
+from dualsft.sharding.shards import compute_device
+from dualsft.sharding.unit_gather import unsharded_parameters
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_PRECISION_TOLERANCE = 5e-2  # of the size of what was added; up to 1.5e-2 has been seen on short examples
@@ -79,9 +79,9 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
         return
     training = model.training
     model.eval()
-    together = example_losses(model, to_device(batch, working_device(model)))
+    together = example_losses(model, to_device(batch, compute_device(model)))
     for k in _telling(batch):
-        alone = example_losses(model, to_device(only(batch, k), working_device(model)))[0]
+        alone = example_losses(model, to_device(only(batch, k), compute_device(model)))[0]
         if not bool(together[k].isfinite()):  # spoilt by a neighbour that will be left out
             continue
         if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):
@@ -119,7 +119,7 @@ def _products_alone(
         products[name] = ([product for product, _ in found], [size for _, size in found])
 
     with watched_gradients(model, directions[0], take):
-        example_losses(model, to_device(example, working_device(model))).sum().backward()
+        example_losses(model, to_device(example, compute_device(model))).sum().backward()
     return products
 
 
@@ -147,7 +147,7 @@ def watched_gradients(
 
     for parameter in scored.values():
         parameter.requires_grad_(True)
-    working = working_parameters(model)
+    working = unsharded_parameters(model)
     handles = [working[name].register_post_accumulate_grad_hook(taker(name)) for name in scored]
     try:
         yield

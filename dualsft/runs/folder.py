@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, first, leads
+from dualsft.sharding.collectives import barrier, on_rank_zero, is_rank_zero
 from dualsft.errors import UserError
 from dualsft.runs.phase_store import PhaseStore
 
@@ -90,7 +90,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         self._overwrite = overwrite
-        if leads():  # the other ranks may come when it is at work already
+        if is_rank_zero():  # the other ranks may come when it is at work already
             self._look(resume, overwrite, inputs)
         self._claimed, self._made = False, not self.path.exists()
         self._let_go: weakref.finalize[[int], RunFolder] | None = None
@@ -154,7 +154,7 @@ class RunFolder:
             UserError: if the folder's unfinished run is another one, naming what differs, another process is at work
                 on it, or it cannot be written.
         """
-        first(lambda: self._claim(identity))
+        on_rank_zero(lambda: self._claim(identity))
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
         if self.complete:
@@ -248,12 +248,12 @@ class RunFolder:
             folder.mkdir()
             return folder
 
-        return first(make)
+        return on_rank_zero(make)
 
     def finish(self) -> None:
         """Declare the run complete, in one step, and drop its state."""
         barrier()  # no rank reads it any more
-        first(self._finish)
+        on_rank_zero(self._finish)
 
     def _finish(self) -> None:
         done = self.path / _FINISHED

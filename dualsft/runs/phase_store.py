@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, gathered, largest, rank, ranks
+from dualsft.sharding.collectives import barrier, all_gather, all_reduce_max, rank, world_size
 from dualsft.errors import UserError
 
 
@@ -35,7 +35,7 @@ class PhaseStore:
             UserError: if it cannot be written.
         """
         before = self._moments(phase)
-        path = self._file(phase, largest(max(before, default=0)) + 1 if ranks() > 1 else 0)
+        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
         partial = path.with_suffix(".partial")
         try:
             whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -49,14 +49,14 @@ class PhaseStore:
                 f"The state of the run cannot be kept in {self._folder} ({error}); see that it can be written and has "
                 "room, and go on with --resume."
             ) from error
-        if ranks() > 1:
+        if world_size() > 1:
             barrier()  # all have it; only now may the one before it go
             for moment in before:
                 self._file(phase, moment).unlink(missing_ok=True)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes that were kept of a phase, or None; a tensor is read when it is first used."""
-        common = set.intersection(*map(set, gathered(self._moments(phase))))
+        common = set.intersection(*map(set, all_gather(self._moments(phase))))
         if not common:
             return None
         with safe_open(self._file(phase, max(common)), framework="pt") as stored:
@@ -70,11 +70,11 @@ class PhaseStore:
 
     def _moments(self, phase: str) -> list[int]:
         """Which states of a phase this rank has, by when they were kept; a single process has one at most."""
-        if ranks() == 1:
+        if world_size() == 1:
             return [0] if self._file(phase, 0).is_file() else []
-        found = self._folder.glob(f"{phase}@*.rank-{rank()}-of-{ranks()}.safetensors")
+        found = self._folder.glob(f"{phase}@*.rank-{rank()}-of-{world_size()}.safetensors")
         return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
 
     def _file(self, phase: str, moment: int) -> Path:
-        place = f"@{moment}.rank-{rank()}-of-{ranks()}" if ranks() > 1 else ""
+        place = f"@{moment}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
         return self._folder / f"{phase}{place}.safetensors"

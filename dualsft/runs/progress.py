@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dualsft.sharding.collectives import gathered, leads, ranks
+from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 from dualsft.data.layout import Batch
 
 
@@ -48,7 +48,7 @@ class PhaseLog:
     def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._device = device
         self.phases: list[Phase] = []
-        self._show = show and leads()
+        self._show = show and is_rank_zero()
 
     @contextmanager
     def phase(
@@ -62,7 +62,7 @@ class PhaseLog:
             earlier: What a killed run told of its part of the phase (`Meter.so_far`).
             dealt: Whether each rank passes examples of its own.
         """
-        examples = -(-examples // ranks()) if dealt else examples
+        examples = -(-examples // world_size()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)
         _reset_peak_memory(self._device)
         done = phase.examples % max(examples, 1)  # an earlier round, in vain, may have passed them all
@@ -120,13 +120,13 @@ class Meter:
 
 def say(message: str) -> None:
     """Tell the user something, once for all ranks, on a line of its own above the bar, if one is drawn."""
-    if leads():
+    if is_rank_zero():
         tqdm.write(f"dualsft: {message}", file=sys.stderr)
 
 
 def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:
     """What the ranks passed together, and the most memory that one of them took."""
-    of_ranks = gathered(phase)
+    of_ranks = all_gather(phase)
     together = of_ranks if dealt else of_ranks[:1]
     return replace(
         phase,

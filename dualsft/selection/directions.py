@@ -11,8 +11,8 @@ from dualsft.errors import UserError, blaming
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.statistics import Statistics
 from dualsft.selection.validation_sets import Combination, combined
-from dualsft.sharding.collectives import total
-from dualsft.sharding.shards import own_part, part
+from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.shards import shard_copy, shard_of
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
         with blaming(scorer, "direction"):
             u = scorer.direction(known)
         check_vector(scorer, "direction", u, known)
-        chosen[known.name] = own_part(u, weights[known.name])
+        chosen[known.name] = shard_copy(u, weights[known.name])
     return chosen
 
 
@@ -58,7 +58,7 @@ def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[st
         mask: Which weights are chosen, of the parameters' whole shapes.
         like: The model's parameters by name.
     """
-    return {n: u[n] * part(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
+    return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 
 
 @dataclass(frozen=True)
@@ -112,4 +112,4 @@ def _totals(score: Tensor) -> ColumnTotals:
 
 def _together(totals: Sequence[ColumnTotals]) -> ColumnTotals:
     here = [math.fsum(of.total for of in totals), math.fsum(of.size for of in totals)]
-    return ColumnTotals(*total(torch.tensor(here, dtype=torch.float64)).tolist())
+    return ColumnTotals(*all_reduce_sum(torch.tensor(here, dtype=torch.float64)).tolist())

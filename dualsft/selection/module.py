@@ -51,10 +51,10 @@ from dualsft.selection.teacher import Teacher
 from dualsft.selection.terms import check_objectives, further_terms, validation_terms
 from dualsft.selection.validation_sets import Combination
 from dualsft.selection.warmup import Warmup
-from dualsft.sharding.collectives import first, ranks
-from dualsft.sharding.files import write_whole
+from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.files import write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
-from dualsft.sharding.shards import working_device
+from dualsft.sharding.shards import compute_device
 from dualsft.sharding.strategy import load_for
 
 Preconditioner = Literal["none", "adam"]
@@ -196,14 +196,14 @@ class SelectionModule(LightningModule):
             UserError: on input that cannot be scored or budgets that cannot be met.
         """
         pool = self._check_input(data)
-        inputs = first(lambda: describe_inputs(self, data, seed))
+        inputs = on_rank_zero(lambda: describe_inputs(self, data, seed))
         chooser = self._chooser(data, pool, run)
-        if first(lambda: run.complete):
-            first(lambda: run.confirm(inputs))
+        if on_rank_zero(lambda: run.complete):
+            on_rank_zero(lambda: run.confirm(inputs))
             return load_selection(run.path)
-        states = {"ranks": ranks()} if ranks() > 1 else {}  # of which each keeps its own
+        states = {"ranks": world_size()} if world_size() > 1 else {}  # of which each keeps its own
         run.claim({**what_scores_rest_on(self, inputs), **states})
-        log = PhaseLog(show, working_device(self.model))
+        log = PhaseLog(show, compute_device(self.model))
         phases = Phases(self.model, data, run, log, seed, self.gradient_checkpointing, self.save_minutes)
         scoring = self._scoring(phases, data, pool, seed)
         chosen = choose(self.order, self.rounds, scoring, chooser, pool)
@@ -212,7 +212,7 @@ class SelectionModule(LightningModule):
         cost = {"scoring_batch_tokens": phases.batch_tokens, "phases": log.as_json()}
         staged = run.staging()
         if self._sharded:
-            write_whole(chosen.parameter_scores, dict(self.model.named_parameters()), staged, WEIGHT_SCORES)
+            write_full_tensors(chosen.parameter_scores, dict(self.model.named_parameters()), staged, WEIGHT_SCORES)
 
         def write() -> None:
             write_selection(
@@ -228,7 +228,7 @@ class SelectionModule(LightningModule):
             )
             publish(staged, run.path)
 
-        first(write)
+        on_rank_zero(write)
         run.finish()
         return load_selection(run.path)
 
@@ -286,7 +286,7 @@ class SelectionModule(LightningModule):
 
         return Chooser(
             choose_of_weights,
-            lambda scores, measured: first(lambda: choose_examples(examples, due, scores, known, measured)),
+            lambda scores, measured: on_rank_zero(lambda: choose_examples(examples, due, scores, known, measured)),
         )
 
     def _base_weights(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dualsft.errors import UserError
 from dualsft.models.loading import model_fingerprint, model_folder
-from dualsft.sharding.shards import part
+from dualsft.sharding.shards import shard_of
 
 SECOND_MOMENT = "second_moment.safetensors"
 Moments = dict[str, Tensor]
@@ -46,7 +46,7 @@ def stored_second_moment(checkpoint: str, model: nn.Module) -> Moments:
         raise UserError(f"{path} cannot be read: {error}") from error
     if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
-    return {name: part(moment, weights[name]) for name, moment in moments.items()}
+    return {name: shard_of(moment, weights[name]) for name, moment in moments.items()}
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.keeping import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.scoring_mode import scoring_mode
-from dualsft.sharding.collectives import rank, ranks
+from dualsft.sharding.collectives import rank, world_size
 
 Loader = Callable[[int, int, int], Iterable[Batch]]
 """(first batch, batch_tokens, step) -> that batch and each that so many batches later follows."""
@@ -103,13 +103,13 @@ class Passes:
             ):
                 return gradient_pass(
                     self._model,
-                    lambda first: loader(first * ranks() + rank(), self.batch_tokens, ranks()),
+                    lambda first: loader(first * world_size() + rank(), self.batch_tokens, world_size()),
                     keeper.meter,
                     keeper=keeper,
                     **options,
                 )
         except Exception as error:
-            if not is_out_of_memory(error) or ranks() > 1:  # the other ranks are in the middle of the pass
+            if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the pass
                 raise
             reason = shortage(error)
         # outside the handler, whose traceback holds on to the batch

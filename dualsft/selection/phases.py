@@ -30,10 +30,10 @@ from dualsft.selection.passes import Passes
 from dualsft.selection.step import StepSize
 from dualsft.selection.terms import Term
 from dualsft.selection.warmup import ADVICE, Warmup, warm_up
-from dualsft.sharding.collectives import first
+from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
-from dualsft.sharding.shards import local
+from dualsft.sharding.shards import local_shard
 
 _STEP = "step-size"
 Part = tuple[float, Mapping[str, Tensor]]
@@ -89,7 +89,7 @@ class Phases:
         else:
             kept = _under("weight", saved[0])
             for name, parameter in self._model.named_parameters():
-                local(parameter.detach()).copy_(kept[name])
+                local_shard(parameter.detach()).copy_(kept[name])
             self._log.restore(saved[1])
         keeper.drop()
         moments = _under("moment", saved[0])
@@ -108,18 +108,18 @@ class Phases:
             moments = warm_up(
                 self._model, loader, settings.epochs, settings.learning_rate, keeper.meter, keeper, self._seed
             )
-        weights = {f"weight:{name}": local(p.detach()) for name, p in self._model.named_parameters()}
+        weights = {f"weight:{name}": local_shard(p.detach()) for name, p in self._model.named_parameters()}
         moments = {f"moment:{name}": moment for name, moment in moments.items()}
         self._run.save("warm-up", {**weights, **moments}, self._log.latest())
 
     def _keep_checkpoint(self, moments: Moments) -> None:
         folder = self._run.path / "warmup"
-        if first(folder.exists):  # whole, as it came here in one step
+        if on_rank_zero(folder.exists):  # whole, as it came here in one step
             return
         staged = self._run.staging()
         self._write_model(staged, moments)
-        first(lambda: self._data.tokenizer.save_pretrained(staged))
-        first(lambda: staged.replace(folder))
+        on_rank_zero(lambda: self._data.tokenizer.save_pretrained(staged))
+        on_rank_zero(lambda: staged.replace(folder))
 
     def _write_model(self, folder: Path, moments: Moments) -> None:
         if is_sharded(self._model):

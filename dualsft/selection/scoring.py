@@ -26,7 +26,7 @@ from dualsft.selection.phases import Phases
 from dualsft.selection.statistics import Statistics
 from dualsft.selection.step import Along, StepSize, along_pool_step, describe, settle, warning
 from dualsft.selection.validation_sets import Combination, combined_rows, combined_tokens
-from dualsft.sharding.collectives import total
+from dualsft.sharding.collectives import all_reduce_sum
 
 T = TypeVar("T")
 
@@ -237,7 +237,7 @@ class Scoring:
         if not known.rows or not known.sums:
             return
         names = list(known.used[0])
-        moves = total(torch.tensor([int(known.sums[name].any()) for name in names])).tolist()
+        moves = all_reduce_sum(torch.tensor([int(known.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, known.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._objective.sets, known.rows, known.used, strict=True):
             summed = {i: value for i, value in rows.items() if i in known.summed}

@@ -10,7 +10,7 @@ from dualsft.errors import UserError
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.scorers import ParameterStatistics
 from dualsft.selection.warmup import EPS
-from dualsft.sharding.shards import local, whole
+from dualsft.sharding.shards import full_tensor, local_shard
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Statistics:
                 version = weight._version
                 yield ParameterStatistics(
                     name,
-                    whole(local(weight.detach()), weight),
-                    whole(self.validation_gradient[name], weight),
-                    whole(self.preconditioner[name], weight),
+                    full_tensor(local_shard(weight.detach()), weight),
+                    full_tensor(self.validation_gradient[name], weight),
+                    full_tensor(self.preconditioner[name], weight),
                     step_size,
                     self.num_examples,
                     *(
                         None
                         if known is None
-                        else whole(known[name].to(weight.device, accumulator_dtype(weight), copy=True), weight)
+                        else full_tensor(known[name].to(weight.device, accumulator_dtype(weight), copy=True), weight)
                         for known in (
                             self.pool_gradient,
                             self.second_moment,
@@ -87,7 +87,7 @@ class Preconditioner(Mapping[str, Tensor]):
         weight = self._weights[name]
         dtype = accumulator_dtype(weight)
         if self._moments is None:
-            return torch.ones_like(local(weight.detach()), dtype=dtype)
+            return torch.ones_like(local_shard(weight.detach()), dtype=dtype)
         return self._moments[name].to(weight.device, dtype).sqrt().add_(EPS).reciprocal_()
 
     def __iter__(self) -> Iterator[str]:

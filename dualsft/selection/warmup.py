@@ -21,9 +21,9 @@ from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.passes import Keeper, Watch
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
-from dualsft.sharding.collectives import any_of, gathered, ranks
-from dualsft.sharding.local_batch import own_rows
-from dualsft.sharding.shards import local, working_device
+from dualsft.sharding.collectives import all_gather, any_rank, world_size
+from dualsft.sharding.local_batch import local_rows
+from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -109,7 +109,7 @@ def warm_up(
     """
     run = _WarmUp(model, learning_rate, seed)
     try:
-        device = working_device(model)
+        device = compute_device(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             run.all_steps(batches, epochs, watch, keeper)
         return run.second_moment()
@@ -135,7 +135,7 @@ class _WarmUp:
         self._model.train()
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
-                if keeper and any_of(keeper.due()):
+                if keeper and any_rank(keeper.due()):
                     keeper.save(*self._state(epoch, k))
                 while not self._step(batch, epoch, k):
                     if keeper:  # at once: the step must not be taken in one piece by a run that goes on from here
@@ -156,7 +156,7 @@ class _WarmUp:
         try:
             self._backward(batch)
         except Exception as error:
-            if not is_out_of_memory(error) or ranks() > 1:  # the other ranks are in the middle of the step
+            if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the step
                 raise
             reason = shortage(error)
         else:
@@ -168,10 +168,10 @@ class _WarmUp:
     def _backward(self, batch: Batch) -> None:
         """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
         count = len(batch["example_id"])
-        for part in split(own_rows(batch), self._parts):
-            losses = example_losses(self._model, to_device(part, working_device(self._model)))
+        for part in split(local_rows(batch), self._parts):
+            losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
-            if suspects := {i for of_rank in gathered(bad) for i in of_rank}:
+            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:
                 return self._backward_without("loss", batch, suspects)
             (losses.sum() / count).backward()
         if not self._finite_gradients():
@@ -196,7 +196,7 @@ class _WarmUp:
             self._backward(without(batch, torch.tensor([i not in bad for i in ids])))
 
     def _finite_alone(self, example: Batch) -> bool:
-        loss = example_losses(self._model, to_device(example, working_device(self._model))).sum()
+        loss = example_losses(self._model, to_device(example, compute_device(self._model))).sum()
         if not bool(loss.isfinite()):
             return False
         loss.backward()
@@ -207,7 +207,7 @@ class _WarmUp:
     def _finite_gradients(self) -> bool:
         gradients = [m.grad for m in self._compact.masters if m.grad is not None and m.grad.numel()]
         extremes = [torch.stack(gradient.aminmax()) for gradient in gradients]
-        return not any_of(bool(extremes) and not bool(torch.stack(extremes).isfinite().all()))
+        return not any_rank(bool(extremes) and not bool(torch.stack(extremes).isfinite().all()))
 
     def _drop_gradients(self) -> None:
         for parameter in (*self._model.parameters(), *self._compact.masters):
@@ -230,7 +230,7 @@ class _WarmUp:
             state = self._optimizer.state.pop(master, None)
             moment = state["exp_avg_sq"] if state else torch.zeros_like(master)
             correction = 1 - BETAS[1] ** float(state["step"]) if state else 1.0
-            moments[name] = moment.div_(correction).view_as(local(weights[name].detach()))
+            moments[name] = moment.div_(correction).view_as(local_shard(weights[name].detach()))
         return moments
 
     def _state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,6 @@
 
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded, shard_model
-from dualsft.sharding.shards import local, shard_offset
+from dualsft.sharding.shards import local_shard, shard_offset
 
-__all__ = ["is_sharded", "load_sharded", "local", "shard_model", "shard_offset"]
+__all__ = ["is_sharded", "load_sharded", "local_shard", "shard_model", "shard_offset"]

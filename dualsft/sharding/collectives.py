@@ -14,61 +14,61 @@ T = TypeVar("T")
 
 def rank() -> int:
     """Which of the job's processes this is."""
-    return distributed.get_rank() if _several() else 0
+    return distributed.get_rank() if _is_distributed() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes the job has."""
-    return distributed.get_world_size() if _several() else 1
+    return distributed.get_world_size() if _is_distributed() else 1
 
 
-def leads() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the job's first process; before they have joined, as the launcher's environment tells."""
-    if _several():
+    if _is_distributed():
         return rank() == 0
     if (told := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
         return told == "0"
     return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of the ranks' numbers."""
-    if not _several():
+    if not _is_distributed():
         return value
     shared = torch.tensor(value)
     distributed.all_reduce(shared, distributed.ReduceOp.MAX)
     return int(shared)
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is so on any rank."""
-    return bool(largest(int(flag)))
+    return bool(all_reduce_max(int(flag)))
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The ranks' numbers added up, entry by entry."""
-    if _several():
+    if _is_distributed():
         values = values.clone()
         distributed.all_reduce(values)
     return values
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """What each rank has, in their order."""
-    if not _several():
+    if not _is_distributed():
         return [value]
-    found: list[T | None] = [None] * ranks()
+    found: list[T | None] = [None] * world_size()
     distributed.all_gather_object(found, value)
     return found  # type: ignore[return-value]
 
 
-def first(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T]) -> T:
     """What an action gives on the first rank, which alone does it, told to all.
 
     Raises:
         UserError: on every rank, if the action fails.
     """
-    if not _several():
+    if not _is_distributed():
         return action()
     told: list[Any] = [None, None]
     failure: Exception | None = None
@@ -86,15 +86,15 @@ def first(action: Callable[[], T]) -> T:
     return result
 
 
-def mine() -> slice:
+def rank_slice() -> slice:
     """Which of a list's entries are this rank's, if they are dealt out one by one."""
-    return slice(rank(), None, ranks())
+    return slice(rank(), None, world_size())
 
 
 def barrier() -> None:
     """Wait until every rank has come here."""
-    largest(0)
+    all_reduce_max(0)
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

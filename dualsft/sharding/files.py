@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, rank, ranks
-from dualsft.sharding.shards import whole
+from dualsft.sharding.collectives import barrier, rank, world_size
+from dualsft.sharding.shards import full_tensor
 
 _LARGEST_FILE = 5 * 10**9
 """Bytes, as `huggingface_hub` has it."""
 
 
-def write_whole(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
     """Write tensors of which each rank has its shard; all ranks take part, and each writes about as much.
 
     Args:
@@ -31,15 +31,15 @@ def write_whole(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder
     """
     shapes = {n: torch.empty(like[n].shape, dtype=t.dtype, device="meta") for n, t in sorted(shards.items())}
     size = sum(t.nbytes for t in shapes.values())
-    each = min(_LARGEST_FILE, -(-size // ranks()))
+    each = min(_LARGEST_FILE, -(-size // world_size()))
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max(each, 1)
     )
     own: dict[str, dict[str, Tensor]] = {}
     for k, (file, names) in enumerate(plan.filename_to_tensors.items()):
         for name in names:
-            tensor = whole(shards[name], like[name])
-            if k % ranks() == rank():
+            tensor = full_tensor(shards[name], like[name])
+            if k % world_size() == rank():
                 own.setdefault(file, {})[name] = tensor.cpu().contiguous()
             del tensor
     for file, held in own.items():  # all ranks at once

@@ -17,7 +17,7 @@ Rows = slice | EllipsisType
 """Some rows (of dimension 0), or all there is."""
 
 
-class Described(Tensor):
+class LazyTensor(Tensor):
     """A tensor that is not there yet.
 
     Args:
@@ -52,19 +52,19 @@ class Described(Tensor):
             return function(*_read(args), **_read(kwargs))
         on_meta = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
         likes = function(*_like(args), **_like(on_meta))
-        device = next(leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Described))
+        device = next(leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor))
         if isinstance(likes, Tensor):
-            return Described(likes, partial(_result, function, args, kwargs), device)
-        return [Described(like, partial(_part, function, args, kwargs, k), device) for k, like in enumerate(likes)]
+            return LazyTensor(likes, partial(_result, function, args, kwargs), device)
+        return [LazyTensor(like, partial(_part, function, args, kwargs, k), device) for k, like in enumerate(likes)]
 
 
 def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
     """Rows of a tensor that may be one of these."""
-    return tensor.read(rows) if isinstance(tensor, Described) else tensor[rows]
+    return tensor.read(rows) if isinstance(tensor, LazyTensor) else tensor[rows]
 
 
 def _read(tree: Any) -> Any:
-    return tree_map_only(Described, lambda tensor: tensor.read(...), tree)
+    return tree_map_only(LazyTensor, lambda tensor: tensor.read(...), tree)
 
 
 def _like(tree: Any) -> Any:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype, load_model, model_folder, reading_weights
-from dualsft.sharding.lazy_tensor import Described, rows_of
+from dualsft.sharding.lazy_tensor import LazyTensor, rows_of
 from dualsft.sharding.shard_model import shard_model
-from dualsft.sharding.shards import first_row, local
+from dualsft.sharding.shards import first_row, local_shard
 
 _T = TypeVar("_T")
 
@@ -41,7 +41,7 @@ def load_sharded(
         UserError: on every rank alike, as `load_model` and `shard_model` do.
     """
     folder = _on_all(mesh, lambda: model_folder(name_or_path))
-    model, weights = _on_all(mesh, lambda: _described(folder, dtype))
+    model, weights = _on_all(mesh, lambda: _lazy_model(folder, dtype))
     shard_model(model, mesh, cpu_offload)
     device = torch.device("cpu" if cpu_offload else mesh.device_type)
     _on_all(mesh, lambda: _fill(model, weights, device, folder))
@@ -63,9 +63,9 @@ def _on_all(mesh: DeviceMesh, action: Callable[[], _T]) -> _T:
     return result
 
 
-def _described(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def _lazy_model(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A model whose parameters are on the meta device, and what would fill them."""
-    with _described_files():
+    with _lazy_files():
         model = load_model(str(folder), dtype)
     with reading_weights(folder):
         _read_buffers(model)
@@ -76,10 +76,10 @@ def _described(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, T
 
 
 @contextmanager
-def _described_files() -> Iterator[None]:
+def _lazy_files() -> Iterator[None]:
     """Whatever `transformers` loads comes from files whose tensors are only described."""
     module: Any = modeling_utils
-    module.safe_open, opened = _DescribedFile, module.safe_open
+    module.safe_open, opened = _LazyFile, module.safe_open
     try:
         yield
     finally:
@@ -89,7 +89,7 @@ def _described_files() -> Iterator[None]:
 def _read_buffers(model: nn.Module) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if isinstance(buffer, Described):
+            if isinstance(buffer, LazyTensor):
                 module._buffers[name] = buffer.read(...)
 
 
@@ -111,7 +111,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], device: torch.device, fo
 
 
 def _filled(parameter: nn.Parameter, source: Tensor, device: torch.device) -> nn.Parameter:
-    start, here = first_row(parameter), local(parameter.detach())
+    start, here = first_row(parameter), local_shard(parameter.detach())
     rows = slice(start, start + len(here))
     shard = torch.empty(here.shape, dtype=here.dtype, device=device)
     shard.copy_(rows_of(source, rows))
@@ -120,7 +120,7 @@ def _filled(parameter: nn.Parameter, source: Tensor, device: torch.device) -> nn
     return nn.Parameter(DTensor.from_local(shard, **layout, shape=whole.shape, stride=whole.stride()))
 
 
-class _DescribedFile:
+class _LazyFile:
     """A safetensors file, as `safe_open` gives it, whose tensors are only described."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -140,6 +140,6 @@ class _DescribedFile:
         stored = self._file.get_slice(name)
         shape = stored.get_shape()
         dtype = stored[0:0].dtype if shape else stored[...].dtype
-        described = Described(torch.empty(shape, dtype=dtype, device="meta"), lambda rows: stored[rows])
+        described = LazyTensor(torch.empty(shape, dtype=dtype, device="meta"), lambda rows: stored[rows])
         described.get_shape, described.get_dtype = stored.get_shape, stored.get_dtype
         return described

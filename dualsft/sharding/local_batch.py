@@ -8,12 +8,12 @@ of a sharded model make the same calls.
 import torch
 
 from dualsft.data.layout import Batch, Layout
-from dualsft.sharding.collectives import mine, ranks
+from dualsft.sharding.collectives import rank_slice, world_size
 
 _NONE = -100
 
 
-def own_rows(batch: Batch) -> Batch:
+def local_rows(batch: Batch) -> Batch:
     """This rank's rows, dealt out one by one, without the padding that they do not need.
 
     Args:
@@ -22,10 +22,10 @@ def own_rows(batch: Batch) -> Batch:
     Returns:
         A batch of the same kind; without any label, if there are fewer rows than ranks and none is left for this one.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return batch
     rows = list(range(len(batch["input_ids"])))
-    own = rows[mine()]
+    own = rows[rank_slice()]
     part = _rows(batch, own or rows[-1:])
     return part if own else {**part, "labels": torch.full_like(part["labels"], _NONE)}
 

@@ -9,10 +9,10 @@ of that kind over an example of no weight. A rank without work stands in until a
 from collections.abc import Callable
 from enum import IntEnum
 
-from dualsft.sharding.collectives import largest, ranks
+from dualsft.sharding.collectives import all_reduce_max, world_size
 
 
-class Kind(IntEnum):
+class CallKind(IntEnum):
     """What a call is for; a larger one goes first."""
 
     NOTHING = 0
@@ -24,14 +24,14 @@ class Kind(IntEnum):
     """Forward without gradients."""
 
 
-def wait_for_turn(kind: Kind, stand_in: Callable[[Kind], None]) -> None:
+def wait_for_turn(kind: CallKind, stand_in: Callable[[CallKind], None]) -> None:
     """Return when calls of this kind are due, on all ranks that have one to make.
 
     Args:
         kind: What the next call is for; ``NOTHING`` waits until no rank has a call left to make.
         stand_in: Makes a call of a kind over an example of no weight.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return
-    while (due := Kind(largest(kind))) != kind:
+    while (due := CallKind(all_reduce_max(kind))) != kind:
         stand_in(due)

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.errors import UserError
 from dualsft.models.tensor_file import TensorSpec, write_tensors
-from dualsft.sharding.collectives import first, gathered, rank, ranks
-from dualsft.sharding.lazy_tensor import Described, Rows, rows_of
-from dualsft.sharding.shards import local, whole
+from dualsft.sharding.collectives import all_gather, on_rank_zero, rank, world_size
+from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
+from dualsft.sharding.shards import full_tensor, local_shard
 
 _LARGEST_FILE, _WORTH_DIVIDING = 50 * 10**9, 10**9
 """Bytes: the largest file, as `save_pretrained` has it, and a model of how many is divided between ranks."""
@@ -38,14 +38,14 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
 
     @lru_cache(maxsize=_KEPT)
     def make_whole(name: str) -> Tensor:
-        return whole(local(like[name].detach()), like[name]).cpu()
+        return full_tensor(local_shard(like[name].detach()), like[name]).cpu()
 
     files = _Files(folder)
     with TemporaryDirectory() as elsewhere, files.taking(), _saving_on_every_rank(model):
         # all ranks plan the same files, and make weights whole together; what goes with them the first one writes
         target = folder if rank() == 0 else elsewhere
         size = sum(p.numel() * p.element_size() for p in like.values())
-        each = min(_LARGEST_FILE, max(_WORTH_DIVIDING, -(-size // ranks())))
+        each = min(_LARGEST_FILE, max(_WORTH_DIVIDING, -(-size // world_size())))
         model.save_pretrained(target, state_dict=_described(model, make_whole), max_shard_size=each)
     files.write()
 
@@ -83,7 +83,7 @@ class _Files:
             module.safe_save_file = usual
 
     def _take(self, tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
-        mine = self._count % ranks() == rank()
+        mine = self._count % world_size() == rank()
         self._count += 1
         kept = {}
         for name in sorted(tensors):
@@ -106,7 +106,7 @@ class _Files:
                 write_tensors(self._folder / name, specs, tensors.__getitem__, metadata)
         except OSError as error:
             message = f"{self._folder} cannot be written ({error.strerror}); see that it has room."
-        if failed := [told for told in gathered(message) if told]:
+        if failed := [told for told in all_gather(message) if told]:
             raise UserError(failed[0])
 
 
@@ -130,7 +130,7 @@ def _with_wholes(
     @lru_cache(maxsize=_KEPT)
     def ask(name: str) -> Tensor:
         _tell(name)
-        return whole(shards[name], like[name]).cpu()
+        return full_tensor(shards[name], like[name]).cpu()
 
     def act() -> None:
         try:
@@ -140,14 +140,14 @@ def _with_wholes(
 
     if rank():
         while (name := _tell(None)) is not None:
-            whole(shards[name], like[name])
-    first(act)
+            full_tensor(shards[name], like[name])
+    on_rank_zero(act)
 
 
 def _tell(name: str | None) -> str | None:
     """What the first rank tells."""
     told = [name]
-    if ranks() > 1:
+    if world_size() > 1:
         distributed.broadcast_object_list(told)
     return told[0]
 
@@ -159,7 +159,7 @@ def _described(model: PreTrainedModel, ask: Callable[[str], Tensor]) -> dict[str
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     for name in state.keys() & parameters.keys():
         like = torch.empty(parameters[name].shape, dtype=parameters[name].dtype, device="meta")
-        state[name] = Described(like, partial(_read, ask, name), "meta")
+        state[name] = LazyTensor(like, partial(_read, ask, name), "meta")
     return state
 
 

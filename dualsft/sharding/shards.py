@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
 
     With gradients enabled it is part of the graph, as any view: detach a parameter first to modify it.
@@ -46,7 +46,7 @@ def shard_offset(tensor: Tensor) -> int:
     return first_row(tensor) * math.prod(tensor.shape[1:])
 
 
-def working_device(model: nn.Module) -> torch.device:
+def compute_device(model: nn.Module) -> torch.device:
     """Where the model computes, which may be elsewhere than its shards are kept."""
     parameter = next(model.parameters())
     return _device(parameter) if isinstance(parameter, DTensor) else parameter.device
@@ -58,7 +58,7 @@ def _device(sharded: DTensor) -> torch.device:
 
 
 @torch.no_grad()
-def whole(shard: Tensor, like: Tensor) -> Tensor:
+def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
     """The tensor whose shards the ranks have, where the model computes; every rank must ask at once.
 
     Args:
@@ -78,12 +78,12 @@ def whole(shard: Tensor, like: Tensor) -> Tensor:
     return spread.full_tensor()
 
 
-def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_copy(tensor: Tensor, like: Tensor) -> Tensor:
     """The same where the shards are kept, in memory of its own, if the tensor is more than that."""
-    return part(tensor, like).to(like.device, copy=True) if isinstance(like, DTensor) else tensor
+    return shard_of(tensor, like).to(like.device, copy=True) if isinstance(like, DTensor) else tensor
 
 
-def part(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a whole tensor, sharing its memory.
 
     Args:
@@ -93,4 +93,4 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     first = first_row(like)
-    return tensor[first : first + len(local(like))]
+    return tensor[first : first + len(local_shard(like))]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dualsft.models.loading import Dtype, load_model
 from dualsft.sharding.load import load_sharded
-from dualsft.sharding.vectors import joined, own_pieces
+from dualsft.sharding.vectors import gather_vectors, split_vectors
 
 
 class FSDP2(ModelParallelStrategy):
@@ -78,7 +78,7 @@ class FSDP2(ModelParallelStrategy):
         own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = own.state_dict()
         kept = _pieces(state["state"], _lengths(own))
-        wholes = joined([state["state"][k][key] for k, key in kept])
+        wholes = gather_vectors([state["state"][k][key] for k, key in kept])
         return _with(state, dict(zip(kept, wholes, strict=True)))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ def _own_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         for key, value in kept.items()
         if isinstance(value, Tensor) and value.dim() == 1
     }
-    pieces = own_pieces([*vectors.values()], [lengths[k] for k, _ in vectors])
+    pieces = split_vectors([*vectors.values()], [lengths[k] for k, _ in vectors])
     return _with(state, dict(zip(vectors, pieces, strict=True)))
 
 

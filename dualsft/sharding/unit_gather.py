@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from dualsft.sharding.shards import whole
+from dualsft.sharding.shards import full_tensor
 
 
-class Travelling:
+class UnitGather:
     """Makes them whole in time, while the context is open.
 
     Args:
@@ -69,7 +69,7 @@ class Travelling:
             self._forget(self._units[held])
         self._held = [*around, unit]
         for of, found in zip(self._tensors, self._at_hand, strict=True):
-            found.update({name: whole(of[name], self._shards[name]) for name in self._units[unit] if name in of})
+            found.update({name: full_tensor(of[name], self._shards[name]) for name in self._units[unit] if name in of})
 
     def _forget(self, names: Sequence[str]) -> None:
         for found in self._at_hand:
@@ -108,7 +108,7 @@ def units(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def working_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def unsharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that forward and backward work with, whose gradients are this rank's own.
 
     A unit of a sharded model puts them in the place of its shards while it is whole; they are the same objects each
@@ -128,7 +128,7 @@ def working_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def made_whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Every unit of a sharded model whole on every rank, and gradients each rank's own, while the context is open.
 
     The model then is like one that is not sharded, and takes as much memory.

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from dualsft.sharding.collectives import gathered, rank, ranks
+from dualsft.sharding.collectives import all_gather, rank, world_size
 
 
-def joined(pieces: Sequence[Tensor]) -> list[Tensor]:
+def gather_vectors(pieces: Sequence[Tensor]) -> list[Tensor]:
     """The whole vectors, on the host of the first rank alone; the others get empty ones. Every rank must ask at once.
 
     Args:
         pieces: This rank's piece of each; a single process has the wholes, and gets them back.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return list(pieces)
-    lengths = gathered([len(piece) for piece in pieces])
+    lengths = all_gather([len(piece) for piece in pieces])
     if rank():
         for piece in filter(len, pieces):
             distributed.send(piece.detach().cpu().contiguous(), 0)
@@ -38,7 +38,7 @@ def _received(piece: Tensor, lengths: list[int]) -> Tensor:
     return whole
 
 
-def own_pieces(wholes: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+def split_vectors(wholes: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """This rank's pieces of vectors that every rank has, as copies. Every rank must ask at once.
 
     Args:
@@ -48,7 +48,7 @@ def own_pieces(wholes: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]
     Raises:
         ValueError: if a vector is not as long as its pieces.
     """
-    of_ranks = gathered(list(lengths))
+    of_ranks = all_gather(list(lengths))
     found = []
     for k, whole in enumerate(wholes):
         parts = [of_rank[k] for of_rank in of_ranks]

@@ -30,8 +30,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.sharding.shard_model import is_sharded
-from dualsft.sharding.shards import is_shard, local, shard_offset
-from dualsft.sharding.vectors import joined, own_pieces
+from dualsft.sharding.shards import is_shard, local_shard, shard_offset
+from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
@@ -90,7 +90,7 @@ class CompactParameters(nn.Module):
         """Take in a tensor, of whose entries these are selected, all of them if None; tells how many."""
         count = weight.numel() if index is None else len(index)
         self._num_selected += count
-        here = local(weight.detach())
+        here = local_shard(weight.detach())
         if index is not None:
             index = _of_shard(index, weight).to(here.device)
         self.register_buffer(f"index_{len(self.names)}", index, persistent=False)
@@ -143,7 +143,7 @@ class CompactParameters(nn.Module):
         def fold(weight: Tensor) -> None:
             assert weight.grad is not None
             master = self.masters[k]
-            gradient = _gather(_arrived(local(weight.grad)), self.index(k)).to(master.dtype)
+            gradient = _gather(_arrived(local_shard(weight.grad)), self.index(k)).to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             weight.grad = None
 
@@ -153,7 +153,7 @@ class CompactParameters(nn.Module):
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
         for k, (weight, master) in enumerate(zip(self._weights, self.masters, strict=True)):
-            index, values, here = self.index(k), master.to(weight.dtype), local(weight.detach())
+            index, values, here = self.index(k), master.to(weight.dtype), local_shard(weight.detach())
             if index is None:
                 here.copy_(values.view_as(here))
             else:
@@ -194,13 +194,13 @@ class CompactParameters(nn.Module):
         Of a sharded model the whole ones, on the first rank alone.
         """
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
-        return dict(zip(pending, joined([*pending.values()]), strict=True)) if self._sharded else pending
+        return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
         """Go on with an accumulation from earlier `pending_gradients`."""
         given = [*gradients.values()]
         if self._sharded:
-            given = own_pieces(given, [len(self.masters[k]) for k in gradients])
+            given = split_vectors(given, [len(self.masters[k]) for k in gradients])
         for k, gradient in zip(gradients, given, strict=True):
             self.masters[k].grad = gradient.to(self.masters[k])
 
@@ -212,7 +212,7 @@ class CompactParameters(nn.Module):
 def _join(masters: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """A state holds the whole masters, on the first rank."""
     names = [f"{prefix}{k}" for k, _ in masters.named_parameters()]
-    state.update(zip(names, joined([state[name] for name in names]), strict=True))
+    state.update(zip(names, gather_vectors([state[name] for name in names]), strict=True))
 
 
 def _take_pieces(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -220,7 +220,7 @@ def _take_pieces(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     lengths = {f"{prefix}{k}": len(master) for k, master in masters.named_parameters()}
     if lengths.keys() <= state.keys():
         wholes: Sequence[Tensor] = [state[name] for name in lengths]
-        state.update(zip(lengths, own_pieces(wholes, [*lengths.values()]), strict=True))
+        state.update(zip(lengths, split_vectors(wholes, [*lengths.values()]), strict=True))
 
 
 def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | None:
@@ -243,7 +243,7 @@ def _of_shard(index: Int[Tensor, " selected"], weight: Tensor) -> Int[Tensor, " 
     if not is_shard(weight):
         return index
     first = shard_offset(weight)
-    ends = torch.tensor([first, first + local(weight.detach()).numel()], dtype=index.dtype)
+    ends = torch.tensor([first, first + local_shard(weight.detach()).numel()], dtype=index.dtype)
     start, end = torch.searchsorted(index, ends).tolist()
     return index[start:end] - first
 

@@ -11,7 +11,7 @@ from lightning import Trainer as LightningTrainer
 from torch import Tensor, distributed
 
 from dualsft.finetune import FitReport, MaskedFinetuneModule
-from dualsft.sharding.shards import local, whole
+from dualsft.sharding.shards import full_tensor, local_shard
 from dualsft.sharding.strategy import FSDP2
 from tests.finetune.runs import Workspace, trainer
 
@@ -80,7 +80,7 @@ def fitted(workspace: Workspace, folder: Path, case: Case) -> Fitted:
 def whole_weights(module: MaskedFinetuneModule) -> dict[str, Tensor]:
     """A copy of the model's weights."""
     named = dict(module.model.named_parameters())
-    return {name: whole(local(weight.detach()), weight).clone() for name, weight in named.items()}
+    return {name: full_tensor(local_shard(weight.detach()), weight).clone() for name, weight in named.items()}
 
 
 def all_fitted(workspace: Workspace, folder: Path, cases: dict[str, Case]) -> dict[str, Fitted]:

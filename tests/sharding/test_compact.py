@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import gathered, rank, ranks
+from dualsft.sharding.collectives import all_gather, rank, world_size
 from dualsft.sharding.shard_model import shard_model
-from dualsft.sharding.shards import local, whole
-from dualsft.sharding.vectors import joined, own_pieces
+from dualsft.sharding.shards import full_tensor, local_shard
+from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.compact import CompactParameters
 from tests.cases import random_batch, random_mask, tiny_llama
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
@@ -31,14 +31,14 @@ def mask_of(dtype: torch.dtype) -> Mask:
 def trained(dtype: torch.dtype, mask: Mask | None) -> dict[str, Any]:
     """What two steps of Adam leave, and a backward pass after them; in shards where there are ranks."""
     model = tiny_llama(dtype=dtype)
-    if ranks() > 1:
+    if world_size() > 1:
         shard_model(model, data_parallel_mesh())
     compact = CompactParameters(model, mask)
     compact.attach()
     optimizer = torch.optim.Adam(compact.parameters(), lr=1e-2)
     compact.write_back_after(optimizer)
     for step in range(3):
-        (example_losses(model, BATCH).sum() * 2 ** rank() / (2 ** ranks() - 1)).backward()
+        (example_losses(model, BATCH).sum() * 2 ** rank() / (2 ** world_size() - 1)).backward()
         if step < 2:
             optimizer.step()
     named = dict(model.named_parameters())
@@ -50,8 +50,8 @@ def trained(dtype: torch.dtype, mask: Mask | None) -> dict[str, Any]:
         "gradients": compact.pending_gradients(),
         "dense": [name for name, weight in named.items() if weight.grad is not None],
         "state": compact.state_dict(),
-        "weights": {name: whole(local(weight.detach()), weight).clone() for name, weight in named.items()},
-        "lengths": gathered([len(master) for master in compact.masters]),
+        "weights": {name: full_tensor(local_shard(weight.detach()), weight).clone() for name, weight in named.items()},
+        "lengths": all_gather([len(master) for master in compact.masters]),
     }
 
 
@@ -96,7 +96,9 @@ def loaded(state: dict[str, Tensor], gradients: dict[int, Tensor], mask: Mask) -
     compact = CompactParameters(model, mask)
     compact.load_state_dict(state)
     compact.restore_gradients(gradients)
-    weights = {name: whole(local(weight.detach()), weight).clone() for name, weight in model.named_parameters()}
+    weights = {
+        name: full_tensor(local_shard(weight.detach()), weight).clone() for name, weight in model.named_parameters()
+    }
     return [dict(compact.state_dict()), compact.pending_gradients(), weights]
 
 
@@ -133,10 +135,10 @@ def test_a_mask_of_one_rank_s_rows() -> None:
 def pieces(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Vectors of which rank r has r entries, and their number, joined; and this rank's pieces of two others."""
     own = [torch.full((rank(),), rank(), dtype=dtype), torch.empty(0, dtype=dtype)]
-    taken = own_pieces([torch.arange(3).to(dtype), torch.arange(6).to(dtype)], [rank(), 2])
+    taken = split_vectors([torch.arange(3).to(dtype), torch.arange(6).to(dtype)], [rank(), 2])
     with pytest.raises(ValueError, match="a vector of 4 entries for pieces of 3 in all"):
-        own_pieces([torch.arange(4)], [rank()])
-    return joined(own), taken
+        split_vectors([torch.arange(4)], [rank()])
+    return gather_vectors(own), taken
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])

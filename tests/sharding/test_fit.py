@@ -14,13 +14,13 @@ from dualsft.errors import UserError
 from dualsft.finetune import EndOfTraining, ExportModel
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
-from dualsft.sharding.collectives import ranks
+from dualsft.sharding.collectives import world_size
 from dualsft.sharding.strategy import FSDP2, join
 from tests.cases import random_mask
 from tests.finetune.runs import CHOSEN, SaveOften, Workspace, make_workspace, select, trainer
 from tests.sharding.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
 from tests.sharding.ranks import run_on_ranks
-from tests.sharding.test_saving import assert_same_files
+from tests.sharding.test_save import assert_same_files
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
@@ -106,7 +106,7 @@ def test_bfloat16(tmp_path: Path, precision: str) -> None:
 def joined_first(workspace: Workspace, folder: Path) -> Fitted:
     """A fit by ranks that have joined, and loaded the model, before the trainer runs."""
     module = workspace.module()
-    run = trainer(folder, strategy=FSDP2(), devices=ranks(), enable_checkpointing=False)
+    run = trainer(folder, strategy=FSDP2(), devices=world_size(), enable_checkpointing=False)
     join(run, module)
     module.configure_model()
     mesh = module.device_mesh

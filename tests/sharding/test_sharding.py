@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from dualsft.errors import UserError
 from dualsft.models.loading import checkpoint_activations
 from dualsft.sharding.shard_model import shard_model
-from dualsft.sharding.shards import local, shard_offset
+from dualsft.sharding.shards import local_shard, shard_offset
 from tests.selection.tiny import ARCHITECTURES, make
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
@@ -67,11 +67,11 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     for shape in shapes:
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         shards = distribute_tensor(whole, mesh, [Shard(0)])
-        mine, start = local(shards), shard_offset(shards)
+        mine, start = local_shard(shards), shard_offset(shards)
         assert torch.equal(mine.flatten(), whole.flatten()[start : start + mine.numel()])
         assert torch.equal(shards.full_tensor(), whole)
         mine.fill_(7.0)
-        assert torch.equal(local(shards), torch.full_like(mine, 7.0))
+        assert torch.equal(local_shard(shards), torch.full_like(mine, 7.0))
         held.append(mine.numel())
     return held
 
@@ -88,7 +88,7 @@ def test_a_shard_is_where_its_offset_says(ranks: int) -> None:
 def test_a_plain_tensor_is_its_own_shard() -> None:
     """It starts at zero and is itself."""
     tensor = torch.randn(3, 2)
-    assert local(tensor) is tensor
+    assert local_shard(tensor) is tensor
     assert shard_offset(tensor) == 0
 
 

@@ -12,7 +12,7 @@ from dualsft.data.layout import Layout, split
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
-from dualsft.sharding.local_batch import own_rows
+from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.strategy import FSDP2
 from tests.cases import VOCABULARY, random_batch, write_jsonl
 from tests.finetune.runs import Workspace, make_workspace, trainer
@@ -85,7 +85,7 @@ def test_samples_are_those_of_one_process(workspace: Workspace, tmp_path: Path) 
 
 def dealt(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """This rank's rows of each batch."""
-    return [own_rows(batch) for batch in batches]
+    return [local_rows(batch) for batch in batches]
 
 
 def supervised(batch: dict[str, Tensor]) -> dict[int, tuple[list[int], list[int]]]:

@@ -3,7 +3,7 @@ import torch
 from torch import distributed
 
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import first, rank
+from dualsft.sharding.collectives import on_rank_zero, rank
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
 
@@ -36,7 +36,7 @@ def _on_first(fails: bool) -> str:
         return f"rank {rank()} did"
 
     try:
-        return first(act)
+        return on_rank_zero(act)
     except (OSError, UserError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -47,4 +47,4 @@ def test_what_the_first_rank_does_all_know() -> None:
     assert run_on_ranks(2, _on_first, True) == ["OSError: the disk is full", "UserError: the disk is full"]
     assert _on_first(False) == "rank 0 did"
     with pytest.raises(ZeroDivisionError):
-        first(lambda: 1 / 0)
+        on_rank_zero(lambda: 1 / 0)

@@ -13,9 +13,9 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import LOSS, NORM, PRECONDITIONED_NORM, SKETCH, Measurement
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import mine
+from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.shard_model import shard_model
-from dualsft.sharding.shards import part, whole
+from dualsft.sharding.shards import full_tensor, shard_of
 from tests.selection.tiny import ARCHITECTURES, collate, make, make_examples, pack, random_direction
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
@@ -50,9 +50,9 @@ def gathered_pass(architecture: str, batches: Given, seeds: list[int], **options
     directions = [random_direction(model, seed) for seed in seeds]
     shard_model(model, data_parallel_mesh())
     shards = dict(model.named_parameters())
-    us = [{name: part(u, shards[name]) for name, u in direction.items()} for direction in directions]
-    found = gradient_pass(model, lambda first: batches[mine()][first:], directions=us, **options)
-    found.sums = {name: whole(total, shards[name]) for name, total in found.sums.items()}
+    us = [{name: shard_of(u, shards[name]) for name, u in direction.items()} for direction in directions]
+    found = gradient_pass(model, lambda first: batches[rank_slice()][first:], directions=us, **options)
+    found.sums = {name: full_tensor(total, shards[name]) for name, total in found.sums.items()}
     return found
 
 

@@ -15,7 +15,7 @@ from dualsft.errors import UserError
 from dualsft.models.loading import Dtype, load_model, weight_files
 from dualsft.sharding import load as loading
 from dualsft.sharding.load import load_sharded
-from dualsft.sharding.shards import local
+from dualsft.sharding.shards import local_shard
 from tests.cases import save_tiny_model
 from tests.models.test_loading import DAMAGES, change_weights, shard
 from tests.selection.tiny import ARCHITECTURES, make
@@ -109,10 +109,10 @@ def test_a_head_stored_beside_the_embedding_is_tied_as_in_the_whole_model(tmp_pa
 def _on_four(paths: Mapping[str, str]) -> None:
     _same_models(paths, ["float32"])
     model = load_sharded(paths["mixtral"], data_parallel_mesh(), cpu_offload=True)
-    places = [local(parameter.detach()).data_ptr() for parameter in model.parameters()]
-    local(model.model.norm.weight.detach()).zero_()
+    places = [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()]
+    local_shard(model.model.norm.weight.detach()).zero_()
     assert model(input_ids=torch.tensor([[3, 4]])).logits.abs().max() == 0
-    assert [local(parameter.detach()).data_ptr() for parameter in model.parameters()] == places
+    assert [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()] == places
 
 
 def test_four_ranks_some_without_a_row(folders: dict[str, str], tmp_path: Path) -> None:

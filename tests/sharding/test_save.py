@@ -32,7 +32,7 @@ def save_all(folders: dict[str, str], target: Path) -> None:
     """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
     for name, folder in folders.items():
         model = load_sharded(folder, data_parallel_mesh())
-        with mock.patch.object(saving, "whole", wraps=saving.whole) as made_whole:
+        with mock.patch.object(saving, "full_tensor", wraps=saving.full_tensor) as made_whole:
             save_weights(model, target / name)
         assert made_whole.call_count == len([*model.parameters()]), name
     with small_files():
