@@ -27,7 +27,7 @@ from dualsft.data.layout import Batch, only
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import SKETCH_SIZE, Measurement
 from dualsft.objectives import example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 
 MEASURED = ("loss", "gradient_norm", "preconditioned_gradient_norm", "sketch")
 

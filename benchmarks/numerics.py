@@ -31,8 +31,7 @@ from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype, load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import FirstOrder
-from dualsft.selection.directions import directions
-from dualsft.selection.statistics import Preconditioner, Statistics
+from dualsft.selection.directions import Statistics, directions, preconditioner
 from dualsft.selection.warmup import Warmup, warm_up
 
 MODEL, VALIDATION = str(ASSETS / "model"), str(ASSETS / "data" / "validation.jsonl")
@@ -106,7 +105,7 @@ def score(
     """The first-order chain over these examples, each pass by `run`."""
     validation = run(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
-    known = Statistics(model, gradient, Preconditioner(model, moments or None), len(ids))
+    known = Statistics(model, gradient, preconditioner(model, moments or None), len(ids))
     u = directions(FirstOrder(), known, STEP_SIZE)
     found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])
     rows = torch.tensor([found.rows[0][i] for i in ids], dtype=torch.float64)

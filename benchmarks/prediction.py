@@ -23,7 +23,7 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import HessianVector
 from dualsft.selection import Warmup
-from dualsft.selection.statistics import Preconditioner
+from dualsft.selection.directions import preconditioner
 from dualsft.trainer import Trainer
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -49,7 +49,7 @@ def pool_step(checkpoint: str, data: InstructionDataModule, adam: bool) -> tuple
     """The model at the scoring checkpoint, and d = P ⊙ ḡ."""
     model = load_model(checkpoint, "float32").eval()
     found = gradient_pass(model, lambda first: data.pool_loader(start=first))
-    p = Preconditioner(model, load_file(Path(checkpoint) / "second_moment.safetensors") if adam else None)
+    p = preconditioner(model, load_file(Path(checkpoint) / "second_moment.safetensors") if adam else None)
     return model, {name: p[name] * total / found.counted for name, total in found.sums.items()}
 
 

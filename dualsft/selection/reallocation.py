@@ -20,16 +20,10 @@ from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
-from dualsft.selection.choosing import (
-    ChosenExamples,
-    ExampleChoice,
-    Pool,
-    WeightChoice,
-    check_allocators,
-    choose_examples,
-    choose_weights,
-)
+from dualsft.selection.budgets import check_allocators
+from dualsft.selection.data_choice import ChosenExamples, DataChoice, Pool, choose_data
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.parameter_choice import ParameterChoice, choose_parameters
 from dualsft.selection.parts import describe_part
 
 _SIDES = {"parameters": ("parameter_allocator", "trainable", "frozen"), "data": ("data_allocator", "near_duplicates")}
@@ -84,8 +78,8 @@ def reallocate(
     check_allocators(parameter_allocator, data_allocator)
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
-    examples = ExampleChoice(data_allocator, data_budget, near_duplicates)
-    weights = WeightChoice(parameter_allocator, parameter_budget, trainable, frozen, lambda: _base_weights(source))
+    examples = DataChoice(data_allocator, data_budget, near_duplicates)
+    weights = ParameterChoice(parameter_allocator, parameter_budget, trainable, frozen, lambda: _base_weights(source))
     spent = _describe_choices(weights, examples)
     _check_order(source, spent)
     made_from = source.manifest["data"]["train"]
@@ -126,7 +120,7 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     run.finish()
 
 
-def _describe_choices(weights: WeightChoice, examples: ExampleChoice) -> dict[str, Any]:
+def _describe_choices(weights: ParameterChoice, examples: DataChoice) -> dict[str, Any]:
     """What the manifest says of them."""
     return {
         "parameter_allocator": describe_part(weights.allocator),
@@ -182,7 +176,7 @@ def _records(source: Selection, path: str, split: str) -> Records:
     return records
 
 
-def _examples(source: Selection, records: Records, how: ExampleChoice) -> ChosenExamples:
+def _examples(source: Selection, records: Records, how: DataChoice) -> ChosenExamples:
     table = source.examples.to_pydict()
     ids, num_tokens = table["example_id"], table["num_tokens"]
     # select spends its budget before it knows which are finite
@@ -190,10 +184,10 @@ def _examples(source: Selection, records: Records, how: ExampleChoice) -> Chosen
     scored = {i: score for i, score in zip(ids, table["score"], strict=True) if score is not None}
     pool = Pool(records, num_tokens, FormatOptions(**source.manifest["data"]["format"]))
     due = how.count([num_tokens[i] for i in with_response])
-    return choose_examples(how, due, scored, pool, _measured(source, how))
+    return choose_data(how, due, scored, pool, _measured(source, how))
 
 
-def _measured(source: Selection, how: ExampleChoice) -> dict[str, dict[int, Tensor]]:
+def _measured(source: Selection, how: DataChoice) -> dict[str, dict[int, Tensor]]:
     """What the allocator needs beside the scores, as the selection holds it.
 
     Raises:
@@ -214,14 +208,14 @@ def _measured(source: Selection, how: ExampleChoice) -> dict[str, dict[int, Tens
     return found
 
 
-def _weights(source: Selection, how: WeightChoice) -> dict[str, Tensor]:
+def _weights(source: Selection, how: ParameterChoice) -> dict[str, Tensor]:
     scores = source.parameter_scores()
     available = sum(score.numel() for score in scores.values())
     if available != (due := source.manifest["counts"]["parameters"]["scored"]):
         raise UserError(
             f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
         )
-    return choose_weights(how, scores)
+    return choose_parameters(how, scores)
 
 
 def _base_weights(source: Selection) -> dict[str, Tensor]:

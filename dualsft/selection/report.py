@@ -10,10 +10,10 @@ import torch
 from dualsft.data import Examples, InstructionDataModule
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.loading import model_fingerprint, tokenizer_fingerprint
-from dualsft.selection.moments import describe_checkpoint
 from dualsft.selection.order import Chosen
 from dualsft.selection.parts import describe_part
 from dualsft.selection.scoring import Scoring
+from dualsft.selection.scoring_checkpoint import describe_checkpoint
 
 if TYPE_CHECKING:
     from dualsft.selection.module import SelectionModule

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from dualsft.errors import UserError, blaming
+from dualsft.runs.folder import RunFolder
 from dualsft.scorers import Scorer, SecondOrderScorer
-from dualsft.selection.directions import check_vector
-from dualsft.selection.statistics import Statistics
+from dualsft.selection.directions import Statistics, check_vector
 
 StepSize = float | Literal["auto"]
+_PHASE = "step-size"
 NEGLIGIBLE = 1e-3
 """Share of the first-order term below which the second-order one is said to change next to nothing."""
 
@@ -110,6 +111,27 @@ def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> fl
             f"{slope:.3g}, not positive), so the best step is none; {instead}."
         )
     return slope / curvature
+
+
+def is_bound(run: RunFolder) -> bool:
+    """Whether the run's scores depend on a step size already."""
+    return run.load(_PHASE) is not None
+
+
+def bind(run: RunFolder, setting: StepSize) -> None:
+    """Record that the run's scores depend on this step size from here on.
+
+    Raises:
+        UserError: if the run that is resumed was bound to another one.
+    """
+    kept = run.load(_PHASE)
+    if kept is None:
+        run.save(_PHASE, {}, {"step_size": setting})
+    elif kept[1]["step_size"] != setting:
+        raise UserError(
+            f"{run.path} holds scores made with model.step_size {kept[1]['step_size']}, not {setting}; "
+            "resume it with that, or give --overwrite."
+        )
 
 
 def describe(step_size: float, along: Mapping[str, Along], named: bool) -> dict[str, Any]:

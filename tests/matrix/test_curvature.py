@@ -16,7 +16,7 @@ from dualsft.matrix.curvature import (
 )
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 from tests.selection.tiny import (
     ARCHITECTURES,
     Gradients,

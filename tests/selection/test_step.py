@@ -8,7 +8,7 @@ from torch import Tensor
 from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, SecondOrderScorer
-from dualsft.selection import Warmup, phases
+from dualsft.selection import Warmup, passes
 from dualsft.selection.step import Along, check_step_size, describe, settle, warning
 from tests.selection.kills import kill_at
 from tests.selection.runs import SGD, Inputs, contents, select
@@ -117,9 +117,9 @@ def test_a_run_whose_quadratic_has_no_minimum_can_go_on(
     expected = contents(select(inputs, tmp_path / "number", {**options, "step_size": 0.1}).folder)
     with pytest.raises(UserError, match=r"curvature along the pool step is -.* not positive"):
         select(inputs, tmp_path / "auto", {**options, "step_size": "auto"})
-    passes = kill_at(monkeypatch, phases.Passes, "_attempt", call=0)
+    passed = kill_at(monkeypatch, passes, "gradient_pass", call=0)
     select(inputs, tmp_path / "auto", {**options, "step_size": 0.1}, resume=True)
-    assert len(passes) == 1  # the scores
+    assert len(passed) == 1  # the scores
     assert contents(tmp_path / "auto") == expected
 
 

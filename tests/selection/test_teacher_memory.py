@@ -43,7 +43,7 @@ def distilling(model: PreTrainedModel, given: Callable[[int], Iterator[Batch]], 
     prior = SelfDistillation(Prior(weight=1.0, confidence="entropy_inv"))
 
     def work() -> None:
-        with teacher.lent() as base:
+        with teacher.available() as base:
             gradient_pass(model, given, losses=lambda m, batch, layout: prior.losses(m, batch, layout, base))
 
     work()  # torch makes parts of itself when they are first used
