@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
@@ -120,3 +120,23 @@ def _package(point: EntryPoint) -> str:
 
 def _label(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
+
+
+def check_needs_known(part: object, needs: object, known: Sequence[str]) -> None:
+    """Refuse a part that needs what nobody gives.
+
+    Args:
+        part: A scorer or an allocator.
+        needs: What it says that it needs.
+        known: The names of what there is.
+
+    Raises:
+        UserError: naming the part, and what there is.
+    """
+    name = type(part).__name__
+    if isinstance(needs, str) or not isinstance(needs, Collection):
+        raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {tuple(known[:1])}.")
+    if strange := [need for need in needs if need not in known]:
+        raise UserError(
+            f"{name} needs {', '.join(map(str, strange))}, which is none of {', '.join(sorted(known))}; mend it."
+        )

@@ -20,9 +20,9 @@ from dualsft.allocators import (
 )
 from dualsft.data import FormatOptions, Records
 from dualsft.errors import UserError, blaming
+from dualsft.registry import check_needs_known
 from dualsft.selection.answers import check_mask, checksum, integers
 from dualsft.selection.near_duplicates import NearDuplicates, collapse
-from dualsft.selection.parts import check_needs_known
 from dualsft.selection.trainable import trainable_names
 
 Measured = Mapping[str, Mapping[int, Tensor]]

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import Measurement
+from dualsft.registry import check_needs_known
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
-from dualsft.selection.parts import check_needs_known
 from dualsft.selection.phases import Part, Phases
 from dualsft.selection.statistics import Preconditioner, Statistics
 from dualsft.selection.sums import WeightedSums
