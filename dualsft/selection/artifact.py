@@ -202,16 +202,7 @@ def write_choice(
     selected_lines: Sequence[str],
     config: str,
 ) -> None:
-    """Write the parts of a selection that follow from its scores and budgets: all but the scores.
-
-    Args:
-        folder: A folder of its own.
-        manifest: All but the schema version.
-        examples: One row per record of ``data.train``.
-        mask: Parameter name -> which entries are chosen, of the parameter's shape.
-        selected_lines: The selected records as they stand in the source, in source order.
-        config: YAML that replays the run.
-    """
+    """Write the parts of a selection that follow from its scores and budgets, all but the scores; see above."""
     pq.write_table(examples, folder / _EXAMPLES)
     write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")

@@ -286,13 +286,7 @@ def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bo
 
 
 def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **examples: int) -> dict[str, Any]:
-    """The counts of a manifest after another choice.
-
-    Args:
-        manifest: That of the choice before.
-        mask: Which weights are chosen, by parameter name.
-        examples: The counts of examples that have changed.
-    """
+    """The counts of a manifest after another choice of weights and, with these counts of its own, of examples."""
     before = manifest["counts"]
     return {
         **before,
