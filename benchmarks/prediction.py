@@ -61,19 +61,20 @@ def compare(pool: str, validation: str, adam: bool, folder: Path) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)  # type: ignore[arg-type]
     module = SelectionModule(MODEL, scorer=HessianVector(), step_size="auto", **settings)
-    told = trainer.select(module, data, str(folder)).manifest["prediction"]
+    told = trainer.select(module, data, str(folder)).about.prediction
+    assert told.curvature is not None  # HessianVector gives one
     model, step = pool_step(str(folder / "warmup") if adam else MODEL, data, adam)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     before = validation_loss(model, data)
-    print(f"{Path(pool).stem} pool, {settings['preconditioner']}: auto step size {told['step_size']:.3g}")
+    print(f"{Path(pool).stem} pool, {settings['preconditioner']}: auto step size {told.step_size:.3g}")
     print("  share of it   measured   first order   second order")
     for share in SHARES:
-        size = share * told["step_size"]
+        size = share * told.step_size
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name] - size * step[name])
-        first = size * told["slope"]
-        second = first - size**2 / 2 * told["curvature"]
+        first = size * told.slope
+        second = first - size**2 / 2 * told.curvature
         print(f"  {share:11.2f} {before - validation_loss(model, data):10.5f} {first:13.5f} {second:14.5f}")
 
 

@@ -57,7 +57,7 @@ class Trainer(LightningTrainer):
         """
         _check_strategy(self)
         validation = validation_sources(datamodule.validation).values()
-        inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, *validation)
+        inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
         loop = _SelectionLoop(self, model, datamodule, run, seed, config)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes

@@ -131,10 +131,10 @@ def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:
     if selection is None:
         return {"examples": 1.0, "weights": 1.0, "clean_target": _clean(list(read_records(str(POOL))))}
     chosen = load_selection(selection)
-    counts = chosen.manifest["counts"]
+    examples, weights = chosen.about.counts.examples, chosen.about.counts.parameters
     return {
-        "examples": counts["examples"]["selected"] / counts["examples"]["rows"],
-        "weights": counts["parameters"]["selected"] / counts["parameters"]["scored"],
+        "examples": examples.selected / examples.rows,
+        "weights": weights.selected / weights.scored,
         "clean_target": _clean(chosen.records),
     }
 

@@ -133,11 +133,11 @@ class MaskedFinetuneModule(LightningModule):
     def _check_selection(self) -> None:
         if self.selection is None:
             return
-        made_for = self.selection.manifest["model"]
-        if made_for["fingerprint"] != self.base_fingerprint:
+        made_for = self.selection.about.model
+        if made_for.fingerprint != self.base_fingerprint:
             raise UserError(
-                f"The selection in {self.selection.folder} was made for another model ({made_for['name_or_path']}, "
-                f"weights {made_for['fingerprint'][:12]}) than {self.model_name_or_path} "
+                f"The selection in {self.selection.folder} was made for another model ({made_for.name_or_path}, "
+                f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
                 f"({self.base_fingerprint[:12]}); give that model, or select again."
             )
 

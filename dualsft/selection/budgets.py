@@ -2,18 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import get_args
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.allocators import DataAllocator, ExampleStatistic, ParameterAllocator, ParameterStatistic
 from dualsft.data import InstructionDataModule
-from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, DataChoice, Measured, Pool, choose_data
 from dualsft.selection.parameter_choice import ParameterChoice, choose_parameters, choose_sharded_parameters
-from dualsft.selection.parts import check_needs_known
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.shard_model import is_sharded
@@ -70,15 +66,3 @@ class Budgets:
             measured: What else was measured of each example, for the allocator.
         """
         return on_rank_zero(lambda: choose_data(self._data, self._due, scores, self._pool, measured))
-
-
-def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> None:
-    """Refuse an allocator that asks for what is not there, before any work.
-
-    Raises:
-        UserError: naming it and what there is.
-    """
-    check_needs_known(parameters, parameters.needs, get_args(ParameterStatistic))
-    check_needs_known(data, data.needs, get_args(ExampleStatistic))
-    if data.unit not in ("examples", "tokens"):
-        raise UserError(f"{type(data).__name__} has unit {data.unit!r}; it is 'examples' or 'tokens'; mend it.")

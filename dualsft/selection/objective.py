@@ -9,7 +9,7 @@ validation loss is 1: a common factor of all terms scales all scores alike.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,8 @@ from dualsft.matrix.curvature import (
 )
 from dualsft.matrix.sketches import Measurement
 from dualsft.models.lazy import LazyTensors
-from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
+from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.directions import Statistics, preconditioner
-from dualsft.selection.parts import check_needs_known
 from dualsft.selection.passes import Passes
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import HESSIAN, Term
@@ -228,22 +227,3 @@ def weighted_total(parts: Sequence[WeightedSum], device: torch.device) -> LazyTe
         return total
 
     return LazyTensors(parts[0][1], make)
-
-
-def check_needs(scorer: Scorer, second_moment: bool) -> None:
-    """Refuse a scorer whose statistics cannot be computed, before any work.
-
-    Args:
-        scorer: The scorer.
-        second_moment: Whether there is a warm-up, or a checkpoint that may hold its second moment.
-
-    Raises:
-        UserError: naming the scorer and the way out.
-    """
-    check_needs_known(scorer, scorer.needs, get_args(Statistic))
-    if "second_moment" in scorer.needs and not second_moment:
-        raise UserError(
-            f"The scorer {type(scorer).__name__} needs the second moment of a warm-up, but model.warmup.fraction is 0; "
-            "give model.warmup.fraction or model.warmup.checkpoint, or another source of curvature (diagonal_fisher: "
-            "empirical_fisher)."
-        )

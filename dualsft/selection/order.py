@@ -10,15 +10,13 @@ The last two may go on for more rounds, each side re-scored with the other as la
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor
 
-from dualsft.errors import UserError
 from dualsft.selection.budgets import Budgets
+from dualsft.selection.checks import Order
 from dualsft.selection.scoring import ExampleScores, Scoring
-
-Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
 
 
 @dataclass
@@ -40,23 +38,6 @@ class Chosen:
     examples: set[int] = field(default_factory=set)
     collapsed: int = 0
     rounds: list[dict[str, Any]] = field(default_factory=list)
-
-
-def check_order(order: Order, rounds: int) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UserError: naming key and value.
-    """
-    if order not in get_args(Order):
-        raise UserError(f"model.order is {order!r}; give one of {', '.join(get_args(Order))}.")
-    if rounds < 1:
-        raise UserError(f"model.rounds is {rounds}; give at least 1.")
-    if rounds > 1 and "then" not in order:
-        raise UserError(
-            f"model.rounds is {rounds}, but with model.order {order} nothing is re-scored; set model.order to "
-            "parameters_then_data or data_then_parameters, or model.rounds to 1."
-        )
 
 
 def is_alternating(order: Order) -> bool:

@@ -24,16 +24,23 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection, publish, write_selection
+from dualsft.selection.artifact import (
+    WEIGHT_SCORES,
+    Selection,
+    example_table,
+    load_selection,
+    publish,
+    token_table,
+    write_selection,
+)
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.inputs import check_input
+from dualsft.selection.manifest import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, choose_by_turns, is_alternating
 from dualsft.selection.passes import Passes
-from dualsft.selection.report import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
-from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_terms
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.files import write_full_tensors
@@ -67,8 +74,9 @@ def run_selection(
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
     budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
     if on_rank_zero(lambda: run.complete):
-        on_rank_zero(lambda: run.confirm(inputs))
-        return load_selection(run.path)
+        finished = load_selection(run.path)
+        on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
+        return finished
     ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each keeps states of its own
     run.claim({**what_scores_rest_on(module, inputs), **ranks})
     log = PhaseLog(show, compute_device(model))

@@ -67,22 +67,6 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
     return Along(math.fsum(slope), math.fsum(curvature), ratio)
 
 
-def check_step_size(setting: StepSize, scorer: Scorer) -> None:
-    """Refuse a step size that cannot be used, before any work.
-
-    Raises:
-        UserError: naming the value, and the way out.
-    """
-    if setting == "auto" and not isinstance(scorer, SecondOrderScorer):
-        raise UserError(
-            f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
-            "a number, or a second-order scorer (diagonal_fisher, hessian_vector)."
-        )
-    number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
-    if setting != "auto" and not (number and 0 < float(setting) < math.inf):
-        raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
-
-
 def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> float:
     """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
 

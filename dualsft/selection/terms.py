@@ -1,8 +1,6 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
 
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 
 HESSIAN = frozenset({"hessian_vector", "hessian_vector_difference"})
 """The statistics that are products with the Hessian of V."""
-
-_TAKEN = r"(validation|pool|chosen)(-|$)"
-"""Beginnings of names that other passes have."""
 
 
 @dataclass(frozen=True)
@@ -95,30 +90,6 @@ def make_further_terms(module: "SelectionModule", data: InstructionDataModule, s
 def needs_hessian(scorer: Scorer) -> bool:
     """Whether a scorer uses the Hessian itself, along the pool step."""
     return bool(HESSIAN & set(scorer.needs))
-
-
-def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Refuse terms without a usable weight, or whose name, under which each keeps its passes, is taken or no file's.
-
-    Raises:
-        UserError: naming it.
-    """
-    for objective in objectives:
-        with blaming(objective, "name, or weight,"):
-            finite, _ = math.isfinite(objective.weight), str(objective.name)
-        if not finite:
-            raise UserError(f"{type(objective).__name__} has the weight {objective.weight}; give it a finite one.")
-    names = [objective.name for objective in objectives]
-    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or re.match(_TAKEN, name)]:
-        raise UserError(
-            f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
-            "not begin with validation, pool or chosen."
-        )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
-            "own."
-        )
 
 
 def _term(objective: Objective, pool: list[int], data: InstructionDataModule, teacher: Teacher, seed: int) -> Term:

@@ -9,7 +9,8 @@ from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, SecondOrderScorer
 from dualsft.selection import Warmup, passes
-from dualsft.selection.step import Along, check_step_size, describe, settle, warning
+from dualsft.selection.checks import check_step_size
+from dualsft.selection.step import Along, describe, settle, warning
 from tests.selection.kills import kill_at
 from tests.selection.runs import SGD, Inputs, contents, select
 
