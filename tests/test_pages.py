@@ -126,6 +126,26 @@ def test_options_parse(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert yaml.safe_load(capsys.readouterr().out)["data"]["validation"] == {"gsm8k": "a.jsonl", "code": "b.jsonl"}
 
 
+def keys_of(config: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of a nested configuration, with dots."""
+    keys: set[str] = set()
+    for key, value in config.items():
+        keys |= {f"{prefix}{key}"} | (keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+    return keys
+
+
+def test_pages_name_keys_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every configuration key that a page mentions is one of some verb's."""
+    known: set[str] = set()
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            run([verb, "--print_config"])
+        known |= keys_of(yaml.safe_load(capsys.readouterr().out))
+    for page in PAGES:
+        for key in re.findall(r"`((?:model|data|trainer)(?:\.\w+)+)(?:: [^`]*)?`", text(page)):
+            assert key in known or page.name in GUIDES, f"{page.name}: {key}"
+
+
 def tree_paths(page: Path) -> list[str]:
     """The paths in a page's indented tree."""
     return re.findall(r"^    ((?:dualsft|benchmarks|dev|plugins|tests)/\S*)", text(page), re.MULTILINE)
