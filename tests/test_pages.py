@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import dualsft
 from dualsft import UserError
 from dualsft.cli import run
 from tests.selection.runs import write_inputs
@@ -177,6 +178,12 @@ def test_paths_and_names_exist(page: Path) -> None:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
         elif name not in groups:
             resolve_name(name)
+
+
+def test_public_names_are_listed() -> None:
+    """The page of artifacts lists all that the package exports, and nothing else."""
+    (listed,) = re.findall(r"`from dualsft import ([^`]+)`", text(ROOT / "docs" / "reference" / "artifacts.md"))
+    assert set(re.split(r",\s+", listed)) == set(dualsft.__all__)
 
 
 def test_glossary_says_where() -> None:
