@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dualsft import MaskedFinetuneModule
 from dualsft.allocators import GlobalTopK, TopK
 from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
@@ -17,6 +18,7 @@ from dualsft.selection import Warmup, load_selection
 from dualsft.selection.artifact import write_selection
 from dualsft.selection.json_values import Part, describe_part
 from dualsft.selection.manifest import Manifest, open_manifest
+from dualsft.selection.reallocation import reallocate
 from dualsft.selection.settings import SelectionSettings, describe_settings, options
 from tests.selection.runs import SGD, Inputs, select
 
@@ -212,3 +214,18 @@ def test_a_selection_has_both(inputs: Inputs, tmp_path: Path) -> None:
     assert made.manifest["counts"]["examples"]["selected"] == made.about.counts.examples.selected
     assert load_selection(made.folder) == made
     assert json.loads(json.dumps(made.manifest)) == made.manifest
+
+
+def test_every_reader_says_the_same(inputs: Inputs, tmp_path: Path) -> None:
+    """Allocating, fine-tuning and resuming refuse a damaged manifest in the same sentence."""
+    folder = select(inputs, tmp_path / "out", SGD).folder
+    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    content["counts"]["examples"]["selected"] = "many"
+    store(folder, content)
+    due = rf'{folder / "manifest.json"}: counts\.examples\.selected is "many", an integer is due; make the selection'
+    with pytest.raises(UserError, match=due):
+        select(inputs, folder, SGD, resume=True)
+    with pytest.raises(UserError, match=due):
+        reallocate(folder, tmp_path / "allocated")
+    with pytest.raises(UserError, match=due):
+        MaskedFinetuneModule(inputs.model, selection=str(folder))
