@@ -67,16 +67,13 @@ class Trainer(LightningTrainer):
         self.state.fn, self.state.status = TrainerFn.PREDICTING, TrainerStatus.RUNNING
         self.predicting = True
         try:
-            return call._call_and_handle_interrupt(self, self._select, model, datamodule)
+            self._data_connector.attach_data(model, datamodule=datamodule)
+            return call._call_and_handle_interrupt(self, self._run, model)
         except UserError:
             run.release()
             raise
         finally:
             self.predict_loop = usual
-
-    def _select(self, model: SelectionModule, datamodule: InstructionDataModule) -> Any:
-        self._data_connector.attach_data(model, datamodule=datamodule)
-        return self._run(model)
 
 
 def _check_strategy(trainer: LightningTrainer) -> None:

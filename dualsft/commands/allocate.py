@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
-from dualsft.cli import verb_parsers
 from dualsft.commands.messages import unusable
 from dualsft.commands.parsing import CONFIG, class_given, prepare
 from dualsft.data import InstructionDataModule
@@ -65,12 +64,12 @@ def allocate_command(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
     """The settings, with the allocators made, and the YAML that replays them."""
-    parser, verbs = _parser(), verb_parsers()
+    parser = _parser()
     if arguments and not arguments[0].startswith("-"):
         named, rest = ["--selection", arguments[0]], arguments[1:]
         # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
         arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
-    arguments = prepare([VERB, *arguments], {**verbs, VERB: parser})[1:]
+    arguments = prepare(arguments, VERB, parser)
     selection = _selection(arguments)
     lost: list[str] = []
     if selection is not None:
