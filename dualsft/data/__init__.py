@@ -1,12 +1,13 @@
 """Data: records -> text with supervised spans -> encoded examples -> batches."""
 
-from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches, padding_share
+from dualsft.data.batches import TrainingBatches, collate, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples, load_examples
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount, ResumableLoader
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import FormatOptions
 from dualsft.data.packed_batches import packed_batches
-from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
+from dualsft.data.packing import collate_packed, pack_rows
 from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import validation_key, validation_sources
@@ -19,7 +20,6 @@ __all__ = [
     "FormatOptions",
     "InstructionDataModule",
     "KeepEpochCount",
-    "PackedBatch",
     "Records",
     "ResumableLoader",
     "TrainingBatches",
