@@ -24,7 +24,7 @@ from dualsft.models.loading import (
     checkpoint_activations,
     parameter_shapes,
 )
-from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
+from dualsft.objectives import Objective, example_losses
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.scorers import FirstOrder, Scorer
@@ -42,6 +42,7 @@ from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.objective import ValidationObjective, check_needs, needs_hessian
 from dualsft.selection.order import Chooser, Order, check_order, choose
 from dualsft.selection.phases import Phases
+from dualsft.selection.prior import Prior
 from dualsft.selection.report import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.shared_choice import choose_together
@@ -150,7 +151,7 @@ class SelectionModule(LightningModule):
         check_allocators(self.parameter_allocator, self.data_allocator)
         self.near_duplicates = near_duplicates
         self.warmup, self.prior, self.objectives = warmup, prior, objectives or []
-        check_objectives([SelfDistillation(prior), *self.objectives])
+        check_objectives([prior.term(), *self.objectives])
         self.combination, self.order, self.rounds = combination, order, rounds
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
@@ -302,7 +303,7 @@ class SelectionModule(LightningModule):
                 "the prior's gradient is zero at the untouched base model, and this scorer does not see its curvature: "
                 "model.prior changes nothing without a warm-up."
             )
-        further = further_terms([SelfDistillation(self.prior), *self.objectives], data, teacher, seed)
+        further = further_terms([self.prior.term(), *self.objectives], data, teacher, seed)
         objective = ValidationObjective(
             self.model,
             self.scorer,
