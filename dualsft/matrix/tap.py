@@ -2,51 +2,24 @@
 
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
-with f a module, w its own parameters, e the gradient of its output. The product (∂f/∂w) u_w comes from forward-mode
-differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear, where nearly
-all the work is, has a file of its own (`linear_tap.py`).
+with f a module, w the parameters scored there, and e the gradient of its output. The product (∂f/∂w) u_w comes from
+forward-mode differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear,
+where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from dualsft.data.layout import AmbiguousShapeError, Layout
+from dualsft.data.layout import AmbiguousShapeError
 from dualsft.errors import UserError, is_out_of_memory
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """What a tap adds to; `dualsft.matrix.interaction.RowSums` is the one there is.
-
-    Attributes:
-        layout: Of the batch in flight.
-        by_token: Whether contributions are kept for each token.
-        anchor: A number that requires a gradient, so that backward reaches a tap on the output of frozen weights.
-    """
-
-    layout: Layout
-    by_token: bool
-    anchor: Tensor
-
-    def expect(self, shape: torch.Size, where: str) -> None:
-        """See that an output of this shape can be split; before backward, which could not be taken back."""
-
-    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
-        """Add to the rows of the k-th u the products x · y of two tensors of one module's output, or input, shape."""
-
-    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
-        """Add one number per example to the rows of the k-th direction."""
-
-    def touch(self, module: nn.Module) -> None:
-        """Note that this module takes part."""
+from dualsft.matrix.rows import Rows
 
 
 class TapHook:
@@ -54,7 +27,7 @@ class TapHook:
 
     Args:
         rows: What the taps add to.
-        path: The module's name.
+        where: The module's name and type, for errors.
         module: The module.
         tangents: For each direction, u for each parameter that is scored here, under every name it has in the module.
 
@@ -62,11 +35,10 @@ class TapHook:
         UserError: if the module's gradients are not sums over examples.
     """
 
-    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
-        self._rows, self._tangents = rows, tangents
-        self.where = f"{path} ({type(module).__name__})"
-        self._doubts: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
-        self._axes: dict[int, int] = {}  # output -> its token axis, where there was doubt
+    def __init__(self, rows: Rows, where: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
+        self._rows, self.where, self._tangents = rows, where, tangents
+        self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
+        self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._product = _embedding_product if type(module) is nn.Embedding else _general_product
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(
@@ -74,36 +46,35 @@ class TapHook:
             )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with taps on it, as a forward hook returns it."""
+        """The module's output with taps on it; None, which leaves it, if nothing can be tapped."""
         if not torch.is_grad_enabled():  # as in the jvp of a module around this one
             return None
-        inputs, layout = pytree.tree_flatten((args, kwargs))
-        outputs, out_layout = pytree.tree_flatten(output)
-        for k, value in enumerate(outputs):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                call = _Call(self, module, layout, inputs, k)
-                tensors = [given for given in inputs if isinstance(given, Tensor)]
-                value = self._rows.layout.expand(value)
-                self._expect(k, value.shape)
-                outputs[k] = _Tap.apply(value, call, self._rows.anchor, *tensors)
-                self._rows.touch(module)
-        return pytree.tree_unflatten(outputs, out_layout)
+        inputs, structure = pytree.tree_flatten((args, kwargs))
+        outputs, out_structure = pytree.tree_flatten(output)
+        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        floating = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for k in floating:
+            value = self._rows.layout.expand(outputs[k])
+            self._check_shape(k, value.shape)
+            call = _Call(self, module, structure, inputs, k)
+            outputs[k] = _Tap.apply(value, call, self._rows.dummy_input, *tensors)
+        return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
-    def _expect(self, k: int, shape: torch.Size) -> None:
-        """See that the k-th output can be split.
+    def _check_shape(self, k: int, shape: torch.Size) -> None:
+        """Check that the k-th output can be split.
 
-        Axes that are as long as a row at two widths all count tokens, as those of attention weights do; the first is
-        the one whose tokens the output belongs to.
+        Axes that are as long as a row in batches of two widths all count tokens, as those of attention weights do; the
+        first of them is the one whose tokens the output belongs to.
 
         Raises:
-            AmbiguousShapeError: at the first width.
+            AmbiguousShapeError: if only one width has been seen.
             UserError: if it cannot be split.
         """
         try:
-            self._rows.expect(shape, self.where)
+            self._rows.check_shape(shape, self.where)
         except AmbiguousShapeError:
             tokens, axes = self._rows.layout.tokens, set(self._rows.layout.token_axes(shape))
-            width, before = self._doubts.setdefault(k, (tokens, axes))
+            width, before = self._candidates.setdefault(k, (tokens, axes))
             if k not in self._axes and width != tokens and axes & before:
                 self._axes[k] = min(axes & before)
             if k not in self._axes:
@@ -133,7 +104,7 @@ class TapHook:
     ) -> Tensor:
         try:
             return self._product(module, tangents, args, kwargs, k, dtype)
-        except Exception as error:  # whatever the module's own code does not expect
+        except Exception as error:  # the module's own code may raise anything
             if is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0]
@@ -141,15 +112,15 @@ class TapHook:
 
 
 class _Call:
-    """One call of a tapped module: which output, and its inputs but for the tensors, which are autograd's to keep."""
+    """One output of one call of a tapped module, with the call's inputs except tensors, which autograd keeps."""
 
-    def __init__(self, hook: TapHook, module: nn.Module, layout: Any, inputs: list[Any], output: int) -> None:
-        self._hook, self._module, self._layout, self._output = hook, module, layout, output
+    def __init__(self, hook: TapHook, module: nn.Module, structure: Any, inputs: list[Any], output: int) -> None:
+        self._hook, self._module, self._structure, self._output = hook, module, structure, output
         self._slots = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         self._rest = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def explain(self, error: RuntimeError) -> None:
-        """Tell of inputs that cannot be had any more.
+        """Explain why autograd has lost the call's inputs, if it is known.
 
         Raises:
             UserError: naming the module, if they were modified in place.
@@ -165,18 +136,19 @@ class _Call:
         inputs = list(self._rest)
         for slot, tensor in zip(self._slots, tensors, strict=True):
             inputs[slot] = tensor.detach()
-        args, kwargs = pytree.tree_unflatten(inputs, self._layout)
+        args, kwargs = pytree.tree_unflatten(inputs, self._structure)
         self._hook.contribute(self._module, args, kwargs, self._output, e)
 
 
 class _Tap(torch.autograd.Function):
     """The identity, whose backward adds (∂f/∂w)u · e to the rows.
 
-    The inputs go through ``save_for_backward``, so activation checkpointing recomputes them and nothing lives longer.
+    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    longer than the module's own graph keeps it.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, call: _Call, anchor: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, call: _Call, dummy_input: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*inputs)
         return output.detach()  # not a view, which the model could not modify in place
@@ -203,14 +175,14 @@ def _embedding_product(
 
 
 class _Forward(nn.Module):
-    """A module's forward without its hooks, which have run on the inputs, and may have changed its parameters."""
+    """A module's forward without its hooks: these have run on the inputs already, and may change its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward gives."""
+        """The module's own forward."""
         return self.module.forward(*args, **kwargs)
 
 

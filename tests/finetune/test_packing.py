@@ -40,7 +40,7 @@ def test_a_model_that_mixes_packed_examples_is_refused(
     deaf = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(LlamaForCausalLM, "forward", deaf)
     module = workspace.module()
-    with pytest.raises(UserError, match=r"lets packed examples see one another.*data.packing"):
+    with pytest.raises(UserError, match=r"lets packed examples see one another.*; set data.packing to false"):
         trainer(folder).fit(module, datamodule=workspace.data(packing=True))
     before = dict(load_model(workspace.base).named_parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in weights(module).items())
