@@ -130,9 +130,6 @@ class ModelCalls:
         """Differentiate the sum of the losses; gradients, rows and statistics are added up."""
         if self.statistics:
             self.statistics.begin()
-        self._backward(losses)
-
-    def _backward(self, losses: Tensor) -> None:
         if losses.requires_grad:  # else nothing that is summed or scored took part
             self._derivative(losses.sum())
         self._gather.drop()
@@ -196,7 +193,7 @@ class ModelCalls:
             suspended(self.statistics, self.columns),
             watched_gradients(self.model, names, lambda _, gradient: finite.append(all_finite(gradient))),
         ):
-            self._backward(self._forward(example))
+            self.backward(self._forward(example))
         return self._has_finite_rows() and all(map(bool, finite))
 
 

@@ -14,11 +14,11 @@ gathered in the end; the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, one_example
@@ -26,6 +26,7 @@ from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import drop_examples, finite_losses
 from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.placement import requires_grad
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
 from dualsft.matrix.spot_check import shares_rows, spot_check
 from dualsft.objectives import example_losses
@@ -106,7 +107,7 @@ def gradient_pass(
         if row_sums:
             stack.enter_context(row_sums)
         if not columns and not statistics:
-            stack.enter_context(_frozen(model))
+            stack.enter_context(requires_grad(model.parameters(), False))  # rows need no weight gradients
         calls = ModelCalls(model, column_sums, row_sums, statistics, gather, losses, derivative)
         # 2. The pass, until no gradient is met that is not finite.
         attempt = _Attempt(calls, LOSS in measurement.names)
@@ -237,16 +238,3 @@ class _Attempt:
         for name, kept in self._result.sums.items():
             sums[name].copy_(kept)
         self._result.sums = sums
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight requires a gradient while the context is open: rows need none, and backward is cheaper without."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ forward.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,8 @@ def find_placement(
         UserError: naming a module whose output cannot be split, nor that of any module around it.
     """
     observer = _Observer(model, names, check_output)
-    with _trainable(model, names), observer:
+    parameters = [p for p in model.parameters() if id(p) in names]
+    with requires_grad(parameters, True), observer:  # in a pass for rows alone they do not
         model(*args, **kwargs)
     placement = observer.placement
     # 1. What an enclosing module's derivative contains already is not scored inside it again.
@@ -61,16 +62,16 @@ def find_placement(
 
 
 @contextmanager
-def _trainable(model: nn.Module, names: Mapping[int, str]) -> Iterator[None]:
-    """All scored parameters require gradients, also in a pass for rows alone, while the context is open."""
-    frozen = [p for p in model.parameters() if id(p) in names and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+def requires_grad(parameters: Iterable[Tensor], value: bool) -> Iterator[None]:
+    """Parameters that all require gradients, or that do not, while the context is open."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad != value]
+    for parameter in changed:
+        parameter.requires_grad_(value)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(not value)
 
 
 class _Mark(torch.autograd.Function):

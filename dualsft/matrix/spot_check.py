@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import RowSums, check_covered
+from dualsft.matrix.placement import requires_grad
 from dualsft.objectives import example_losses
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.unit_gather import unsharded_parameters
@@ -54,8 +56,9 @@ def spot_check(
     for k in _examples_to_check(batch):
         wait()
         products = _products_alone(model, directions, one_example(batch, k))
-        check_covered(model, row_sums.rows.covered, [name for name, (_, sizes) in products.items() if any(sizes)])
-        for scores, alone, scale in zip(rows, *_added(products, len(directions)), strict=True):
+        check_covered(model, row_sums.rows.covered, [name for name, found in products.items() if found[:, 1].any()])
+        totals = sum(products.values(), torch.zeros(len(directions), 2, dtype=torch.float64))
+        for scores, (alone, scale) in zip(rows, totals.tolist(), strict=True):
             if abs(scores[k] - alone) <= tolerance * scale:
                 continue
             raise UserError(
@@ -115,13 +118,12 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _products_alone(
     model: PreTrainedModel, directions: Sequence[Mapping[str, Tensor]], example: Batch
-) -> dict[str, tuple[list[float], list[float]]]:
+) -> dict[str, Float[Tensor, "direction 2"]]:
     """Parameter name -> <u, g> and Σ|u g| over that parameter for each u, of one example by itself."""
-    products: dict[str, tuple[list[float], list[float]]] = {}
+    products = {}
 
     def multiply(name: str, gradient: Tensor) -> None:
-        pairs = [_product_and_size(gradient, u[name]) for u in directions]
-        products[name] = ([product for product, _ in pairs], [size for _, size in pairs])
+        products[name] = torch.stack([_product_and_size(gradient, u[name]) for u in directions])
 
     with watched_gradients(model, directions[0], multiply):
         example_losses(model, to_device(example, compute_device(model))).sum().backward()
@@ -140,38 +142,28 @@ def watched_gradients(
         watch: Is called with a parameter's name and its gradient.
     """
     scored = {name: p for name, p in model.named_parameters() if name in names}
-    trainable = {name: p.requires_grad for name, p in scored.items()}
 
     def watch_and_drop(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         watch(name, parameter.grad)
         parameter.grad = None
 
-    for parameter in scored.values():
-        parameter.requires_grad_(True)
-    unsharded = unsharded_parameters(model)
-    handles = [unsharded[name].register_post_accumulate_grad_hook(partial(watch_and_drop, name)) for name in scored]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in scored.items():
-            parameter.grad = None
-            parameter.requires_grad_(trainable[name])
+    with requires_grad(scored.values(), True):
+        unsharded = unsharded_parameters(model)
+        handles = [unsharded[name].register_post_accumulate_grad_hook(partial(watch_and_drop, name)) for name in scored]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in scored.values():
+                parameter.grad = None
 
 
-def _product_and_size(gradient: Tensor, u: Tensor) -> tuple[float, float]:
-    product = size = 0.0
+def _product_and_size(gradient: Tensor, u: Tensor) -> Float[Tensor, "2"]:
+    found = torch.zeros(2, dtype=torch.float64)
     pair = (gradient.flatten(), u.flatten())
     for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
         entries = g.double() * part
-        product += float(entries.sum())
-        size += float(entries.abs().sum())
-    return product, size
-
-
-def _added(products: Mapping[str, tuple[list[float], list[float]]], count: int) -> tuple[list[float], list[float]]:
-    """<u, g> and Σ|u g| over all parameters, for each u."""
-    values, sizes = ([of[part] for of in products.values()] for part in (0, 1))
-    return [sum(of[k] for of in values) for k in range(count)], [sum(of[k] for of in sizes) for k in range(count)]
+        found += torch.stack([entries.sum(), entries.abs().sum()]).cpu()
+    return found

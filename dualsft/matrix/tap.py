@@ -8,6 +8,7 @@ where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,11 +53,12 @@ class TapHook:
         inputs, structure = pytree.tree_flatten((args, kwargs))
         outputs, out_structure = pytree.tree_flatten(output)
         tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         floating = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for k in floating:
             value = self._rows.layout.expand(outputs[k])
             self._check_shape(k, value.shape)
-            call = _Call(self, module, structure, inputs, k)
+            call = _Call(self, module, others, structure, k)
             outputs[k] = _Tap.apply(value, call, self._rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
@@ -80,64 +82,48 @@ class TapHook:
             if k not in self._axes:
                 raise
 
-    def contribute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
+    def add_to_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Raises:
             UserError: if the module cannot be differentiated forwards.
         """
-        for direction, tangents in enumerate(self._tangents):
-            product = self._forward_derivative(module, tangents, args, kwargs, k, e.dtype).expand_as(e)
-            gradient = e
+        for direction, u in enumerate(self._tangents):
+            try:
+                product = self._product(module, u, args, kwargs, k, e.dtype)
+            except Exception as error:  # the module's own code may raise anything
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).split("\n")[0]
+                raise UserError(
+                    f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}"
+                ) from error
+            x, y = product.expand_as(e), e
             if k in self._axes:
-                product, gradient = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
-            self._rows.add(direction, product, gradient, self.where)
-
-    def _forward_derivative(
-        self,
-        module: nn.Module,
-        tangents: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        k: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        try:
-            return self._product(module, tangents, args, kwargs, k, dtype)
-        except Exception as error:  # the module's own code may raise anything
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
+                x, y = (self._rows.layout.flat(part, self._axes[k]) for part in (x, y))
+            self._rows.add(direction, x, y, self.where)
 
 
+_TENSOR = object()
+
+
+@dataclass(frozen=True)
 class _Call:
-    """One output of one call of a tapped module, with the call's inputs except tensors, which autograd keeps."""
+    """One output of one call of a tapped module.
 
-    def __init__(self, hook: TapHook, module: nn.Module, structure: Any, inputs: list[Any], output: int) -> None:
-        self._hook, self._module, self._structure, self._output = hook, module, structure, output
-        self._slots = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        self._rest = [None if isinstance(value, Tensor) else value for value in inputs]
+    Attributes:
+        hook: The module's tap.
+        module: The module.
+        inputs: The flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
+        structure: Makes positional and keyword arguments of them.
+        output: The output's number among the flattened outputs.
+    """
 
-    def explain(self, error: RuntimeError) -> None:
-        """Explain why autograd has lost the call's inputs, if it is known.
-
-        Raises:
-            UserError: naming the module, if they were modified in place.
-        """
-        if "modified by an inplace operation" in str(error):
-            raise UserError(
-                f"The input of {self._hook.where} is modified in place after its use there, so it cannot be scored; "
-                "freeze its parameters (requires_grad=False) to leave it out of the scores."
-            ) from error
-
-    def contribute(self, e: Tensor, tensors: tuple[Tensor, ...]) -> None:
-        """Add this call's share of the rows, given the gradient of the output and the tensors among the inputs."""
-        inputs = list(self._rest)
-        for slot, tensor in zip(self._slots, tensors, strict=True):
-            inputs[slot] = tensor.detach()
-        args, kwargs = pytree.tree_unflatten(inputs, self._structure)
-        self._hook.contribute(self._module, args, kwargs, self._output, e)
+    hook: TapHook
+    module: nn.Module
+    inputs: list[Any]
+    structure: Any
+    output: int
 
 
 class _Tap(torch.autograd.Function):
@@ -155,14 +141,21 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,) = grads
+        (e,), call = grads, ctx.call
         try:
-            inputs = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+            saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
         except RuntimeError as error:
-            ctx.call.explain(error)
-            raise
-        ctx.call.contribute(e.detach(), inputs)
-        return (e, None, None, *(None for _ in inputs))
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UserError(
+                f"The input of {call.hook.where} is modified in place after its use there, so it cannot be scored; "
+                "freeze its parameters (requires_grad=False) to leave it out of the scores."
+            ) from error
+        tensors = iter(saved)
+        inputs = [next(tensors).detach() if leaf is _TENSOR else leaf for leaf in call.inputs]
+        args, kwargs = pytree.tree_unflatten(inputs, call.structure)
+        call.hook.add_to_rows(call.module, args, kwargs, call.output, e.detach())
+        return (e, None, None, *(None for _ in saved))
 
 
 def _embedding_product(
