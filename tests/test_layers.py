@@ -64,6 +64,7 @@ def test_mathematics_is_free_of_frameworks(room: str) -> None:
         for name in _imports(path):
             assert name[0] not in ("lightning", "jsonargparse"), path
             assert name[:2] != ("torch", "distributed"), path
+        assert "model.step_size" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("room", KEYLESS)

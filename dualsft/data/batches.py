@@ -2,7 +2,7 @@
 
 A batch of b examples whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that
 within a budget and keep padding low by putting examples of similar length together. Where examples are packed, a row
-stands for several of them.
+holds several of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -42,7 +42,7 @@ class AmbiguousShapeError(Exception):
 
 
 class Layout:
-    """The examples' spans in a batch, and what splits values of the whole batch by them.
+    """The examples' spans in a batch; splits values of rows and tokens into examples.
 
     Args:
         rows: Rows of the batch.

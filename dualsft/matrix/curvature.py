@@ -117,7 +117,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def check_smooth(
-    forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str
+    forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], center: Mapping[str, Tensor], name: str
 ) -> None:
     """Check that the gradient changes as much ahead of θ as behind it, as it does where it is smooth.
 
@@ -127,14 +127,14 @@ def check_smooth(
     Args:
         forward: Σ_i g_i at θ + εd, by parameter name.
         backward: The same at θ − εd.
-        here: The same at θ.
+        center: The same at θ.
         name: What the gradients are of.
 
     Raises:
         UserError: if the second difference is not small against the first.
     """
-    second = _norm(forward[n] + backward[n] - 2 * here[n] for n in here)
-    first = _norm(forward[n] - backward[n] for n in here)
+    second = _norm(forward[n] + backward[n] - 2 * center[n] for n in center)
+    first = _norm(forward[n] - backward[n] for n in center)
     if second > _LARGEST_BEND * first:
         raise UserError(
             f"The {name} gradient jumps between the two points of the finite difference (second difference "

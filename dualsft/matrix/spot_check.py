@@ -37,7 +37,7 @@ def spot_check(
     batch: Batch,
     rows: Sequence[Sequence[float]],
     dtype: torch.dtype,
-    wait: Callable[[], None] = lambda: None,
+    wait: Callable[[], None],
 ) -> None:
     """Compare the rows of some of a batch's examples with autograd over each alone.
 
