@@ -13,7 +13,7 @@ class Rows:
     """<u, g_i> of every example of the current batch, for each direction u.
 
     The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
-    call `add` or `add_examples`; `complete`; `read`.
+    call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
 
     Args:
         directions: How many directions there are.
@@ -85,11 +85,7 @@ class Rows:
         return self.layout.by_example(self._tokens[k])
 
     def check_shape(self, shape: torch.Size, where: str) -> None:
-        """Check, before backward, that an output of this shape splits into examples.
-
-        Args:
-            shape: The output's, behind `Layout.expand`.
-            where: The module's name and type, for errors.
+        """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
 
         Raises:
             AmbiguousShapeError: if the token axis is needed and is not known.
@@ -113,14 +109,7 @@ class Rows:
         return self.by_token or not self.layout.one_per_row
 
     def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
-        """Add the products x · y of two tensors, of the shape of a module's output or input, to the rows of the k-th u.
-
-        Args:
-            k: Which direction.
-            x: A tensor with axes of rows and tokens, or of both flattened.
-            y: Another of the same shape.
-            where: The module's name and type, for errors.
-        """
+        """Add the products x · y of two tensors, shaped as a module's output or input, to the rows of the k-th u."""
         wide = accumulator_dtype(x)
         if self._splits_rows:
             x, y = self.layout.by_token(x, where), self.layout.by_token(y, where)
