@@ -18,6 +18,7 @@ from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
+from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.run import run_selection
 from dualsft.sharding.strategy import FSDP2, register
 
@@ -106,7 +107,8 @@ class _SelectionLoop(_PredictionLoop):
         """Run the phases under the trainer's precision."""
         _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), _fresh_casts(self._model.device):
+        precision = self.trainer.precision_plugin.forward_context()
+        with remedies_by_key(), torch.enable_grad(), precision, _fresh_casts(self._model.device):
             return run_selection(self._model, self._data, self._run_folder, self._seed, self._config, show)
 
 

@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches, padding_share
+    from dualsft.data.batches import TrainingBatches, collate, length_batches, padding_share
     from dualsft.data.examples import Examples, encode_examples, load_examples
+    from dualsft.data.layout import Batch
     from dualsft.data.loaders import KeepEpochCount, ResumableLoader
     from dualsft.data.module import InstructionDataModule
     from dualsft.data.options import FormatOptions
     from dualsft.data.packed_batches import packed_batches
-    from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
+    from dualsft.data.packing import collate_packed, pack_rows
     from dualsft.data.records import Records, read_records
     from dualsft.data.selected import selected_ids
     from dualsft.data.sources import validation_key, validation_sources
@@ -23,7 +24,6 @@ __all__ = [
     "FormatOptions",
     "InstructionDataModule",
     "KeepEpochCount",
-    "PackedBatch",
     "Records",
     "ResumableLoader",
     "TrainingBatches",
@@ -44,13 +44,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "batches": ("Batch", "TrainingBatches", "collate", "length_batches", "padding_share"),
+    "layout": ("Batch",),
+    "batches": ("TrainingBatches", "collate", "length_batches", "padding_share"),
     "examples": ("Examples", "encode_examples", "load_examples"),
     "loaders": ("KeepEpochCount", "ResumableLoader"),
     "module": ("InstructionDataModule",),
     "options": ("FormatOptions",),
     "packed_batches": ("packed_batches",),
-    "packing": ("PackedBatch", "collate_packed", "pack_rows"),
+    "packing": ("collate_packed", "pack_rows"),
     "records": ("Records", "read_records"),
     "selected": ("selected_ids",),
     "sources": ("validation_key", "validation_sources"),

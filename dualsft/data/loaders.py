@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import Batch, BatchIds, TrainingBatches, collate
+from dualsft.data.batches import BatchIds, TrainingBatches, collate
+from dualsft.data.layout import Batch
 from dualsft.data.packed_batches import Row
-from dualsft.data.packing import PackedBatch, collate_packed
+from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def scoring_loader(
     pad_token_id: int,
     num_workers: int,
     packed: bool = False,
-) -> DataLoader[Batch | PackedBatch]:
+) -> DataLoader[Batch]:
     """A loader that goes through the batches as they stand."""
     return DataLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
 

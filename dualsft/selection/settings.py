@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 from dualsft.allocators import Budget, DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype
-from dualsft.objectives import Objective, Prior, SelfDistillation
+from dualsft.objectives import Objective
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.checks import (
     Order,
@@ -27,6 +27,7 @@ from dualsft.selection.checks import (
 from dualsft.selection.directions import Combination
 from dualsft.selection.json_values import at, describe_part, typed
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.prior import Prior
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup
 
@@ -158,7 +159,7 @@ class SelectionSettings:
             objectives=self.objectives or [],
         )
         check_allocators(self.parameter_allocator, self.data_allocator)
-        check_objectives([SelfDistillation(self.prior), *self.objectives])
+        check_objectives([self.prior.term(), *self.objectives])
 
     @property
     def needs_second_moment(self) -> bool:

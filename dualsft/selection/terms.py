@@ -14,7 +14,7 @@ from dualsft.data import InstructionDataModule
 from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError, blaming
 from dualsft.matrix.passes import Losses
-from dualsft.objectives import Objective, SelfDistillation, example_losses
+from dualsft.objectives import Objective, example_losses
 from dualsft.runs.progress import say
 from dualsft.scorers import Scorer
 from dualsft.selection.passes import Loader
@@ -82,7 +82,7 @@ def make_further_terms(module: "SelectionModule", data: InstructionDataModule, s
             "the prior's gradient is zero at the untouched base model, and this scorer does not see its curvature: "
             "model.prior changes nothing without a warm-up."
         )
-    objectives = [SelfDistillation(settings.prior), *settings.objectives]
+    objectives = [settings.prior.term(), *settings.objectives]
     pool = data.train_examples.ok_ids()
     return [_term(objective, pool, data, teacher, seed) for objective in objectives if objective.weight]
 

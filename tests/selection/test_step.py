@@ -139,7 +139,10 @@ def test_a_small_step_is_warned_of(inputs: Inputs, tmp_path: Path, capfd: pytest
     ("options", "message"),
     [
         ({"scorer": DiagonalFisher(), **SGD}, "DiagonalFisher needs the second moment of a warm-up"),
-        ({"scorer": HessianVector("finite_difference"), "dtype": "bfloat16", **SGD}, "rounding of bfloat16"),
+        (
+            {"scorer": HessianVector("finite_difference"), "dtype": "bfloat16", **SGD},
+            "rounding of bfloat16; set model.dtype to float32 and trainer.precision to 32-true",
+        ),
     ],
 )
 def test_what_a_scorer_cannot_have_is_refused_before_work(
