@@ -1,16 +1,17 @@
-"""Data: records -> text with supervised spans -> encoded examples -> batches."""
+"""Data, from files to batches.
+
+In: the files, folders or Hugging Face datasets that ``data.*`` names, and a tokenizer. Out: `Examples`, which are
+records rendered to text with supervised spans and encoded, and loaders of padded or packed batches of them.
+"""
 
 from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples, load_examples
 from dualsft.data.loaders import KeepEpochCount, ResumableLoader
 from dualsft.data.module import InstructionDataModule
-from dualsft.data.options import FormatOptions
-from dualsft.data.packed_batches import packed_batches
-from dualsft.data.packing import PackedBatch, collate_packed, pack_rows
-from dualsft.data.records import Records, read_records
+from dualsft.data.options import FormatOptions, validation_key, validation_sources
+from dualsft.data.packing import PackedBatch, collate_packed, pack_rows, packed_batches
+from dualsft.data.records import Records, read_records, record_text
 from dualsft.data.selected import selected_ids
-from dualsft.data.sources import validation_key, validation_sources
-from dualsft.data.texts import record_text
 from dualsft.data.tokenizer import load_tokenizer
 
 __all__ = [

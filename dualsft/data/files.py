@@ -36,6 +36,10 @@ class SourceLine(NamedTuple):
     source: str
     number: int | None
 
+    def location(self, row: int) -> str:
+        """Where the record stands, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        return f"{self.source}, row {row}" if self.number is None else f"{self.source}, line {self.number} (row {row})"
+
 
 def source_lines(path: str, split: str) -> Iterator[SourceLine]:
     """Reads a file, a folder of files (by name) or, where nothing of that name exists, a Hugging Face dataset.

@@ -1,6 +1,6 @@
-"""Batches of ids -> a loader, and one that a checkpoint in the middle of an epoch can bring back."""
+"""Batches of ids -> a loader, and one that can resume in the middle of an epoch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -9,9 +9,8 @@ import datasets
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import Batch, BatchIds, TrainingBatches, collate
-from dualsft.data.packed_batches import Row
-from dualsft.data.packing import PackedBatch, collate_packed
+from dualsft.data.batches import TrainingBatches, collate
+from dualsft.data.packing import Row, collate_packed
 from dualsft.errors import UserError
 
 Example = dict[str, Any]
@@ -31,8 +30,7 @@ class RowLists(Dataset[list[Example]]):
         return len(self._examples)
 
     def __getitem__(self, ids: list[int]) -> list[Example]:
-        columns = self._examples[ids]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return self._examples.__getitems__(ids)
 
 
 class PackedRowLists(Dataset[list[list[Example]]]):
@@ -118,25 +116,10 @@ class KeepEpochCount(Callback):
             tracker.ready = tracker.started = tracker.processed + 1
 
 
-def training_loader(
-    examples: datasets.Dataset, batches: TrainingBatches, pad_token_id: int, num_workers: int, packed: bool = False
-) -> ResumableLoader:
-    """A loader for training over a dataset whose row numbers are the ids in ``batches``."""
-    return ResumableLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
-
-
-def scoring_loader(
-    examples: datasets.Dataset,
-    batches: Iterable[BatchIds],
-    pad_token_id: int,
-    num_workers: int,
-    packed: bool = False,
-) -> DataLoader[Batch | PackedBatch]:
-    """A loader that goes through the batches as they stand."""
-    return DataLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
-
-
-def _options(examples: datasets.Dataset, pad_token_id: int, num_workers: int, packed: bool) -> dict[str, Any]:
+def loader_options(
+    examples: datasets.Dataset, pad_token_id: int, num_workers: int, packed: bool = False
+) -> dict[str, Any]:
+    """The arguments of a `DataLoader`, but its sampler, over a dataset whose row numbers are the ids in its batches."""
     return {
         "dataset": PackedRowLists(examples) if packed else RowLists(examples),
         "batch_size": None,
