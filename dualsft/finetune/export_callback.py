@@ -10,10 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.export.delta import Change, changes, plain, sharded_changes, write_delta
+from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.pretrained import copy_companions, save_weights
-from dualsft.export.record import describe_base, describe_selection, describe_training, num_weights, versions
+from dualsft.export.provenance import describe_base, describe_selection, describe_training, num_weights, versions
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
@@ -75,7 +75,7 @@ def _changes(module: MaskedFinetuneModule) -> dict[str, Change]:
         return sharded_changes(_base_rows(module), dict(module.model.named_parameters()), module.compact.names)
     base = parameter_weights(module.model_name_or_path, module.dtype_name)
     tuned = weights_of(base.folder, module.model)
-    return changes(base.read, tuned.read, module.compact.names)
+    return dict(changes(base.read, tuned.read, module.compact.names))
 
 
 def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
@@ -99,7 +99,7 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
 def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change]) -> dict[str, Any]:
     record = {
         "made_by": "dualsft fit",
-        "base": describe_base(module.model_name_or_path, module.base_fingerprint, plain(module.model.dtype)),
+        "base": describe_base(module.model_name_or_path, module.base_fingerprint, dtype_name(module.model.dtype)),
         "counts": {
             "changed": sum(len(index) for index, _ in changed.values()),
             "trained": module.compact.num_selected(),

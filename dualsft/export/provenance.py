@@ -1,7 +1,7 @@
-"""What is known of a fine-tune, for whoever gets its result: kept in the delta, and told in the model card.
+"""The record of how a delta was made: base, selection, training and versions, for the delta's metadata and model card.
 
-It holds nothing that differs between two runs of one configuration, and of files and folders their last names alone:
-what is published should not tell of anybody's disk.
+It holds nothing that differs between two runs of one configuration, and only the last names of files and folders: what
+is published should not show anybody's disk.
 """
 
 import importlib.metadata
@@ -26,10 +26,10 @@ _PREDICTED = ("step_size", "predicted_improvement")
 
 
 def published_name(name_or_path: str) -> str:
-    """A hub id as it is; of a file or folder its last name."""
+    """A hub id unchanged; the last name of a file or folder."""
     path = Path(name_or_path).expanduser()
-    here = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
-    return path.resolve().name if here else name_or_path
+    is_local = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
+    return path.resolve().name if is_local else name_or_path
 
 
 def describe_base(name_or_path: str, fingerprint: str, dtype: str) -> dict[str, Any]:
@@ -44,33 +44,33 @@ def num_weights(model: nn.Module) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result rests on."""
+    """Versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def describe_selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What was selected and how, out of a selection's manifest; whatever it does not tell is left out."""
-    told = {key: manifest[key] for key in _SELECTION if manifest.get(key) is not None}
-    if isinstance(warmup := told.get("warmup"), Mapping) and warmup.get("checkpoint"):
-        told["warmup"] = {**warmup, "checkpoint": published_name(warmup["checkpoint"])}
+    """What was selected and how, from a selection's manifest; keys that it does not have are left out."""
+    record = {key: manifest[key] for key in _SELECTION if manifest.get(key) is not None}
+    if isinstance(warmup := record.get("warmup"), Mapping) and warmup.get("checkpoint"):
+        record["warmup"] = {**warmup, "checkpoint": published_name(warmup["checkpoint"])}
     if prediction := manifest.get("prediction"):
-        told["prediction"] = {key: prediction[key] for key in _PREDICTED if key in prediction}
-    told["data"] = {name: _describe_data(manifest.get("data", {}).get(name)) for name in ("train", "validation")}
-    return told
+        record["prediction"] = {key: prediction[key] for key in _PREDICTED if key in prediction}
+    record["data"] = {name: _describe_data(manifest.get("data", {}).get(name)) for name in ("train", "validation")}
+    return record
 
 
-def _describe_data(told: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Name, fingerprint and rows of a source; of named validation sets one each."""
-    if not told:
+def _describe_data(source: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Name, fingerprint and rows of a source, or of each named validation set."""
+    if not source:
         return []
-    if "fingerprint" not in told:
-        return [{"set": name, **_describe_data(one)[0]} for name, one in told.items()]
-    kept = {key: told[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in told}
-    return [{**({"name": published_name(told["path"])} if told.get("path") else {}), **kept}]
+    if "fingerprint" not in source:
+        return [{"set": name, **_describe_data(one)[0]} for name, one in source.items()]
+    kept = {key: source[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in source}
+    return [{**({"name": published_name(source["path"])} if source.get("path") else {}), **kept}]
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
-    """How it was trained: optimizer, schedule, epochs, steps, batches and data."""
+    """How the model was trained: optimizer, schedule, epochs, steps, batches and data."""
     data = getattr(trainer, "datamodule", None)
     return {
         "optimizer": [_describe_optimizer(optimizer) for optimizer in trainer.optimizers],
