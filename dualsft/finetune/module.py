@@ -18,7 +18,7 @@ from dualsft.data import KeepEpochCount
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
-from dualsft.finetune.ending import BestWeights, Ending
+from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm, scale_gradients
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
@@ -91,7 +91,7 @@ class MaskedFinetuneModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
         self.export, self.samples = export, samples
-        self.kept_step: int | None = None
+        self.best_step: int | None = None
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         self.register_state_dict_post_hook(_keep_the_masters)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dualsft.runs.table import markdown_table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,14 +32,7 @@ class Row:
 def table(rows: Sequence[Row]) -> str:
     """The rows under their headings, as Markdown that also reads well in a terminal."""
     headings = ["model", "target loss", "general loss", "general exact match", "examples", "weights", "clean target"]
-    cells = [headings, *([_cell(value) for value in _values(row)] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(headings))]
-    lines = [
-        " | ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
-    rule = " | ".join("-" * w if k == 0 else "-" * (w - 1) + ":" for k, w in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+    return markdown_table([headings, *([_cell(value) for value in _values(row)] for row in rows)])
 
 
 def _values(row: Row) -> list[object]:
