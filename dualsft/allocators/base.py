@@ -69,7 +69,7 @@ class ScoredExamples:
     over its supervised tokens at the scoring checkpoint, over all weights.
 
     Attributes:
-        example_id: Row numbers in ``data.train``, ascending.
+        example_id: Row numbers in the pool, ascending.
         score: φ_i, aligned with ``example_id``.
         num_tokens: Supervised tokens of each.
         records: The records themselves, aligned with ``example_id``.
@@ -111,6 +111,19 @@ class ScoredParameters(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.score)
+
+
+def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None:
+    """Refuse scores of which none is positive, for an allocator that chooses no others.
+
+    Raises:
+        UserError: naming the allocator.
+    """
+    if not bool((score > 0).any()):
+        raise UserError(
+            f"None of the {len(score):,} scored examples has a positive score, and {allocator} takes no others; choose "
+            "another allocator."
+        )
 
 
 class ParameterAllocator(ABC):

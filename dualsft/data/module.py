@@ -1,8 +1,8 @@
 """The pool and the validation sets as a LightningDataModule: what ``data.*`` on the command line configures."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
@@ -17,7 +17,7 @@ from dualsft.data.packing import PackedBatch, packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer, pad_id
-from dualsft.errors import UserError
+from dualsft.errors import UserError, naming
 
 _TRAIN, _VALIDATION = "data.train", validation_key(None)
 
@@ -247,15 +247,9 @@ class InstructionDataModule(LightningDataModule):
                 )
         return self._examples[key]
 
-    @contextmanager
-    def _naming(self, key: str) -> Iterator[None]:
+    def _naming(self, key: str) -> AbstractContextManager[None]:
         """Says which of several validation sets a mistake is in."""
-        try:
-            yield
-        except UserError as error:
-            if key in (_TRAIN, _VALIDATION):
-                raise
-            raise UserError(f"{key}: {error}") from error
+        return nullcontext() if key in (_TRAIN, _VALIDATION) else naming(key)
 
     def _scoring_loader(
         self,

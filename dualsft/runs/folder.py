@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, on_rank_zero, is_rank_zero
 from dualsft.errors import UserError
 from dualsft.runs.phase_store import PhaseStore
+from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 
 _RUN, _MANIFEST, _FINISHED = "run.json", "manifest.json", ".finished"
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")

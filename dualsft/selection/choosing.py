@@ -19,7 +19,7 @@ from dualsft.allocators import (
     count_of,
 )
 from dualsft.data import FormatOptions, Records
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError, blaming, naming
 from dualsft.selection.answers import check_mask, checksum, integers
 from dualsft.selection.near_duplicates import NearDuplicates, collapse
 from dualsft.selection.parts import check_needs_known
@@ -180,7 +180,8 @@ def choose_examples(
             f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores{others}; lower it."
         )
     budget = min(due, available)
-    with blaming(how.allocator, "allocate"):
+    options = f"model.data_allocator, with model.data_budget at {budget:,} {how.allocator.unit}"
+    with naming(options), blaming(how.allocator, "allocate"):
         answer = how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)
     chosen = integers(type(how.allocator).__name__, answer)
     _check_chosen(how.allocator, chosen, spent, budget)

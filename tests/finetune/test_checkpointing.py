@@ -149,7 +149,12 @@ def test_a_run_that_was_cut_ends_as_an_unbroken_one(
     fit(workspace, folder / "whole", *command, str(folder / "whole" / "own"), epochs=3)
     for step in (1, 3, 4):
         path = folder / str(step)
-        cut = ["--trainer.callbacks+", "tests.finetune.test_checkpointing.PowerCut", "--trainer.callbacks.step", str(step)]
+        cut = [
+            "--trainer.callbacks+",
+            "tests.finetune.test_checkpointing.PowerCut",
+            "--trainer.callbacks.step",
+            str(step),
+        ]
         with pytest.raises(RuntimeError, match="power cut"):
             fit(workspace, path, *command, str(path / "own"), *cut, epochs=3)
         fit(workspace, path, *command, str(path / "own"), "--resume", epochs=3)
