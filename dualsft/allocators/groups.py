@@ -1,4 +1,4 @@
-"""Which layer a parameter belongs to, and what kind of module, both told by its name in the model.
+"""The layer and the kind of module that a parameter belongs to, both recognised by its name.
 
 Names are those that causal language models have in `transformers`: Llama and its kin (Qwen, Gemma, Mistral, Mixtral,
 DeepSeek, ...), GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Bloom, Falcon, BERT, RWKV, Mamba.

@@ -20,7 +20,7 @@ from dualsft.export.compatibility import check_configurations, check_same_tensor
 from dualsft.export.delta import Delta, apply_delta, changes, dtype_name, open_delta, patched, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.pretrained import copy_companions, save_weights
-from dualsft.export.provenance import describe_base, num_weights, versions
+from dualsft.export.provenance import describe_base, versions
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
 from dualsft.models.stored import (
     Weights,
@@ -74,7 +74,7 @@ def check_pair(change: Delta, base: str) -> dict[str, Any]:
         UserError: if it belongs to other weights.
     """
     change.check_base(fingerprint := model_fingerprint(base), base)
-    counts = {"changed": sum(change.counts.values()), "all": num_weights(empty_model(base))}
+    counts = {"changed": sum(change.counts.values()), "all": empty_model(base).num_parameters()}
     return {
         **change.about,
         "base": {**describe_base(base, fingerprint, loaded_type(change)), **change.about.get("base", {})},
@@ -187,7 +187,7 @@ def prepare_extract(base: str, model: str) -> Writer:
     about = {
         "made_by": "dualsft export extract",
         "base": describe_base(base, fingerprint, dtype),
-        "counts": {"changed": sum(len(index) for index, _ in changed.values()), "all": num_weights(empty)},
+        "counts": {"changed": sum(len(index) for index, _ in changed.values()), "all": empty.num_parameters()},
         "versions": versions(),
     }
     return lambda folder: write_delta(folder / "delta.safetensors", changed, fingerprint, about)

@@ -11,7 +11,6 @@ was trained and came out with the bits that it had is left out: of an embedding,
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -98,13 +97,20 @@ class Delta:
         path: Its file.
         base_fingerprint: The hash of the weights that it belongs to.
         about: What it says of how it was made; empty if nothing.
-        names: The parameters that it changes.
+        counts: Name of each changed parameter -> how many of its entries change.
+        value_types: Name of each changed parameter -> the type of its new values.
     """
 
     path: Path
     base_fingerprint: str
     about: dict[str, Any]
-    names: list[str]
+    counts: dict[str, int]
+    value_types: dict[str, torch.dtype]
+
+    @property
+    def names(self) -> list[str]:
+        """The changed parameters, sorted."""
+        return list(self.counts)
 
     def change(self, name: str) -> Change:
         """Indices and new values of one parameter.
@@ -119,18 +125,6 @@ class Delta:
         if bool((index[1:] <= index[:-1]).any()):
             raise UserError(f"{self.path} is damaged: the indices of {name} are not in ascending order.")
         return index, value
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Parameter name -> how many of its entries change."""
-        with safe_open(self.path, framework="pt") as stored:
-            return {name: stored.get_slice(name + _INDEX).get_shape()[0] for name in self.names}
-
-    @cached_property
-    def value_types(self) -> dict[str, torch.dtype]:
-        """Parameter name -> the type of its new values."""
-        with safe_open(self.path, framework="pt") as stored:
-            return {name: DTYPES[stored.get_slice(name + _VALUE).get_dtype()] for name in self.names}
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -176,19 +170,21 @@ def open_delta(path: Path) -> Delta:
         raise UserError(f"{path}: no such file; give a delta.safetensors.")
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata, keys = stored.metadata() or {}, set(stored.keys())
-            flat = all(len(stored.get_slice(key).get_shape()) == 1 for key in keys)
+            metadata, parts = stored.metadata() or {}, {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118
+            shapes = {key: part.get_shape() for key, part in parts.items()}
+            dtypes = {key: DTYPES[part.get_dtype()] for key, part in parts.items()}
         about = json.loads(metadata.get(_ABOUT, "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, or no delta ({error}); give a delta.safetensors.") from error
     if _BASE not in metadata:
         raise UserError(f"{path} is not a delta: its metadata name no base weights; give a delta.safetensors.")
-    names = sorted(key.removesuffix(_INDEX) for key in keys if key.endswith(_INDEX))
-    if odd := sorted(keys ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
+    names = sorted(key.removesuffix(_INDEX) for key in shapes if key.endswith(_INDEX))
+    if odd := sorted(shapes.keys() ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
         raise UserError(f"{path} is damaged: of {odd[0]} only one of index and value is there.")
-    if not flat:
+    if any(len(shape) != 1 for shape in shapes.values()):
         raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
-    return Delta(path, metadata[_BASE], _sections(about), names)
+    counts = {name: shapes[name + _INDEX][0] for name in names}
+    return Delta(path, metadata[_BASE], _sections(about), counts, {name: dtypes[name + _VALUE] for name in names})
 
 
 _SECTIONS = ("base", "counts", "selection", "training", "versions")

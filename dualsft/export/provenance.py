@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from torch import nn
 
 from dualsft.data import InstructionDataModule
 
@@ -36,11 +35,6 @@ def describe_base(name_or_path: str, fingerprint: str, dtype: str) -> dict[str, 
     """The base model, and the type that its weights were loaded in."""
     local = Path(name_or_path).expanduser().exists()
     return {"name": published_name(name_or_path), "local": local, "fingerprint": fingerprint, "dtype": dtype}
-
-
-def num_weights(model: nn.Module) -> int:
-    """How many weights a model has, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def versions() -> dict[str, str]:
