@@ -65,8 +65,8 @@ ParameterStatistic = Literal["weight"]
 class ScoredExamples:
     """The pool examples that may be selected, in source order.
 
-    Fields that may be None are set if the allocator names them in its ``needs``. Gradients are those of an example's mean
-    loss over its supervised tokens at the scoring checkpoint, over all weights.
+    Fields that may be None are set if the allocator names them in its ``needs``. Gradients are those of the mean loss
+    over an example's supervised tokens at the scoring checkpoint, over all weights.
 
     Attributes:
         example_id: Row numbers in the pool, ascending.
