@@ -24,7 +24,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 class SourceLine(NamedTuple):
-    """One record and where it stands.
+    """One record and its place in the source.
 
     Attributes:
         text: The record as one JSON line, not yet checked.
@@ -37,7 +37,7 @@ class SourceLine(NamedTuple):
     number: int | None
 
     def location(self, row: int) -> str:
-        """Where the record stands, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
         return f"{self.source}, row {row}" if self.number is None else f"{self.source}, line {self.number} (row {row})"
 
 

@@ -48,7 +48,7 @@ class PackedRowLists(Dataset[list[list[Example]]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader over `TrainingBatches` that goes on, after a checkpoint in mid-epoch, with the batches not yet seen.
+    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the batches not yet seen.
 
     Lightning saves and restores the state of a loader that has ``state_dict`` and ``load_state_dict``. It restores
     before it tells the sampler the epoch, hence the iterator decides where to start only when its first batch is
@@ -84,9 +84,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def _start(self, count: int) -> int:
         epoch = cast(TrainingBatches, self.sampler).epoch
-        goes_on = self._restored and epoch == self._epoch and self._yielded < count
+        resumes = self._restored and epoch == self._epoch and self._yielded < count
         self._restored = False
-        self._epoch, self._yielded = epoch, self._yielded if goes_on else 0
+        self._epoch, self._yielded = epoch, self._yielded if resumes else 0
         return self._yielded
 
     def _over(self, batches: list[Any]) -> DataLoader[Any]:

@@ -60,7 +60,14 @@ class FormatOptions:
             return self.format
         if self._names_columns:
             return "prompt_response"
-        for name, needed in self._signatures():
+        signatures: tuple[tuple[Format, set[str]], ...] = (
+            ("messages", {self.messages_column}),
+            ("alpaca", {"instruction", "output"}),
+            ("prompt_response", {"prompt", "response"}),
+            ("prompt_response", {"prompt", "completion"}),
+            ("text", {self.text_column}),
+        )
+        for name, needed in signatures:
             if needed <= set(columns):
                 return name
         raise UserError(
@@ -83,15 +90,6 @@ class FormatOptions:
                 return (self.text_column,)
         response = self.response_column or ("response" if "response" in columns else "completion")
         return (self.prompt_column or "prompt", response)
-
-    def _signatures(self) -> tuple[tuple[Format, set[str]], ...]:
-        return (
-            ("messages", {self.messages_column}),
-            ("alpaca", {"instruction", "output"}),
-            ("prompt_response", {"prompt", "response"}),
-            ("prompt_response", {"prompt", "completion"}),
-            ("text", {self.text_column}),
-        )
 
 
 def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, str]:

@@ -139,7 +139,7 @@ class _OpenRows:
         heappush(self._rows[room], row)
 
     def take(self, length: int) -> tuple[int, int] | None:
-        """Takes out the row with the least room for ``length`` tokens and tells that room; None if no row has it."""
+        """Removes and returns the row with the least room for ``length`` tokens, and that room; None if no row fits."""
         place = bisect_left(self._rooms, length)
         if place == len(self._rooms):
             return None

@@ -38,7 +38,7 @@ class Records:
         return self._lines[row].text
 
     def location(self, row: int) -> str:
-        """Where the record stands, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        """The place of the record in its source, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
         return self._lines[row].location(row)
 
 
@@ -87,11 +87,11 @@ def _parse(line: SourceLine, row: int) -> dict[str, Any]:
 
 
 def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """What a record says, prompt before response, a line to each text; of a conversation what the turns say.
+    """The text of a record: prompt before response, one line per text; of a conversation the contents of its turns.
 
     Args:
         record: The record.
-        columns: Those that its format reads, see `FormatOptions.text_columns`; what is absent or null says nothing.
+        columns: Those that its format reads, see `FormatOptions.text_columns`; absent and null ones add nothing.
     """
     return "\n".join(text for column in columns for text in _texts(record.get(column)))
 
