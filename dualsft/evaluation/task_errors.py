@@ -21,7 +21,7 @@ def check_name(name: str, index: Mapping[str, Any], folder: Path | None, unread:
     """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none.
 
     Args:
-        name: The name given.
+        name: The name that was asked for.
         index: The harness's entries by name.
         folder: Where own task files are.
         unread: Files there that the harness skipped, and its message about each.
@@ -60,14 +60,16 @@ class _Members:
     def __init__(self, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
         self._index, self._folder, self._unread = index, folder, unread
 
-    def check(self, name: str, config: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]) -> None:
+    def check(
+        self, name: str, config: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
+    ) -> None:
         """Refuse a group with a member that cannot be loaded.
 
         Args:
             name: The group.
             config: What its file says.
             file: Which that is.
-            given: Settings that the groups around it give to their members.
+            inherited: Settings that the groups around it give to their members.
             above: Those groups.
         """
         members = config.get("task")
@@ -78,18 +80,18 @@ class _Members:
         for member in members:
             own = {"task": member} if isinstance(member, str) else member
             if isinstance(own, Mapping):
-                self._check_member(name, own, file, given | config.keys(), (*above, name))
+                self._check_member(name, own, file, inherited | config.keys(), (*above, name))
 
     def _check_member(
-        self, group: str, member: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]
+        self, group: str, member: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
     ) -> None:
         name = member.get("group", member.get("task"))
         if entry := self._index.get(name):
             if entry.kind.name == "GROUP":
-                self.check(name, entry.cfg, entry.yaml_path, given | member.keys(), above)
+                self.check(name, entry.cfg, entry.yaml_path, inherited | member.keys(), above)
         elif "group" in member:
-            self.check(name, member, file, given, above)
-        elif "task" in member and not _DEFINING & (given | member.keys()):
+            self.check(name, member, file, inherited, above)
+        elif "task" in member and not _DEFINING & (inherited | member.keys()):
             hints = f"{_close(name, self._index)}{_hidden(name, self._unread)}"
             raise UserError(
                 f"The group {group!r} ({file}) holds {name!r}, but there is no such task {_where(self._folder)}"

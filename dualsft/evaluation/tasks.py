@@ -66,8 +66,8 @@ class TaskOptions:
     @property
     def names(self) -> list[str]:
         """The names given, each once, in order."""
-        given = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
-        names = [name.strip() for part in given for name in part.split(",")]
+        parts = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        names = [name.strip() for part in parts for name in part.split(",")]
         return list(dict.fromkeys(filter(None, names)))
 
     @property
