@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
 from dualsft.commands.quickstart import ASSETS, POOL
-from dualsft.data.layout import only
+from dualsft.data.layout import one_example
 from dualsft.matrix.interaction import Direction
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
@@ -118,7 +118,7 @@ def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence
     named = dict(model.named_parameters())
     found = GradientPass({name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()})
     found.rows = [{} for _ in directions]
-    for alone in (only(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
+    for alone in (one_example(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
         loss = example_losses(model, alone).sum()
         gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         found.counted += 1

@@ -4,12 +4,13 @@ In: the files, folders or Hugging Face datasets that ``data.*`` names, and a tok
 records rendered to text with supervised spans and encoded, and loaders of padded or packed batches of them.
 """
 
-from dualsft.data.batches import Batch, TrainingBatches, collate, length_batches, padding_share
+from dualsft.data.batches import TrainingBatches, collate, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples, load_examples
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount, ResumableLoader
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import PackedBatch, collate_packed, pack_rows, packed_batches
+from dualsft.data.packing import collate_packed, pack_rows, packed_batches
 from dualsft.data.records import Records, read_records, record_text
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer
@@ -20,7 +21,6 @@ __all__ = [
     "FormatOptions",
     "InstructionDataModule",
     "KeepEpochCount",
-    "PackedBatch",
     "Records",
     "ResumableLoader",
     "TrainingBatches",

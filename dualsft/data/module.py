@@ -9,11 +9,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.batches import Batch, BatchIds, TrainingBatches, length_batches, padding_share
+from dualsft.data.batches import BatchIds, TrainingBatches, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ResumableLoader, loader_options
 from dualsft.data.options import Format, FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import PackedBatch, packed_batches
+from dualsft.data.packing import packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer, pad_id
@@ -187,7 +188,7 @@ class InstructionDataModule(LightningDataModule):
 
     def pool_loader(
         self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
-    ) -> DataLoader[Batch | PackedBatch]:
+    ) -> DataLoader[Batch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
         Args:
@@ -200,7 +201,7 @@ class InstructionDataModule(LightningDataModule):
 
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
-    ) -> DataLoader[Batch | PackedBatch]:
+    ) -> DataLoader[Batch]:
         """Batches for scoring over the examples of one validation set that have labels, the longest first.
 
         Args:
@@ -259,7 +260,7 @@ class InstructionDataModule(LightningDataModule):
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
-    ) -> DataLoader[Batch | PackedBatch]:
+    ) -> DataLoader[Batch]:
         examples = self._encoded(key)
         with self._naming(key):
             batches = self._scoring_batches(examples, ids, batch_tokens, packing)

@@ -267,7 +267,7 @@ class RowSums:
 
     @property
     def _splits_tokens(self) -> bool:
-        return self.by_token or not self.layout.whole_rows
+        return self.by_token or not self.layout.one_per_row
 
     def touch(self, module: nn.Module) -> None:
         """Note that this module takes part."""

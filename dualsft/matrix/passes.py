@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, only, to_device, widen, without
+from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, keep_examples, one_example, to_device, widen
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums, paused
 from dualsft.matrix.pass_result import GradientPass
@@ -200,10 +200,10 @@ class _Pass:
         """What is differentiated at once: the batch, or each of its examples where its own gradient is looked at."""
         if not self._statistics and not (self._columns and self._columns.squared):
             return [batch]
-        return [only(batch, k) for k in range(len(batch["example_id"]))]
+        return [one_example(batch, k) for k in range(len(batch["example_id"]))]
 
     def _score(self, batch: Batch) -> None:
-        batch = without(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
+        batch = keep_examples(batch, torch.tensor([i not in self._excluded for i in batch["example_id"].tolist()]))
         losses, batch, alone = self._finite_losses(batch)
         if len(losses):
             self._differentiate(losses)
@@ -297,9 +297,9 @@ class _Pass:
         lasting = torch.tensor([ok or self._is_finite_alone(batch, k) for k, ok in enumerate(finite.tolist())])
         if not bool(lasting.all()):
             self._result.nonfinite.update(batch["example_id"][~lasting].tolist())
-            return self._finite_losses(without(batch, lasting))
-        alone = [only(batch, k) for k, ok in enumerate(finite.tolist()) if not ok]
-        losses, batch, more = self._finite_losses(without(batch, finite))
+            return self._finite_losses(keep_examples(batch, lasting))
+        alone = [one_example(batch, k) for k, ok in enumerate(finite.tolist()) if not ok]
+        losses, batch, more = self._finite_losses(keep_examples(batch, finite))
         return losses, batch, [*alone, *more]
 
     def _is_ambiguous(self) -> bool:
@@ -319,7 +319,7 @@ class _Pass:
     def _is_finite_alone(self, batch: Batch, k: int) -> bool:
         if len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),):
             return False  # it is alone already
-        alone = only(batch, k)
+        alone = one_example(batch, k)
         self._turn(CallKind.EVALUATION)
         losses = self._losses(self._model, to_device(alone, compute_device(self._model)), Layout.of(alone))
         return bool(losses.isfinite().all())
@@ -341,7 +341,7 @@ class _Pass:
         if self._columns:
             self._columns.reset()
         ids = batch["example_id"].tolist() if batch is not None else []
-        found = {i for k, i in enumerate(ids) if batch is not None and self._is_poison(only(batch, k))}
+        found = {i for k, i in enumerate(ids) if batch is not None and self._is_poison(one_example(batch, k))}
         self._turn(CallKind.NOTHING)
         if not any_rank(bool(found)):
             raise UserError(

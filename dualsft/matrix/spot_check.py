@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data.layout import Batch, Layout, only, to_device
+from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import RowSums, check_covered
 from dualsft.objectives import example_losses
@@ -49,7 +49,7 @@ def spot_check(
     tolerance = _tolerance(dtype)
     for k in _telling(batch):
         turn()
-        products = _products_alone(model, rows.directions, only(batch, k))
+        products = _products_alone(model, rows.directions, one_example(batch, k))
         check_covered(model, rows.covered, [name for name, (_, sizes) in products.items() if any(sizes)])
         for values, alone, scale in zip(found, *_added(products, len(rows.directions)), strict=True):
             if abs(values[k] - alone) <= tolerance * scale:
@@ -81,7 +81,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
     model.eval()
     together = example_losses(model, to_device(batch, compute_device(model)))
     for k in _telling(batch):
-        alone = example_losses(model, to_device(only(batch, k), compute_device(model)))[0]
+        alone = example_losses(model, to_device(one_example(batch, k), compute_device(model)))[0]
         if not bool(together[k].isfinite()):  # spoilt by a neighbour that will be left out
             continue
         if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from dualsft.data import ResumableLoader
-from dualsft.data.layout import Batch, only, split, to_device, without
+from dualsft.data.layout import Batch, keep_examples, one_example, split_rows, to_device
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.passes import Keeper, Watch
 from dualsft.objectives import example_losses
@@ -168,7 +168,7 @@ class _WarmUp:
     def _backward(self, batch: Batch) -> None:
         """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
         count = len(batch["example_id"])
-        for part in split(local_rows(batch), self._parts):
+        for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
             if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:
@@ -185,7 +185,7 @@ class _WarmUp:
         """
         self._drop_gradients()
         ids = batch["example_id"].tolist()
-        bad = [i for k, i in enumerate(ids) if i in suspects and not self._finite_alone(only(batch, k))]
+        bad = [i for k, i in enumerate(ids) if i in suspects and not self._finite_alone(one_example(batch, k))]
         if not bad or len(bad) == len(ids) > 1:
             raise UserError(
                 f"The warm-up's {what} is not finite at the examples {bad or ids}; remove them from data.train, lower "
@@ -193,7 +193,7 @@ class _WarmUp:
             )
         say(f"the warm-up leaves out the examples {bad}: their {what} is not finite.")
         if len(bad) < len(ids):
-            self._backward(without(batch, torch.tensor([i not in bad for i in ids])))
+            self._backward(keep_examples(batch, torch.tensor([i not in bad for i in ids])))
 
     def _finite_alone(self, example: Batch) -> bool:
         loss = example_losses(self._model, to_device(example, compute_device(self._model))).sum()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dualsft.data.layout import only
+from dualsft.data.layout import one_example
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
@@ -22,7 +22,7 @@ def test_a_packed_fit_equals_a_loop_over_single_examples(workspace: Workspace, f
     assert max(len(batch["example_id"]) for batch in loader) > 1
     for batch in loader:
         examples = range(len(batch["example_id"]))
-        torch.stack([example_losses(model, only(batch, k))[0] for k in examples]).mean().backward()
+        torch.stack([example_losses(model, one_example(batch, k))[0] for k in examples]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     module = workspace.module(dtype="float64", selection=None)
