@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualsft.allocators import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
-    from dualsft.data import InstructionDataModule, load_examples
+    from dualsft.data.examples import load_examples
+    from dualsft.data.module import InstructionDataModule
     from dualsft.errors import UserError
     from dualsft.finetune import MaskedFinetuneModule
     from dualsft.objectives import Objective

@@ -80,6 +80,19 @@ def blaming(part: object, method: str) -> Iterator[None]:
 
 
 @contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Start a user error with the option that it is about, where the code that raises it does not know the option.
+
+    Raises:
+        UserError: if one is raised.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+@contextmanager
 def advising(where: str, advice: str) -> Iterator[None]:
     """Answer a shortage of memory with advice, where there is nothing else to try.
 

@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from dualsft.data import InstructionDataModule, validation_sources
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import validation_sources
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, SelectionModule

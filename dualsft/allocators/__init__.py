@@ -1,4 +1,7 @@
-"""Budgets on the two score vectors: how many weights and examples, and which."""
+"""Allocators: budgets on the two score vectors, that is, how many weights and examples are chosen, and which.
+
+In: the scores φ_j of the weights or φ_i of the examples, and a budget. Out: masks, or the chosen example ids.
+"""
 
 from dualsft.allocators.base import (
     Budget,

@@ -1,7 +1,7 @@
 """A budget split over groups by their shares, in whole numbers that add up to it exactly.
 
 The method of largest remainders: every group gets its share rounded down, and what is left goes, one each, to the
-largest fractions. A group that is too small for its share is filled, and the others share what it leaves.
+largest fractions. A group that is too small for its share is filled, and the others share the remainder.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Budgets, and what an allocator is given and gives back."""
+"""Budgets, and the interface of allocators: the scores that they get and the choice that they return."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,8 +24,8 @@ def check_budget(key: str, budget: Budget) -> None:
     """
     if budget is None:
         return
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if (whole and budget >= 1) or (isinstance(budget, float) and 0 < budget <= 1):
+    is_count = isinstance(budget, int) and not isinstance(budget, bool)
+    if (is_count and budget >= 1) or (isinstance(budget, float) and 0 < budget <= 1):
         return
     raise UserError(
         f"{key} is {budget}; give a fraction above 0 and up to 1 (0.1 is a tenth), a count of at least 1 as an "
@@ -55,21 +55,21 @@ def count_of(key: str, budget: Budget, available: int, of: str) -> int:
 
 
 ExampleStatistic = Literal["loss", "gradient_norm", "preconditioned_gradient_norm", "sketch"]
-"""What a data allocator may ask for beside the scores."""
+"""Statistics that a data allocator may need besides the scores."""
 
 ParameterStatistic = Literal["weight"]
-"""What a parameter allocator may ask for beside the scores."""
+"""Statistics that a parameter allocator may need besides the scores."""
 
 
 @dataclass(frozen=True)
 class ScoredExamples:
     """The pool examples that may be selected, in source order.
 
-    What may be None is there if the allocator names it in its ``needs``. Gradients are those of an example's mean loss
-    over its supervised tokens at the scoring checkpoint, over all weights.
+    Fields that may be None are set if the allocator names them in its ``needs``. Gradients are those of the mean loss
+    over an example's supervised tokens at the scoring checkpoint, over all weights.
 
     Attributes:
-        example_id: Row numbers in ``data.train``, ascending.
+        example_id: Row numbers in the pool, ascending.
         score: φ_i, aligned with ``example_id``.
         num_tokens: Supervised tokens of each.
         records: The records themselves, aligned with ``example_id``.
@@ -92,7 +92,7 @@ class ScoredExamples:
 
 @dataclass(frozen=True, eq=False)
 class ScoredParameters(Mapping[str, Tensor]):
-    """The parameters that may be trained: a mapping of their names to their scores, with more beside if asked for.
+    """The parameters that may be trained: a mapping of names to scores, with the weights if the allocator needs them.
 
     Attributes:
         score: Parameter name -> φ_j, float32, of the parameter's shape.
@@ -113,11 +113,24 @@ class ScoredParameters(Mapping[str, Tensor]):
         return len(self.score)
 
 
+def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None:
+    """Refuse scores of which none is positive, for an allocator that chooses no others.
+
+    Raises:
+        UserError: naming the allocator.
+    """
+    if not bool((score > 0).any()):
+        raise UserError(
+            f"None of the {len(score):,} scored examples has a positive score, and {allocator} takes no others; choose "
+            "another allocator."
+        )
+
+
 class ParameterAllocator(ABC):
-    """A rule that spends the parameter budget on the parameter scores.
+    """A rule that chooses as many weights as the parameter budget says by their scores.
 
     Attributes:
-        needs: What ``allocate`` uses beside the scores; an allocator with options may set it in its constructor.
+        needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
     """
 
     needs: tuple[ParameterStatistic, ...] = ()
@@ -127,8 +140,8 @@ class ParameterAllocator(ABC):
         """Choose exactly ``budget`` entries.
 
         Args:
-            scores: Parameter name -> φ_j, float32, of the parameter's shape; with what was asked for beside. Not to be
-                modified.
+            scores: Parameter name -> φ_j, float32, of the parameter's shape; with the statistics in ``needs``. Not to
+                be modified.
             budget: How many entries to choose, at most their number.
 
         Returns:
@@ -137,12 +150,12 @@ class ParameterAllocator(ABC):
 
 
 class DataAllocator(ABC):
-    """A rule that spends the data budget on the example scores.
+    """A rule that chooses examples within the data budget by their scores.
 
     Attributes:
-        needs: What ``allocate`` uses beside the scores; an allocator with options may set it in its constructor.
+        needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
         unit: What the budget counts: examples, or supervised tokens, of which no more may be chosen than it says.
-        exact: Whether exactly as many examples are due as the budget says; otherwise it is the most, and one the least.
+        exact: Whether exactly as many examples as the budget says are chosen; otherwise one to so many.
     """
 
     needs: tuple[ExampleStatistic, ...] = ()
@@ -154,7 +167,7 @@ class DataAllocator(ABC):
         """Choose ``budget`` examples, or examples of at most ``budget`` supervised tokens.
 
         Args:
-            examples: What may be chosen, with what was asked for. Not to be modified.
+            examples: The examples to choose from, with the statistics in ``needs``. Not to be modified.
             budget: How many, at most what there is.
 
         Returns:

@@ -1,6 +1,6 @@
-"""A choice of entries in the making: the best of some tensors are taken, then the best of others, until all is spent.
+"""A choice of entries built up in steps: the best of some tensors, then the best of others, until the budget is used.
 
-Beside the scores it holds one mask; everything else is made for one tensor at a time.
+Besides the scores it holds one mask; everything else is computed for one tensor at a time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +16,11 @@ _LAST = torch.iinfo(torch.int32).min  # below the key of every float
 
 
 class Choice:
-    """Which entries are chosen so far; ties go to the first name, then the first flat index.
+    """The entries chosen so far; ties go to the first name, then the first flat index.
 
     Args:
         scores: Parameter name -> φ_j, of the parameter's shape.
-        by: What ranks them.
+        by: What entries are ranked by.
         reverse: Whether the lowest are the best.
 
     Attributes:
@@ -75,7 +75,7 @@ class Choice:
         return sum(parts)
 
     def _keys(self, name: str) -> Int[Tensor, " entry"]:
-        """int32 keys of a tensor's entries, flat, the better the larger; those chosen already come last."""
+        """int32 keys of a tensor's entries, flat, the larger the better; those of chosen entries are the lowest."""
         values = ranked(self._scores[name], self._by)
         keys = ordered_keys(-values if self._reverse else values)
         return keys.masked_fill_(self.mask[name].flatten(), _LAST)

@@ -1,4 +1,4 @@
-"""Examples that stand for all that is useful in the pool: greedy facility location on sketched gradients.
+"""Examples that together represent what is useful in the pool: greedy facility location on sketched gradients.
 
     F(A) = Σ_i w_i max_{k ∈ A} s_ik      s_ik = max(0, cos(√P ⊙ g_i, √P ⊙ g_k))      w_i = max(0, φ_i)
 
@@ -17,7 +17,7 @@ from dualsft.allocators.base import DataAllocator, ScoredExamples
 from dualsft.errors import UserError
 
 _BLOCK = 32
-"""Gains that are computed at once."""
+"""Number of gains that are computed at once."""
 
 
 class Diverse(DataAllocator):
@@ -56,12 +56,12 @@ def unit_rows(sketch: Float[Tensor, "example sketch"]) -> Float[Tensor, "example
 def greedy(
     units: Float[Tensor, "example sketch"], worth: Float[Tensor, " example"], count: int
 ) -> Int[Tensor, " picked"]:
-    """The places that are picked, first to last, until there are enough or no further one adds anything.
+    """The picked rows in order, until there are ``count`` or no further row adds anything.
 
     Args:
         units: Rows of length one.
-        worth: What it is worth to stand for each row; positive.
-        count: The most to pick.
+        worth: The weight w_i of each row; positive.
+        count: The largest number to pick.
     """
     covered = torch.zeros_like(worth)
     bounds = torch.full_like(worth, torch.inf)
@@ -79,7 +79,7 @@ def greedy(
 
 
 def _refresh(units: Tensor, worth: Tensor, covered: Tensor, bounds: Tensor, stale: Tensor) -> int:
-    """Compute gains until the highest is above every bound that is left; its place, the first of equals."""
+    """Compute gains until the highest exceeds all bounds that are left; return its row, the first of equals."""
     best = -torch.inf
     while bool(stale.any()):
         candidates = torch.where(stale, bounds, -torch.inf)

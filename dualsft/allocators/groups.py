@@ -1,4 +1,4 @@
-"""Which layer a parameter belongs to, and what kind of module, both told by its name in the model.
+"""The layer and the kind of module that a parameter belongs to, both recognised by its name.
 
 Names are those that causal language models have in `transformers`: Llama and its kin (Qwen, Gemma, Mistral, Mixtral,
 DeepSeek, ...), GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Bloom, Falcon, BERT, RWKV, Mamba.
@@ -44,8 +44,8 @@ def layer_of(name: str) -> Layer | None:
     Experts of a layer are numbered too, but later in the name; the stacks of an encoder and a decoder differ in the
     list's name.
     """
-    found = re.match(r"(.+?)\.(\d+)(\.|$)", name)
-    return (found[1], int(found[2])) if found else None
+    match = re.match(r"(.+?)\.(\d+)(\.|$)", name)
+    return (match[1], int(match[2])) if match else None
 
 
 def kind_of(name: str) -> str:

@@ -64,8 +64,8 @@ class PerSourceQuota(DataAllocator):
         for example_id, record in zip(examples.example_id.tolist(), examples.records, strict=True):
             if self.column not in record:
                 raise UserError(
-                    f"per_source_quota finds no column {self.column!r} in row {example_id} of data.train (the record "
-                    f"has {', '.join(record) or 'none'}); name the column in model.data_allocator.init_args.column."
+                    f"per_source_quota finds no column {self.column!r} in row {example_id} of the pool (the record has "
+                    f"{', '.join(record) or 'none'}); give it the name of one as column."
                 )
             sources.append(str(record[self.column]))
         return sources
@@ -79,7 +79,7 @@ class PerSourceQuota(DataAllocator):
             if source not in sizes:
                 more = f" and {len(sizes) - _SHOWN:,} more" if len(sizes) > _SHOWN else ""
                 raise UserError(
-                    f"per_source_quota gives a share to {source!r}, but column {self.column!r} of data.train holds "
+                    f"per_source_quota gives a share to {source!r}, but column {self.column!r} of the pool holds "
                     f"{', '.join(map(repr, list(sizes)[:_SHOWN]))}{more}; name one of these."
                 )
         return [named.get(source, 0) for source in sizes]

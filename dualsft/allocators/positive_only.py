@@ -1,11 +1,10 @@
-"""As many examples as the budget allows, but none whose score speaks against it."""
+"""As many examples as the budget allows, all with a positive score."""
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dualsft.allocators.base import DataAllocator, ScoredExamples
-from dualsft.errors import UserError
+from dualsft.allocators.base import DataAllocator, ScoredExamples, check_any_positive
 
 
 class PositiveOnly(DataAllocator):
@@ -20,11 +19,7 @@ class PositiveOnly(DataAllocator):
             UserError: if no score is positive.
         """
         score = examples.score
+        check_any_positive("positive_only", score)
         count = min(budget, int((score > 0).sum()))
-        if not count:
-            raise UserError(
-                f"None of the {len(score):,} examples of data.train that could be scored has a positive score, and "
-                "positive_only takes no others; choose another model.data_allocator."
-            )
         order = torch.sort(score, descending=True, stable=True).indices
         return examples.example_id[order[:count]].sort().values

@@ -1,4 +1,4 @@
-"""What scores are ranked by, and the k-th largest of many tensors, exactly: a radix search, no sorting.
+"""Ranking of scores, and the exact k-th largest entry of many tensors: a radix search, no sorting.
 
 A float32 maps to an integer of the same order, so the k-th largest is found by two histograms of 65,536 bins, over the
 upper and then the lower half of its bits. Each is one sweep over the tensors, one tensor at a time.
@@ -20,7 +20,7 @@ _BINS = 1 << 16
 
 
 def check_by(allocator: str, by: str) -> None:
-    """Refuse a ranking that there is not.
+    """Refuse an unknown ranking.
 
     Raises:
         UserError: naming the allocator, the value and what there is.
@@ -35,7 +35,7 @@ def ranked(score: Float[Tensor, "..."], by: By) -> Float[Tensor, "..."]:
 
 
 def ordered_keys(values: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
-    """int32 keys, flat, in the order of the float32 values; -0.0 and 0.0 share one key, and -2³¹ is nobody's.
+    """int32 keys, flat, in the order of the float32 values; -0.0 and 0.0 share one key, and no value has the key -2³¹.
 
     Raises:
         ValueError: if a value is NaN, which has no place in an order.
@@ -50,7 +50,7 @@ def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) ->
     """The k-th largest int32 key of all tensors, and how many entries equal to it are still needed to make k.
 
     Args:
-        sweep: Gives the keys of one tensor after the other, each time that it is called; it is called twice.
+        sweep: Yields the keys of one tensor after another whenever it is called, which is twice.
         k: From 1 to the number of entries.
 
     Raises:

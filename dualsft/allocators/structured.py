@@ -1,7 +1,7 @@
 """Whole rows, columns or blocks of matrices, by their summed score: Σ_{j in unit} φ_j, or Σ |φ_j|.
 
-Units of all tensors go into one ranking, and are taken whole from its top for as long as they fit; the first that does
-not gives its best entries and is the last.
+Units of all tensors go into one ranking. They are taken from its top for as long as they fit as a whole, and of the
+first that does not fit, the best entries.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ class Structured(ParameterAllocator):
         order = torch.sort(sums, descending=True, stable=True).indices
         filled = torch.cat([tiling.sizes() for tiling in tilings.values()])[order].cumsum(0)
         whole = int((filled <= budget).sum())
-        mask = _whole_units(tilings, order[:whole])
+        mask = _unit_masks(tilings, order[:whole])
         if left := budget - (int(filled[whole - 1]) if whole else 0):
             name, unit = _locate(tilings, int(order[whole]))
             self._take_part(mask[name], scores[name], tilings[name], unit, left)
@@ -83,13 +83,13 @@ class Structured(ParameterAllocator):
         mask.view(tiling.shape)[where] = best.mask["unit"].cpu()
 
 
-def _whole_units(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
+def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
     """Parameter name -> which entries, flat, are in the chosen units, which are numbered through all tensors."""
     counts = [tiling.count for tiling in tilings.values()]
     units = torch.zeros(sum(counts), dtype=torch.bool)
     units[chosen] = True
     return {
-        name: tiling.entries(mine) for (name, tiling), mine in zip(tilings.items(), units.split(counts), strict=True)
+        name: tiling.entries(part) for (name, tiling), part in zip(tilings.items(), units.split(counts), strict=True)
     }
 
 

@@ -49,8 +49,8 @@ class Tiling:
         (down, across), (height, width) = self.grid, self.tile
         matrices, (batch, rows, columns) = values.reshape(self.shape), self.shape
         padding = (0, across * width - columns, 0, down * height - rows)
-        whole = pad(matrices, padding) if any(padding) else matrices
-        return whole.reshape(batch, down, height, across, width).sum((2, 4), dtype=torch.float64).flatten()
+        padded = pad(matrices, padding) if any(padding) else matrices
+        return padded.reshape(batch, down, height, across, width).sum((2, 4), dtype=torch.float64).flatten()
 
     def sizes(self) -> Int[Tensor, " unit"]:
         """How many entries each tile has."""

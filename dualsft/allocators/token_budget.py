@@ -11,7 +11,8 @@ other way costs the relaxation at least
 so examples of large loss, those far better or far worse than b, are decided as there; the others, the core of the
 problem, are decided exactly, by dynamic programming over the tokens that are left for them. Sources: Balas & Zemel, An
 Algorithm for Large Zero-One Knapsack Problems (1980); Pisinger, A Minimal Algorithm for the 0-1 Knapsack Problem
-(1997).
+(1997). A general solver of integer programmes is no substitute: on pools of 20,000 examples `scipy.optimize.milp`
+(HiGHS) takes a minute, or stops at less, where this takes a tenth of a second.
 """
 
 import numpy as np
@@ -19,11 +20,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dualsft.allocators.base import DataAllocator, ScoredExamples
+from dualsft.allocators.base import DataAllocator, ScoredExamples, check_any_positive
 from dualsft.errors import UserError
 
 _CELLS = 20_000_000
-"""Of the dynamic programme, core examples times tokens: a byte of memory each, and about 0.2 s in all."""
+"""Largest size of the dynamic programme, core examples times tokens: a byte of memory each, about 0.2 s in all."""
 
 
 class TokenBudget(DataAllocator):
@@ -44,17 +45,13 @@ class TokenBudget(DataAllocator):
             UserError: if no score is positive, or no example with a positive score fits.
         """
         score, tokens = examples.score.double().numpy(), examples.num_tokens.numpy().astype(np.int64)
+        check_any_positive("token_budget", examples.score)
         positive = score > 0
-        if not positive.any():
-            raise UserError(
-                f"None of the {len(score):,} examples of data.train that could be scored has a positive score, and "
-                "token_budget takes no others; choose another model.data_allocator."
-            )
         fits = np.flatnonzero(positive & (tokens <= budget))
         if not len(fits):
             raise UserError(
-                f"model.data_budget is {budget:,}, which token_budget counts in supervised tokens, but the shortest "
-                f"example with a positive score has {tokens[positive].min():,}; raise it."
+                f"token_budget has a budget of {budget:,} supervised tokens, but the shortest example with a positive "
+                f"score has {tokens[positive].min():,}; raise the budget."
             )
         chosen = fits[knapsack(score[fits], tokens[fits], budget)]
         return examples.example_id[torch.from_numpy(chosen)]
@@ -80,7 +77,7 @@ def knapsack(
 def _best(
     score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int, cells: int
 ) -> Bool[np.ndarray, " item"]:
-    """The best of three starts, each filled with what still fits; items in order of score per token."""
+    """The best of three choices, each filled up with what still fits; items are in order of score per token."""
     nothing, highest = np.zeros((2, len(score)), dtype=bool)
     highest[score.argmax()] = True
     starts = (_with_core(score, tokens, budget, cells), nothing, highest)
@@ -90,7 +87,7 @@ def _best(
 def _with_core(
     score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int, cells: int
 ) -> Bool[np.ndarray, " item"]:
-    """The items in order of score per token, taken up to the break item, and the core around it put right."""
+    """Items up to the break item, with the core around it decided exactly; items are in order of score per token."""
     taken = tokens.cumsum() <= budget
     if taken.all():
         return taken
@@ -107,7 +104,7 @@ def _with_core(
 def _solved(
     score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int
 ) -> Bool[np.ndarray, " item"]:
-    """The best choice of all: ``best[w]`` is the most that the items so far give within w tokens."""
+    """The optimal choice; ``best[w]`` is the largest total score of the items so far within w tokens."""
     best = np.zeros(budget + 1)
     improves = np.zeros((len(score), budget + 1), dtype=bool)
     for k, width in enumerate(tokens.tolist()):
@@ -125,7 +122,7 @@ def _solved(
 def _filled(
     taken: Bool[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int
 ) -> Bool[np.ndarray, " item"]:
-    """With every further item, first to last, that still fits."""
+    """The choice with every further item, first to last, that still fits."""
     filled = taken.copy()
     left = budget - int(tokens[taken].sum())
     for k in np.flatnonzero(~taken & (tokens <= left)).tolist():
@@ -138,7 +135,7 @@ def _filled(
 def _earliest(
     taken: Bool[np.ndarray, " item"], score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"]
 ) -> Bool[np.ndarray, " item"]:
-    """As many of each kind of item, but the first ones; a kind has one score and one number of tokens."""
+    """As many items of each score and number of tokens, but the first of them."""
     order = np.lexsort((tokens, score))
     new_kind = (np.diff(score[order], prepend=-1) != 0) | (np.diff(tokens[order], prepend=-1) != 0)
     starts = np.flatnonzero(new_kind)

@@ -14,10 +14,10 @@ from dualsft.allocators.ranking import By, check_by
 class UniformPerLayer(ParameterAllocator):
     """The same number of weights in every layer, the best of each.
 
-    What is outside of all layers (embeddings, final norm, head) counts as one layer more, behind the others; to leave
-    it out of the choice, name what may be trained by ``model.trainable``. Numbers differ by one at most, the first
-    layers having more, but a layer too small for its part is taken whole and leaves the rest to the others. Ties go to
-    the first name, then the first index.
+    What is outside of all layers (embeddings, final norm, head) counts as one layer more, behind the others, unless it
+    is not among the trainable parameters. Numbers differ by one at most, the first layers having more, but a layer too
+    small for its part is taken whole and leaves the rest to the others. Ties go to the first name, then the first
+    index.
 
     Args:
         by: ``magnitude`` ranks by |φ|; ``signed`` by φ itself.

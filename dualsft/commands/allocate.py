@@ -12,7 +12,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from dualsft.commands.messages import unusable
 from dualsft.commands.parsing import CONFIG, class_given, prepare
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.selection import load_selection
 from dualsft.selection.json_values import Part, describe_part

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from dualsft.commands.messages import quieten, unusable
 from dualsft.commands.parsing import plain_values, prepare
-from dualsft.data import InstructionDataModule, validation_sources
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import validation_sources
 from dualsft.errors import UserError
 from dualsft.models.loading import model_folder
 from dualsft.runs.folder import RunFolder

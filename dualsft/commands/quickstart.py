@@ -15,7 +15,7 @@ from typing import Any
 
 from dualsft import quickstart
 from dualsft.commands.parsing import JOB
-from dualsft.data import read_records
+from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
 from dualsft.quickstart.table import Row, table

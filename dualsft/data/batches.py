@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from dualsft.data.layout import Batch
-from dualsft.data.packed_batches import Row, few_packed_batches
-from dualsft.data.packing import longest_first
+from dualsft.data.packing import Row, few_packed_batches, longest_first
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -75,12 +76,12 @@ class Conversation:
         alone = self.render(turn + 1)
         if text.startswith(alone):
             return len(alone)
-        # The template writes this turn otherwise once others follow (Qwen3 drops its reasoning): find what it says,
-        # then go on through as much of the marker behind it as both renderings agree on.
+        # The template writes this turn differently once others follow (Qwen3 drops its reasoning): find its content,
+        # then include as much of the end-of-turn marker behind it as both renderings share.
         content = self._visible(text, turn, start)
         end = text.index(content, start) + len(content)
         marker = alone[alone.rindex(content) + len(content) :]
-        return end + _agreement(marker, text[end:])
+        return end + _common_length(marker, text[end:])
 
     def _visible(self, text: str, turn: int, start: int) -> str:
         content = self.messages[turn]["content"]
@@ -91,12 +92,9 @@ class Conversation:
         raise UserError(f"{self.where}: the tokenizer's chat template rewrites turn {turn} beyond recognition.")
 
 
-def _agreement(one: str, other: str) -> int:
+def _common_length(one: str, other: str) -> int:
     """Number of leading characters that both share."""
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def check_messages(value: Any, where: str) -> list[Message]:

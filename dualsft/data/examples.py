@@ -1,4 +1,4 @@
-"""Examples: the encoded pool, row by row what both selection and fine-tuning compute on."""
+"""Examples: the encoded pool that both selection and fine-tuning compute on."""
 
 import hashlib
 from collections import Counter
@@ -59,8 +59,8 @@ class Examples:
 
     def counts(self) -> dict[str, int]:
         """Number of examples of each status."""
-        found = Counter(self.status)
-        return {status: found[status] for status in STATUSES}
+        count = Counter(self.status)
+        return {status: count[status] for status in STATUSES}
 
 
 def load_examples(

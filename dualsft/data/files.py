@@ -23,7 +23,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 class SourceLine(NamedTuple):
-    """One record and where it stands.
+    """One record and its place in the source.
 
     Attributes:
         text: The record as one JSON line, not yet checked.
@@ -34,6 +34,10 @@ class SourceLine(NamedTuple):
     text: str
     source: str
     number: int | None
+
+    def location(self, row: int) -> str:
+        """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        return f"{self.source}, row {row}" if self.number is None else f"{self.source}, line {self.number} (row {row})"
 
 
 def source_lines(path: str, split: str) -> Iterator[SourceLine]:

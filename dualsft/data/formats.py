@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.chat import Conversation, Message, check_messages
+from dualsft.data.chat import Conversation, check_messages
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
 from dualsft.errors import UserError
@@ -41,12 +42,12 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
     if name == "alpaca":
         return _render_alpaca
     if name == "text":
-        return lambda record, where: _all_of(_text(record, options.text_column, where))
+        return lambda record, where: _answer_to("", _text(record, options.text_column, where))
     if name == "messages":
-        return _messages_renderer(tokenizer, options.messages_column)
+        return _chat_renderer(tokenizer, options.messages_column)
     prompt, response = options.text_columns(records.columns)
     if isinstance(records[0].get(prompt), list):
-        return _dialogue_renderer(tokenizer, prompt, response)
+        return _chat_renderer(tokenizer, prompt, response)
     return _prompt_renderer(prompt, response, options.prompt_template)
 
 
@@ -66,62 +67,37 @@ def _render_alpaca(record: Mapping[str, Any], where: str) -> Rendered:
 
 def _alpaca_prompt(instruction: str, context: str) -> str:
     """The two prompts that the Alpaca data came with, which models tuned on such data expect to the letter."""
-    if not context.strip():
-        return (
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Response:\n"
-        )
+    pairing, section = "", ""
+    if context.strip():
+        pairing, section = ", paired with an input that provides further context", f"### Input:\n{context}\n\n"
     return (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        f"Below is an instruction that describes a task{pairing}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
     )
 
 
-def _messages_renderer(tokenizer: PreTrainedTokenizerBase, column: str) -> Renderer:
-    _require_chat_template(tokenizer)
-
-    def render(record: Mapping[str, Any], where: str) -> Rendered:
-        messages = check_messages(_value(record, column, where), where)
-        return _render_chat(messages, 0, tokenizer, where)
-
-    return render
-
-
-def _dialogue_renderer(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Renderer:
-    """Prompt and response are message lists: only the response's turns are to be learnt."""
-    _require_chat_template(tokenizer)
-
-    def render(record: Mapping[str, Any], where: str) -> Rendered:
-        asked = check_messages(_value(record, prompt, where), where)
-        answered = check_messages(_value(record, response, where), where)
-        return _render_chat(asked + answered, len(asked), tokenizer, where)
-
-    return render
-
-
-def _render_chat(messages: list[Message], first: int, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
-    conversation = Conversation(messages, tokenizer, where)
-    text = conversation.render(len(messages))
-    return Rendered(text, tuple(conversation.spans(text, first)), add_eos=False)
-
-
-def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def _chat_renderer(tokenizer: PreTrainedTokenizerBase, *columns: str) -> Renderer:
+    """Renders the conversation that the columns hold one after the other; the last column's turns are to be learnt."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"The records are conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: use a "
             "chat model's tokenizer or records with prompt and response."
         )
 
+    def render(record: Mapping[str, Any], where: str) -> Rendered:
+        parts = [check_messages(_value(record, column, where), where) for column in columns]
+        conversation = Conversation(list(chain.from_iterable(parts)), tokenizer, where)
+        text = conversation.render(len(conversation.messages))
+        first = len(conversation.messages) - len(parts[-1])
+        return Rendered(text, tuple(conversation.spans(text, first)), add_eos=False)
+
+    return render
+
 
 def _answer_to(prompt: str, response: str) -> Rendered:
     spans = ((len(prompt), len(prompt) + len(response)),) if response.strip() else ()
     return Rendered(prompt + response, spans, add_eos=True)
-
-
-def _all_of(text: str) -> Rendered:
-    return _answer_to("", text)
 
 
 def _value(record: Mapping[str, Any], column: str, where: str) -> Any:

@@ -1,6 +1,6 @@
-"""Batches of ids -> a loader, and one that a checkpoint in the middle of an epoch can bring back."""
+"""Batches of ids -> a loader, and one that can resume in the middle of an epoch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import BatchIds, TrainingBatches, collate
-from dualsft.data.layout import Batch
-from dualsft.data.packed_batches import Row
-from dualsft.data.packing import collate_packed
+from dualsft.data.batches import TrainingBatches, collate
+from dualsft.data.packing import Row, collate_packed
 from dualsft.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +32,7 @@ class RowLists(Dataset[list[Example]]):
         return len(self._examples)
 
     def __getitem__(self, ids: list[int]) -> list[Example]:
-        columns = self._examples[ids]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return self._examples.__getitems__(ids)
 
 
 class PackedRowLists(Dataset[list[list[Example]]]):
@@ -53,7 +50,7 @@ class PackedRowLists(Dataset[list[list[Example]]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader over `TrainingBatches` that goes on, after a checkpoint in mid-epoch, with the batches not yet seen.
+    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the batches not yet seen.
 
     Lightning saves and restores the state of a loader that has ``state_dict`` and ``load_state_dict``. It restores
     before it tells the sampler the epoch, hence the iterator decides where to start only when its first batch is
@@ -89,9 +86,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def _start(self, count: int) -> int:
         epoch = cast(TrainingBatches, self.sampler).epoch
-        goes_on = self._restored and epoch == self._epoch and self._yielded < count
+        resumes = self._restored and epoch == self._epoch and self._yielded < count
         self._restored = False
-        self._epoch, self._yielded = epoch, self._yielded if goes_on else 0
+        self._epoch, self._yielded = epoch, self._yielded if resumes else 0
         return self._yielded
 
     def _over(self, batches: list[Any]) -> DataLoader[Any]:
@@ -121,25 +118,10 @@ class KeepEpochCount(Callback):
             tracker.ready = tracker.started = tracker.processed + 1
 
 
-def training_loader(
-    examples: "datasets.Dataset", batches: TrainingBatches, pad_token_id: int, num_workers: int, packed: bool = False
-) -> ResumableLoader:
-    """A loader for training over a dataset whose row numbers are the ids in ``batches``."""
-    return ResumableLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
-
-
-def scoring_loader(
-    examples: "datasets.Dataset",
-    batches: Iterable[BatchIds],
-    pad_token_id: int,
-    num_workers: int,
-    packed: bool = False,
-) -> DataLoader[Batch]:
-    """A loader that goes through the batches as they stand."""
-    return DataLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
-
-
-def _options(examples: "datasets.Dataset", pad_token_id: int, num_workers: int, packed: bool) -> dict[str, Any]:
+def loader_options(
+    examples: "datasets.Dataset", pad_token_id: int, num_workers: int, packed: bool = False
+) -> dict[str, Any]:
+    """The arguments of a `DataLoader`, but its sampler, over a dataset whose row numbers are the ids in its batches."""
     return {
         "dataset": PackedRowLists(examples) if packed else RowLists(examples),
         "batch_size": None,

@@ -1,8 +1,8 @@
 """The pool and the validation sets as a LightningDataModule: what ``data.*`` on the command line configures."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
@@ -12,14 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.data.batches import BatchIds, TrainingBatches, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch
-from dualsft.data.loaders import ResumableLoader, scoring_loader, training_loader
-from dualsft.data.options import Format, FormatOptions
-from dualsft.data.packed_batches import packed_batches
+from dualsft.data.loaders import ResumableLoader, loader_options
+from dualsft.data.options import Format, FormatOptions, validation_key, validation_sources
+from dualsft.data.packing import packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
-from dualsft.data.sources import validation_key, validation_sources
 from dualsft.data.tokenizer import load_tokenizer, pad_id
-from dualsft.errors import UserError
+from dualsft.errors import UserError, naming
 
 _TRAIN, _VALIDATION = "data.train", validation_key(None)
 
@@ -177,7 +176,7 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: If a source cannot be used.
         """
-        loaders = [self._evaluation_loader(key) for key in self._keys.values()]
+        loaders = [self._scoring_loader(key, packing=False) for key in self._keys.values()]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
 
     def training_loader(self, ids: Sequence[int], seed: int) -> ResumableLoader:
@@ -185,7 +184,7 @@ class InstructionDataModule(LightningDataModule):
         examples = self.train_examples
         row_tokens = self.max_length if self.packing else None
         batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
-        return training_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, self.packing)
+        return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
 
     def pool_loader(
         self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
@@ -198,9 +197,7 @@ class InstructionDataModule(LightningDataModule):
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
             step: Of how many batches from there on to take one, the first.
         """
-        examples = self.train_examples
-        batches = self._scoring_batches(examples, ids, batch_tokens)
-        return self._scoring_loader(examples, batches[start::step], self.packing)
+        return self._scoring_loader(_TRAIN, self.packing, ids, start, batch_tokens, step)
 
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
@@ -217,16 +214,12 @@ class InstructionDataModule(LightningDataModule):
             KeyError: If there is no set of that name.
             UserError: If its source cannot be used, or one of its examples is too long for a batch.
         """
-        key = self._keys[name]
-        examples = self._encoded(key)
-        with self._naming(key):
-            batches = self._scoring_batches(examples, None, batch_tokens)
-        return self._scoring_loader(examples, batches[start::step], self.packing)
+        return self._scoring_loader(self._keys[name], self.packing, None, start, batch_tokens, step)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""
         examples = self.train_examples
-        return padding_share(examples.lengths, self._scoring_batches(examples, None, None))
+        return padding_share(examples.lengths, self._scoring_batches(examples, None, None, self.packing))
 
     def training_padding_share(self) -> float:
         """Share of the token slots of the training batches that hold padding; no batch is made for it.
@@ -255,33 +248,35 @@ class InstructionDataModule(LightningDataModule):
                 )
         return self._examples[key]
 
-    @contextmanager
-    def _naming(self, key: str) -> Iterator[None]:
+    def _naming(self, key: str) -> AbstractContextManager[None]:
         """Says which of several validation sets a mistake is in."""
-        try:
-            yield
-        except UserError as error:
-            if key in (_TRAIN, _VALIDATION):
-                raise
-            raise UserError(f"{key}: {error}") from error
+        return nullcontext() if key in (_TRAIN, _VALIDATION) else naming(key)
 
-    def _evaluation_loader(self, key: str) -> DataLoader[Any]:
+    def _scoring_loader(
+        self,
+        key: str,
+        packing: bool,
+        ids: Sequence[int] | None = None,
+        start: int = 0,
+        batch_tokens: int | None = None,
+        step: int = 1,
+    ) -> DataLoader[Batch]:
         examples = self._encoded(key)
         with self._naming(key):
-            batches = length_batches(examples.lengths, self.batch_tokens, ids=examples.ok_ids())
-        return self._scoring_loader(examples, batches, packed=False)  # metrics and generation want a mask
+            batches = self._scoring_batches(examples, ids, batch_tokens, packing)
+        return DataLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
 
     def _scoring_batches(
-        self, examples: Examples, ids: Sequence[int] | None, batch_tokens: int | None
+        self, examples: Examples, ids: Sequence[int] | None, batch_tokens: int | None, packing: bool
     ) -> Sequence[BatchIds]:
         chosen = examples.ok_ids() if ids is None else ids
         most = self.batch_tokens if batch_tokens is None else batch_tokens
-        if self.packing:
+        if packing:
             return packed_batches(examples.lengths, most, self.max_length, ids=chosen)
         return length_batches(examples.lengths, most, ids=chosen)
 
-    def _scoring_loader(self, examples: Examples, batches: Sequence[BatchIds], packed: bool) -> DataLoader[Batch]:
-        return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, packed)
+    def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
+        return loader_options(examples.dataset, pad_id(self.tokenizer), self.num_workers, packing)
 
     def training_ids(self) -> list[int]:
         """Ids of the examples to train on: those with labels, of the selection where one is given.

@@ -1,9 +1,13 @@
-"""The options that say how records are read, and the recognition of a format by its columns."""
+"""Which sources are read, and how: the validation sets by name, and the format of records with its recognition."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dualsft.errors import UserError
+
+_SET_NAME = re.compile(r"[\w-]+")
 
 Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]
 
@@ -56,7 +60,14 @@ class FormatOptions:
             return self.format
         if self._names_columns:
             return "prompt_response"
-        for name, needed in self._signatures():
+        signatures: tuple[tuple[Format, set[str]], ...] = (
+            ("messages", {self.messages_column}),
+            ("alpaca", {"instruction", "output"}),
+            ("prompt_response", {"prompt", "response"}),
+            ("prompt_response", {"prompt", "completion"}),
+            ("text", {self.text_column}),
+        )
+        for name, needed in signatures:
             if needed <= set(columns):
                 return name
         raise UserError(
@@ -80,11 +91,38 @@ class FormatOptions:
         response = self.response_column or ("response" if "response" in columns else "completion")
         return (self.prompt_column or "prompt", response)
 
-    def _signatures(self) -> tuple[tuple[Format, set[str]], ...]:
-        return (
-            ("messages", {self.messages_column}),
-            ("alpaca", {"instruction", "output"}),
-            ("prompt_response", {"prompt", "response"}),
-            ("prompt_response", {"prompt", "completion"}),
-            ("text", {self.text_column}),
-        )
+
+def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, str]:
+    """The source of each validation set.
+
+    Args:
+        validation: A source, a mapping of names to sources, or None; as configured, so its names may be anything.
+
+    Returns:
+        Name -> source, in the order given; a single source has the name ``validation``.
+
+    Raises:
+        UserError: If a mapping is empty, or has a name that is not made of letters, digits, ``_`` and ``-``: names
+            become part of the names of metrics and columns.
+    """
+    if validation is None:
+        return {}
+    if isinstance(validation, str):
+        return {"validation": validation}
+    if not validation:
+        raise UserError("data.validation is an empty mapping: give a source, or names with a source each.")
+    for name in validation:
+        if not isinstance(name, str):
+            raise UserError(f"data.validation names a set {name!r}, which is not text: put the name in quotes.")
+        if not _SET_NAME.fullmatch(name):
+            raise UserError(f"data.validation names a set {name!r}: use letters, digits, _ and - alone.")
+    return dict(validation)
+
+
+def validation_key(name: str | None) -> str:
+    """The option that gives a validation set's source.
+
+    Args:
+        name: The set's name in a mapping, or None for a single source.
+    """
+    return "data.validation" if name is None else f"data.validation.{name}"

@@ -1,48 +1,51 @@
-"""Examples -> rows: several examples end to end in one row of a batch, instead of one each and padding behind it."""
+"""Examples -> packed rows -> batches: several examples end to end in a row, instead of one each and padding behind it.
+
+A batch of r rows whose fullest has t tokens costs r·t tokens.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
-from itertools import accumulate
+from itertools import accumulate, chain, takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dualsft.data.layout import Batch
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
+
+Row = list[int]
+"""Ids of the examples that lie end to end in one row."""
 
 
 def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: int) -> Batch:
     """Lays each row's examples (example_id, input_ids, labels) end to end and pads the rows to the fullest."""
     lengths = [[len(example["input_ids"]) for example in row] for row in rows]
     width = max(map(sum, lengths))
-    positions = [_chained(range(length) for length in [*row, width - sum(row)]) for row in lengths]
-    ids = [_chained(example["input_ids"] for example in row) for row in rows]
-    labels = [_chained(_without_first(example["labels"]) for example in row) for row in rows]
+    positions = [_joined(range(length) for length in [*row, width - sum(row)]) for row in lengths]
+    ids = [_joined(example["input_ids"] for example in row) for row in rows]
+    labels = [_joined(_without_first(example["labels"]) for example in row) for row in rows]
     return {
         "example_id": torch.tensor([example["example_id"] for row in rows for example in row], dtype=torch.int64),
-        "input_ids": _filled(ids, width, pad_token_id),
-        "labels": _filled(labels, width, IGNORED),
-        "position_ids": torch.tensor(positions, dtype=torch.int64),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "position_ids": torch.stack(positions),
         "spans": _spans(lengths),
     }
 
 
-def _chained(parts: Iterable[Iterable[int]]) -> list[int]:
-    return [value for part in parts for value in part]
+def _joined(parts: Iterable[Iterable[int]]) -> Int[Tensor, " t"]:
+    return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
 
 
 def _without_first(labels: Sequence[int]) -> list[int]:
-    """The labels of an example; what stands before its first token in the row is another example's."""
-    return [IGNORED if place == 0 else label for place, label in enumerate(labels)]
-
-
-def _filled(rows: list[list[int]], width: int, value: int) -> Int[Tensor, "r t"]:
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+    """The labels of an example; the token before its first one in the row belongs to another example."""
+    return [IGNORED, *labels[1:]]
 
 
 def _spans(lengths: list[list[int]]) -> Int[Tensor, "n 3"]:
@@ -122,7 +125,7 @@ class _OpenRows:
         heappush(self._rows[room], row)
 
     def take(self, length: int) -> tuple[int, int] | None:
-        """Takes out the row with the least room for ``length`` tokens and tells that room; None if no row has it."""
+        """Removes and returns the row with the least room for ``length`` tokens, and that room; None if no row fits."""
         place = bisect_left(self._rooms, length)
         if place == len(self._rooms):
             return None
@@ -131,3 +134,111 @@ class _OpenRows:
         if not self._rows[room]:
             del self._rows[room], self._rooms[place]
         return row, room
+
+
+def packed_batches(
+    lengths: Sequence[int] | Int[np.ndarray, "example"],
+    batch_tokens: int,
+    row_tokens: int,
+    batch_size: int | None = None,
+    ids: Sequence[int] | None = None,
+) -> list[list[Row]]:
+    """Packs examples into rows and cuts the rows into batches, the fullest first: what is too large shows at once.
+
+    Args:
+        lengths: Tokens of every example, indexed by example id.
+        batch_tokens: Largest (rows x fullest row) of a batch.
+        row_tokens: Largest row in tokens; no row is larger than a batch either.
+        batch_size: Largest number of examples of a batch, if there is to be one.
+        ids: Examples to batch; all of them by default.
+
+    Returns:
+        Batches of rows of example ids; each id occurs once.
+
+    Raises:
+        UserError: If an example is longer than a row can be.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    rows = pack_rows(lengths, range(len(lengths)) if ids is None else ids, min(row_tokens, batch_tokens), batch_size)
+    rows.sort(key=lambda row: -_tokens(lengths, row))
+    batches: list[list[Row]] = []
+    width = examples = 0
+    for row in rows:
+        full = not batches or (len(batches[-1]) + 1) * width > batch_tokens
+        if full or (batch_size is not None and examples + len(row) > batch_size):
+            batches.append([])
+            width, examples = _tokens(lengths, row), 0
+        batches[-1].append(row)
+        examples += len(row)
+    return batches
+
+
+def few_packed_batches(
+    lengths: Sequence[int] | Int[np.ndarray, "example"],
+    batch_tokens: int,
+    row_tokens: int,
+    batch_size: int,
+    ids: Sequence[int],
+) -> list[list[Row]]:
+    """Packs examples into as few batches as can be found, for training: every batch is an optimizer step.
+
+    Full rows make few batches where tokens are the limit. Where the number of examples is, they make too many: with 11
+    examples to a row and 16 to a batch, no second row fits. There the examples are first distributed over fewer batches
+    and then laid into rows, which need not be full.
+
+    Args:
+        lengths: Tokens of every example, indexed by example id.
+        batch_tokens: Largest (rows x fullest row) of a batch.
+        row_tokens: Largest row in tokens; no row is larger than a batch either.
+        batch_size: Largest number of examples of a batch.
+        ids: Examples to batch.
+
+    Returns:
+        Batches of rows of example ids; each id occurs once.
+
+    Raises:
+        UserError: If an example is longer than a row can be.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    full = packed_batches(lengths, batch_tokens, row_tokens, batch_size, ids)
+    fewest = max(-(-len(ids) // batch_size), -(-_tokens(lengths, ids) // batch_tokens))
+    for count in range(fewest, len(full)):
+        parts = _balanced(lengths, ids, count, batch_size)
+        rows = (_balanced_rows(lengths, batch_tokens, row_tokens, part) for part in parts)
+        batches = list(takewhile(bool, rows))
+        if len(batches) == len(parts):
+            return batches
+    return full
+
+
+def _balanced_rows(
+    lengths: Int[np.ndarray, "example"], batch_tokens: int, row_tokens: int, ids: list[int]
+) -> list[Row]:
+    """Few rows of nearly equal length for one batch; none if such rows would exceed a limit."""
+    fewest = max(1, -(-_tokens(lengths, ids) // row_tokens))
+    layouts = [_balanced(lengths, ids, count) for count in range(fewest, fewest + 3)]  # still more rows only pad more
+    widths = [max(_tokens(lengths, row) for row in rows) for rows in layouts]
+    fitting = [
+        (len(rows) * width, rows)
+        for rows, width in zip(layouts, widths, strict=True)
+        if width <= row_tokens and len(rows) * width <= batch_tokens
+    ]
+    return min(fitting)[1] if fitting else []
+
+
+def _balanced(
+    lengths: Int[np.ndarray, "example"], ids: Sequence[int], count: int, max_examples: int | None = None
+) -> list[list[int]]:
+    """Distributes examples over at most ``count`` parts, the longest first, each to the part with the fewest tokens."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, place) for place in range(count)]
+    for example_id in longest_first(lengths, ids):
+        tokens, place = heappop(heap)
+        parts[place].append(example_id)
+        if max_examples is None or len(parts[place]) < max_examples:
+            heappush(heap, (tokens + int(lengths[example_id]), place))
+    return [part for part in parts if part]
+
+
+def _tokens(lengths: Int[np.ndarray, "example"], ids: Sequence[int]) -> int:
+    return int(lengths[np.asarray(ids, dtype=np.int64)].sum())

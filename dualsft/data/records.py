@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import Any
@@ -38,8 +38,8 @@ class Records:
         return self._lines[row].text
 
     def location(self, row: int) -> str:
-        """Where the record stands, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
-        return _location(self._lines[row], row)
+        """The place of the record in its source, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
+        return self._lines[row].location(row)
 
 
 def read_records(path: str, split: str = "train") -> Records:
@@ -80,13 +80,29 @@ def _parse(line: SourceLine, row: int) -> dict[str, Any]:
         record = json.loads(line.text)
     except JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg}, column {error.colno})"
-        raise UserError(f"{_location(line, row)}: {reason}; mend or remove this row.") from error
+        raise UserError(f"{line.location(row)}: {reason}; mend or remove this row.") from error
     if not isinstance(record, dict):
-        raise UserError(f"{_location(line, row)}: a record must be a JSON object, not {type(record).__name__}.")
+        raise UserError(f"{line.location(row)}: a record must be a JSON object, not {type(record).__name__}.")
     return record
 
 
-def _location(line: SourceLine, row: int) -> str:
-    if line.number is None:
-        return f"{line.source}, row {row}"
-    return f"{line.source}, line {line.number} (row {row})"
+def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
+    """The text of a record: prompt before response, one line per text; of a conversation the contents of its turns.
+
+    Args:
+        record: The record.
+        columns: Those that its format reads, see `FormatOptions.text_columns`; absent and null ones add nothing.
+    """
+    return "\n".join(text for column in columns for text in _texts(record.get(column)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key != "role":  # who speaks is not what is said
+                yield from _texts(part)
+    elif value is not None:
+        yield str(value)

@@ -1,11 +1,15 @@
-"""Evaluation of any checkpoint: loss, perplexity, token accuracy and exact match on any data, and ready-made tasks."""
+"""Evaluation of any checkpoint: `dualsft validate`, and the validation within a fit.
+
+In: a causal language model, and validation sets or names of ready-made tasks. Out: loss, perplexity, token accuracy and
+exact match of each set and their means, and the tasks' own metrics.
+"""
 
 from dualsft.evaluation.generation import Generation
-from dualsft.evaluation.harness import TaskOptions, load_tasks
 from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
 from dualsft.evaluation.module import EvaluationModule
-from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.evaluation.task_scores import TaskScore, task_metrics, task_report, task_scores
+from dualsft.evaluation.tasks import TaskOptions, load_tasks
+from dualsft.evaluation.validation_sets import ValidationMetrics, check_validation_data, validation_names
 
 __all__ = [
     "EvaluationModule",

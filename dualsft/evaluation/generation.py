@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dualsft.data.layout import Batch
@@ -42,10 +42,10 @@ class Generation:
         """The part of a text that is compared; None if the pattern is not in it."""
         if not self.answer_pattern:
             return text.strip()
-        found = list(re.finditer(self.answer_pattern, text))
-        if not found:
+        matches = list(re.finditer(self.answer_pattern, text))
+        if not matches:
             return None
-        answer = found[-1].group(1 if found[-1].re.groups else 0) or ""
+        answer = matches[-1].group(1 if matches[-1].re.groups else 0) or ""
         return re.sub(r"(?<=\d),(?=\d{3})", "", answer.strip())
 
 
@@ -91,15 +91,17 @@ def generate_answers(
                 "to 0."
             )
     prompts = [prompt for prompt, _ in turns]
-    made = _continued(model, tokenizer, prompts[rank_slice()] or prompts[:1], batch["input_ids"].device, max_new_tokens)
+    texts = _continuations(
+        model, tokenizer, prompts[rank_slice()] or prompts[:1], batch["input_ids"].device, max_new_tokens
+    )
     answers = [""] * len(turns)
-    for number, of_rank in enumerate(all_gather(made)):
+    for number, of_rank in enumerate(all_gather(texts)):
         answers[number :: world_size()] = of_rank[: len(answers[number :: world_size()])]
     references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
     return answers, list(references)
 
 
-def _continued(
+def _continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -107,8 +109,10 @@ def _continued(
     max_new_tokens: int,
 ) -> list[str]:
     """The texts of greedy continuations; every rank makes as many calls of the model as the last to finish."""
-    pad = pad_id(tokenizer)
-    ids, mask = _left_padded(prompts, pad)
+    pad, rows = pad_id(tokenizer), [torch.tensor(prompt) for prompt in prompts]
+    # on the left, so that every prompt ends in the last column
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -116,21 +120,11 @@ def _continued(
         eos_token_id=_end_of_answer(model, tokenizer),
     )
     generate: Any = model.generate  # not part of the base class's type
-    given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    made = generate(**given, generation_config=config, synced_gpus=world_size() > 1)
-    return list(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _left_padded(
-    prompts: list[list[int]], pad: int
-) -> tuple[Int[Tensor, "example token"], Int[Tensor, "example token"]]:
-    """Token ids and attention mask, so that every prompt ends in the last column."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    tokens = generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=world_size() > 1)
+    return list(tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _end_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """What the model's own settings say ends an answer, else the tokenizer's end of sequence."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    return tokenizer.eos_token_id if own is None else own
+    """The end-of-sequence tokens of the model's generation settings, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    return tokenizer.eos_token_id if configured is None else configured

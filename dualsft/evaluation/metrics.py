@@ -1,4 +1,4 @@
-"""Metrics over supervised tokens, accumulated by torchmetrics so that they add up over batches and processes."""
+"""Metrics over supervised tokens and over answers, accumulated by torchmetrics over batches and processes."""
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,14 @@ class LanguageModelMetrics(torch.nn.Module):
         self.accuracy = MeanMetric(nan_strategy="disable")
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Take in what a model makes of one padded batch, of which each rank works on its own rows."""
+        """Add a model's predictions for one padded batch, of which each rank evaluates its own rows."""
         own = local_rows(batch)
         logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
         self.update(logits, own["labels"])
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         nll, targets = token_losses(logits, labels)
         supervised = targets != -100
         hits = logits[:, :-1].argmax(-1) == targets
@@ -60,7 +60,7 @@ class ExactMatch(Metric):
         self.total: Tensor
 
     def update(self, answers: list[str | None], references: list[str | None]) -> None:
-        """Take in one batch; an answer that was not found (None) never matches."""
+        """Add one batch; an answer that was not found (None) never matches."""
         for answer, reference in zip(answers, references, strict=True):
             self.hits += int(answer is not None and answer == reference)
         self.total += len(references)

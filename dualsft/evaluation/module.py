@@ -4,11 +4,11 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from dualsft.data import load_tokenizer
 from dualsft.data.layout import Batch
+from dualsft.data.tokenizer import load_tokenizer
 from dualsft.evaluation.generation import Generation, generate_answers
-from dualsft.evaluation.harness import TaskOptions, evaluate_tasks
-from dualsft.evaluation.sets import ValidationMetrics, check_validation_data, validation_names
+from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
+from dualsft.evaluation.validation_sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.models.loading import Dtype
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
@@ -37,7 +37,7 @@ class EvaluationModule(LightningModule):
         self.dtype_name: Dtype = dtype
 
     def setup(self, stage: str) -> None:
-        """Look at the data before anything is loaded.
+        """Check the data before anything is loaded.
 
         Raises:
             UserError: if a validation set holds nothing to evaluate on.
@@ -52,11 +52,11 @@ class EvaluationModule(LightningModule):
         self.tokenizer = load_tokenizer(self.model_name_or_path)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Take in one batch of the validation set of this index."""
+        """Update the metrics of the validation set of this index with one batch."""
         self.metrics.tokens(dataloader_idx).measure(self.model, batch)
         if self.generation.max_new_tokens:
             answers, references = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
-            extract, own = self.generation.extract, rank_slice()  # every rank has all answers, and counts are added up
+            extract, own = self.generation.extract, rank_slice()  # every rank has all answers, and counts are summed
             self.metrics.answers(dataloader_idx).update(
                 [extract(answer) for answer in answers[own]], [extract(reference) for reference in references[own]]
             )
@@ -68,8 +68,8 @@ class EvaluationModule(LightningModule):
     def evaluate_tasks(
         self, trainer: Trainer, tasks: dict[str, Any], options: TaskOptions, batch_size: int, seed: int
     ) -> dict[str, Any]:
-        """Put tasks of the lm-evaluation-harness to the checkpoint, which `configure_model` has loaded.
+        """Evaluate the checkpoint, which `configure_model` has loaded, on tasks of the lm-evaluation-harness.
 
-        See `dualsft.evaluation.harness.evaluate_tasks`.
+        See `dualsft.evaluation.tasks.evaluate_tasks`.
         """
         return evaluate_tasks(trainer, tasks, self.model, self.tokenizer, options, batch_size, seed)

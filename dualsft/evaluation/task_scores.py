@@ -1,4 +1,4 @@
-"""The figures in what the lm-evaluation-harness returns: for a table, and for `metrics.json`."""
+"""The scores in the results of the lm-evaluation-harness: for a table, and for `metrics.json`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ class TaskScore:
 
 def task_scores(results: Mapping[str, Any]) -> list[TaskScore]:
     """All metrics of all tasks and groups, in the harness's order."""
-    found = []
+    scores = []
     for task, measured in results["results"].items():
         of_group = measured.get("sample_count", {})  # a group's metric may be of some of its tasks
         for key, value in measured.items():
-            metric, _, kept = key.partition(",")
-            if kept and not metric.endswith("_stderr"):
-                name = metric if kept == "none" else key
-                stderr = _number(measured.get(f"{metric}_stderr,{kept}"))
+            metric, _, answer_filter = key.partition(",")
+            if answer_filter and not metric.endswith("_stderr"):
+                name = metric if answer_filter == "none" else key
+                stderr = _number(measured.get(f"{metric}_stderr,{answer_filter}"))
                 questions = int(of_group.get(key, measured["sample_len"]))
-                found.append(TaskScore(task, name, float(value), stderr, questions, results["n-shot"].get(task)))
-    return found
+                scores.append(TaskScore(task, name, float(value), stderr, questions, results["n-shot"].get(task)))
+    return scores
 
 
 def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
@@ -53,7 +53,7 @@ def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def task_report(results: Mapping[str, Any]) -> str:
-    """A table with one line to a metric, and what the harness warned of."""
+    """A table with one line per metric, and the harness's warnings."""
     rows = [("task", "metric", "value", "stderr", "questions", "shots"), *map(_row, task_scores(results))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_cells(row, widths)) for row in rows]

@@ -1,4 +1,5 @@
 """From a base model and a delta to a checkpoint or an adapter, and back.
 
-In: Hugging Face folders and deltas. Out: the same.
+In: Hugging Face model folders and deltas. Out: a delta, a model folder or a PEFT adapter, each with a record of how it
+was made (`provenance`), which the model card tells.
 """

@@ -1,4 +1,4 @@
-"""The change that a fine-tune made, as indices and new values.
+"""A delta: the change that a fine-tune made, as indices and new values.
 
     <name>.index    int64, flat, ascending: which entries of the parameter have other bits than in the base model
     <name>.value    their new values, in the tuned model's type
@@ -9,9 +9,8 @@ was trained and came out with the bits that it had is left out: of an embedding,
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,34 +40,35 @@ def changed_entries(before: Shaped[Tensor, "..."], after: Shaped[Tensor, "..."])
     return index, now[index]
 
 
-def changes(before: Callable[[str], Tensor], after: Callable[[str], Tensor], names: Iterable[str]) -> dict[str, Change]:
-    """The change of each tensor that has any; memory holds two tensors at a time, and what is found."""
-    found = {}
+def changes(
+    before: Callable[[str], Tensor], after: Callable[[str], Tensor], names: Iterable[str]
+) -> Iterator[tuple[str, Change]]:
+    """Yields (name, change) of each tensor that has changed; memory holds two tensors at a time."""
     for name in names:
         tuned = after(name).cpu()
         change = changed_entries(before(name).to(tuned), tuned)
         if len(change[0]):
-            found[name] = change
-    return found
+            yield name, change
 
 
 def sharded_changes(
     before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Change]:
-    """The same of a sharded model, on the first rank alone; every rank must ask at once.
+    """The change of each tensor of a sharded model that has changed, on rank zero alone; every rank must call this.
 
     Args:
         before: Gives this rank's rows of a tensor.
         after: The model's parameters.
-        names: Of those that may have changed.
+        names: Names of those that may have changed.
     """
-    found = {}
+    indices, values = {}, []
     for name in names:
-        here = local_shard(after[name].detach()).cpu()
-        index, value = changed_entries(before(name).to(here), here)
-        found[name] = index + shard_offset(after[name]), value
-    wholes = zip(found, *(gather_vectors([change[part] for change in found.values()]) for part in (0, 1)), strict=True)
-    return {name: (index, value) for name, index, value in wholes if len(index)}
+        shard = local_shard(after[name].detach()).cpu()
+        index, value = changed_entries(before(name).to(shard), shard)
+        indices[name] = index + shard_offset(after[name])
+        values.append(value)
+    gathered = zip(indices, gather_vectors(list(indices.values())), gather_vectors(values), strict=True)
+    return {name: (index, value) for name, index, value in gathered if len(index)}
 
 
 def write_delta(
@@ -80,7 +80,7 @@ def write_delta(
         path: Where to.
         changed: Parameter name -> indices and new values.
         base_fingerprint: The `model_fingerprint` of the base.
-        about: What is known of how it was made, for JSON; see `dualsft.export.record`.
+        about: What is known of how it was made, for JSON; see `dualsft.export.provenance`.
     """
     tensors = {name + _INDEX: index for name, (index, _) in changed.items()}
     tensors |= {name + _VALUE: value for name, (_, value) in changed.items()}
@@ -94,16 +94,23 @@ class Delta:
     """A delta on disk, whose parts are read when they are asked for.
 
     Attributes:
-        path: Where it lies.
+        path: Its file.
         base_fingerprint: The hash of the weights that it belongs to.
         about: What it says of how it was made; empty if nothing.
-        names: The parameters that it changes.
+        counts: Name of each changed parameter -> how many of its entries change.
+        value_types: Name of each changed parameter -> the type of its new values.
     """
 
     path: Path
     base_fingerprint: str
     about: dict[str, Any]
-    names: list[str]
+    counts: dict[str, int]
+    value_types: dict[str, torch.dtype]
+
+    @property
+    def names(self) -> list[str]:
+        """The changed parameters, sorted."""
+        return list(self.counts)
 
     def change(self, name: str) -> Change:
         """Indices and new values of one parameter.
@@ -118,18 +125,6 @@ class Delta:
         if bool((index[1:] <= index[:-1]).any()):
             raise UserError(f"{self.path} is damaged: the indices of {name} are not in ascending order.")
         return index, value
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Parameter name -> how many of its entries change."""
-        with safe_open(self.path, framework="pt") as stored:
-            return {name: stored.get_slice(name + _INDEX).get_shape()[0] for name in self.names}
-
-    @cached_property
-    def value_types(self) -> dict[str, torch.dtype]:
-        """Parameter name -> the type of its new values."""
-        with safe_open(self.path, framework="pt") as stored:
-            return {name: DTYPES[stored.get_slice(name + _VALUE).get_dtype()] for name in self.names}
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -175,26 +170,28 @@ def open_delta(path: Path) -> Delta:
         raise UserError(f"{path}: no such file; give a delta.safetensors.")
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata, keys = stored.metadata() or {}, set(stored.keys())
-            flat = all(len(stored.get_slice(key).get_shape()) == 1 for key in keys)
+            metadata, parts = stored.metadata() or {}, {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118
+            shapes = {key: part.get_shape() for key, part in parts.items()}
+            dtypes = {key: DTYPES[part.get_dtype()] for key, part in parts.items()}
         about = json.loads(metadata.get(_ABOUT, "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, or no delta ({error}); give a delta.safetensors.") from error
     if _BASE not in metadata:
         raise UserError(f"{path} is not a delta: its metadata name no base weights; give a delta.safetensors.")
-    names = sorted(key.removesuffix(_INDEX) for key in keys if key.endswith(_INDEX))
-    if odd := sorted(keys ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
+    names = sorted(key.removesuffix(_INDEX) for key in shapes if key.endswith(_INDEX))
+    if odd := sorted(shapes.keys() ^ {name + part for name in names for part in (_INDEX, _VALUE)}):
         raise UserError(f"{path} is damaged: of {odd[0]} only one of index and value is there.")
-    if not flat:
+    if any(len(shape) != 1 for shape in shapes.values()):
         raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
-    return Delta(path, metadata[_BASE], _record(about), names)
+    counts = {name: shapes[name + _INDEX][0] for name in names}
+    return Delta(path, metadata[_BASE], _sections(about), counts, {name: dtypes[name + _VALUE] for name in names})
 
 
 _SECTIONS = ("base", "counts", "selection", "training", "versions")
 
 
-def _record(about: Any) -> dict[str, Any]:
-    """A record, without sections that are none; anybody may write to a file's metadata."""
+def _sections(about: Any) -> dict[str, Any]:
+    """What the metadata tell, without sections of a wrong type; anybody may write to a file's metadata."""
     parts = about.items() if isinstance(about, dict) else ()
     return {key: part for key, part in parts if key not in _SECTIONS or isinstance(part, dict)}
 
@@ -226,14 +223,16 @@ def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
     delta.check_entries(specs, "the model")
     for name in delta.names:
         index, value = delta.change(name)
-        if value.dtype != weights[name].dtype:
+        weight = weights[name]
+        if value.dtype != weight.dtype:
+            stored = dtype_name(value.dtype)
             raise UserError(
-                f"{path} holds {name} as {plain(value.dtype)}, the model as {plain(weights[name].dtype)}; load the "
-                f"base model in {plain(value.dtype)}."
+                f"{path} holds {name} as {stored}, the model as {dtype_name(weight.dtype)}; load the base model in "
+                f"{stored}."
             )
-        weights[name].put_(index.to(weights[name].device), value.to(weights[name].device))
+        weight.put_(index.to(weight.device), value.to(weight.device))
 
 
-def plain(dtype: torch.dtype) -> str:
-    """The name of a type, as the settings call it."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a type as the options spell it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """The model card: what was selected and how, how it was trained, how to load it, and how to get from base to result.
 
-It is written from the record that a delta carries (`dualsft.export.record`), so that whoever applies the delta gets
-the same card as whoever trained; of what the record does not hold the card says nothing.
+It is written from the record that a delta carries (`dualsft.export.provenance`), so that applying the delta gives the
+same card as the training did; what the record does not hold, the card leaves out.
 """
 
 import json
@@ -18,7 +18,7 @@ FORMULA = (
     "term), one matrix M_ij = g_ij u_j scores both: an example by its row sum ⟨u, g_i⟩, a weight by its column sum "
     "u_j Σ_i g_ij ([arXiv 2605.06166](https://arxiv.org/abs/2605.06166))."
 )
-_PLAIN = (
+_SELECTION_KEYS = (
     "preconditioner",
     "step_size",
     "warmup",
@@ -63,7 +63,7 @@ def write_card(folder: Path, about: Mapping[str, Any], adapter: bool = False) ->
     name = base["name"]
     sections = [
         f"# {name}, fine-tuned{' in selected weights' if about.get('selection') else ''}",
-        _in_a_sentence(about, adapter),
+        _summary(about, adapter),
         *_section("What was selected, and how", _selection(about.get("selection"))),
         *_section("Training", _training(about.get("training"))),
         "## Loading",
@@ -94,7 +94,7 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _in_a_sentence(about: Mapping[str, Any], adapter: bool) -> str:
+def _summary(about: Mapping[str, Any], adapter: bool) -> str:
     counts, base = about["counts"], about["base"]
     trained = f", of {counts['trained']:,} that were trained" if "trained" in counts else ""
     made_by = f"; made by `{about['made_by']}`" if "made_by" in about else ""
@@ -110,28 +110,28 @@ def _section(title: str, lines: list[str]) -> list[str]:
     return [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _selection(told: Mapping[str, Any] | None) -> list[str]:
-    """One line for each thing that the record of the selection tells."""
-    if not told:
+def _selection(record: Mapping[str, Any] | None) -> list[str]:
+    """One line for each thing that is known of the selection."""
+    if not record:
         return []
     lines = []
-    if counts := told.get("counts"):
+    if counts := record.get("counts"):
         examples, weights = counts["examples"], counts["parameters"]
         lines.append(f"examples: {examples['selected']:,} of {examples['rows']:,} ({examples['scored']:,} scored)")
         lines.append(f"weights: {weights['selected']:,} of {weights['scored']:,}")
-    if budgets := told.get("budgets"):
-        lines.append(f"budgets: data {_shown(budgets['data'])}, weights {_shown(budgets['parameters'])}")
+    if budgets := record.get("budgets"):
+        lines.append(f"budgets: data {_format(budgets['data'])}, weights {_format(budgets['parameters'])}")
     for key in ("scorer", "parameter_allocator", "data_allocator"):
-        if part := told.get(key):
-            options = ", ".join(f"{name} {_shown(value)}" for name, value in part["options"].items())
+        if part := record.get(key):
+            options = ", ".join(f"{name} {_format(value)}" for name, value in part["options"].items())
             lines.append(f"{key.replace('_', ' ')}: `{part['class_path']}`{f' ({options})' if options else ''}")
-    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in _PLAIN if key in told]
-    lines += [f"{key}: {_shown(told[key])}" for key in ("trainable", "frozen") if told.get(key)]
-    if "predicted_improvement" in (prediction := told.get("prediction", {})):
+    lines += [f"{key.replace('_', ' ')}: {_format(record[key])}" for key in _SELECTION_KEYS if key in record]
+    lines += [f"{key}: {_format(record[key])}" for key in ("trainable", "frozen") if record.get(key)]
+    if "predicted_improvement" in (prediction := record.get("prediction", {})):
         lines.append(f"predicted improvement of one step: {prediction['predicted_improvement']:.3g}")
-    lines += _data("scored", told.get("data", {}).get("train", []))
-    lines += _data("target", told.get("data", {}).get("validation", []))
-    return [*lines, FORMULA] if "scorer" in told else lines
+    lines += _data("scored", record.get("data", {}).get("train", []))
+    lines += _data("target", record.get("data", {}).get("validation", []))
+    return [*lines, FORMULA] if "scorer" in record else lines
 
 
 def _data(role: str, sources: list[Mapping[str, Any]]) -> list[str]:
@@ -143,23 +143,23 @@ def _data(role: str, sources: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _training(told: Mapping[str, Any] | None) -> list[str]:
-    if not told:
+def _training(record: Mapping[str, Any] | None) -> list[str]:
+    if not record:
         return []
     lines = []
-    for optimizer in told.get("optimizer", []):
-        options = ", ".join(f"{key} {_shown(value)}" for key, value in optimizer.items() if key != "name")
+    for optimizer in record.get("optimizer", []):
+        options = ", ".join(f"{key} {_format(value)}" for key, value in optimizer.items() if key != "name")
         lines.append(f"optimizer: {optimizer['name']} ({options})")
-    lines += [f"learning rate schedule: {name}" for name in told.get("lr_scheduler", [])]
-    rest = [key for key in told if key not in ("optimizer", "lr_scheduler", "data") and told[key] is not None]
-    lines += [f"{key.replace('_', ' ')}: {_shown(told[key])}" for key in rest]
-    return lines + _data("training", told.get("data", []))
+    lines += [f"learning rate schedule: {name}" for name in record.get("lr_scheduler", [])]
+    rest = [key for key in record if key not in ("optimizer", "lr_scheduler", "data") and record[key] is not None]
+    lines += [f"{key.replace('_', ' ')}: {_format(record[key])}" for key in rest]
+    return lines + _data("training", record.get("data", []))
 
 
-def _shown(value: Any) -> str:
-    """A setting as a reader would write it."""
+def _format(value: Any) -> str:
+    """A setting in plain text."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
+        return ", ".join(f"{key} {_format(one)}" for key, one in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_shown, value)) or "none"
+        return ", ".join(map(_format, value)) or "none"
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

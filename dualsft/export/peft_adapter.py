@@ -33,7 +33,7 @@ _ENTRY_BYTES = 12  # a float32 value and two int32 coordinates
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdapterPlan:
     """Which modules are stored how.
 
     Attributes:
@@ -68,18 +68,18 @@ def prepare_peft(base: str, delta: str) -> Writer:
             "it; use export apply instead."
         )
     change.check_entries(stored.specs, base)
-    layout = plan(empty_model(base), change)
+    plan = plan_adapter(empty_model(base), change)
 
     def write(folder: Path) -> None:
-        _write_tensors(folder / "adapter_model.safetensors", layout, stored, change)
+        _write_tensors(folder / "adapter_model.safetensors", plan, stored, change)
         write_card(folder, about, adapter=True)
-        settings = json.dumps(_settings(layout, base), indent=2)
+        settings = json.dumps(_settings(plan, base), indent=2)
         (folder / "adapter_config.json").write_text(settings, encoding="utf-8")
 
     return write
 
 
-def plan(model: nn.Module, change: Delta) -> Layout:
+def plan_adapter(model: nn.Module, change: Delta) -> AdapterPlan:
     """Decide how each changed module is stored.
 
     Args:
@@ -102,7 +102,7 @@ def plan(model: nn.Module, change: Delta) -> Layout:
         raise UserError(f"No linear layer's change in {change.path} is sparse enough for SHiRA; use export apply.")
     whole = _outermost(places.keys() - sparse)
     inside = {module for module in sparse if any(module.startswith(f"{outer}.") for outer in whole)}
-    return Layout(rank, {m: linear[m] for m in sorted(sparse - inside)}, _contents(model, whole), whole)
+    return AdapterPlan(rank, {m: linear[m] for m in sorted(sparse - inside)}, _contents(model, whole), whole)
 
 
 def _changed_modules(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
@@ -157,25 +157,25 @@ def _contents(model: nn.Module, whole: list[str]) -> dict[str, str]:
     return contents
 
 
-def _write_tensors(path: Path, layout: Layout, stored: Weights, change: Delta) -> None:
+def _write_tensors(path: Path, plan: AdapterPlan, stored: Weights, change: Delta) -> None:
     wanted = loaded_type(change)
     convert = getattr(torch, wanted) if wanted != "auto" else None
     specs: dict[str, TensorSpec] = {}
-    for name, parameter in layout.whole.items():
+    for name, parameter in plan.whole.items():
         spec = stored.specs[parameter]
         specs[_PREFIX + name] = TensorSpec(convert or spec.dtype, spec.shape)
-    for module, parameter in layout.sparse.items():
-        entries = layout.rank * sum(stored.specs[parameter].shape)
+    for module, parameter in plan.sparse.items():
+        entries = plan.rank * sum(stored.specs[parameter].shape)
         specs[f"{_PREFIX}{module}.{_VALUES}"] = TensorSpec(torch.float32, (entries,))
         specs[f"{_PREFIX}{module}.{_PLACES}"] = TensorSpec(torch.int32, (2, entries))
 
     def read(name: str) -> Tensor:
         module, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
         if leaf in (_VALUES, _PLACES):
-            weight = stored.read(layout.sparse[module])
-            places, values = _entries(weight.to(convert or weight.dtype), change, layout.sparse[module], layout.rank)
+            weight = stored.read(plan.sparse[module])
+            places, values = _entries(weight.to(convert or weight.dtype), change, plan.sparse[module], plan.rank)
             return values if leaf == _VALUES else places
-        parameter = layout.whole[name.removeprefix(_PREFIX)]
+        parameter = plan.whole[name.removeprefix(_PREFIX)]
         weight = stored.read(parameter).to(specs[name].dtype)
         return patched(weight, change.change(parameter)) if parameter in change.names else weight
 
@@ -194,15 +194,15 @@ def _entries(weight: Tensor, change: Delta, name: str, rank: int) -> tuple[Tenso
     return torch.stack([flat // weight.shape[1], flat % weight.shape[1]]).int(), added[flat]
 
 
-def _settings(layout: Layout, base: str) -> dict[str, object]:
+def _settings(plan: AdapterPlan, base: str) -> dict[str, object]:
     """PEFT's ``adapter_config.json``; a mask type that it does not know keeps it from drawing masks at random."""
     return {
         "peft_type": "SHIRA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": layout.rank,
+        "r": plan.rank,
         "mask_type": "dualsft",
-        "target_modules": list(layout.sparse),
-        "modules_to_save": layout.modules or None,
+        "target_modules": list(plan.sparse),
+        "modules_to_save": plan.modules or None,
     }

@@ -1,22 +1,16 @@
-"""Hugging Face folders: a model's weights, and what its base has beside them."""
+"""Writing Hugging Face folders: a model's weights, and what its base has beside them."""
 
 import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from dualsft.data import load_tokenizer
+from dualsft.data.tokenizer import load_tokenizer
 from dualsft.models.loading import model_folder
 from dualsft.sharding import is_sharded
 from dualsft.sharding.save import save_sharded
 
 GENERATION = "generation_config.json"
-
-
-def save_model(model: PreTrainedModel, base: str, folder: Path) -> None:
-    """Write a model that is held in memory as a Hugging Face folder, with what its base has beside the weights."""
-    save_weights(model, folder)
-    copy_companions(base, folder)
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -1,10 +1,13 @@
-"""Masked fine-tuning of the selected weights on the selected examples, and what it leaves behind."""
+"""Masked fine-tuning: `dualsft fit`.
 
-from dualsft.finetune.ending import EndOfTraining, best_checkpoint
+In: a base model, a selection (or none, to train everything) and its data. Out: ``model/``, ``delta.safetensors``, and
+the report of the fit.
+"""
+
+from dualsft.finetune.checkpointing import EndOfTraining, RecentCheckpoint, best_checkpoint
 from dualsft.finetune.export_callback import ExportModel
+from dualsft.finetune.fit_report import FitReport, report
 from dualsft.finetune.module import MaskedFinetuneModule
-from dualsft.finetune.recent import RecentCheckpoint
-from dualsft.finetune.report import FitReport, report
 from dualsft.finetune.trainer_checks import check_trainer
 
 __all__ = [

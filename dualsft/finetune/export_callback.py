@@ -1,4 +1,4 @@
-"""After the fine-tune: an ordinary Hugging Face checkpoint with its model card, and the delta."""
+"""Export at the end of a fit: an ordinary Hugging Face checkpoint with its model card, and the delta."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.export.delta import Change, changes, plain, sharded_changes, write_delta
+from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.pretrained import copy_companions, save_weights
-from dualsft.export.record import describe_base, describe_selection, describe_training, num_weights, versions
+from dualsft.export.provenance import describe_base, describe_selection, describe_training, versions
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
@@ -24,7 +24,7 @@ from dualsft.sharding.shards import first_row
 
 
 class ExportModel(Callback):
-    """Writes ``model/`` and ``delta.safetensors`` when the fit is over, each whole or not at all.
+    """Writes ``model/`` and ``delta.safetensors`` when the fit is over, each completely or not at all.
 
     Args:
         output_dir: Where they go.
@@ -52,7 +52,7 @@ class ExportModel(Callback):
     def _complete(
         self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
     ) -> None:
-        """Write all that goes with the weights, and put the whole in its place."""
+        """Write everything that goes with the weights, and move model and delta into place."""
         about = _record(trainer, module, changed)
         copy_companions(module.model_name_or_path, partial)
         write_card(partial, about)
@@ -62,7 +62,7 @@ class ExportModel(Callback):
         delta.replace(self._folder / "delta.safetensors")
 
     def _replace_model(self, partial: Path) -> None:
-        """Put a finished folder in the place of ``model/``; whenever this is cut short, that is old, new or absent."""
+        """Put a finished folder in the place of ``model/``; after an interruption it is the old, the new or absent."""
         model, old = self._folder / "model", self._folder / "model.old"
         shutil.rmtree(old, ignore_errors=True)
         if model.exists():
@@ -76,11 +76,11 @@ def _changes(module: MaskedFinetuneModule) -> dict[str, Change]:
         return sharded_changes(_base_rows(module), dict(module.model.named_parameters()), module.compact.names)
     base = parameter_weights(module.model_name_or_path, module.dtype_name)
     tuned = weights_of(base.folder, module.model)
-    return changes(base.read, tuned.read, module.compact.names)
+    return dict(changes(base.read, tuned.read, module.compact.names))
 
 
 def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
-    """Gives this rank's rows of a weight of the base model: from the files if they have it, else from another shard."""
+    """A function that gives this rank's rows of a base weight: from the files, or from a sharded copy of the base."""
     parameters = dict(module.model.named_parameters())
     stored = stored_weights(model_folder(module.model_name_or_path))
     if not has_own_names(stored):
@@ -100,15 +100,15 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
 def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change]) -> dict[str, Any]:
     record = {
         "made_by": "dualsft fit",
-        "base": describe_base(module.model_name_or_path, module.base_fingerprint, plain(module.model.dtype)),
+        "base": describe_base(module.model_name_or_path, module.base_fingerprint, dtype_name(module.model.dtype)),
         "counts": {
             "changed": sum(len(index) for index, _ in changed.values()),
             "trained": module.compact.num_selected(),
-            "all": num_weights(module.model),
+            "all": module.model.num_parameters(),
         },
         "selection": describe_selection(module.selection.manifest, PUBLISHED) if module.selection else None,
         "training": describe_training(trainer),
         "versions": versions(),
     }
-    kept: dict[str, Any] = json.loads(json.dumps(record))  # as whoever applies the delta will read it
-    return kept
+    as_stored: dict[str, Any] = json.loads(json.dumps(record))  # as `export apply` will read it from the delta
+    return as_stored

@@ -1,4 +1,4 @@
-"""What a step's loss is the mean over, with l_it the negative log-likelihood of the t-th of example i's T_i tokens.
+"""The loss of a training step, with l_it the negative log-likelihood of the t-th of example i's T_i tokens.
 
     example_mean    mean over the n examples of a batch:         1/n Σ_i 1/T_i Σ_t l_it
     token_mean      mean over all tokens of the step's batches:  1/T Σ_i Σ_t l_it,  T = Σ_i T_i
@@ -8,7 +8,7 @@ averaged, each batch weighing the same. Their token means would not add up to th
 and how many tokens a step has is known at its last batch alone. So a batch's sum is divided by the tokens of the step's
 first batch, and the accumulated gradient is multiplied by what corrects that before it is clipped.
 
-On many ranks n and T are of all ranks, and each rank sums over its own rows: gradients are added up over ranks.
+On several ranks n and T count all ranks, and each rank sums over its own rows; gradients are summed over ranks.
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ Loss = Literal["example_mean", "token_mean"]
 
 
 class StepLoss:
-    """The loss of a batch, as one of those that a step accumulates the gradients of.
+    """The loss of the batches of a step, whose gradients are accumulated.
 
     Args:
         kind: What it is the mean over.
@@ -50,10 +50,10 @@ class StepLoss:
         return all_reduce_sum(losses.detach()) / tokens, losses / self._first
 
     def finish(self, accumulated: int) -> float:
-        """What to multiply the step's gradient by; the next batch is the first of another step.
+        """End the step, and return the factor that its accumulated gradient must be multiplied by.
 
         Args:
-            accumulated: What each batch's loss has been divided by.
+            accumulated: The number that each batch's loss has been divided by.
         """
         if self._kind == "example_mean":
             return 1.0
@@ -62,11 +62,11 @@ class StepLoss:
         return factor
 
     def state(self) -> dict[str, int]:
-        """The part of a step that is under way."""
+        """The tokens of an unfinished step."""
         return {"first": self._first, "tokens": self._tokens}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on with a step from an earlier `state`."""
+        """Continue a step from an earlier `state`."""
         self._first, self._tokens = state["first"], state["tokens"]
 
 
@@ -83,7 +83,7 @@ def clip_norm(parameters: list[Tensor], limit: float) -> None:
 
 @torch.no_grad()
 def scale_gradients(parameters: list[Tensor], factor: float) -> None:
-    """Multiply the gradients that there are."""
+    """Multiply all gradients by a factor."""
     if factor == 1:
         return
     for parameter in parameters:

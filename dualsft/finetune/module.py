@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from dualsft.data import KeepEpochCount
 from dualsft.data.layout import Batch
+from dualsft.data.loaders import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
-from dualsft.finetune.ending import BestWeights, Ending
+from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm, scale_gradients
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
@@ -92,14 +92,14 @@ class MaskedFinetuneModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
         self.export, self.samples = export, samples
-        self.kept_step: int | None = None
+        self.best_step: int | None = None
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         self.register_state_dict_post_hook(_keep_the_masters)
         self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
     def setup(self, stage: str) -> None:
-        """Look at the trainer and the data before anything is loaded; see `check_trainer`.
+        """Check the trainer and the data before anything is loaded; see `check_trainer`.
 
         Raises:
             UserError: if they do not fit.
@@ -170,7 +170,7 @@ class MaskedFinetuneModule(LightningModule):
             ) from error
 
     def configure_callbacks(self) -> list[Callback]:
-        """What keeps a resumed run resumable, and what the options ask for."""
+        """The callbacks that the options ask for, and the one that keeps a resumed run resumable."""
         ending = [BestWeights()] if self.export == "best" else []
         samples = [LogSamples(self.samples)] if self.samples.number else []
         return [KeepEpochCount(), *samples, *ending]
@@ -212,15 +212,15 @@ class MaskedFinetuneModule(LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Take in one batch of the validation set of this index."""
+        """Update the metrics of the validation set of this index with one batch."""
         self.metrics.tokens(dataloader_idx).measure(self.model, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """What a callback that averages weights keeps of this module: its masters, under their names.
+        """Copy the masters alone, under their names: all that a callback that averages weights needs of this module.
 
         Lightning's StochasticWeightAveraging and WeightAveraging average a deep copy of the module with the module,
         parameter by parameter as far as the copy has any, and put the averages into the module for each validation and
-        in the end. All else about the model is either constant or follows the masters (`_follow_masters`).
+        in the end. All else about the model is either constant or follows the masters (`on_validation_epoch_start`).
         """
         self.configure_model()
         copied = nn.Module()
@@ -228,29 +228,25 @@ class MaskedFinetuneModule(LightningModule):
         copied.compact.masters = deepcopy(self.compact.masters, memo)
         return copied
 
-    def _follow_masters(self) -> None:
-        """Bring the weights to the masters, which a callback may have exchanged; callbacks come first in each hook."""
+    def on_validation_epoch_start(self) -> None:
+        """Copy the masters, which a callback may have exchanged, into the model; callbacks come first in each hook."""
         self.compact.write_back()
 
-    def on_validation_epoch_start(self) -> None:
-        """Evaluate the weights that callbacks have put in."""
-        self._follow_masters()
-
     def on_train_end(self) -> None:
-        """End with the weights that callbacks have put in."""
-        self._follow_masters()
+        """End with the masters that callbacks have put in."""
+        self.compact.write_back()
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``.
 
         Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
         """
-        self._follow_masters()
-        found = {f"val_{name}": value for name, value in self.metrics.finish().items()}
-        self.log_dict(found, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
+        self.compact.write_back()
+        metrics = {f"val_{name}": value for name, value in self.metrics.finish().items()}
+        self.log_dict(metrics, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the masters belong to, and the gradients of an accumulation under way."""
+        """Save what the masters belong to, and the gradients of an unfinished accumulation."""
         checkpoint["dualsft"] = {
             "origin": self._origin,
             "gradients": self.compact.pending_gradients(),
@@ -258,7 +254,7 @@ class MaskedFinetuneModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check what the checkpoint belongs to; the masters are Lightning's to load, and the weights follow them.
+        """Check what the checkpoint belongs to; Lightning loads the masters, which the hooks copy into the model.
 
         Raises:
             UserError: if it is one of another base model or selection.
@@ -273,11 +269,11 @@ class MaskedFinetuneModule(LightningModule):
         self._step_loss.restore(state["step"])
 
     def on_train_start(self) -> None:
-        """Go on with an accumulation that the checkpoint was made in; Lightning has just dropped all gradients.
+        """Continue an accumulation that the checkpoint was made in; Lightning has just dropped all gradients.
 
         Raises:
-            UserError: if the schedule goes by a metric that nobody logs, or ends before the run. To ask for its length
-                earlier would set up the data before a resumed run's place in it is known.
+            UserError: if the schedule depends on a metric that is not logged, or ends before the run. To ask for its
+                length earlier would set up the data before a resumed run's position in it is known.
         """
         for config in self.trainer.lr_scheduler_configs:
             check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)
@@ -296,7 +292,7 @@ _MASTERS = "compact."
 
 
 def _keep_the_masters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state holds the masters alone; the other weights are the base model's."""
+    """Drop all but the masters from a state; the other weights are the base model's."""
     for name in [name for name in state if not name.startswith(f"{prefix}{_MASTERS}")]:
         del state[name]
 

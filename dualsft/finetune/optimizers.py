@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a masked fine-tune, from what the user gave.
+"""The optimizer and the learning rate schedule of a masked fine-tune, from the user's factories.
 
 An optimizer sees the selected entries of each tensor as one vector. Most of torch's work entry by entry, and LBFGS on
 inner products, to which the entries left out add nothing: they train as on the dense tensors under masked gradients.
@@ -76,11 +76,11 @@ def make_schedule(factory: LRSchedulerCallable, optimizer: Optimizer) -> Optimiz
 
 
 def check_length(schedule: object, steps: Callable[[], float]) -> None:
-    """OneCycleLR has an end, beyond which it raises an error: the run's last steps would be lost.
+    """Refuse a OneCycleLR that ends before the run: it would raise an error then, and the last steps would be lost.
 
     Args:
-        schedule: Any.
-        steps: Tells how many optimizer steps the run has at most.
+        schedule: Any schedule.
+        steps: Gives the largest number of optimizer steps of the run.
 
     Raises:
         UserError: if it ends before the run.
@@ -89,7 +89,7 @@ def check_length(schedule: object, steps: Callable[[], float]) -> None:
         return
     try:
         needed = steps()
-    except MisconfigurationException:  # it cannot be told where the accumulation changes between epochs
+    except MisconfigurationException:  # unknown where the accumulation changes between epochs
         return
     if schedule.total_steps < needed:
         raise UserError(

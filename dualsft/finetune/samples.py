@@ -1,4 +1,4 @@
-"""Sample generations: what the model answers to a few validation prompts, at each validation of a fit."""
+"""Sample generations: the model's answers to a few validation prompts, at each validation of a fit."""
 
 import json
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
 from dualsft.data.batches import collate
 from dualsft.data.layout import to_device
+from dualsft.data.module import InstructionDataModule
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
@@ -66,17 +66,17 @@ class LogSamples(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Before the first batch: only then is the model sure to hold the weights that are validated."""
+        """Answer before the first batch: only then is the model sure to hold the weights that are validated."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING and trainer.logger is not None
-        resumed = trainer.sanity_checking and trainer.global_step > 0  # which is no validation of that step
+        resumed = trainer.sanity_checking and trainer.global_step > 0  # no validation of that step
         if batch_idx or dataloader_idx or not fitting or resumed or not isinstance(data, InstructionDataModule):
             return
-        when = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        position = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         of_set = partial(self._answer, pl_module.model, pl_module.device, data)
-        made = [when | sample for name in data.validation_sets for sample in of_set(name)]
+        samples = [position | sample for name in data.validation_sets for sample in of_set(name)]
         if rank() == 0:
-            _write(Path(trainer.default_root_dir) / FILE, made)
+            _write(Path(trainer.default_root_dir) / FILE, samples)
 
     def _answer(self, model: Any, device: torch.device, data: InstructionDataModule, name: str) -> Iterator[Sample]:
         """The samples of one validation set."""
@@ -85,12 +85,12 @@ class LogSamples(Callback):
         rows = [examples.dataset[i] for i in examples.ok_ids()[: self._samples.number]]
         turns = [last_turn(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in rows]
         prompts = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt, _ in turns]
-        asking = [k for k, prompt in enumerate(prompts) if prompt.strip()]  # plain text asks nothing
-        if not asking:
+        with_prompt = [k for k, prompt in enumerate(prompts) if prompt.strip()]  # plain text has none
+        if not with_prompt:
             return
-        batch = to_device(collate([rows[k] for k in asking], pad_id(tokenizer)), device)
+        batch = to_device(collate([rows[k] for k in with_prompt], pad_id(tokenizer)), device)
         answers, references = generate_answers(model, tokenizer, batch, self._samples.max_new_tokens)
-        for k, answer, reference in zip(asking, answers, references, strict=True):
+        for k, answer, reference in zip(with_prompt, answers, references, strict=True):
             example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}
             yield {**example, "answer": answer, "reference": reference}
 
@@ -99,10 +99,10 @@ def _write(path: Path, samples: list[Sample]) -> None:
     if not samples:
         return
     step = samples[0]["step"]
-    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in before if json.loads(line)["step"] < step]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    earlier = [line for line in lines if json.loads(line)["step"] < step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [*kept, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]
+    lines = [*earlier, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
     for _, of_set in groupby(samples, key=lambda sample: sample["set"]):
         say(_brief(next(of_set)))

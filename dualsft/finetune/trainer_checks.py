@@ -1,4 +1,4 @@
-"""What a trainer may not ask of a masked fine-tune: told before anything is loaded or trained."""
+"""Checks of the trainer of a masked fine-tune, before anything is loaded or trained."""
 
 from collections.abc import Iterable, Sequence
 
@@ -92,7 +92,7 @@ def metric_names(sets: Sequence[str | None], validated: bool) -> list[str]:
 
 
 def check_monitors(trainer: Trainer, known: Sequence[str]) -> None:
-    """Refuse a callback that goes by a metric which nobody logs: it would say so, or fail, after a whole epoch.
+    """Refuse a callback that depends on a metric that is not logged: it would fail only after an epoch.
 
     Raises:
         UserError: naming it, and the metrics that there are.
@@ -102,12 +102,12 @@ def check_monitors(trainer: Trainer, known: Sequence[str]) -> None:
 
 
 def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[str]) -> None:
-    """Refuse a part that goes by a metric which nobody logs.
+    """Refuse a part that depends on a metric that is not logged.
 
     Args:
-        trainer: Whose callbacks might log further metrics.
+        trainer: Its callbacks may log further metrics.
         where: What to call the part.
-        part: What has a ``monitor``, or none.
+        part: An object that may have a ``monitor``.
         known: The metrics that the module logs.
 
     Raises:
@@ -120,7 +120,7 @@ def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[st
 
 
 def _may_log(callback: Callback) -> bool:
-    """Whether a callback may log metrics of its own: one of somebody else's, and the one of Lightning's that does."""
+    """Whether a callback may log metrics of its own: any foreign one, and Lightning's LearningRateMonitor."""
     return isinstance(callback, LearningRateMonitor) or type(callback).__module__.split(".")[0] not in (
         "lightning",
         "dualsft",
@@ -128,5 +128,5 @@ def _may_log(callback: Callback) -> bool:
 
 
 def _callbacks(trainer: Trainer) -> Iterable[Callback]:
-    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dualsft.data import read_records
+from dualsft.data.records import read_records
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.artifact import publish, write_selection
 from dualsft.selection.manifest import recounted

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dualsft.runs.table import markdown_table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,23 +32,10 @@ class Row:
 def table(rows: Sequence[Row]) -> str:
     """The rows under their headings, as Markdown that also reads well in a terminal."""
     headings = ["model", "target loss", "general loss", "general exact match", "examples", "weights", "clean target"]
-    cells = [headings, *([_cell(value) for value in _values(row)] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(headings))]
-    lines = [
-        " | ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
-    rule = " | ".join("-" * w if k == 0 else "-" * (w - 1) + ":" for k, w in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+    return markdown_table([headings, *map(_cells, rows)])
 
 
-def _values(row: Row) -> list[object]:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0%}"
-
-    shares = [share(row.general_exact_match), share(row.examples), share(row.weights), share(row.clean_target)]
-    return [row.name, row.target_loss, row.general_loss, *shares]
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _cells(row: Row) -> list[str]:
+    losses = [f"{loss:.3f}" for loss in (row.target_loss, row.general_loss)]
+    shares = (row.general_exact_match, row.examples, row.weights, row.clean_target)
+    return [row.name, *losses, *("-" if share is None else f"{share:.0%}" for share in shares)]

@@ -1,4 +1,8 @@
-"""Scorers: a scorer is a choice of the direction u in M_ij = g_ij u_j, and nothing else."""
+"""Scorers: a scorer is a choice of the direction u in M_ij = g_ij u_j, and nothing else.
+
+In: for each parameter its weights, the validation gradient, the preconditioner and what else the scorer needs
+(`ParameterStatistics`). Out: the parameter's part of u.
+"""
 
 from dualsft.scorers.base import ParameterStatistics, Scorer, SecondOrderScorer, Statistic
 from dualsft.scorers.diagonal_fisher import DiagonalFisher

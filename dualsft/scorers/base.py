@@ -1,4 +1,4 @@
-"""What a scorer is given and what it gives back.
+"""Scorers: the statistics of a parameter that a scorer gets, and the direction that it returns.
 
     u = (η/n) P ⊙ ( v − ½ η H (P ⊙ ḡ) )
 
@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 Statistic = Literal["pool_gradient", "second_moment", "empirical_fisher", "hessian_vector", "hessian_vector_difference"]
-"""What a scorer may ask for beside the validation gradient and the preconditioner."""
+"""Statistics that a scorer may need besides the validation gradient and the preconditioner."""
 
 
 @dataclass(frozen=True)
 class ParameterStatistics:
-    """What is known of one parameter when its direction is chosen.
+    """The statistics of one parameter from which its direction is computed.
 
     All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). Those that
-    may be None are there if the scorer names them in its ``needs``.
+    may be None are present if the scorer names them in its ``needs``.
 
     Attributes:
         name: The parameter's name.
@@ -54,7 +54,7 @@ class Scorer(ABC):
     """A rule for the direction u, applied to one parameter at a time.
 
     Attributes:
-        needs: What ``direction`` uses beside the validation gradient and the preconditioner; a scorer with options may
+        needs: What ``direction`` uses besides the validation gradient and the preconditioner; a scorer with options may
             set it in its constructor. With ``pool_gradient``, or a product with the Hessian along the pool step, the
             pool is passed twice: once for ḡ, which gives the parameter scores too, and once for the example scores.
             Otherwise one pass gives both.
@@ -64,7 +64,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
-        """U for one parameter, of its shape.
+        """The direction u for one parameter, of its shape.
 
         An example's utility is then <u, g_i> and a weight's importance u_j Σ_i g_ij: positive where training on the
         example, or training the weight, is predicted to lower the validation objective.
@@ -72,14 +72,14 @@ class Scorer(ABC):
 
 
 class SecondOrderScorer(Scorer):
-    """A scorer whose direction has the quadratic term: a subclass says what it takes for H (P ⊙ ḡ), and no more.
+    """A scorer whose direction has the quadratic term; a subclass only defines its estimate of H (P ⊙ ḡ).
 
-    The pool's gradient is known to it in any case.
+    The mean gradient ḡ of the pool is always available to it.
     """
 
     @abstractmethod
     def curvature(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
-        """H (P ⊙ ḡ) for one parameter, of its shape, without regard to η."""
+        """H (P ⊙ ḡ) for one parameter, of its shape, without the factor η."""
 
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
         """(η/n) P ⊙ (v − ½ η H (P ⊙ ḡ)), of the parameter's shape."""

@@ -1,7 +1,7 @@
-"""u = (η/n) P ⊙ (v − ½ η c ⊙ P ⊙ ḡ): the Hessian taken for a diagonal, H ≈ diag(c). Source: arXiv 2605.06166.
+"""u = (η/n) P ⊙ (v − ½ η c ⊙ P ⊙ ḡ): the Hessian approximated by a diagonal, H ≈ diag(c). Source: arXiv 2605.06166.
 
 Near a minimum of a likelihood the Hessian is close to the Fisher information, whose diagonal is the expected square of
-the gradient. Both sources of c estimate that, each of something else:
+the gradient. Both sources of c estimate it, but of different gradients:
 
     second_moment      ĉ of the warm-up's Adam: the running mean of the squared gradient of a *batch of the pool*, so of
                        another loss than V, and smaller than that of single examples as noise averages out in a batch.
@@ -38,7 +38,7 @@ class DiagonalFisher(SecondOrderScorer):
         self.needs = ("pool_gradient", source)
 
     def curvature(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
-        """C ⊙ P ⊙ ḡ, of the parameter's shape."""
+        """The product c ⊙ P ⊙ ḡ, of the parameter's shape."""
         s = statistics
         c = s.second_moment if self.source == "second_moment" else s.empirical_fisher
         assert c is not None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualsft.data import Examples
+from dualsft.data.examples import Examples
 from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, DataChoice, Measured, Pool, choose_data
 from dualsft.selection.parameter_choice import ParameterChoice, choose_parameters, choose_sharded_parameters

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dualsft.allocators import Budget, DataAllocator, ScoredExamples, count_of
-from dualsft.data import FormatOptions, Records
-from dualsft.errors import UserError, blaming
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records
+from dualsft.errors import UserError, blaming, naming
 from dualsft.selection.near_duplicates import NearDuplicates, collapse
 
 Measured = Mapping[str, Mapping[int, Tensor]]
@@ -101,7 +102,8 @@ def choose_data(
             f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores{others}; lower it."
         )
     budget = min(due, available)
-    with blaming(how.allocator, "allocate"):
+    options = f"model.data_allocator, with model.data_budget at {budget:,} {how.allocator.unit}"
+    with naming(options), blaming(how.allocator, "allocate"):
         answer = how.allocator.allocate(_scored(how.allocator, ids, scores, pool, measured), budget)
     chosen = integers(type(how.allocator).__name__, answer)
     _check_chosen(how.allocator, chosen, cost, budget)

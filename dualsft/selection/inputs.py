@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.matrix.curvature import check_differences
 from dualsft.matrix.passes import compute_dtype

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dualsft.data import Examples, FormatOptions, InstructionDataModule
+from dualsft.data.examples import Examples
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import FormatOptions
 from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt64
 
-from dualsft.data import FormatOptions, Records, record_text
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records, record_text
 from dualsft.errors import UserError
 
 _PERMUTATIONS, _SEED = 256, 0

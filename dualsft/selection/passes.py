@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dualsft.data import InstructionDataModule
 from dualsft.data.layout import Batch
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dualsft.allocators import DataAllocator
-from dualsft.data import Records, read_records, selected_ids
+from dualsft.data.records import Records, read_records
+from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint

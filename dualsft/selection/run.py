@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import check_covered
 from dualsft.matrix.pass_result import GradientPass

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.runs.folder import RunFolder

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.data import InstructionDataModule
 from dualsft.data.layout import Batch, Layout
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, blaming
 from dualsft.matrix.passes import Losses
 from dualsft.objectives import Objective, example_losses

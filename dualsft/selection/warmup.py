@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from dualsft.data import ResumableLoader
 from dualsft.data.layout import Batch, split_rows, to_device
+from dualsft.data.loaders import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.nonfinite import all_finite, drop_examples, nonfinite_examples
 from dualsft.matrix.passes import Keeper, Watch

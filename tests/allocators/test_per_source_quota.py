@@ -79,17 +79,17 @@ def test_the_column_can_be_named() -> None:
 
 
 def test_a_record_without_the_column_is_named() -> None:
-    """Column, row and the columns that there are stand in the error, and the key to change."""
+    """Column, row and the columns that there are are in the error, and the option to set."""
     examples = scored(["x", "y"])
     examples.records[1].clear()  # type: ignore[attr-defined]
     examples.records[1].update(prompt="p", task="t")  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"no column 'source' in row 20 .*has prompt, task\).*init_args\.column\.$"):
+    with pytest.raises(UserError, match=r"no column 'source' in row 20 .*has prompt, task\); give it .* as column\.$"):
         PerSourceQuota().allocate(examples, 1)
 
 
 def test_a_share_for_an_unknown_source_is_told_the_known_ones() -> None:
     """The first few sources are told, and how many more there are."""
-    with pytest.raises(UserError, match=r"a share to 'z', but column 'source' of data\.train holds 'x', 'y'; name"):
+    with pytest.raises(UserError, match=r"a share to 'z', but column 'source' of the pool holds 'x', 'y'; name"):
         PerSourceQuota(shares={"x": 1.0, "z": 1.0}).allocate(scored(["x", "y"]), 1)
     with pytest.raises(UserError, match=r"holds '0', '1', '2', '3', '4' and 3 more; name"):
         PerSourceQuota(shares={"z": 1.0}).allocate(scored(list(range(8))), 1)

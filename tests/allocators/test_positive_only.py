@@ -23,7 +23,7 @@ def test_positive_only_equals_a_sort_cut_at_zero(seed: int) -> None:
 
 def test_without_a_positive_score_there_is_nothing_to_choose() -> None:
     """Zero is not positive; the error tells how many were looked at and what to change."""
-    with pytest.raises(UserError, match=r"None of the 3 examples .* another model\.data_allocator\.$"):
+    with pytest.raises(UserError, match=r"None of the 3 scored examples .* another allocator\.$"):
         PositiveOnly().allocate(scored([0.0, -0.0, -1.0]), 2)
 
 

@@ -139,13 +139,13 @@ def test_scores_and_lengths_are_left_as_they_are() -> None:
 
 def test_without_a_positive_score_there_is_nothing_to_choose() -> None:
     """The error tells how many were looked at and what to change."""
-    with pytest.raises(UserError, match=r"None of the 2 examples .* another model\.data_allocator\.$"):
+    with pytest.raises(UserError, match=r"None of the 2 scored examples .* another allocator\.$"):
         TokenBudget().allocate(scored([0.0, -1.0], [1, 1]), 5)
 
 
 def test_a_budget_below_the_shortest_example_is_refused() -> None:
-    """Key, value, unit and what the shortest positive example has; shorter ones that are not positive do not count."""
-    with pytest.raises(UserError, match=r"model\.data_budget is 5, .* supervised tokens, .* has 6; raise it"):
+    """Value, unit and what the shortest positive example has; shorter ones that are not positive do not count."""
+    with pytest.raises(UserError, match=r"a budget of 5 supervised tokens, .* has 6; raise the budget\.$"):
         TokenBudget().allocate(scored([1.0, 2.0, -1.0], [6, 9, 2]), 5)
 
 

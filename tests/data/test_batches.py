@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualsft.data import TrainingBatches, collate, length_batches
+from dualsft.data.batches import TrainingBatches, collate, length_batches
 from dualsft.errors import UserError
 
 CASES = [(seed, batch_tokens, batch_size) for seed in range(4) for batch_tokens in (64, 200) for batch_size in (1, 5)]

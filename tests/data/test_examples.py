@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data import Examples, FormatOptions, encode_examples, load_examples, load_tokenizer, read_records
+from dualsft.data.examples import Examples, encode_examples, load_examples
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import read_records
+from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 
 from .tiny_tokenizers import CHATML, FORGETFUL, SPECIAL, byte_level

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from dualsft.data import InstructionDataModule, KeepEpochCount, ResumableLoader
+from dualsft.data.loaders import KeepEpochCount, ResumableLoader
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 
 from .tiny_tokenizers import byte_level

@@ -7,8 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from dualsft.data import InstructionDataModule, read_records, selected_ids, validation_sources
 from dualsft.data.loaders import RowLists
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import validation_sources
+from dualsft.data.records import read_records
+from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from tests.cases import write_jsonl
 

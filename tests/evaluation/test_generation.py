@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dualsft.data import collate
+from dualsft.data.batches import collate
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.evaluation import Generation

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.models.loading import load_model

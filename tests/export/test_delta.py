@@ -30,7 +30,7 @@ def write(path: Path, base: torch.nn.Module, tuned: torch.nn.Module, fingerprint
     """Write the delta between two models."""
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     detached = {name: weight.detach() for name, weight in after.items()}
-    found = changes(lambda name: before[name].detach(), detached.__getitem__, detached)
+    found = dict(changes(lambda name: before[name].detach(), detached.__getitem__, detached))
     write_delta(path, found, fingerprint, {"why": "a test"})
 
 

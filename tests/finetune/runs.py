@@ -12,7 +12,8 @@ from lightning import Trainer as LightningTrainer
 from torch import Tensor
 
 from dualsft.cli import run
-from dualsft.data import InstructionDataModule, read_records
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.records import read_records
 from dualsft.finetune import MaskedFinetuneModule
 from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.selection.artifact import write_selection

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dualsft.data import read_records
+from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule
 from dualsft.export.checkpoints import prepare_apply, prepare_extract

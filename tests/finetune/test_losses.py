@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualsft.data import TrainingBatches
+from dualsft.data.batches import TrainingBatches
 from dualsft.data.layout import Batch, Layout, one_example
 from dualsft.models.loading import load_model
 from dualsft.objectives import token_losses

@@ -9,7 +9,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
-from dualsft.data import TrainingBatches, read_records
+from dualsft.data.batches import TrainingBatches
+from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.finetune import RecentCheckpoint
 from dualsft.models.loading import load_model

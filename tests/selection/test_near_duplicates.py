@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from dualsft.data import FormatOptions, Records
 from dualsft.data.files import SourceLine
-from dualsft.data.records import build_records
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import Records, build_records
 from dualsft.errors import UserError
 from dualsft.selection.near_duplicates import NearDuplicates, bands, collapse, hashed_shingles, jaccard
 

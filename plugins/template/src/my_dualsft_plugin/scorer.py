@@ -16,6 +16,6 @@ class MyScorer(Scorer):
         self.scale = scale
 
     def direction(self, statistics: ParameterStatistics) -> Tensor:
-        """U for one parameter, of its shape."""
+        """The direction u for one parameter, of its shape."""
         s = statistics
         return self.scale * s.step_size / s.num_examples * s.preconditioner * s.validation_gradient

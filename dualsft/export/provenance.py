@@ -1,7 +1,7 @@
-"""What is known of a fine-tune, for whoever gets its result: kept in the delta, and told in the model card.
+"""The record of how a delta was made: base, selection, training and versions, for the delta's metadata and model card.
 
-It holds nothing that differs between two runs of one configuration, and of files and folders their last names alone:
-what is published should not tell of anybody's disk.
+It holds nothing that differs between two runs of one configuration, and only the last names of files and folders: what
+is published should not show anybody's disk.
 """
 
 import importlib.metadata
@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from torch import nn
 
-from dualsft.data import InstructionDataModule
+from dualsft.data.module import InstructionDataModule
 
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
 _PREDICTED = ("step_size", "predicted_improvement")
 
 
 def published_name(name_or_path: str) -> str:
-    """A hub id as it is; of a file or folder its last name."""
+    """A hub id unchanged; the last name of a file or folder."""
     path = Path(name_or_path).expanduser()
-    here = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
-    return path.resolve().name if here else name_or_path
+    is_local = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
+    return path.resolve().name if is_local else name_or_path
 
 
 def describe_base(name_or_path: str, fingerprint: str, dtype: str) -> dict[str, Any]:
@@ -33,13 +32,8 @@ def describe_base(name_or_path: str, fingerprint: str, dtype: str) -> dict[str, 
     return {"name": published_name(name_or_path), "local": local, "fingerprint": fingerprint, "dtype": dtype}
 
 
-def num_weights(model: nn.Module) -> int:
-    """How many weights a model has, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result rests on."""
+    """Versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
@@ -62,7 +56,7 @@ def _describe_data(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
-    """How it was trained: optimizer, schedule, epochs, steps, batches and data."""
+    """How the model was trained: optimizer, schedule, epochs, steps, batches and data."""
     data = getattr(trainer, "datamodule", None)
     return {
         "optimizer": [_describe_optimizer(optimizer) for optimizer in trainer.optimizers],

@@ -1,7 +1,7 @@
-"""What can be wrong with task files of the lm-evaluation-harness, which itself raises whatever it stumbles over.
+"""One sentence for what is wrong with task files of the lm-evaluation-harness, which itself raises any exception.
 
-What shows in the files alone, names that nobody knows and groups without tasks, is found before any data is read; what
-shows in the data, a split that they do not have or a file without rows, is read off the failure.
+Unknown names and groups without tasks show in the files alone and are found before any data is read. A split that the
+data do not have, or a file without rows, is recognised by the exception.
 """
 
 import re
@@ -21,10 +21,10 @@ def check_name(name: str, index: Mapping[str, Any], folder: Path | None, unread:
     """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none.
 
     Args:
-        name: What was asked for.
+        name: The name that was asked for.
         index: The harness's entries by name.
         folder: Where own task files are.
-        unread: Files there that the harness passed over, and what it says of each.
+        unread: Files there that the harness skipped, and its message about each.
 
     Raises:
         UserError: naming the group, its file and the member, or names that are close.
@@ -46,11 +46,11 @@ def _close(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _hidden(name: str, unread: Mapping[Path, str]) -> str:
-    """What the harness says of a file that it could not read, if that may be where the task is."""
+    """The harness's message about a file that it could not read, if the task may be in it."""
     word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    for path, told in unread.items():
+    for path, message in unread.items():
         if word.search(path.stem) or word.search(path.read_text(encoding="utf-8", errors="replace")):
-            return f"; the harness says: {' '.join(told.split())}"
+            return f"; the harness says: {' '.join(message.split())}"
     return ""
 
 
@@ -60,14 +60,16 @@ class _Members:
     def __init__(self, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
         self._index, self._folder, self._unread = index, folder, unread
 
-    def check(self, name: str, config: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]) -> None:
+    def check(
+        self, name: str, config: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
+    ) -> None:
         """Refuse a group with a member that cannot be loaded.
 
         Args:
             name: The group.
             config: What its file says.
             file: Which that is.
-            given: Settings that the groups around it give to their members.
+            inherited: Settings that the groups around it give to their members.
             above: Those groups.
         """
         members = config.get("task")
@@ -78,18 +80,18 @@ class _Members:
         for member in members:
             own = {"task": member} if isinstance(member, str) else member
             if isinstance(own, Mapping):
-                self._check_member(name, own, file, given | config.keys(), (*above, name))
+                self._check_member(name, own, file, inherited | config.keys(), (*above, name))
 
     def _check_member(
-        self, group: str, member: Mapping[str, Any], file: Path, given: set[str], above: tuple[str, ...]
+        self, group: str, member: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
     ) -> None:
         name = member.get("group", member.get("task"))
         if entry := self._index.get(name):
             if entry.kind.name == "GROUP":
-                self.check(name, entry.cfg, entry.yaml_path, given | member.keys(), above)
+                self.check(name, entry.cfg, entry.yaml_path, inherited | member.keys(), above)
         elif "group" in member:
-            self.check(name, member, file, given, above)
-        elif "task" in member and not _DEFINING & (given | member.keys()):
+            self.check(name, member, file, inherited, above)
+        elif "task" in member and not _DEFINING & (inherited | member.keys()):
             hints = f"{_close(name, self._index)}{_hidden(name, self._unread)}"
             raise UserError(
                 f"The group {group!r} ({file}) holds {name!r}, but there is no such task {_where(self._folder)}"
@@ -98,9 +100,9 @@ class _Members:
 
 
 def task_at_fault(failure: BaseException) -> Any | None:
-    """The task that the harness was making when it failed: of a group's many, only the call stack knows which."""
-    made_by = (frame.f_locals.get("self") for frame, _ in walk_tb(failure.__traceback__))
-    return next((one for one in made_by if getattr(getattr(one, "config", None), "task", None)), None)
+    """The task that the harness was making when it failed; for a task of a group, only the call stack shows it."""
+    owners = (frame.f_locals.get("self") for frame, _ in walk_tb(failure.__traceback__))
+    return next((one for one in owners if getattr(getattr(one, "config", None), "task", None)), None)
 
 
 def explanation(failure: BaseException, task: Any) -> str | None:
@@ -133,16 +135,16 @@ def _splits(task: Any) -> Iterator[tuple[str, str]]:
         yield "fewshot_config's split", split
 
 
-def _files(given: Any) -> list[Path]:
+def _files(data_files: Any) -> list[Path]:
     """The files that a task's ``data_files`` name: one pattern, several, or those of each split."""
-    if isinstance(given, str):
-        return [Path(path).absolute() for path in sorted(glob(given)) or [given]]
-    parts = given.values() if isinstance(given, Mapping) else given or []
+    if isinstance(data_files, str):
+        return [Path(path).absolute() for path in sorted(glob(data_files)) or [data_files]]
+    parts = data_files.values() if isinstance(data_files, Mapping) else data_files or []
     return [file for part in parts for file in _files(part)]
 
 
 def check_same(name: str, one: Any, other: Any, sources: tuple[str, str]) -> None:
-    """Refuse a task that two of the names bring with different settings: results go by its name.
+    """Refuse a task that is in two of the names with different settings, as results are listed by its name.
 
     Raises:
         UserError: naming the task, who brings it, and what differs.

@@ -7,7 +7,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from dualsft.data import InstructionDataModule, validation_key
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
 
@@ -25,7 +26,7 @@ def validation_names(trainer: Trainer) -> list[str | None]:
 
 
 def check_validation_data(trainer: Trainer) -> None:
-    """Lightning passes over an empty validation set without a word, and would report no metrics.
+    """Refuse an empty validation set, which Lightning would skip without a word.
 
     Raises:
         UserError: if none of the examples of a validation set has labels, naming the set.
@@ -57,34 +58,34 @@ class ValidationMetrics(torch.nn.Module):
         self._answers = torch.nn.ModuleList(ExactMatch() for _ in names if exact_match)
 
     def tokens(self, index: int) -> LanguageModelMetrics:
-        """What takes in the logits over the set whose loader has this index."""
+        """The metrics over tokens of the set whose loader has this index."""
         return cast(LanguageModelMetrics, self._tokens[index])
 
     def answers(self, index: int) -> ExactMatch:
-        """What takes in the answers to the prompts of the set whose loader has this index."""
+        """The metric over answers of the set whose loader has this index."""
         return cast(ExactMatch, self._answers[index])
 
     def finish(self) -> dict[str, Tensor]:
-        """What was measured since the last call; all batches are forgotten.
+        """Compute the metrics of all batches since the last call, and reset them.
 
         Returns:
             ``loss`` in nats per token, ``perplexity``, ``token_accuracy`` and, if answers are compared,
             ``exact_match``. With named sets these are means in which every set weighs the same, whatever its size, and
             each set's own are beside them: ``loss/NAME``.
         """
-        measured = [self._of_set(index) for index in range(len(self._names))]
-        found: dict[str, Tensor] = {}
-        for metric in measured[0]:
-            values = [of_set[metric] for of_set in measured]
-            found[metric] = torch.stack(values).mean()
-            found |= {f"{metric}/{n}": v for n, v in zip(self._names, values, strict=True) if n is not None}
-        return found
+        results = [self._finish_set(index) for index in range(len(self._names))]
+        metrics: dict[str, Tensor] = {}
+        for metric in results[0]:
+            values = [of_set[metric] for of_set in results]
+            metrics[metric] = torch.stack(values).mean()
+            metrics |= {f"{metric}/{n}": v for n, v in zip(self._names, values, strict=True) if n is not None}
+        return metrics
 
-    def _of_set(self, index: int) -> dict[str, Tensor]:
+    def _finish_set(self, index: int) -> dict[str, Tensor]:
         tokens = self.tokens(index)
-        found = tokens.compute()
+        metrics = tokens.compute()
         tokens.reset()
         if self._answers:
-            found["exact_match"] = self.answers(index).compute()
+            metrics["exact_match"] = self.answers(index).compute()
             self.answers(index).reset()
-        return found
+        return metrics

@@ -45,7 +45,7 @@ def test_export_of_the_best(workspace: Workspace, folder: Path) -> None:
     losses = [loss for loss, _ in noting.found]
     lowest = min(range(3), key=losses.__getitem__)
     assert lowest != 2
-    assert module.kept_step == 5 * (lowest + 1)
+    assert module.best_step == 5 * (lowest + 1)
     assert all(torch.equal(weight, noting.found[lowest][1][name]) for name, weight in weights(module).items())
 
 
@@ -69,7 +69,7 @@ def test_without_a_validation_the_last_are_kept(
     callbacks = [ModelCheckpoint(folder, monitor="val_loss", every_n_epochs=1)]
     module = workspace.module(export="best")
     trainer(folder, max_steps=2, callbacks=callbacks).fit(module, datamodule=workspace.data())
-    assert module.kept_step is None
+    assert module.best_step is None
     assert "the last ones are kept" in capsys.readouterr().err
 
 
@@ -149,7 +149,12 @@ def test_a_run_that_was_cut_ends_as_an_unbroken_one(
     fit(workspace, folder / "whole", *command, str(folder / "whole" / "own"), epochs=3)
     for step in (1, 3, 4):
         path = folder / str(step)
-        cut = ["--trainer.callbacks+", "tests.finetune.test_ending.PowerCut", "--trainer.callbacks.step", str(step)]
+        cut = [
+            "--trainer.callbacks+",
+            "tests.finetune.test_checkpointing.PowerCut",
+            "--trainer.callbacks.step",
+            str(step),
+        ]
         with pytest.raises(RuntimeError, match="power cut"):
             fit(workspace, path, *command, str(path / "own"), *cut, epochs=3)
         fit(workspace, path, *command, str(path / "own"), "--resume", epochs=3)

@@ -1,7 +1,7 @@
 """Tasks of the lm-evaluation-harness (EleutherAI) on a checkpoint.
 
-The harness is optional and imported when tasks are asked for. It loads what the tasks need, puts the questions to the
-model and counts; code from the hub is never run, the functions that task files of one's own name are.
+The harness is optional and imported when tasks are given. It loads the tasks' data, generates or scores the answers
+and computes the metrics. Code from the hub is never run; functions that the user's own task files name are.
 """
 
 import json
@@ -20,7 +20,7 @@ from lightning import Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError, advising, is_out_of_memory
-from dualsft.evaluation.task_faults import check_name, check_same, explanation, task_at_fault
+from dualsft.evaluation.task_errors import check_name, check_same, explanation, task_at_fault
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"
@@ -66,8 +66,8 @@ class TaskOptions:
     @property
     def names(self) -> list[str]:
         """The names given, each once, in order."""
-        given = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
-        names = [name.strip() for part in given for name in part.split(",")]
+        parts = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        names = [name.strip() for part in parts for name in part.split(",")]
         return list(dict.fromkeys(filter(None, names)))
 
     @property
@@ -93,7 +93,7 @@ def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
         raise UserError(
             f"--tasks runs on one process, but the trainer has {trainer.world_size}; set trainer.devices to 1."
         )
-    with _bars_of(trainer):
+    with _progress_bars(trainer):
         loaded = _loaded(options)
     for name, task in loaded["tasks"].items():
         _check(name, task)
@@ -109,19 +109,19 @@ def evaluate_tasks(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Put the tasks' questions to a model, on the trainer's device and in its precision.
+    """Evaluate a model on tasks, on the trainer's device and in its precision.
 
     Args:
-        trainer: What says where and how to compute.
+        trainer: Its device and precision are used.
         loaded: From `load_tasks`.
         model: A causal language model.
         tokenizer: Its tokenizer.
-        options: How.
+        options: How to evaluate.
         batch_size: Requests to a batch.
         seed: Decides which examples are shown before a question, and whatever else a task draws.
 
     Returns:
-        The harness's own results, as JSON gives them back, with what it warned of under ``warnings``.
+        The harness's own results, as JSON gives them back, with its warnings under ``warnings``.
 
     Raises:
         UserError: If a task cannot be evaluated on this model, or memory runs out.
@@ -130,19 +130,19 @@ def evaluate_tasks(
         raise UserError("chat_template is set, but the tokenizer has none; leave it out for this model.")
     harness, models, precision = _imported("lm_eval"), _imported(MODELS), trainer.precision_plugin
     out_of_memory = advising("while tasks were evaluated", "lower data.batch_size, or set model.dtype to bfloat16")
-    with out_of_memory, _no_code_from_the_hub(), _telling("The tasks cannot be evaluated"), _bars_of(trainer):
+    with out_of_memory, _no_code_from_the_hub(), _explaining("The tasks cannot be evaluated"), _progress_bars(trainer):
         precision.convert_module(model).to(trainer.strategy.root_device)
-        with _listening():  # it warns that it is given a model, not a name
+        with _captured_log():  # it warns that it is given a model, not a name
             wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         seed_everything(seed, verbose=False)
         for task in loaded["tasks"].values():
             _prepare(task, options.few_shot, seed)
-        with precision.forward_context(), _listening() as heard:
+        with precision.forward_context(), _captured_log() as records:
             how = {"limit": options.limit, "apply_chat_template": options.chat_template}
             results = harness.evaluate(wrapped, loaded, log_samples=False, fewshot_as_multiturn=True, **how)
-    warnings = list(dict.fromkeys(record.getMessage() for record in heard))
-    told = {**results, "lm_eval_version": harness.__version__, "warnings": warnings}
-    return dict(json.loads(json.dumps(told, default=str)))
+    warnings = list(dict.fromkeys(record.getMessage() for record in records))
+    results = {**results, "lm_eval_version": harness.__version__, "warnings": warnings}
+    return dict(json.loads(json.dumps(results, default=str)))
 
 
 def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
@@ -158,38 +158,38 @@ def _loaded(options: TaskOptions) -> dict[str, Any]:
     for name in options.names:
         check_name(name, manager.task_index, options.folder, unread)
     with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
-        return _together({name: _load(manager, name) for name in options.names})
+        return _merged({name: _load(manager, name) for name in options.names})
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    """What a name stands for; what the harness logs as an error is one, and tells more than what it raises afterwards.
+    """The tasks of a name; an error that the harness logs is raised, as it says more than the exception that follows.
 
     Raises:
         UserError: if it cannot be loaded, naming the task; a group has many.
     """
     loaded: dict[str, Any] = {}
     failure: Exception | None = None
-    with _listening() as heard:
+    with _captured_log() as records:
         try:
             loaded = dict(manager.load([name]))
         except Exception as error:
             failure = error
     task = task_at_fault(failure) if failure else None
-    with _telling(f"The task {(task.config.task if task else name)!r} cannot be loaded", NEEDS):
-        if failure and task and (told := explanation(failure, task)):
-            raise UserError(told) from failure
-        if errors := [record.getMessage() for record in heard if record.levelno >= logging.ERROR]:
+    with _explaining(f"The task {(task.config.task if task else name)!r} cannot be loaded", NEEDS):
+        if failure and task and (sentence := explanation(failure, task)):
+            raise UserError(sentence) from failure
+        if errors := [record.getMessage() for record in records if record.levelno >= logging.ERROR]:
             raise ValueError(errors[0]) from failure
         if failure:
             raise failure
     return loaded
 
 
-def _together(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What several names stand for, each task once; the harness would refuse one that two of them bring."""
+def _merged(by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The tasks of several names, each once; the harness would refuse one that is in two of them."""
     joined: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     sources: dict[str, str] = {}
-    for name, loaded in found.items():
+    for name, loaded in by_name.items():
         for key, task in loaded["tasks"].items():
             if key in sources:
                 check_same(key, joined["tasks"][key], task, (sources[key], name))
@@ -209,23 +209,23 @@ def _imported(module: str) -> Any:
 
 
 def _manager(options: TaskOptions) -> tuple[Any, dict[Path, str]]:
-    """What knows the tasks by name, and what it says of each file in the folder that it passed over.
+    """The harness's index of tasks, and its message about each file in the folder that it skipped.
 
-    The harness's own tasks, of which there are thousands, are looked through only where one is needed.
+    The harness's own tasks, of which there are thousands, are indexed only if one is needed.
     """
     manager_class = _imported("lm_eval.tasks").TaskManager
     if options.folder is None:
-        with _listening():
+        with _captured_log():
             return manager_class(), {}
-    with _listening(logging.DEBUG) as heard:
+    with _captured_log(logging.DEBUG) as records:
         own = manager_class(include_path=options.folder, include_defaults=False)
     unread = {}
-    for record in heard:
+    for record in records:
         if record.msg.startswith("Skip ") and isinstance(record.args, tuple):
             unread[Path(str(record.args[0]))] = record.getMessage()
     if set(options.names) <= {*own.all_subtasks, *own.all_tags}:
         return own, unread
-    with _listening():
+    with _captured_log():
         return manager_class(include_path=options.folder), unread
 
 
@@ -236,14 +236,14 @@ def _check(name: str, task: Any) -> None:
         raise UserError(f"The task {name!r} asks about more than text, which the model cannot read; leave it out.")
 
 
-def _bars_of(trainer: Trainer) -> AbstractContextManager[Any]:
-    """The bars of harness and data sets cannot be turned off; with the trainer's turned off they go nowhere."""
+def _progress_bars(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Hides the progress bars of harness and data sets, which cannot be turned off, if the trainer shows none."""
     return nullcontext() if trainer.progress_bar_callback else redirect_stderr(StringIO())
 
 
 @contextmanager
 def _no_code_from_the_hub() -> Iterator[None]:
-    """Metrics that the harness does not have it would download, as code, and run."""
+    """Keeps the harness from downloading and running code for metrics that it does not have."""
     config = _imported("evaluate").config
     before, config.HF_EVALUATE_OFFLINE = config.HF_EVALUATE_OFFLINE, True
     try:
@@ -253,8 +253,8 @@ def _no_code_from_the_hub() -> Iterator[None]:
 
 
 @contextmanager
-def _listening(level: int = logging.WARNING) -> Iterator[list[logging.LogRecord]]:
-    """What the harness logs meanwhile, kept from the screen."""
+def _captured_log(level: int = logging.WARNING) -> Iterator[list[logging.LogRecord]]:
+    """Captures what the harness logs meanwhile, and keeps it off the screen."""
     logger, handler = logging.getLogger("lm_eval"), BufferingHandler(maxsize)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -268,8 +268,8 @@ def _listening(level: int = logging.WARNING) -> Iterator[list[logging.LogRecord]
 
 
 @contextmanager
-def _telling(what: str, advice: str = "") -> Iterator[None]:
-    """Say in one sentence what the harness, the data sets or a task's own functions raise."""
+def _explaining(what: str, advice: str = "") -> Iterator[None]:
+    """Turns what the harness, the data sets or a task's own functions raise into one sentence."""
     try:
         yield
     except Exception as error:

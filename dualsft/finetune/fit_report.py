@@ -1,6 +1,7 @@
-"""What a fit did from its first step to its last, however often it was interrupted, as figures and as a table.
+"""The report of a fit, interruptions included, as figures and as a table.
 
-On many ranks the figures are those of the whole job: every rank is given all batches. Memory is the largest of a rank.
+On several ranks the figures are those of the whole job, as every rank iterates over all batches; peak memory is that of
+the rank with the most.
 """
 
 import time
@@ -12,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from dualsft.runs.progress import peak_memory
+from dualsft.runs.table import markdown_table
 from dualsft.sharding.collectives import all_reduce_max
 
 _BATCHES = 10  # single batches' losses differ by what is in them more than by what has been learnt
@@ -19,7 +21,7 @@ _BATCHES = 10  # single batches' losses differ by what is in them more than by w
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps of the report.
+    """The part of the report that checkpoints hold.
 
     Attributes:
         batches: Batches trained on.
@@ -47,7 +49,7 @@ class Progress:
 
 
 class FitReport(Callback):
-    """Counts and measures; its state is in the checkpoints, so that a resumed run tells of the whole."""
+    """Counts and measures; its state is in the checkpoints, so that a resumed run reports on all of the fit."""
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -59,7 +61,7 @@ class FitReport(Callback):
         self._start, self._device = time.perf_counter(), pl_module.device
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the base model gives, if the check went through all batches; a resumed run may have one, too."""
+        """Keep the base model's metrics if the check covered all batches; a resumed run's check is of another model."""
         if (
             trainer.global_step == 0
             and trainer.num_sanity_val_batches == trainer.fit_loop.epoch_loop.val_loop.max_batches
@@ -67,7 +69,7 @@ class FitReport(Callback):
             self._progress.base = _validation_metrics(trainer) or None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the model gives now."""
+        """Keep the metrics of this step."""
         if not trainer.sanity_checking:
             self._progress.validated[trainer.global_step] = _validation_metrics(trainer)
 
@@ -78,7 +80,7 @@ class FitReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count it in."""
+        """Count the batch."""
         progress, loss = self._progress, float(trainer.callback_metrics["train_loss"])
         progress.training_seconds += time.perf_counter() - self._batch_start
         progress.batches += 1
@@ -92,7 +94,7 @@ class FitReport(Callback):
         return asdict(self._so_far())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Continue from these figures."""
         self._progress = Progress(**state_dict)
 
     def _so_far(self) -> Progress:
@@ -102,30 +104,31 @@ class FitReport(Callback):
         return Progress(**now)
 
     def figures(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """All figures of a finished fit; every rank must ask at once.
+        """All figures of a finished fit; every rank must call this.
 
         Args:
-            trainer: What it ran under.
+            trainer: Its trainer.
             module: The `MaskedFinetuneModule`.
         """
-        done = self._so_far()
-        kept = trainer.global_step if module.kept_step is None else module.kept_step
-        step = max((step for step in done.validated if step <= kept), default=None)
+        progress = self._so_far()
+        exported = trainer.global_step if module.best_step is None else module.best_step
+        step = max((step for step in progress.validated if step <= exported), default=None)
         return {
-            "weights": {
-                "trained": module.compact.num_selected(),
-                "all": sum(w.numel() for w in module.model.parameters()),
-            },
-            "examples": {"each_epoch": _examples(trainer), "passed": done.examples},
+            "weights": {"trained": module.compact.num_selected(), "all": module.model.num_parameters()},
+            "examples": {"each_epoch": _examples(trainer), "passed": progress.examples},
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "exported_step": kept,
-            "train_loss": _train_loss(done),
-            "validation": {"base": done.base, "step": step, "metrics": None if step is None else done.validated[step]},
-            "tokens": done.tokens,
-            "seconds": done.seconds,
-            "tokens_per_second": done.tokens / done.training_seconds if done.training_seconds else 0.0,
-            "peak_memory_bytes": done.peak_memory_bytes,
+            "exported_step": exported,
+            "train_loss": _train_loss(progress),
+            "validation": {
+                "base": progress.base,
+                "step": step,
+                "metrics": None if step is None else progress.validated[step],
+            },
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "tokens_per_second": progress.tokens / progress.training_seconds if progress.training_seconds else 0.0,
+            "peak_memory_bytes": progress.peak_memory_bytes,
         }
 
 
@@ -140,10 +143,10 @@ def _examples(trainer: Trainer) -> int:
     return sum(1 if isinstance(row, int) else len(row) for batch in batches for row in batch)
 
 
-def _train_loss(done: Progress) -> dict[str, Any]:
-    """Means over as many batches at either end, none in both."""
-    count = max(1, min(_BATCHES, done.batches // 2))
-    first, last = done.first[:count], done.last[-count:]
+def _train_loss(progress: Progress) -> dict[str, Any]:
+    """The mean loss of the first and of the last batches, as many of each and none in both."""
+    count = max(1, min(_BATCHES, progress.batches // 2))
+    first, last = progress.first[:count], progress.last[-count:]
     return {"batches": count, **{name: _mean(losses) for name, losses in (("first", first), ("last", last))}}
 
 
@@ -152,10 +155,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def report(figures: Mapping[str, Any]) -> str:
-    """The figures for the terminal: a table of the validation metrics, and a line for each other matter."""
+    """The figures for the terminal: a table of the validation metrics, then one line for each other topic."""
     weights, examples, loss = figures["weights"], figures["examples"], figures["train_loss"]
     lines = [
-        *_validation_table(figures),
+        *_validation_table(figures["validation"]),
         f"train loss  {_number(loss['first'])} -> {_number(loss['last'])} "
         f"(mean of the first and of the last {loss['batches']} batches)",
         f"weights     {weights['trained']:,} of {weights['all']:,} trained ({weights['trained'] / weights['all']:.1%})",
@@ -169,18 +172,14 @@ def report(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _validation_table(figures: Mapping[str, Any]) -> list[str]:
-    """Metric by metric, the mean over named sets first: the base model, and what was validated last of what is kept."""
-    told = figures["validation"]
-    if told["metrics"] is None and told["base"] is None:
+def _validation_table(validation: Mapping[str, Any]) -> list[str]:
+    """Metrics of the base model and of the exported one's last validation; means over named sets come first."""
+    after, base, step = validation["metrics"] or {}, validation["base"] or {}, validation["step"]
+    if not after and not base:
         return []
-    after, base = told["metrics"] or {}, told["base"] or {}
-    rows = [["validation", "base model", "-" if told["step"] is None else f"step {told['step']:,}"]]
+    rows = [["validation", "base model", "-" if step is None else f"step {step:,}"]]
     rows += [[name, _number(base.get(name)), _number(after.get(name))] for name in (after or base)]
-    widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    cells = [f"{row[0]:<{widths[0]}} | {row[1]:>{widths[1]}} | {row[2]:>{widths[2]}}" for row in rows]
-    rule = " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return [f"| {line} |" for line in [cells[0], rule, *cells[1:]]]
+    return [markdown_table(rows)]
 
 
 def _number(value: float | None) -> str:

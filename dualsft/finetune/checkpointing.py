@@ -1,4 +1,4 @@
-"""Which weights a fit ends with."""
+"""Which checkpoints a fit keeps, and which weights it ends with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +16,10 @@ Ending = Literal["last", "best"]
 
 
 def best_checkpoint(folder: Path, callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
-    """What keeps the best weights: by the metric that stops the run early, if one does, else the lowest ``val_loss``.
+    """A checkpoint callback for the best weights, by the metric of an EarlyStopping, else by the lowest ``val_loss``.
 
     Returns:
-        None if one of the callbacks does so already: a ModelCheckpoint with a metric to monitor.
+        None if a ModelCheckpoint with a metric to monitor is among the callbacks already.
     """
     if _monitored(callbacks):
         return None
@@ -33,14 +33,27 @@ def _monitored(callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
     return next((checkpoint for checkpoint in checkpoints if checkpoint.monitor), None)
 
 
-class BestWeights(Callback):
-    """Ends a fit with the weights of the best checkpoint.
+class RecentCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint every so often that saves no checkpoint just before a validation.
 
-    That is the best of the first ModelCheckpoint that has a metric to monitor.
+    Lightning does not catch up on that validation when a run resumes from there, and early stopping, the best weights
+    and the report, which depend on it, would differ.
     """
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, and no validation is due."""
+        batches = trainer.fit_loop._data_fetcher
+        if batches is None or not trainer.fit_loop.epoch_loop._should_check_val_fx(batches):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class BestWeights(Callback):
+    """Ends a fit with the weights of the best checkpoint of the first ModelCheckpoint that monitors a metric."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See that there will be one.
+        """Check that there will be a best checkpoint.
 
         Raises:
             UserError: if nothing is validated, or no checkpoint is kept by a metric.
@@ -54,32 +67,32 @@ class BestWeights(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load it; Lightning's callbacks that average weights have had their turn, and checkpoints hold averages."""
+        """Load it; Lightning's callbacks that average weights have run by now, and checkpoints hold averages."""
         checkpoint = _monitored(trainer.callbacks)  # type: ignore[attr-defined]
         if checkpoint is None or not checkpoint.best_model_path:
             say("there was no validation to tell which weights are best: the last ones are kept")
             return
         state: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         pl_module.load_state_dict(state["state_dict"])
-        pl_module.kept_step = state["global_step"]
+        pl_module.best_step = state["global_step"]
 
 
 class EndOfTraining(Callback):
-    """Brings on the end of training where a resumed run has nothing left to train.
+    """Calls ``on_train_end`` where a resumed run has nothing left to train, which Lightning does not.
 
-    Lightning then leaves out ``on_train_end``, in which averages and the best weights are put in. It belongs before the
-    callbacks that use the final weights when the fit ends.
+    That hook puts in averages and the best weights. This callback belongs before the callbacks that use the final
+    weights when the fit ends.
     """
 
     def __init__(self) -> None:
         self._ended = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is well."""
+        """Lightning has called it."""
         self._ended = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Catch up; a progress bar has nothing to close."""
+        """Call the hook of every callback but progress bars, which have nothing to close, and of the module."""
         if self._ended:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,0 +1,108 @@
+"""Whether two checkpoints differ by a delta alone: the same tensors, and configurations of the same model.
+
+Configurations are compared as the library reads them, with its defaults filled in and old names of settings replaced.
+Settings that the model does not know, that only one of the files has, or that do not change what the model computes are
+left out.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from transformers import PreTrainedModel
+
+from dualsft.errors import UserError
+from dualsft.export.delta import dtype_name
+from dualsft.models.loading import Dtype, empty_model
+from dualsft.models.stored import Weights
+
+_IRRELEVANT = re.compile(
+    r"_name_or_path|architectures|(torch_)?dtype|use_cache|output_\w+|return_dict|\w+_version|problem_type"
+    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for who prepares the input and ends the output
+    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # for training alone
+    r"|chunk_size_feed_forward|pretraining_tp"  # how to compute the same
+)
+
+
+def check_configurations(base: str, model: str) -> None:
+    """Refuse two models that compute different things from the same weights.
+
+    Args:
+        base: The base model's folder or hub id.
+        model: The tuned model's folder or hub id.
+
+    Raises:
+        UserError: naming the settings that differ, or if a configuration cannot be read.
+    """
+    if differing := _differing(empty_model(base), empty_model(model)):
+        raise UserError(
+            f"{model} and {base} have different settings in config.json ({', '.join(differing)}), and a delta holds "
+            "weights alone; give two checkpoints of one model."
+        )
+
+
+def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
+    before, after = one.config.to_dict(), other.config.to_dict()
+    if before["model_type"] != after["model_type"]:
+        return ["model_type"]  # of another kind all settings are others
+    kinds = ["architectures"] if _special(one) != _special(other) else []
+    shared = before.keys() & after.keys()
+    first, second = (dict(_settings({key: config[key] for key in shared})) for config in (before, after))
+    keys = first.keys() | second.keys()
+    return kinds + sorted(key for key in keys if first.get(key) != second.get(key))
+
+
+def _special(model: PreTrainedModel) -> set[str]:
+    """The classes that a configuration names, beside the one that is loaded and that without its head."""
+    usual = {type(model).__name__, type(model.base_model).__name__}
+    return set(model.config.architectures or ()) - usual
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the settings that matter with their dotted names: ``rope_scaling.factor``."""
+    for key, value in config.items():
+        if _IRRELEVANT.fullmatch(str(key)):
+            continue
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_same_tensors(old: Weights, tuned: Weights) -> None:
+    """Refuse two checkpoints that do not hold the same tensors.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for name in sorted(old.specs.keys() | tuned.specs.keys()):
+        if name not in old.specs or name not in tuned.specs:
+            has, lacks = (old, tuned) if name in old.specs else (tuned, old)
+            raise UserError(f"{has.folder} has {name} and {lacks.folder} has not; give two checkpoints of one model.")
+        before, after = old.specs[name], tuned.specs[name]
+        if before.shape != after.shape:
+            raise UserError(
+                f"{name} has shape {before.shape} in {old.folder} and {after.shape} in {tuned.folder}; give two "
+                "checkpoints of one model."
+            )
+
+
+def float_types(weights: Weights) -> set[str]:
+    """The names of the floating types in use."""
+    return {dtype_name(spec.dtype) for spec in weights.specs.values() if spec.dtype.is_floating_point}
+
+
+def common_type(old: Weights, tuned: Weights) -> str:
+    """The type that the base is to be loaded in to differ from the tuned model by a delta alone.
+
+    Raises:
+        UserError: if there is no one such type.
+    """
+    names = float_types(tuned)
+    same = all(old.specs[name].dtype == spec.dtype for name, spec in tuned.specs.items())
+    if not same and not (len(names) == 1 and names <= set(get_args(Dtype))):
+        raise UserError(
+            f"{tuned.folder} stores its weights as {', '.join(sorted(names))}, {old.folder} otherwise; store both in "
+            "one type."
+        )
+    return names.pop() if len(names) == 1 else "auto"
