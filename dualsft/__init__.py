@@ -44,7 +44,8 @@ __all__ = [
 
 _MODULES = {
     "allocators": ("DataAllocator", "ParameterAllocator", "ScoredExamples", "ScoredParameters"),
-    "data": ("InstructionDataModule", "load_examples"),
+    "data.examples": ("load_examples",),
+    "data.module": ("InstructionDataModule",),
     "errors": ("UserError",),
     "finetune": ("MaskedFinetuneModule",),
     "objectives": ("Objective",),
