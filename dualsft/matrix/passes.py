@@ -108,7 +108,7 @@ def gradient_pass(
     with ExitStack() as stack:
         factors = sketch_factors(model, measurement)
         travelling = stack.enter_context(UnitGather(model, [*directions, factors]))
-        *us, whole_factors = travelling.whole
+        *us, whole_factors = travelling.full_tensors
         statistics = None
         if measurement.by_example:
             statistics = stack.enter_context(ExampleStatistics(model, measurement, whole_factors, drop=not columns))

@@ -80,7 +80,7 @@ def loaded_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
 def weights_of(folder: Path, model: nn.Module) -> Weights:
     """The parameters of a model in memory, as what comes from a folder."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    specs = {name: TensorSpec(weight.dtype, tuple(weight.shape)) for name, weight in parameters.items()}
+    specs = {name: TensorSpec.of(weight) for name, weight in parameters.items()}
     return Weights(folder, specs, parameters.__getitem__)
 
 

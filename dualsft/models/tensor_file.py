@@ -48,10 +48,20 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """The type and shape of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def num_bytes(self) -> int:
         """Its size on disk."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The names of a file's tensors in the order in which `write_tensors` reads and writes them."""
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
 def write_tensors(
@@ -65,7 +75,7 @@ def write_tensors(
         read: Gives a tensor by its name, of that type and shape.
         metadata: Strings for the header.
     """
-    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    names = file_order(specs)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
@@ -78,7 +88,7 @@ def write_tensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name)
-            if TensorSpec(tensor.dtype, tuple(tensor.shape)) != specs[name]:
+            if TensorSpec.of(tensor) != specs[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {specs[name]}")
             stream.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dualsft.selection.choosing import WeightChoice, choose_weights
 from dualsft.selection.mask import StoredMasks, write_masks
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.files import StoredTensors, write_full_tensors
+from dualsft.sharding.files import read_full_tensors, write_full_tensors
 
 _SCORES, _MASK = "scores", "mask.safetensors"
 
@@ -32,5 +32,5 @@ def choose_together(
         UserError: on every rank, if the budget cannot be met, or the allocator does not keep to it.
     """
     write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
-    on_rank_zero(lambda: write_masks(folder / _MASK, choose_weights(how, StoredTensors(folder, _SCORES))))
+    on_rank_zero(lambda: write_masks(folder / _MASK, choose_weights(how, read_full_tensors(folder, _SCORES))))
     return StoredMasks(folder / _MASK)

@@ -10,6 +10,7 @@ from transformers import modeling_utils
 
 from dualsft.export.pretrained import save_weights
 from dualsft.models.loading import load_model
+from dualsft.sharding import files
 from dualsft.sharding import save as saving
 from dualsft.sharding.load import load_sharded
 from tests.cases import save_tiny_model
@@ -32,12 +33,12 @@ def save_all(folders: dict[str, str], target: Path) -> None:
     """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
     for name, folder in folders.items():
         model = load_sharded(folder, data_parallel_mesh())
-        with mock.patch.object(saving, "full_tensor", wraps=saving.full_tensor) as made_whole:
+        with mock.patch.object(files, "full_tensor", wraps=files.full_tensor) as gathered:
             save_weights(model, target / name)
-        assert made_whole.call_count == len([*model.parameters()]), name
+        assert gathered.call_count == len([*model.parameters()]), name
     with small_files():
         save_weights(model, target / "small files")
-    with mock.patch.object(saving, "_WORTH_DIVIDING", 1):
+    with mock.patch.object(saving, "_MIN_FILE", 1):
         save_weights(model, target / "divided")
 
 
