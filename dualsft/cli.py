@@ -53,7 +53,7 @@ from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.selection import SelectionModule
 from dualsft.selection.summary import summary
 from dualsft.sharding.collectives import is_rank_zero, on_rank_zero, rank
-from dualsft.sharding.strategy import join
+from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import Trainer, latest_checkpoint
 
 MODULES = {"select": SelectionModule, "fit": MaskedFinetuneModule, "validate": EvaluationModule}
@@ -194,7 +194,7 @@ class DualSFTCLI(LightningCLI):
         assert folder is not None
         # a mistake in the trainer, the data, the model or the selection shows here, before the folder is touched
         check_trainer(self.trainer)
-        join(self.trainer, model)
+        launch_ranks(self.trainer, model)
         datamodule.setup("fit")
         model.configure_model()
         for examples in (datamodule.train_examples, *datamodule.validation_sets.values()):
