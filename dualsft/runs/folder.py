@@ -25,7 +25,7 @@ _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
     token_scores.parquet example_sketches.safetensors warmup model model.* delta.safetensors* checkpoints logs
     metrics.json tasks.json selection random-selection fit-* eval-*
-""".split()
+"""
 """Patterns of the names that the commands write at the top of an output folder."""
 
 
@@ -61,7 +61,7 @@ class RunFolder:
         self.path = Path(folder)
         self._state = self.path / _UNFINISHED
         self._phases = PhaseStore(self._state)
-        self._written, self._resumable, self._overwrite = (*_WRITTEN, *written), resumable, overwrite
+        self._written, self._resumable, self._overwrite = (*_WRITTEN.split(), *written), resumable, overwrite
         # one lock of each process, however many runs it opens on the folder
         self._lock = FileLock(
             self._state / _LOCK, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False

@@ -1,6 +1,6 @@
 """The state of a run's phases, in files: each state is saved completely or not at all, by one process or by all ranks.
 
-Every rank saves its own part in a file. A state counts once all ranks have saved theirs, and until then the state before
+Every rank saves its own part in a file. A state counts once all ranks have saved theirs. Until then the state before
 it stays, so that the states that a killed run leaves are of the same moment on all ranks.
 """
 
