@@ -5,7 +5,8 @@ files. Then they write at the same time.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -69,14 +70,25 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
             own[file] = tensors, metadata
 
     def write() -> None:
-        try:
+        with writing_to(folder):
             for file, (tensors, metadata) in own.items():
                 specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
                 write_tensors(folder / file, specs, tensors.__getitem__, metadata)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); see that it has room.") from error
 
     on_all_ranks(write)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn errors of writing files into a sentence.
+
+    Raises:
+        UserError: naming the folder, if a file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); see that it has room.") from error
 
 
 def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:

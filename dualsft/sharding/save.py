@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, rank, world_size
-from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files
+from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files, writing_to
 from dualsft.sharding.shards import full_tensor, local_shard
 
 _MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
@@ -63,6 +63,9 @@ def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path:
         shards: Name -> this rank's shard.
         like: Name -> the parameter that is sharded in the same way.
         path: The file.
+
+    Raises:
+        UserError: on every rank, if rank zero cannot write.
     """
     specs = {name: TensorSpec(shard.dtype, tuple(like[name].shape)) for name, shard in shards.items()}
     gathered = (full_tensor(shards[name], like[name]) for name in file_order(specs))
@@ -70,7 +73,8 @@ def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path:
     def write() -> None:
         try:
             if rank() == 0:
-                write_tensors(path, specs, lambda _: next(gathered), METADATA)
+                with writing_to(path.parent):
+                    write_tensors(path, specs, lambda _: next(gathered), METADATA)
         finally:  # the other ranks take part, and so does rank zero if the file cannot be written
             for _ in gathered:
                 pass
