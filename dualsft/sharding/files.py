@@ -31,7 +31,7 @@ _CACHED = 2  # the two stacks of a layer's experts, whose slices alternate in a 
 
 
 def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors that are gathered when they are read; every rank must read them at once, in the same order.
+    """Full tensors that are gathered to the host when they are read; every rank must read them, in the same order.
 
     Args:
         shards: Name -> this rank's shard, of any type.
@@ -40,7 +40,7 @@ def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) 
 
     @lru_cache(maxsize=_CACHED)
     def gather(name: str) -> Tensor:
-        return full_tensor(shards[name], like[name])
+        return full_tensor(shards[name], like[name]).cpu()
 
     def read(name: str, rows: Rows) -> Tensor:
         return gather(name)[rows]
@@ -65,7 +65,7 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
         for name in sorted(lazy):
             tensor = rows_of(lazy[name], ...)
             if k % world_size() == rank():
-                tensors[name] = tensor.cpu()
+                tensors[name] = tensor
         if tensors:
             own[file] = tensors, metadata
 

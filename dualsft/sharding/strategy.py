@@ -65,13 +65,9 @@ class FSDP2(ModelParallelStrategy):
         """Whether Lightning restores the optimizers' states."""
         return True
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state; full on rank zero."""
-        return Strategy.lightning_module_state_dict(self)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the module's full state, of which each rank takes its chunks."""
-        Strategy.load_model_state_dict(self, checkpoint, strict)
+    # the module gathers its own state and splits it, so that these are those of a single process
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state; full on rank zero."""
