@@ -62,6 +62,8 @@ class PhaseStore:
             return None
         with safe_open(self._file(phase, max(common)), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if os.name == "nt":  # where a file that is mapped into memory can be neither replaced nor deleted
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, json.loads(stored.metadata()["notes"])
 
     def drop(self, phase: str) -> None:
