@@ -110,13 +110,16 @@ class RunFolder:
             if here in (place := Path(path).expanduser().resolve()).parents or here == place:
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
-    def confirm(self, identity: Mapping[str, Any]) -> None:
+    def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Check that the finished selection in the folder is the one that was asked for.
+
+        Args:
+            identity: What determines the outcome of the run that was asked for.
+            manifest: The manifest of the selection.
 
         Raises:
             UserError: if it is another one, naming what differs.
         """
-        manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 
