@@ -76,7 +76,7 @@ def counted(received: Received) -> Iterator[None]:
     places = (
         (distributed, gather, "weights"),
         (distributed, scatter, "gradients"),
-        (unit_gather, "whole", "direction"),
+        (unit_gather, "full_tensor", "direction"),
     )
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, part), original in zip(places, originals, strict=True):

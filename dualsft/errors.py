@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and the one that can be met with a smaller batch."""
+"""The exception whose message users read, and the recognition of exceptions for lack of memory or lost contact."""
 
 import errno
 import re
@@ -9,7 +9,7 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one sentence: what is wrong, where, and what to do.
+    """A mistake in the input; the message says in one sentence what is wrong, where, and what to do.
 
     The command line prints its message without a traceback and exits with code 1.
 
@@ -24,12 +24,12 @@ class UserError(Exception):
         self.problem, self.remedy = problem, remedy
 
 
-# torch's allocators and C++'s, the system's own words, and those of CUDA's libraries for linear algebra
+# the messages of torch's allocators, of C++, of the system, and of CUDA's linear algebra libraries
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there is no memory left, on the accelerator or on the host."""
+    """Whether an exception reports that memory ran out, on the accelerator or on the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an exception says that another process of the job does not answer any more."""
+    """Whether an exception reports that another process of the job no longer answers."""
     if isinstance(error, torch.distributed.DistError):
         return True
     signs = ("gloo", "nccl", "connection reset by peer", "connection closed by peer")
@@ -46,7 +46,7 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def shortage(error: BaseException) -> str:
-    """How memory ran out, in a few words."""
+    """A few words on an out-of-memory exception: how much was requested, or its first line."""
     asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
     if asked is None:
         return str(error).strip().split("\n")[0] or type(error).__name__
@@ -58,14 +58,16 @@ def shortage(error: BaseException) -> str:
 
 @contextmanager
 def blaming(part: object, method: str) -> Iterator[None]:
-    """Tell whatever a part of somebody else's raises as its own, a shortage of memory apart; ours keeps its traceback.
+    """Turn an exception of a plugin's method into a sentence that names the plugin.
+
+    Exceptions for lack of memory pass, as do those of the package's own classes, which keep their traceback.
 
     Args:
         part: A scorer, an allocator or a term of the objective.
-        method: Which of its methods is called.
+        method: The name of the method that is called.
 
     Raises:
-        UserError: if it raises.
+        UserError: if the method raises.
     """
     try:
         yield
@@ -94,7 +96,11 @@ def naming(key: str) -> Iterator[None]:
 
 @contextmanager
 def advising(where: str, advice: str) -> Iterator[None]:
-    """Answer a shortage of memory with advice, where there is nothing else to try.
+    """Turn an out-of-memory exception into a sentence with advice.
+
+    Args:
+        where: When memory ran out, such as "in the warm-up".
+        advice: What to do.
 
     Raises:
         UserError: if memory runs out.

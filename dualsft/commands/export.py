@@ -20,6 +20,7 @@ from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.peft_adapter import prepare_peft
 from dualsft.runs.folder import RunFolder, publish
+from dualsft.runs.phase_store import sync_to_disk
 
 DESCRIPTION = (
     "Takes the change that a fine-tune made from one form to another: a delta.safetensors, a Hugging Face folder, a "
@@ -153,7 +154,7 @@ def _holds_a_result(folder: Path) -> bool:
         UserError: if that cannot be written next to it.
     """
     full = folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).is_dir()
-    if full and folder.is_mount():
+    if full and os.path.ismount(folder):
         raise UserError(
             f"{folder} is where a drive is mounted, so that nothing can be written next to it before it is replaced; "
             "give --output_dir a folder in it."
@@ -184,8 +185,7 @@ def _make(staged: Path, write: Writer, replay: str) -> None:
     (staged / "config.yaml").write_text(replay, encoding="utf-8")
     for path in staged.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            sync_to_disk(path)
 
 
 @contextmanager

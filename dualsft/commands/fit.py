@@ -26,7 +26,7 @@ from dualsft.finetune import (
 from dualsft.models.loading import check_vocabulary
 from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.strategy import join
+from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import latest_checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -96,7 +96,7 @@ class FitCLI(VerbCLI):
     def _check(self) -> None:
         """Refuse a mistake in the trainer, the data, the model or the selection before the folder is touched."""
         check_trainer(self.trainer)
-        join(self.trainer, self.model)
+        launch_ranks(self.trainer, self.model)
         self.datamodule.setup("fit")
         self.model.configure_model()
         for examples in (self.datamodule.train_examples, *self.datamodule.validation_sets.values()):

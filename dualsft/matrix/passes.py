@@ -98,7 +98,7 @@ def gradient_pass(
         # 1. Everything that adds to sums in backward.
         factors = sketch_factors(model, measurement)
         gather = stack.enter_context(UnitGather(model, [*directions, factors]))
-        *us, full_factors = gather.whole
+        *us, full_factors = gather.full_tensors
         statistics = None
         if measurement.by_example:
             statistics = stack.enter_context(ExampleStatistics(model, measurement, full_factors, drop=not columns))

@@ -1,9 +1,9 @@
-"""The types that numbers of a model are added up in."""
+"""The number types of sums."""
 
 import torch
 from torch import Tensor
 
 
 def accumulator_dtype(parameter: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 parameter: sums never live in half precision."""
+    """The type to sum a parameter's gradients in: float32, or float64 for a float64 parameter."""
     return torch.promote_types(parameter.dtype, torch.float32)

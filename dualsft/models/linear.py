@@ -1,4 +1,4 @@
-"""A linear layer's backward exchanged for another: y = a Wᵀ + b as the layer computes it, with a new graph behind.
+"""Replacing the backward of a linear layer, y = a Wᵀ + b: its output is kept, its graph is exchanged for another.
 
 For Linear, and for Conv1D, whose weight is Wᵀ.
 """
@@ -18,33 +18,33 @@ def is_linear(module: nn.Module) -> bool:
 
 @runtime_checkable
 class LinearBackward(Protocol):
-    """What takes the place of a layer's backward, that of its bias apart."""
+    """A replacement for a linear layer's backward; the gradient of the bias is computed as usual."""
 
     def backward(
         self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of the input, of the weight, and of what else was given, where needed.
+        """The gradients of the input, the weight and the additional tensor; None where one is not needed.
 
         Args:
             e: The gradient of the output.
             a: The input.
-            weight: The weight as the module has it, Wᵀ for Conv1D.
-            needs: Which of the three gradients are.
+            weight: The module's weight: W, or Wᵀ for Conv1D.
+            needs: Which of the three gradients are needed.
         """
 
 
 def exchange(
     module: nn.Module, a: Tensor, output: Tensor, other: Tensor, behind: LinearBackward, *, weight_too: bool
 ) -> Tensor:
-    """The layer's output, in front of another backward.
+    """The layer's output with another backward.
 
     Args:
         module: The layer.
         a: Its input.
-        output: What it computed.
-        other: Another tensor that gets a gradient, or sees to it that backward comes here.
+        output: Its output.
+        other: An additional tensor that gets a gradient; it makes autograd call the backward even if nothing else does.
         behind: The backward.
-        weight_too: Whether the weight gets a gradient from it, if it wants one.
+        weight_too: Whether a weight that requires a gradient gets it from this backward.
     """
     layer: Any = module
     weight = layer.weight if weight_too else layer.weight.detach()

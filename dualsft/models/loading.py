@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, safely, and telling one set of weights from another."""
+"""Loading a causal language model safely, and fingerprints of weights and tokenizers."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
     """
     folder = model_folder(name_or_path)
     try:
-        # whoever asks for the model moves it; under a device context the loader would want to place it by itself
+        # the caller moves the model; under a device context the loader would place the weights itself
         with torch.device("cpu"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -84,7 +84,7 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
 
 
 def base_weights(name_or_path: str, dtype: Dtype = "auto") -> dict[str, Tensor]:
-    """Parameter name -> weights of a model, on the host.
+    """The parameters of a model by name, on the host.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -106,14 +106,14 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
-    """Recompute activations in the backward pass while the model trains.
+    """Have a model recompute its activations in backward while it trains.
 
     Args:
-        model: Any model whose architecture can.
+        model: The model.
         **options: For `torch.utils.checkpoint.checkpoint`.
 
     Raises:
-        UserError: if the architecture cannot.
+        UserError: if its architecture does not support that.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
@@ -122,18 +122,19 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed in 5.23, yet all of 5 has the old name
         model.gradient_checkpointing_enable({"use_reentrant": False, **options})
-    # it makes embeddings' outputs require gradients, which only re-entrant checkpoints need and derivatives trip over
-    with suppress(AttributeError):  # from releases that do not, when asked to take it back
+    # undo what makes the embeddings' outputs require gradients: only re-entrant checkpoints need it, and forward-mode
+    # derivatives fail with it; releases that do not do it raise AttributeError
+    with suppress(AttributeError):
         model.disable_input_require_grads()
 
 
 def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape of a model that is not loaded, from its configuration."""
+    """The shapes of a model's parameters by name, from its configuration alone."""
     return {name: tuple(parameter.shape) for name, parameter in empty_model(name_or_path).named_parameters()}
 
 
 def empty_model(name_or_path: str) -> PreTrainedModel:
-    """A model without its weights (on the meta device), from its configuration.
+    """A model on the meta device, without weights, from its configuration.
 
     Raises:
         UserError: if the configuration is not that of a causal language model.
@@ -148,7 +149,7 @@ def empty_model(name_or_path: str) -> PreTrainedModel:
 
 
 def model_fingerprint(name_or_path: str) -> str:
-    """SHA-256 over the stored weights in the order of their names: the same however the files are sharded.
+    """SHA-256 over a model's stored weights in the order of their names; independent of how the files are sharded.
 
     Raises:
         UserError: if the weights cannot be read.
@@ -159,7 +160,7 @@ def model_fingerprint(name_or_path: str) -> str:
 
 
 def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The `model_fingerprint` of a checkpoint that holds these tensors, given with their names and in their order."""
+    """The `model_fingerprint` of a checkpoint with these names and tensors, given in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -175,7 +176,7 @@ def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it; other safetensors files in the folder are not the model's."""
+    """The file of each tensor of a model, by name; safetensors files that are not the model's are ignored."""
     if (folder / _WEIGHTS).is_file():
         with safe_open(folder / _WEIGHTS, framework="pt") as stored:
             return dict.fromkeys(stored.keys(), folder / _WEIGHTS)
@@ -185,10 +186,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def reading_weights(folder: Path) -> Iterator[None]:
-    """Tell of files that cannot be read.
+    """Turn errors of reading a model's files into a sentence.
 
     Raises:
-        UserError: naming the folder.
+        UserError: naming the folder, if a file cannot be read.
     """
     try:
         yield
@@ -201,17 +202,17 @@ def _first_line(error: Exception) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over everything that decides how text becomes tokens: the vocabulary, the rules, the chat template."""
+    """SHA-256 over a tokenizer's vocabulary, rules and chat template: all that determines how text becomes tokens."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()
 
 
 def check_vocabulary(model: PreTrainedModel, largest_id: int) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Check that the model has an embedding for every token id.
 
     Raises:
-        UserError: naming the largest id and the vocabulary's size.
+        UserError: naming the largest id and the vocabulary's size, if it has not.
     """
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     if largest_id >= rows:

@@ -1,8 +1,7 @@
-"""A checkpoint's weights by the names of the model's parameters, read one at a time wherever the files allow it.
+"""A checkpoint's weights by the names of the model's parameters, read from the files one at a time if possible.
 
-They do when they hold the parameters under the model's own names. Files that the library renames or fuses on loading
-(mixtures of experts, checkpoints without the model's prefix), or that hold a tied weight twice, do not: then the model
-is loaded whole.
+It is possible if the files name the parameters as the model does. If the library renames or fuses weights on loading
+(mixtures of experts, checkpoints without the model's prefix), or a tied weight is stored twice, the model is loaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +18,13 @@ from dualsft.models.tensor_file import DTYPES, TensorSpec
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name.
+    """The tensors of a model folder, from its files or from a loaded model.
 
     Attributes:
-        folder: Where they come from.
+        folder: The model folder.
         specs: Name -> type and shape.
-        read: Gives a tensor by its name; not to be written to.
-        files: Name -> the file that holds it; None when they are not read from files.
+        read: Returns the tensor of a name, which must not be modified.
+        files: Name -> the file of the tensor; None if the model is loaded.
     """
 
     folder: Path
@@ -35,10 +34,10 @@ class Weights:
 
 
 def stored_weights(folder: Path) -> Weights:
-    """The tensors as the files name them.
+    """The tensors of a model's files, under the names in the files.
 
     Raises:
-        UserError: if they cannot be read, or are of a type that is not known here.
+        UserError: if they cannot be read, or have a type that is not known here.
     """
     with reading_weights(folder):
         files = weight_files(folder)
@@ -52,7 +51,7 @@ def stored_weights(folder: Path) -> Weights:
 
 
 def stored_rows(stored: Weights, name: str, rows: slice) -> Tensor:
-    """Some rows (of dimension 0) of a tensor in files, of which no others are read.
+    """Rows (of dimension 0) of a stored tensor; no others are read.
 
     Raises:
         UserError: if they cannot be read.
@@ -73,23 +72,23 @@ def _spec(name: str, path: Path) -> TensorSpec:
 
 
 def loaded_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
-    """The parameters of a model that is held in memory; see `load_model`."""
+    """The parameters of a model, which is loaded by `load_model`."""
     return weights_of(model_folder(name_or_path), load_model(name_or_path, dtype))
 
 
 def weights_of(folder: Path, model: nn.Module) -> Weights:
-    """The parameters of a model in memory, as what comes from a folder."""
+    """The parameters of a loaded model, and the folder that it comes from."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    specs = {name: TensorSpec(weight.dtype, tuple(weight.shape)) for name, weight in parameters.items()}
+    specs = {name: TensorSpec.of(weight) for name, weight in parameters.items()}
     return Weights(folder, specs, parameters.__getitem__)
 
 
 def parameter_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
-    """The weights by parameter name: from the files if they have these names, otherwise of the loaded model.
+    """The weights by parameter name, from the files if these have the same names, otherwise of the loaded model.
 
     Args:
         name_or_path: A Hugging Face model folder or hub id.
-        dtype: Type to load the model in, where it must be loaded.
+        dtype: Type to load the model in, if it must be loaded.
 
     Raises:
         UserError: if they cannot be read.
@@ -99,7 +98,7 @@ def parameter_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
 
 
 def has_own_names(stored: Weights) -> bool:
-    """Whether files hold just the model's parameters, each under its name and with its shape, and buffers beside."""
+    """Whether a folder's files hold exactly the model's parameters, with the model's names and shapes, and buffers."""
     model = empty_model(str(stored.folder))
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: spec.shape for name, spec in stored.specs.items() if name in parameters}

@@ -1,10 +1,10 @@
-"""Writing a safetensors file one tensor at a time, the same bytes on every run.
+"""Writing a safetensors file one tensor at a time, with the same bytes on every run.
 
     8 bytes     length of the header, little-endian
     header      JSON: name -> dtype, shape and [begin, end) in what follows; "__metadata__" -> strings
     tensors     row-major, without gaps, the widest types first, so that each is aligned
 
-safetensors' own writer wants all tensors in memory at once, and puts several entries of metadata in an order that
+The writer of safetensors needs all tensors in memory at once, and writes several entries of metadata in an order that
 changes from run to run. Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -32,26 +32,31 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of types."""
+"""The types by their names in the format."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a tensor before it is read.
-
-    Attributes:
-        dtype: Its type.
-        shape: Its shape.
-    """
+    """The type and shape of a tensor, known before it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """The type and shape of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def num_bytes(self) -> int:
-        """Its size on disk."""
+        """The size of its data in bytes."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The names of a file's tensors in the order in which `write_tensors` reads and writes them."""
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
 
 
 def write_tensors(
@@ -60,12 +65,12 @@ def write_tensors(
     """Write a safetensors file; memory holds one tensor at a time.
 
     Args:
-        path: Where to.
+        path: The file.
         specs: Name -> type and shape of each tensor.
-        read: Gives a tensor by its name, of that type and shape.
+        read: Returns the tensor of a name, of that type and shape.
         metadata: Strings for the header.
     """
-    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    names = file_order(specs)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
@@ -78,7 +83,7 @@ def write_tensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name)
-            if TensorSpec(tensor.dtype, tuple(tensor.shape)) != specs[name]:
+            if TensorSpec.of(tensor) != specs[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {specs[name]}")
             stream.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()

@@ -1,7 +1,7 @@
-"""The state of a run's phases, in files: each phase's is kept whole or not at all, by one process or by all ranks.
+"""The state of a run's phases, in files: each state is saved completely or not at all, by one process or by all ranks.
 
-Ranks keep a file each, of what is theirs. A state counts once all have kept it: until then the one before it stays, so
-that a run killed at any moment finds states of one and the same moment on all ranks.
+Every rank saves its own part in a file. A state counts once all ranks have saved theirs. Until then the state before
+it stays, so that the states that a killed run leaves are of the same moment on all ranks.
 """
 
 import json
@@ -15,33 +15,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import all_gather, all_reduce_max, barrier, rank, world_size
+from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
 
 
 class PhaseStore:
-    """Keeps states in a folder.
+    """Saves and loads the states of phases.
 
     Args:
-        folder: The folder, which the ranks share.
+        folder: The folder of the files, which the ranks share.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a phase's state, whole or not at all: until it is whole, what was kept before stays.
+        """Save a phase's state; the state before it stays until this one is complete.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: on every rank, if one cannot write.
         """
-        before = self._moments(phase)
+        before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
+        on_all_ranks(lambda: self._write(path, tensors, notes))
+        if world_size() > 1:
+            for version in before:
+                self._file(phase, version).unlink(missing_ok=True)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         partial = path.with_suffix(".partial")
         try:
-            whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(whole, partial, {"notes": json.dumps(notes)})
-            with open(partial, "rb") as stream:
-                os.fsync(stream.fileno())
+            contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(contiguous, partial, {"notes": json.dumps(notes)})
+            sync_to_disk(partial)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -49,32 +54,36 @@ class PhaseStore:
                 f"The state of the run cannot be kept in {self._folder} ({error}); see that it can be written and has "
                 "room, and go on with --resume."
             ) from error
-        if world_size() > 1:
-            barrier()  # all have it; only now may the one before it go
-            for moment in before:
-                self._file(phase, moment).unlink(missing_ok=True)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and notes that were kept of a phase, or None; a tensor is read when it is first used."""
-        common = set.intersection(*map(set, all_gather(self._moments(phase))))
+        """The tensors and notes of a phase's state, or None; a tensor is read from its file when it is first used."""
+        common = set.intersection(*map(set, all_gather(self._versions(phase))))
         if not common:
             return None
         with safe_open(self._file(phase, max(common)), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if os.name == "nt":  # where a file that is mapped into memory can be neither replaced nor deleted
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, json.loads(stored.metadata()["notes"])
 
     def drop(self, phase: str) -> None:
-        """Forget a phase's state, if there is any."""
-        for moment in self._moments(phase):
-            self._file(phase, moment).unlink(missing_ok=True)
+        """Delete a phase's state, if there is any."""
+        for version in self._versions(phase):
+            self._file(phase, version).unlink(missing_ok=True)
 
-    def _moments(self, phase: str) -> list[int]:
-        """Which states of a phase this rank has, by when they were kept; a single process has one at most."""
+    def _versions(self, phase: str) -> list[int]:
+        """The numbers of the states of a phase that this rank has saved; a single process has number 0 at most."""
         if world_size() == 1:
             return [0] if self._file(phase, 0).is_file() else []
         found = self._folder.glob(f"{phase}@*.rank-{rank()}-of-{world_size()}.safetensors")
         return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
 
-    def _file(self, phase: str, moment: int) -> Path:
-        place = f"@{moment}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
-        return self._folder / f"{phase}{place}.safetensors"
+    def _file(self, phase: str, version: int) -> Path:
+        suffix = f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
+        return self._folder / f"{phase}{suffix}.safetensors"
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have the system write a file's contents to the disk before anything else happens to it."""
+    with open(path, "r+b") as stream:  # Windows syncs only files that are open for writing
+        os.fsync(stream.fileno())

@@ -1,7 +1,6 @@
-"""Phases of a run: a progress bar while one runs, and what it cost afterwards."""
+"""Progress bars for the phases of a run, and what each phase cost."""
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,12 +18,12 @@ from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 
 @dataclass
 class Phase:
-    """One phase of a run.
+    """The cost of one phase of a run.
 
     Attributes:
-        name: What was done.
-        examples: Examples passed, each as often as it was passed.
-        tokens: Supervised tokens passed.
+        name: The phase's name.
+        examples: Examples processed, each as often as it was processed.
+        tokens: Supervised tokens processed.
         seconds: Wall time.
         peak_memory_bytes: Peak memory of the phase: allocated on the accelerator if there is one, else the process's
             resident set.
@@ -42,7 +41,7 @@ class PhaseLog:
 
     Args:
         show: Whether to draw progress bars.
-        device: Where the model is: whose memory counts.
+        device: The model's device, whose peak memory is measured.
     """
 
     def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
@@ -54,33 +53,33 @@ class PhaseLog:
     def phase(
         self, name: str, examples: int, earlier: dict[str, Any] | None = None, dealt: bool = True
     ) -> Iterator["Meter"]:
-        """Time a phase over this many examples; its batches go through the meter.
+        """Measure a phase; its batches go through the meter.
 
         Args:
-            name: What is done.
-            examples: How many examples will pass.
-            earlier: What a killed run told of its part of the phase (`Meter.so_far`).
-            dealt: Whether each rank passes examples of its own.
+            name: The phase's name.
+            examples: The number of examples to process.
+            earlier: The cost of the part that a killed run finished (`Meter.so_far`).
+            dealt: Whether each rank processes examples of its own.
         """
         examples = -(-examples // world_size()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)
         _reset_peak_memory(self._device)
-        done = phase.examples % max(examples, 1)  # an earlier round, in vain, may have passed them all
+        done = phase.examples % max(examples, 1)  # an earlier, discarded attempt may have processed them all
         bar = tqdm(total=examples, initial=done, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True)
         with bar:
             yield (meter := Meter(phase, bar, self._device))
         self.phases.append(_of_all_ranks(_phase_from(meter.so_far()), dealt))
 
     def latest(self) -> dict[str, Any]:
-        """The latest phase, as `restore` takes it."""
+        """The latest phase, as an argument for `restore`."""
         return asdict(self.phases[-1])
 
     def restore(self, notes: dict[str, Any]) -> None:
-        """Take over a phase that an earlier, killed run finished."""
+        """Append a phase that an earlier, killed run finished."""
         self.phases.append(_phase_from(notes))
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object a phase, with its supervised tokens per second."""
+        """The phases as JSON objects, each with its supervised tokens per second."""
         return [
             {**asdict(phase), "tokens_per_second": phase.tokens / phase.seconds if phase.seconds else 0.0}
             for phase in self.phases
@@ -88,12 +87,12 @@ class PhaseLog:
 
 
 class Meter:
-    """Counts batches as they pass, and moves the bar.
+    """Counts the batches of a phase, and advances its bar.
 
     Args:
-        phase: What an earlier run has passed already.
+        phase: The cost so far, of the part that an earlier run finished.
         bar: The progress bar.
-        device: Whose memory counts.
+        device: The device whose peak memory is measured.
     """
 
     def __init__(self, phase: Phase, bar: Any, device: torch.device) -> None:
@@ -101,8 +100,8 @@ class Meter:
         self._start = time.perf_counter() - phase.seconds
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass the batches on; each counts once its work is done."""
-        if self._bar.n >= self._bar.total:  # another round, as the last one was in vain
+        """Yield the batches; each is counted once its work is done."""
+        if self._bar.n >= self._bar.total:  # a new attempt: the last one was discarded
             self._bar.reset()
         for batch in batches:
             yield batch
@@ -113,19 +112,19 @@ class Meter:
             self._bar.update(len(batch["example_id"]))
 
     def so_far(self) -> dict[str, Any]:
-        """What has passed and what it cost, the part of an earlier run included."""
+        """The cost of the phase so far, that of an earlier run included."""
         peak = max(self._phase.peak_memory_bytes, peak_memory(self._device))
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 
 
 def say(message: str) -> None:
-    """Tell the user something, once for all ranks, on a line of its own above the bar, if one is drawn."""
+    """Print a message to stderr on rank zero, on a line of its own above the progress bar."""
     if is_rank_zero():
         tqdm.write(f"dualsft: {message}", file=sys.stderr)
 
 
 def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:
-    """What the ranks passed together, and the most memory that one of them took."""
+    """The examples and tokens of all ranks together, and the largest peak memory of a rank."""
     of_ranks = all_gather(phase)
     together = of_ranks if dealt else of_ranks[:1]
     return replace(
@@ -147,20 +146,23 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        with suppress(OSError):  # a container may forbid it; then the peak is the process's so far
+        with suppress(OSError):  # a container may forbid it; then the peak is that of the process so far
             _CLEAR.write_text("5", encoding="ascii")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on an accelerator, or resident on the host, since the phase began.
+    """Peak memory in bytes: allocated on an accelerator, or resident on the host.
 
-    Where the system cannot forget an earlier peak (anything but Linux), since the process began.
+    On an accelerator and on Linux it is the peak since the phase began, on other systems since the process began.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if _STATUS.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if _STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))):
+        return int(found[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -13,7 +13,7 @@ from dualsft.allocators import Budget, ParameterAllocator, ScoredParameters, cou
 from dualsft.errors import UserError, blaming
 from dualsft.selection.mask import StoredMasks, write_masks
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.files import StoredTensors, write_full_tensors
+from dualsft.sharding.files import read_full_tensors, write_full_tensors
 
 _COMPONENTS = 1021
 _SCORES, _MASK = "scores", "mask.safetensors"
@@ -129,7 +129,7 @@ def choose_sharded_parameters(
         UserError: on every rank, if the budget cannot be met, or the allocator violates it.
     """
     write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
-    on_rank_zero(lambda: write_masks(folder / _MASK, choose_parameters(how, StoredTensors(folder, _SCORES))))
+    on_rank_zero(lambda: write_masks(folder / _MASK, choose_parameters(how, read_full_tensors(folder, _SCORES))))
     return StoredMasks(folder / _MASK)
 
 

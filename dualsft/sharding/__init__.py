@@ -1,4 +1,7 @@
-"""Models whose weights, gradients and moments lie in shards on many ranks (FSDP2)."""
+"""Sharding weights, gradients, moments and scores over many ranks with FSDP2; all use of torch.distributed is here.
+
+In: a model folder and a mesh of ranks. Out: a sharded model, collectives, and files of full tensors.
+"""
 
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded, shard_model

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell one another; a single process has nobody to ask, and every answer is its own."""
+"""Collectives between the ranks of a job; in a single process each returns its own argument."""
 
 import os
 from collections.abc import Callable
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Which of the job's processes this is."""
+    """The number of this process in the job, from 0."""
     return distributed.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes the job has."""
+    """The number of processes in the job."""
     return distributed.get_world_size() if _is_distributed() else 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the job's first process; before they have joined, as the launcher's environment tells."""
+    """Whether this is the job's first process; before the process group exists, the launcher's variables decide."""
     if _is_distributed():
         return rank() == 0
-    if (told := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
-        return told == "0"
+    if (variable := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
+        return variable == "0"
     return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
@@ -35,18 +35,18 @@ def all_reduce_max(value: int) -> int:
     """The largest of the ranks' numbers."""
     if not _is_distributed():
         return value
-    shared = torch.tensor(value)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return int(shared)
+    tensor = torch.tensor(value)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return int(tensor)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Whether the flag is set on any rank."""
     return bool(all_reduce_max(int(flag)))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The ranks' numbers added up, entry by entry."""
+    """The elementwise sum over the ranks."""
     if _is_distributed():
         values = values.clone()
         distributed.all_reduce(values)
@@ -54,45 +54,56 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_gather(value: T) -> list[T]:
-    """What each rank has, in their order."""
+    """The values of all ranks, in the order of ranks."""
     if not _is_distributed():
         return [value]
-    found: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found  # type: ignore[return-value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
-    """What an action gives on the first rank, which alone does it, told to all.
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Run an action on every rank and return this rank's result; if it fails on any rank, every rank raises.
 
     Raises:
-        UserError: on every rank, if the action fails.
+        UserError: with the message of the first rank that failed, on every rank where the action did not fail with
+            another exception.
     """
     if not _is_distributed():
         return action()
-    told: list[Any] = [None, None]
+    result: Any = None
     failure: Exception | None = None
-    if rank() == 0:
-        try:
-            told[0] = action()
-        except Exception as error:
-            failure, told[1] = error, str(error) or type(error).__name__
-    distributed.broadcast_object_list(told)
-    if failure is not None:
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    messages = all_gather(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None and not isinstance(failure, UserError):
         raise failure
-    if told[1] is not None:
-        raise UserError(told[1])
-    result: T = told[0]
+    if failed := [message for message in messages if message is not None]:
+        raise UserError(failed[0]) from failure
     return result
 
 
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run an action on rank zero alone and return its result on every rank.
+
+    Raises:
+        UserError: on every other rank, if the action fails; rank zero raises the exception itself.
+    """
+    result = [on_all_ranks(lambda: action() if rank() == 0 else None)]
+    if _is_distributed():
+        distributed.broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]
+
+
 def rank_slice() -> slice:
-    """Which of a list's entries are this rank's, if they are dealt out one by one."""
+    """The slice of a list that takes this rank's entries: one in `world_size`, from `rank` on."""
     return slice(rank(), None, world_size())
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     all_reduce_max(0)
 
 

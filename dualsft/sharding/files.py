@@ -1,75 +1,124 @@
-"""Whole tensors in safetensors files that all ranks write at once, in the layout of Hugging Face's sharded checkpoints.
+"""Safetensors files of full tensors, which all ranks write together and any number of ranks can read.
 
-Each tensor lies whole in one file, so that one process, or any other number of ranks, can read them.
+Each file is one rank's to write. The ranks gather the tensors of all files one by one, and each keeps those of its own
+files. Then they write at the same time.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, rank, world_size
+from dualsft.errors import UserError
+from dualsft.models.lazy import LazyTensors
+from dualsft.models.tensor_file import TensorSpec, write_tensors
+from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank, world_size
+from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
 from dualsft.sharding.shards import full_tensor
 
-_LARGEST_FILE = 5 * 10**9
-"""Bytes, as `huggingface_hub` has it."""
+METADATA = {"format": "pt"}
+
+_MAX_FILE = 5 * 10**9
+"""Bytes, the default of `huggingface_hub`."""
+
+_CACHED = 2  # the two stacks of a layer's experts, whose slices alternate in a model's file
 
 
-def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
-    """Write tensors of which each rank has its shard; all ranks take part, and each writes about as much.
+def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Full tensors that are gathered to the host when they are read; every rank must read them, in the same order.
 
     Args:
         shards: Name -> this rank's shard, of any type.
         like: Name -> the parameter that is sharded in the same way.
-        folder: A folder that the ranks share.
-        stem: The files are ``STEM-0000N-of-0000M.safetensors``, with an index if there are several.
     """
-    shapes = {n: torch.empty(like[n].shape, dtype=t.dtype, device="meta") for n, t in sorted(shards.items())}
-    size = sum(t.nbytes for t in shapes.values())
-    each = min(_LARGEST_FILE, -(-size // world_size()))
-    plan = split_torch_state_dict_into_shards(
-        shapes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max(each, 1)
-    )
-    own: dict[str, dict[str, Tensor]] = {}
-    for k, (file, names) in enumerate(plan.filename_to_tensors.items()):
-        for name in names:
-            tensor = full_tensor(shards[name], like[name])
-            if k % world_size() == rank():
-                own.setdefault(file, {})[name] = tensor.cpu().contiguous()
-            del tensor
-    for file, held in own.items():  # all ranks at once
-        save_file(held, folder / file, {"format": "pt"})
-    if plan.is_sharded and rank() == 0:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    barrier()
+
+    @lru_cache(maxsize=_CACHED)
+    def gather(name: str) -> Tensor:
+        return full_tensor(shards[name], like[name]).cpu()
+
+    def read(name: str, rows: Rows) -> Tensor:
+        return gather(name)[rows]
+
+    meta = {n: torch.empty(like[n].shape, dtype=shard.dtype, device="meta") for n, shard in shards.items()}
+    return {n: LazyTensor(meta[n], partial(read, n), "meta") for n in shards}
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of such files, each read when it is asked for.
+def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
+    """Write files of lazy tensors; every rank calls this, and rank r writes every file k with k ≡ r mod world size.
 
     Args:
-        folder: Where they lie.
-        stem: How their names begin.
+        folder: The folder, which the ranks share.
+        files: Name, tensors and metadata of each file; the same on every rank.
+
+    Raises:
+        UserError: on every rank, if one cannot write.
     """
+    own: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
+    for k, (file, lazy, metadata) in enumerate(files):
+        tensors = {}
+        for name in sorted(lazy):
+            tensor = rows_of(lazy[name], ...)
+            if k % world_size() == rank():
+                tensors[name] = tensor
+        if tensors:
+            own[file] = tensors, metadata
 
-    def __init__(self, folder: Path, stem: str) -> None:
-        self._files = {}
-        for path in sorted(folder.glob(f"{stem}*.safetensors")):
-            stored = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(stored.keys(), stored))
+    def write() -> None:
+        with writing_to(folder):
+            for file, (tensors, metadata) in own.items():
+                specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+                write_tensors(folder / file, specs, tensors.__getitem__, metadata)
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+    on_all_ranks(write)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._files))
 
-    def __len__(self) -> int:
-        return len(self._files)
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn errors of writing files into a sentence.
+
+    Raises:
+        UserError: naming the folder, if a file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); see that it has room.") from error
+
+
+def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+    """Write sharded tensors in the layout of Hugging Face's sharded checkpoints; each rank writes about as much.
+
+    Args:
+        shards: Name -> this rank's shard, of any type.
+        like: Name -> the parameter that is sharded in the same way.
+        folder: The folder, which the ranks share.
+        stem: The files are ``STEM-0000N-of-0000M.safetensors``, with an index if there are several.
+
+    Raises:
+        UserError: on every rank, if one cannot write.
+    """
+    lazy = lazy_full_tensors(dict(sorted(shards.items())), like)
+    per_rank = -(-sum(tensor.nbytes for tensor in lazy.values()) // world_size())
+    plan = split_torch_state_dict_into_shards(
+        lazy, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max(1, min(_MAX_FILE, per_rank))
+    )
+    contents = plan.filename_to_tensors
+    write_files(folder, ((file, {name: lazy[name] for name in contents[file]}, METADATA) for file in contents))
+    if plan.is_sharded:
+        index = json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2)
+        on_rank_zero(lambda: (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8"))
+
+
+def read_full_tensors(folder: Path, stem: str) -> Mapping[str, Tensor]:
+    """The tensors that `write_full_tensors` wrote, by name; each is read from its file when it is asked for."""
+    files = {}
+    for path in folder.glob(f"{stem}*.safetensors"):
+        stored = safe_open(path, framework="pt")
+        files.update(dict.fromkeys(stored.keys(), stored))
+    return LazyTensors(sorted(files), lambda name: files[name].get_tensor(name))

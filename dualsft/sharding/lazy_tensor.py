@@ -1,7 +1,7 @@
-"""Tensors that are not there yet: how to make them, or some rows of them, from others that are not.
+"""Lazy tensors: they record the operations applied to them, and compute rows of the result when these are read.
 
-A library works with them as with any tensors. What it does is noted down, and done when a tensor is read, to the rows
-that are asked for. Casts and stacks need no other rows; for anything else whole tensors are made, one at a time.
+A library works with them as with any tensors. Casts and stacks compute only the rows that are read; any other operation
+reads its arguments in full, one at a time.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Rows = slice | EllipsisType
-"""Some rows (of dimension 0), or all there is."""
+"""Rows (of dimension 0) of a tensor, or ``...`` for the full tensor."""
 
 
 class LazyTensor(Tensor):
-    """A tensor that is not there yet.
+    """A tensor without memory, which is computed when it is read.
 
     Args:
-        like: One on the meta device, of its size and type.
-        read: Makes it, or some rows of it.
-        device: Where it says it is: on the host, or on the meta device to whoever is to know that it is not there.
+        like: A tensor on the meta device, of the same shape and type.
+        read: Computes the full tensor, or some rows of it.
+        device: The device it reports: the host, or the meta device for a library that skips tensors without memory.
     """
 
     read: Callable[[Rows], Tensor]
@@ -31,12 +31,12 @@ class LazyTensor(Tensor):
     get_dtype: Callable[[], str]
 
     @staticmethod
-    def __new__(cls, like: Tensor, read: Callable[[Rows], Tensor], device: str = "cpu") -> "Described":
-        """A tensor without memory."""
-        kind: Any = {"dtype": like.dtype, "device": torch.device(device), "storage_size": like.numel() * like.itemsize}
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), **kind)
-        made.read = read
-        return made
+    def __new__(cls, like: Tensor, read: Callable[[Rows], Tensor], device: str = "cpu") -> "LazyTensor":
+        """Wrap the shape and type of the meta tensor."""
+        options: Any = {"dtype": like.dtype, "device": torch.device(device), "storage_size": like.nbytes}
+        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), **options)
+        wrapper.read = read
+        return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -44,7 +44,7 @@ class LazyTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Notes down what is done to it, unless the answer is not a tensor."""
+        """Record an operation that returns tensors; compute any other at once."""
         kwargs = kwargs or {}
         if function._schema.is_mutable:
             raise NotImplementedError(f"its weights are changed in place ({function})")
@@ -59,7 +59,7 @@ class LazyTensor(Tensor):
 
 
 def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
-    """Rows of a tensor that may be one of these."""
+    """Rows of a tensor, lazy or not."""
     return tensor.read(rows) if isinstance(tensor, LazyTensor) else tensor[rows]
 
 
@@ -76,7 +76,7 @@ _ELEMENTWISE = {_aten.alias.default, _aten.clone.default, _aten.detach.default, 
 
 
 def _result(function: Any, args: Any, kwargs: Any, rows: Rows) -> Tensor:
-    """Rows of what a function gives, from no more rows of its arguments than it takes."""
+    """Rows of a function's result, from as few rows of its arguments as it needs."""
     result: Tensor
     if function in _ELEMENTWISE:
         result = function(args[0].read(rows), *args[1:], **kwargs)
@@ -91,6 +91,6 @@ def _result(function: Any, args: Any, kwargs: Any, rows: Rows) -> Tensor:
 
 
 def _part(function: Any, args: Any, kwargs: Any, index: int, rows: Rows) -> Tensor:
-    """Rows of one of the several results of a function."""
+    """Rows of one of a function's several results."""
     result: Tensor = function(*_read(args), **_read(kwargs))[index][rows]
     return result

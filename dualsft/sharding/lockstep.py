@@ -1,9 +1,10 @@
-"""Calls of a sharded model, which every rank makes at the same time.
+"""Lockstep: all ranks call a sharded model at the same time, with the same kind of call.
 
-A unit of a sharded model is whole only while all ranks take part in its forward or backward. Their work differs: they
-have other batches, more or fewer of them, and what is not finite is looked at again. So each rank, before it calls the
-model, says what kind of call it wants; the rarest kind that any rank wants is due, and the others stand in with a call
-of that kind over an example of no weight. A rank without work stands in until all have finished.
+A unit of a sharded model is gathered only while all ranks take part in its forward or backward. The ranks' work
+differs: they have other batches, more or fewer of them, and re-examine batches that are not finite. So before each call
+of the model every rank states what kind of call it wants. The largest kind that any rank wants is made next, and ranks
+that want another make a dummy call of that kind, over an example of weight zero. A rank that has run out of work makes
+dummy calls until all ranks have.
 """
 
 from collections.abc import Callable
@@ -13,25 +14,25 @@ from dualsft.sharding.collectives import all_reduce_max, world_size
 
 
 class CallKind(IntEnum):
-    """What a call is for; a larger one goes first."""
+    """What a call is for; a larger kind takes precedence."""
 
     NOTHING = 0
     STEP = 1
-    """Forward and, if every rank's is sound, backward: gradients are added up."""
+    """Forward and, if it is finite on every rank, backward; gradients are added over the ranks."""
     PROBE = 2
-    """Forward and backward of single examples: each rank looks at its own gradients, and none is added up."""
+    """Forward and backward of single examples: each rank inspects its own gradients, and none are added."""
     EVALUATION = 3
     """Forward without gradients."""
 
 
-def wait_for_turn(kind: CallKind, stand_in: Callable[[CallKind], None]) -> None:
-    """Return when calls of this kind are due, on all ranks that have one to make.
+def wait_for_turn(kind: CallKind, dummy_call: Callable[[CallKind], None]) -> None:
+    """Make dummy calls until the next call on all ranks is of this kind.
 
     Args:
-        kind: What the next call is for; ``NOTHING`` waits until no rank has a call left to make.
-        stand_in: Makes a call of a kind over an example of no weight.
+        kind: What this rank's next call is for; ``NOTHING`` waits until no rank has a call left to make.
+        dummy_call: Makes a call of the given kind over an example of weight zero.
     """
     if world_size() == 1:
         return
-    while (due := CallKind(all_reduce_max(kind))) != kind:
-        stand_in(due)
+    while (next_kind := CallKind(all_reduce_max(kind))) != kind:
+        dummy_call(next_kind)

@@ -1,167 +1,82 @@
-"""Writing what is in shards: a model's files, as `save_pretrained` writes them of one in one piece, and others.
+"""Saving a sharded model: the files that `save_pretrained` writes of the unsharded model, byte for byte.
 
-The library decides what goes into which file and under which name, with tensors that are not there
-(`dualsft.sharding.lazy_tensor`). For each file the ranks make the weights whole that it is made of.
+The library plans which tensors go into which file and under which name, with lazy tensors
+(`dualsft.sharding.lazy_tensor`). The ranks write the files together (`dualsft.sharding.files`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from unittest import mock
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 
-from dualsft.errors import UserError
-from dualsft.models.tensor_file import TensorSpec, write_tensors
-from dualsft.sharding.collectives import all_gather, on_rank_zero, rank, world_size
-from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
+from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
+from dualsft.sharding.collectives import on_all_ranks, rank, world_size
+from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files, writing_to
 from dualsft.sharding.shards import full_tensor, local_shard
 
-_LARGEST_FILE, _WORTH_DIVIDING = 50 * 10**9, 10**9
-"""Bytes: the largest file, as `save_pretrained` has it, and a model of how many is divided between ranks."""
-
-_KEPT = 2  # two stacks of a layer's experts, whose parts lie side by side in a file
+_MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
+"""Bytes: the largest file, as in `save_pretrained`, and the smallest that a model is divided into between ranks."""
 
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
     """Write a sharded model as a Hugging Face folder; every rank calls this, and each writes about as much.
 
     Args:
-        model: No rank holds more of the whole at a time than the files that it writes.
-        folder: Where to.
+        model: The model; a rank holds no more of it at a time than the files that it writes.
+        folder: The folder, which the ranks share.
+
+    Raises:
+        UserError: on every rank, if one cannot write.
     """
-    like = dict(model.named_parameters())
+    files: list[tuple[str, Mapping[str, Tensor], Mapping[str, str]]] = []
 
-    @lru_cache(maxsize=_KEPT)
-    def make_whole(name: str) -> Tensor:
-        return full_tensor(local_shard(like[name].detach()), like[name]).cpu()
+    def plan_file(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
+        files.append((Path(path).name, tensors, metadata or {}))
 
-    files = _Files(folder)
-    with TemporaryDirectory() as elsewhere, files.taking(), _saving_on_every_rank(model):
-        # all ranks plan the same files, and make weights whole together; what goes with them the first one writes
-        target = folder if rank() == 0 else elsewhere
-        size = sum(p.numel() * p.element_size() for p in like.values())
-        each = min(_LARGEST_FILE, max(_WORTH_DIVIDING, -(-size // world_size())))
-        model.save_pretrained(target, state_dict=_described(model, make_whole), max_shard_size=each)
-    files.write()
-
-
-@contextmanager
-def _saving_on_every_rank(model: Any) -> Iterator[None]:
-    """Newer releases of `transformers` save on the first rank alone, unless asked not to."""
-    model.should_save_on_this_rank = lambda is_main_process: True
-    try:
-        yield
-    finally:
-        del model.should_save_on_this_rank
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    per_file = min(_MAX_FILE, max(_MIN_FILE, -(-size // world_size())))
+    # newer releases of the library save on rank zero alone
+    on_every_rank = mock.patch.object(model, "should_save_on_this_rank", return_value=True, create=True)
+    with TemporaryDirectory() as unused, on_every_rank, mock.patch.object(modeling_utils, "safe_save_file", plan_file):
+        # every rank plans the same files; rank zero alone writes the configuration beside them
+        target = folder if rank() == 0 else unused
+        model.save_pretrained(target, state_dict=_lazy_state(model), max_shard_size=per_file)
+    write_files(folder, files)
 
 
-class _Files:
-    """The files of a model as the library plans them, of which each rank takes its own.
-
-    Args:
-        folder: Where they belong.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._own: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
-        self._count = 0
-
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        """Whatever `transformers` saves comes here."""
-        module: Any = modeling_utils
-        module.safe_save_file, usual = self._take, module.safe_save_file
-        try:
-            yield
-        finally:
-            module.safe_save_file = usual
-
-    def _take(self, tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
-        mine = self._count % world_size() == rank()
-        self._count += 1
-        kept = {}
-        for name in sorted(tensors):
-            tensor = rows_of(tensors[name], ...)
-            if mine:
-                kept[name] = tensor
-        if mine:
-            self._own[Path(path).name] = kept, metadata or {}
-
-    def write(self) -> None:
-        """Write this rank's files, while the others write theirs.
-
-        Raises:
-            UserError: on every rank, if one cannot.
-        """
-        message = ""
-        try:
-            for name, (tensors, metadata) in self._own.items():
-                specs = {n: TensorSpec(tensor.dtype, tuple(tensor.shape)) for n, tensor in tensors.items()}
-                write_tensors(self._folder / name, specs, tensors.__getitem__, metadata)
-        except OSError as error:
-            message = f"{self._folder} cannot be written ({error.strerror}); see that it has room."
-        if failed := [told for told in all_gather(message) if told]:
-            raise UserError(failed[0])
+def _lazy_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's state dict with lazy full parameters, tied weights once."""
+    parameters = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    shards = {name: local_shard(parameter.detach()) for name, parameter in parameters.items()}
+    lazy = lazy_full_tensors(shards, parameters)
+    return {name: lazy.get(name, value) for name, value in model.state_dict().items() if name not in tied}
 
 
 def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of which each rank has its shard into one safetensors file; every rank calls this.
+    """Write sharded tensors into one safetensors file; every rank calls this, and memory holds one full tensor.
 
     Args:
         shards: Name -> this rank's shard.
         like: Name -> the parameter that is sharded in the same way.
-        path: Where to.
+        path: The file.
+
+    Raises:
+        UserError: on every rank, if rank zero cannot write.
     """
     specs = {name: TensorSpec(shard.dtype, tuple(like[name].shape)) for name, shard in shards.items()}
-    _with_wholes(shards, like, lambda ask: write_tensors(path, specs, ask, {"format": "pt"}))
+    gathered = (full_tensor(shards[name], like[name]) for name in file_order(specs))
 
-
-def _with_wholes(
-    shards: Mapping[str, Tensor], like: Mapping[str, Tensor], action: Callable[[Callable[[str], Tensor]], None]
-) -> None:
-    """Do something on the first rank, which may ask for tensors by name; the others help to make them whole."""
-
-    @lru_cache(maxsize=_KEPT)
-    def ask(name: str) -> Tensor:
-        _tell(name)
-        return full_tensor(shards[name], like[name]).cpu()
-
-    def act() -> None:
+    def write() -> None:
         try:
-            action(ask)
-        finally:
-            _tell(None)
+            if rank() == 0:
+                with writing_to(path.parent):
+                    write_tensors(path, specs, lambda _: next(gathered), METADATA)
+        finally:  # the other ranks take part, and so does rank zero if the file cannot be written
+            for _ in gathered:
+                pass
 
-    if rank():
-        while (name := _tell(None)) is not None:
-            full_tensor(shards[name], like[name])
-    on_rank_zero(act)
-
-
-def _tell(name: str | None) -> str | None:
-    """What the first rank tells."""
-    told = [name]
-    if world_size() > 1:
-        distributed.broadcast_object_list(told)
-    return told[0]
-
-
-def _described(model: PreTrainedModel, ask: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The model's state, tied weights once, with weights that are asked for when they are read."""
-    parameters = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
-    for name in state.keys() & parameters.keys():
-        like = torch.empty(parameters[name].shape, dtype=parameters[name].dtype, device="meta")
-        state[name] = LazyTensor(like, partial(_read, ask, name), "meta")
-    return state
-
-
-def _read(ask: Callable[[str], Tensor], name: str, rows: Rows) -> Tensor:
-    return ask(name)[rows]
+    on_all_ranks(write)

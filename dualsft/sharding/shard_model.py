@@ -1,10 +1,9 @@
-"""A model in shards: every rank holds the rows [first, first + len) of dimension 0 of each parameter (FSDP2).
+"""Sharding a model with FSDP2: every rank holds the rows [first, first + len) of dimension 0 of each parameter.
 
-A unit is gathered for its forward and its backward pass. Then the ranks' gradients of its parameters are added,
+A unit is a transformer block, or everything outside the blocks. It is all-gathered for its forward and for its backward
+pass. Then the ranks' gradients of its parameters are added and scattered,
 
-    g = Σ_ranks g_rank    (a sum, not a mean; in float32 at least),
-
-and each rank keeps the rows that are its own. A unit is a transformer block, or all that is in no block.
+    g = Σ_ranks g_rank    (a sum, not a mean; in float32 at least).
 """
 
 from collections import Counter
@@ -23,15 +22,15 @@ from dualsft.errors import UserError
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> None:
-    """Leave each rank its rows of every parameter, which become DTensors; buffers stay whole.
+    """Turn every parameter into a `DTensor` of which each rank holds its rows; buffers are not sharded.
 
-    Gradients of any backward pass are summed over the ranks. Tied weights stay tied. Weights of another type than
-    those around them, as routers in float32 are, make units of their own.
+    Gradients of any backward pass are summed over the ranks. Tied weights stay tied. Modules whose weights have another
+    type than the modules around them, such as routers in float32, become units of their own.
 
     Args:
         model: Modified in place; on the meta device too.
         mesh: All ranks along one axis; the model computes on its devices.
-        cpu_offload: Keep shards and their gradients on the host.
+        cpu_offload: Store shards and their gradients on the host.
 
     Raises:
         UserError: if one module owns weights of several types.
@@ -39,21 +38,21 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     for module, dtype in [*_units(model)]:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
-        # asked for by name, the outermost unit too: else its parameters are whole between forward and backward passes,
-        # and what then sets them, their gradients or what is frozen reaches no shard
+        # explicitly, for the root unit too: by default its parameters stay gathered between forward and backward, and
+        # whatever is then assigned to them, their gradients or `requires_grad` does not reach the shards
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply, not even by one
-    _agree_on_gradients(model)
+    _fill_in_missing_gradients(model)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are in shards, be it a single one."""
+    """Whether a model's parameters are sharded, be it over a single rank."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _units(model: nn.Module) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """Units and their types, inner ones first: blocks, and the whole for what is left."""
+    """Units and their types, inner ones first: the blocks, then the model for what is outside them."""
     blocks = _blocks(model)
     for block in blocks:
         yield from _split_by_type(block, None, set())
@@ -61,7 +60,7 @@ def _units(model: nn.Module) -> Iterator[tuple[nn.Module, torch.dtype]]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated layers: its largest list of modules, but for those that share weights with others."""
+    """The model's layers: the entries of its largest module list that share no weights with the rest of the model."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=())
     uses = _uses(model)
@@ -73,20 +72,20 @@ def _uses(module: nn.Module) -> Counter[int]:
 
 
 def _split_by_type(
-    module: nn.Module, around: torch.dtype | None, done: set[nn.Module]
+    module: nn.Module, outer: torch.dtype | None, done: set[nn.Module]
 ) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The units in a module: FSDP2 adds gradients of one type at a time."""
+    """The units in a module; each has one type, as FSDP2 reduces the gradients of a unit in one type."""
     types = {parameter.dtype for parameter in module.parameters(recurse=False)}
     if len(types) > 1:
         raise UserError(
             f"{type(module).__name__} owns weights of the types {', '.join(sorted(map(str, types)))}, which cannot be "
             "sharded together; load the model in float32."
         )
-    dtype = types.pop() if types else around or _main_type(module)
+    dtype = types.pop() if types else outer or _main_type(module)
     for child in module.children():
         if child not in done:
             yield from _split_by_type(child, dtype, done)
-    if dtype != around:
+    if dtype != outer:
         yield module, dtype
 
 
@@ -98,43 +97,43 @@ def _main_type(module: nn.Module) -> torch.dtype:
 
 
 Owned = list[tuple[nn.Module, str]]
-"""Modules and the names of parameters of theirs, which change objects as they are gathered and let go."""
+"""Modules and names of their parameters; the parameter objects change as a unit is gathered and resharded."""
 
 
-def _agree_on_gradients(model: nn.Module) -> None:
-    """Have a unit's trainable parameters all have a gradient, if only zero, before ranks add them up.
+def _fill_in_missing_gradients(model: nn.Module) -> None:
+    """Give every trainable parameter of a unit a gradient, if only zero, before the ranks reduce them.
 
-    A rank sends only the gradients that it has: where another has more, as from an expert that only some ranks used,
-    they would add up what does not belong together.
+    FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, as of an expert that
+    only some ranks used, gradients of different parameters would be added.
     """
-    units = {module: [*_owned(module)] for module in model.modules() if isinstance(module, FSDPModule)}
-    everything = [pair for owned in units.values() for pair in owned]
-    # before FSDP's own, which asks autograd to call it back in the end, for the units that no input's gradient ended;
-    # and behind `_without_views`, whose copy of the output is what FSDP's own then looks at
-    model.register_forward_hook(partial(_complete_in_the_end, everything), prepend=True)
+    units = {module: [*_owned_parameters(module)] for module in model.modules() if isinstance(module, FSDPModule)}
+    all_owned = [pair for owned in units.values() for pair in owned]
+    # before FSDP's own hook, which queues a callback at the end of backward for the units whose inputs got no gradient;
+    # and after `_without_views`, so that FSDP's hook sees the copy of the output
+    model.register_forward_hook(partial(_fill_in_at_end, all_owned), prepend=True)
     for unit, owned in units.items():
-        # behind FSDP's own, which marks the inputs whose gradient ends the unit's backward pass
-        unit.register_forward_pre_hook(partial(_complete_at_the_inputs, owned), with_kwargs=True)
-        unit.register_forward_pre_hook(partial(_notice_thawing, owned, []), prepend=True)
+        # after FSDP's own hook, which marks the inputs whose gradients end the unit's backward pass
+        unit.register_forward_pre_hook(partial(_fill_in_at_inputs, owned), with_kwargs=True)
+        unit.register_forward_pre_hook(partial(_unshard_if_unfrozen, owned, []), prepend=True)
         unit.register_forward_hook(_without_views, prepend=True)
 
 
-def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _owned_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for name, _ in module.named_parameters(recurse=False):
         yield module, name
     for child in module.children():
         if not isinstance(child, FSDPModule):
-            yield from _owned(child)
+            yield from _owned_parameters(child)
 
 
-def _complete_at_the_inputs(owned: Owned, _: nn.Module, args: Any, kwargs: Any) -> None:
+def _fill_in_at_inputs(owned: Owned, _: nn.Module, args: Any, kwargs: Any) -> None:
     for tensor in _differentiable((args, kwargs)):
-        tensor.register_hook(lambda _: _complete(owned))
+        tensor.register_hook(lambda _: _fill_in_gradients(owned))
 
 
-def _complete_in_the_end(owned: Owned, _: nn.Module, args: Any, output: Any) -> None:
+def _fill_in_at_end(owned: Owned, _: nn.Module, args: Any, output: Any) -> None:
     for tensor in _differentiable(output):
-        tensor.register_hook(lambda _: _call_back(partial(_complete, owned)))
+        tensor.register_hook(lambda _: _queue_callback(partial(_fill_in_gradients, owned)))
 
 
 def _differentiable(tree: Any) -> list[Tensor]:
@@ -143,8 +142,8 @@ def _differentiable(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def _notice_thawing(owned: Owned, was_trainable: list[bool], unit: Any, _: Any) -> None:
-    """FSDP takes the type of the sum from what is trainable, which it looks at in the first pass or when told to."""
+def _unshard_if_unfrozen(owned: Owned, was_trainable: list[bool], unit: Any, _: Any) -> None:
+    """Have FSDP look again for the reduction's type, which it takes from the trainable weights it saw last."""
     trainable = any(module.get_parameter(name).requires_grad for module, name in owned)
     if was_trainable == [False] and trainable:
         unit.unshard()
@@ -152,18 +151,18 @@ def _notice_thawing(owned: Owned, was_trainable: list[bool], unit: Any, _: Any) 
 
 
 def _without_views(_: nn.Module, args: Any, output: Any) -> Any:
-    """Outputs that are no views of others: FSDP has no notice of a gradient once such a view is modified in place."""
+    """Clone outputs that are views: FSDP's gradient hook on a view is lost once the view is modified in place."""
     if all(tensor._base is None for tensor in _differentiable(output)):
         return output
     return tree_map_only(Tensor, lambda tensor: tensor if tensor._base is None else tensor.clone(), output)
 
 
-def _call_back(function: Any) -> None:
+def _queue_callback(function: Any) -> None:
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)
 
 
-def _complete(owned: Owned) -> None:
+def _fill_in_gradients(owned: Owned) -> None:
     for module, name in owned:
         parameter = module.get_parameter(name)
         gathered = not isinstance(parameter, DTensor)

@@ -1,9 +1,10 @@
-"""A rank's shard of a tensor, and the whole: FSDP2 deals out a parameter's rows (`DTensor`, placement ``Shard(0)``).
+"""Local shards and full tensors: FSDP2 splits the rows of a parameter over the ranks (`DTensor`, ``Shard(0)``).
 
-A shard is contiguous in the row-major order of the whole tensor. With fewer rows than ranks some shards are empty.
+A local shard is contiguous in the row-major order of the full tensor. With fewer rows than ranks some shards are empty.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor in shards, in the same memory; a plain tensor itself.
+    """This rank's rows of a sharded tensor, in the same memory; a plain tensor itself.
 
     With gradients enabled it is part of the graph, as any view: detach a parameter first to modify it.
     """
@@ -19,15 +20,15 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is in shards (a `DTensor`), of which this rank has one."""
+    """Whether a tensor is sharded (a `DTensor`)."""
     return isinstance(tensor, DTensor)
 
 
 def first_row(tensor: Tensor) -> int:
-    """The index, along dimension 0 of the whole tensor, of this rank's first row; its length if the rank has none.
+    """The index, along dimension 0 of the full tensor, of this rank's first row; the number of rows if it has none.
 
     Raises:
-        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
+        ValueError: if the tensor is sharded along anything but dimension 0 and one mesh axis.
     """
     if not isinstance(tensor, DTensor):
         return 0
@@ -38,57 +39,65 @@ def first_row(tensor: Tensor) -> int:
 
 
 def shard_offset(tensor: Tensor) -> int:
-    """The flat index, in the whole tensor, of this rank's first entry: its rows are contiguous in row-major order.
+    """The flat index, in the row-major full tensor, of this rank's first entry.
 
     Raises:
-        ValueError: if it is in shards along anything but dimension 0 and one axis of ranks.
+        ValueError: if the tensor is sharded along anything but dimension 0 and one mesh axis.
     """
     return first_row(tensor) * math.prod(tensor.shape[1:])
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Where the model computes, which may be elsewhere than its shards are kept."""
+    """The device that a model computes on; its shards may be stored elsewhere."""
     parameter = next(model.parameters())
-    return _device(parameter) if isinstance(parameter, DTensor) else parameter.device
+    return _mesh_device(parameter) if isinstance(parameter, DTensor) else parameter.device
 
 
-def _device(sharded: DTensor) -> torch.device:
+def _mesh_device(sharded: DTensor) -> torch.device:
     kind = sharded.device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-@torch.no_grad()
-def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose shards the ranks have, where the model computes; every rank must ask at once.
+def from_local(shard: Tensor, like: Any) -> DTensor:
+    """The sharded tensor of which this rank has a shard.
 
     Args:
-        shard: This rank's, of any type.
-        like: The parameter that is sharded in the same way; if it is not sharded, the shard is the whole.
+        shard: This rank's shard, of any type, on any device.
+        like: A `DTensor` that is sharded in the same way.
+    """
+    layout = {"device_mesh": like.device_mesh, "placements": like.placements, "run_check": False}
+    return DTensor.from_local(shard, **layout, shape=like.shape, stride=like.stride())
+
+
+@torch.no_grad()
+def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
+    """The full tensor, all-gathered on the device that the model computes on; every rank must call this at once.
+
+    Args:
+        shard: This rank's shard, of any type.
+        like: The parameter that is sharded in the same way; if it is not sharded, the shard is the full tensor.
     """
     if not isinstance(like, DTensor):
         return shard
-    spread = DTensor.from_local(
-        shard.to(_device(like)),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return spread.full_tensor()
+    return from_local(shard.to(_mesh_device(like)), like).full_tensor()
 
 
 def shard_copy(tensor: Tensor, like: Tensor) -> Tensor:
-    """The same where the shards are kept, in memory of its own, if the tensor is more than that."""
+    """A copy of this rank's shard of a full tensor, where the model's shards are stored.
+
+    Args:
+        tensor: The full tensor.
+        like: The parameter that is sharded in the same way; if it is not sharded, the tensor itself is returned.
+    """
     return shard_of(tensor, like).to(like.device, copy=True) if isinstance(like, DTensor) else tensor
 
 
 def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor, sharing its memory.
+    """This rank's shard of a full tensor, in the same memory.
 
     Args:
-        tensor: The whole, which every rank has.
-        like: The parameter that is sharded in the same way; if it is not sharded, the whole is the shard.
+        tensor: The full tensor, which every rank has.
+        like: The parameter that is sharded in the same way; if it is not sharded, the full tensor is the shard.
     """
     if not isinstance(like, DTensor):
         return tensor

@@ -1,11 +1,11 @@
 """``--trainer.strategy fsdp2``: Lightning's ModelParallelStrategy with all ranks in one data-parallel group.
 
-Checkpoints are those of one process, a file with whole tensors, so that a run can go on on another number of ranks.
-What is trained are vectors in pieces (`dualsft.sharding.vectors`): the module's state dict joins them and takes them
-apart, and here the same is done for what the optimizers keep for each of them.
+Checkpoints are those of a single process, one file with full tensors, so that a run can resume on another number of
+ranks. The trained parameters are vectors split over the ranks (`dualsft.sharding.vectors`). The module's state dict
+gathers and splits them, and the strategy does the same for the optimizers' state of each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from dualsft.sharding.vectors import gather_vectors, split_vectors
 
 
 class FSDP2(ModelParallelStrategy):
-    """Each rank holds its shard of every weight, of all that is kept for each weight, and works on its own examples.
+    """Shards every weight, with its gradient and optimizer state, over the ranks; each rank has its own examples.
 
-    Every rank is given all batches, in the order of one process, and takes its examples of each by itself.
+    The data loader gives all batches to every rank, in the order of a single process, and each takes its rows of them.
 
     Args:
-        cpu_offload: Keep the shards on the host, and bring a block to the accelerator while it is at work.
-        timeout: How long a rank waits for the others before it gives up.
+        cpu_offload: Store the shards on the host, and move a block to the accelerator while it computes.
+        timeout: How long a rank waits for the others before it fails.
     """
 
     def __init__(self, cpu_offload: bool = False, timeout: timedelta | None = default_pg_timeout) -> None:
@@ -38,109 +38,95 @@ class FSDP2(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Join the group of all ranks, once."""
+        """Create the process group of all ranks, once."""
         if self._device_mesh is None:
             self._data_parallel_size = self.num_nodes * self.num_processes
             super().setup_environment()
         module = self.lightning_module
         assert module is not None
         module._device_mesh = self._device_mesh
-        # Lightning would deal out batches between ranks
+        # otherwise Lightning would divide the batches between the ranks
         module.trainer._accelerator_connector.use_distributed_sampler = False
 
     def model_to_device(self) -> None:
-        """Move the module, but for what holds weights if these are to stay on the host."""
+        """Move the module to the accelerator, except submodules with weights if these are offloaded to the host."""
         module = self.lightning_module
         assert module is not None
         if not self.cpu_offload:
             super().model_to_device()
             return
-        for part in module.children():
-            if next(part.parameters(), None) is None:
-                part.to(self.root_device)
+        for child in module.children():
+            if next(child.parameters(), None) is None:
+                child.to(self.root_device)
         module._device = self.root_device
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Whether optimizers are restored when Lightning says so."""
+        """Whether Lightning restores the optimizers' states."""
         return True
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state, whole on the first rank."""
-        return Strategy.lightning_module_state_dict(self)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the module's state, of which each rank takes its part."""
-        Strategy.load_model_state_dict(self, checkpoint, strict)
+    # the module gathers its own state and splits it, so that these are those of a single process
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state, whole on the first rank."""
-        own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = own.state_dict()
-        kept = _pieces(state["state"], _lengths(own))
-        wholes = gather_vectors([state["state"][k][key] for k, key in kept])
-        return _with(state, dict(zip(kept, wholes, strict=True)))
+        """An optimizer's state; full on rank zero."""
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state, lengths = plain.state_dict(), _chunk_lengths(plain)
+        # any other entry, such as the step, is the same on every rank
+        chunks = {key: v for key, v in _tensors(state).items() if v.shape == (lengths[key[0]],)}
+        return _replaced(state, zip(chunks, gather_vectors([*chunks.values()]), strict=True))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers' states, of which each rank takes its part."""
+        """Load the optimizers' full states, of which each rank takes its chunks."""
         states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        mine = [_own_state(optimizer, state) for optimizer, state in states]
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": mine})
+        local = [_local_state(optimizer, state) for optimizer, state in states]
+        Strategy.load_optimizer_state_dict(self, {"optimizer_states": local})
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, all ranks the same."""
+        """Read the checkpoint that rank zero names."""
         return Strategy.load_checkpoint(self, self.broadcast(checkpoint_path), weights_only)
 
     def _get_process_group_backend(self) -> str:
-        # what is on the host, such as scores, is told over gloo
+        # gloo exchanges tensors on the host, such as scores
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else super()._get_process_group_backend()
 
 
 _Key = tuple[int, str]
-"""The number of a parameter, and what an optimizer keeps for it."""
+"""A parameter's number in an optimizer's state dict, and the name of an entry of its state."""
 
 
-def _lengths(optimizer: Optimizer) -> dict[int, int]:
-    """How long this rank's piece of each parameter is, by the number that the state has for it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {k: len(parameter) for k, parameter in enumerate(parameters)}
+def _tensors(state: dict[str, Any]) -> dict[_Key, Tensor]:
+    entries = {(k, name): value for k, entry in state["state"].items() for name, value in entry.items()}
+    return {key: value for key, value in entries.items() if isinstance(value, Tensor)}
 
 
-def _pieces(state: Mapping[int, Mapping[str, Any]], lengths: Mapping[int, int]) -> list[_Key]:
-    """What has an entry for each of the parameter's; all else is the same on every rank."""
-    return [
-        (k, key)
-        for k, kept in state.items()
-        for key, value in kept.items()
-        if isinstance(value, Tensor) and value.shape == (lengths[k],)
-    ]
+def _chunk_lengths(optimizer: Optimizer) -> list[int]:
+    """The length of this rank's chunk of each parameter, in the order of the state dict's numbers."""
+    return [len(parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _own_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of an optimizer's state."""
-    lengths = _lengths(optimizer)
-    vectors = {
-        (k, key): value
-        for k, kept in state["state"].items()
-        for key, value in kept.items()
-        if isinstance(value, Tensor) and value.dim() == 1
-    }
-    pieces = split_vectors([*vectors.values()], [lengths[k] for k, _ in vectors])
-    return _with(state, dict(zip(vectors, pieces, strict=True)))
+def _local_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's full state with this rank's chunks of the vectors in it."""
+    lengths = _chunk_lengths(optimizer)
+    vectors = {key: value for key, value in _tensors(state).items() if value.dim() == 1}
+    chunks = split_vectors([*vectors.values()], [lengths[k] for k, _ in vectors])
+    return _replaced(state, zip(vectors, chunks, strict=True))
 
 
-def _with(state: dict[str, Any], changed: Mapping[_Key, Tensor]) -> dict[str, Any]:
-    """The same state with other tensors."""
-    kept = {k: {key: changed.get((k, key), value) for key, value in of.items()} for k, of in state["state"].items()}
-    return {**state, "state": kept}
+def _replaced(state: dict[str, Any], tensors: Iterable[tuple[_Key, Tensor]]) -> dict[str, Any]:
+    """A copy of an optimizer's state with other tensors."""
+    new = dict(tensors)
+    entries = {k: {n: new.get((k, n), value) for n, value in entry.items()} for k, entry in state["state"].items()}
+    return {**state, "state": entries}
 
 
-def join(trainer: Trainer, module: LightningModule) -> None:
-    """Start the other ranks, if nobody has, and join them, for what they are to do together before the trainer runs.
+def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
+    """Launch the other ranks, if no launcher has, and create the process group before the trainer runs.
 
     Args:
-        trainer: Under `FSDP2`; under any other strategy nothing is done.
-        module: What it is to run.
+        trainer: A trainer under `FSDP2`; under any other strategy nothing is done.
+        module: The module that it will run.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, FSDP2):
@@ -153,7 +139,7 @@ def join(trainer: Trainer, module: LightningModule) -> None:
 
 
 def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTrainedModel:
-    """A model for a module that is set up: in shards if its trainer runs it under `FSDP2`, else see `load_model`.
+    """Load a module's model, sharded if its trainer runs it under `FSDP2`, else as `load_model` does.
 
     Raises:
         UserError: as `load_model` and `load_sharded` do.
@@ -167,7 +153,7 @@ def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTra
 
 
 def register() -> None:
-    """Make the strategy known to Lightning by its names."""
+    """Register the strategy with Lightning under its names."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded weights (FSDP2)")
         StrategyRegistry.register(

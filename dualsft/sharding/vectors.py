@@ -1,6 +1,6 @@
-"""Vectors in pieces: each rank has one, of any length, and one behind another in the order of ranks they are whole.
+"""Vectors that are split over the ranks: each holds one chunk, and the chunks in the order of ranks are the vector.
 
-The entries of a tensor that some mask chooses are such a vector where the tensor is in shards, as these are contiguous.
+Chunks have any lengths. The entries of a sharded tensor that a mask selects are such a vector: shards are contiguous.
 """
 
 from collections.abc import Sequence
@@ -11,48 +11,48 @@ from torch import Tensor, distributed
 from dualsft.sharding.collectives import all_gather, rank, world_size
 
 
-def gather_vectors(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """The whole vectors, on the host of the first rank alone; the others get empty ones. Every rank must ask at once.
+def gather_vectors(chunks: Sequence[Tensor]) -> list[Tensor]:
+    """The full vectors, on rank zero's host alone; the other ranks get empty ones. Every rank must call this at once.
 
     Args:
-        pieces: This rank's piece of each; a single process has the wholes, and gets them back.
+        chunks: This rank's chunk of each vector; in a single process these are the vectors, and are returned.
     """
     if world_size() == 1:
-        return list(pieces)
-    lengths = all_gather([len(piece) for piece in pieces])
+        return list(chunks)
+    lengths = all_gather([len(chunk) for chunk in chunks])
     if rank():
-        for piece in filter(len, pieces):
-            distributed.send(piece.detach().cpu().contiguous(), 0)
-        return [torch.empty(0, dtype=piece.dtype) for piece in pieces]
-    return [_received(piece, [of_rank[k] for of_rank in lengths]) for k, piece in enumerate(pieces)]
+        for chunk in filter(len, chunks):
+            distributed.send(chunk.detach().cpu().contiguous(), 0)
+        return [torch.empty(0, dtype=chunk.dtype) for chunk in chunks]
+    return [_receive(chunk, [of_rank[k] for of_rank in lengths]) for k, chunk in enumerate(chunks)]
 
 
-def _received(piece: Tensor, lengths: list[int]) -> Tensor:
-    """The first rank's piece, and behind it the others', which they send."""
-    whole = torch.empty(sum(lengths), dtype=piece.dtype)
-    for source, part in enumerate(whole.split(lengths)):
+def _receive(own: Tensor, lengths: list[int]) -> Tensor:
+    """Rank zero's own chunk, followed by those that the other ranks send."""
+    vector = torch.empty(sum(lengths), dtype=own.dtype)
+    for source, chunk in enumerate(vector.split(lengths)):
         if source == 0:
-            part.copy_(piece.detach())
-        elif len(part):
-            distributed.recv(part, source)
-    return whole
+            chunk.copy_(own.detach())
+        elif len(chunk):
+            distributed.recv(chunk, source)
+    return vector
 
 
-def split_vectors(wholes: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """This rank's pieces of vectors that every rank has, as copies. Every rank must ask at once.
+def split_vectors(vectors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Copies of this rank's chunks of vectors that every rank has. Every rank must call this at once.
 
     Args:
-        wholes: The vectors.
-        lengths: How long this rank's piece of each is.
+        vectors: The full vectors.
+        lengths: The length of this rank's chunk of each vector.
 
     Raises:
-        ValueError: if a vector is not as long as its pieces.
+        ValueError: if a vector is not as long as its chunks together.
     """
     of_ranks = all_gather(list(lengths))
-    found = []
-    for k, whole in enumerate(wholes):
-        parts = [of_rank[k] for of_rank in of_ranks]
-        if len(whole) != sum(parts):
-            raise ValueError(f"a vector of {len(whole)} entries for pieces of {sum(parts)} in all")
-        found.append(whole.split(parts)[rank()].clone())
-    return found
+    chunks = []
+    for k, vector in enumerate(vectors):
+        sizes = [of_rank[k] for of_rank in of_ranks]
+        if len(vector) != sum(sizes):
+            raise ValueError(f"a vector of {len(vector)} entries for pieces of {sum(sizes)} in all")
+        chunks.append(vector.split(sizes)[rank()].clone())
+    return chunks

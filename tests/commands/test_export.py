@@ -285,7 +285,7 @@ def test_a_drive_of_its_own_is_not_replaced(two: Two, monkeypatch: pytest.Monkey
     """Nothing can be written next to it on the same drive; it is left as it was. A link is followed."""
     command, folder, before, after = two
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "is_mount", lambda path: path == folder)
+        patch.setattr(os.path, "ismount", lambda path: path == folder)
         with pytest.raises(UserError, match=r"/model is where a drive is mounted.*; give --output_dir a folder in it"):
             run(command)
     assert contents(folder) == before

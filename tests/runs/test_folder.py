@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,17 +120,18 @@ def test_a_full_disk_is_told_and_not_filled_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(phase_store, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(.*No space left.*\); see that it can"):
         run.save("first", {}, {})
-    assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "run.json"]
+    assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "lock", "run.json"]
     assert run.load("first") is not None
 
 
 LOCK = """
-import fcntl, sys
-stream = open(sys.argv[1], "r+")
+import sys
+from filelock import FileLock, Timeout
+lock = FileLock(sys.argv[1], timeout=0)
 try:
-    fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.acquire()
     print("held", flush=True)
-except BlockingIOError:
+except Timeout:
     print("refused", flush=True)
 sys.stdin.read()
 """
@@ -136,7 +140,7 @@ sys.stdin.read()
 @contextmanager
 def another_process(path: Path) -> Iterator[str]:
     """One that tries to hold a run until the context is left; what it says of it."""
-    command = [sys.executable, "-c", LOCK, str(path / ".unfinished" / "run.json")]
+    command = [sys.executable, "-c", LOCK, str(path / ".unfinished" / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
@@ -169,6 +173,74 @@ def test_a_claimed_run_is_held(tmp_path: Path, how: str) -> None:
     run.release()
     with another_process(tmp_path) as says:
         assert says == "held"
+
+
+FORK = """
+import os, sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1], timeout=0)
+lock.acquire()
+if os.fork() == 0:
+    time.sleep(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_killed_process_lets_go_though_its_workers_live_on(tmp_path: Path) -> None:
+    """As the data loader's do for a while: a run can be resumed at once."""
+    unfinished(tmp_path)
+    command = [sys.executable, "-c", FORK, str(tmp_path / ".unfinished" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="Another process"):
+            RunFolder(tmp_path, resume=True).claim(IDENTITY)
+        process.kill()
+        process.wait()
+        RunFolder(tmp_path, resume=True).claim(IDENTITY)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_run_that_failed_does_not_keep_its_own_process_out(tmp_path: Path) -> None:
+    """A notebook may hold on to a run, by the traceback of its failure, and resumes it all the same."""
+    failed = unfinished(tmp_path)
+    run = RunFolder(tmp_path, resume=True)
+    run.claim(IDENTITY)
+    del failed
+    with another_process(tmp_path) as says:
+        assert says == "refused"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Nobody is kept out there, and nobody who died keeps anybody out."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
+    unfinished(tmp_path).finish()
+    assert names(tmp_path) == []
+    unfinished(tmp_path)
+    RunFolder(tmp_path, resume=True).claim(IDENTITY)
+
+
+def test_a_folder_with_an_open_file_is_finished_where_it_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, where the lock is let go first."""
+    run, replace = unfinished(tmp_path), Path.replace
+
+    def only_unlocked(path: Path, target: Path) -> Path:
+        if run._lock.is_locked:
+            raise PermissionError(13, "in use")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", only_unlocked)
+    run.finish()
+    assert names(tmp_path) == []
 
 
 def test_finish_leaves_the_results_alone(tmp_path: Path) -> None:
@@ -242,7 +314,7 @@ def test_overwrite_starts_from_nothing(tmp_path: Path, make: Any) -> None:
     run = RunFolder(tmp_path / "run", overwrite=True)
     assert names(tmp_path) == before
     run.claim({"seed": 1})
-    assert names(tmp_path / "run") == [".unfinished", ".unfinished/run.json"]
+    assert names(tmp_path / "run") == [".unfinished", ".unfinished/lock", ".unfinished/run.json"]
     assert run.load("first") is None
 
 
@@ -255,7 +327,7 @@ def test_overwrite_follows_a_link_to_a_folder(tmp_path: Path) -> None:
     (real / "logs").symlink_to(kept)
     (tmp_path / "link").symlink_to(real)
     RunFolder(tmp_path / "link", overwrite=True).claim(IDENTITY)
-    assert names(real) == [".unfinished", ".unfinished/run.json"]
+    assert names(real) == [".unfinished", ".unfinished/lock", ".unfinished/run.json"]
     assert (tmp_path / "link").is_symlink()
     assert (kept / "file").read_text() == "x"
 

@@ -3,7 +3,7 @@ import torch
 from torch import distributed
 
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import on_rank_zero, rank
+from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
 
@@ -48,3 +48,23 @@ def test_what_the_first_rank_does_all_know() -> None:
     assert _on_first(False) == "rank 0 did"
     with pytest.raises(ZeroDivisionError):
         on_rank_zero(lambda: 1 / 0)
+
+
+def _on_all(failing: dict[int, str]) -> str:
+    def act() -> str:
+        if rank() in failing:
+            raise UserError(failing[rank()])
+        return f"rank {rank()} did"
+
+    try:
+        return on_all_ranks(act)
+    except UserError as error:
+        return f"refused: {error}"
+
+
+def test_what_fails_on_one_rank_fails_on_all() -> None:
+    """In the words of the first that failed; what succeeds on all gives each its own result."""
+    assert run_on_ranks(3, _on_all, {}) == ["rank 0 did", "rank 1 did", "rank 2 did"]
+    assert run_on_ranks(3, _on_all, {1: "one", 2: "two"}) == ["refused: one"] * 3
+    assert _on_all({}) == "rank 0 did"
+    assert _on_all({0: "zero"}) == "refused: zero"

@@ -15,7 +15,7 @@ from dualsft.finetune import EndOfTraining, ExportModel
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import world_size
-from dualsft.sharding.strategy import FSDP2, join
+from dualsft.sharding.strategy import FSDP2, launch_ranks
 from tests.cases import random_mask
 from tests.finetune.runs import CHOSEN, SaveOften, Workspace, make_workspace, select, trainer
 from tests.sharding.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
@@ -107,7 +107,7 @@ def joined_first(workspace: Workspace, folder: Path) -> Fitted:
     """A fit by ranks that have joined, and loaded the model, before the trainer runs."""
     module = workspace.module()
     run = trainer(folder, strategy=FSDP2(), devices=world_size(), enable_checkpointing=False)
-    join(run, module)
+    launch_ranks(run, module)
     module.configure_model()
     mesh = module.device_mesh
     run.fit(module, datamodule=workspace.data())

@@ -1,17 +1,24 @@
 """A sharded model's files are those of the same model in one piece, to the byte."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import modeling_utils
 
+from dualsft.errors import UserError
 from dualsft.export.pretrained import save_weights
 from dualsft.models.loading import load_model
+from dualsft.sharding import files
 from dualsft.sharding import save as saving
+from dualsft.sharding.files import write_full_tensors
 from dualsft.sharding.load import load_sharded
+from dualsft.sharding.save import write_shards
+from dualsft.sharding.shards import local_shard
 from tests.cases import save_tiny_model
 from tests.selection.tiny import ARCHITECTURES, make
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
@@ -32,12 +39,12 @@ def save_all(folders: dict[str, str], target: Path) -> None:
     """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
     for name, folder in folders.items():
         model = load_sharded(folder, data_parallel_mesh())
-        with mock.patch.object(saving, "full_tensor", wraps=saving.full_tensor) as made_whole:
+        with mock.patch.object(files, "full_tensor", wraps=files.full_tensor) as gathered:
             save_weights(model, target / name)
-        assert made_whole.call_count == len([*model.parameters()]), name
+        assert gathered.call_count == len([*model.parameters()]), name
     with small_files():
         save_weights(model, target / "small files")
-    with mock.patch.object(saving, "_WORTH_DIVIDING", 1):
+    with mock.patch.object(saving, "_MIN_FILE", 1):
         save_weights(model, target / "divided")
 
 
@@ -82,3 +89,22 @@ def test_files_of_every_architecture(tmp_path: Path) -> None:
     for name, path in folders.items():
         make(name, torch.float32).save_pretrained(path)
     check(folders, tmp_path, 2)
+
+
+def refusals(folder: Path) -> list[str]:
+    """What both ways to write sharded tensors say of a folder that one rank cannot write to."""
+    like = {name: distribute_tensor(torch.ones(4, 2), data_parallel_mesh(), [Shard(0)]) for name in "ab"}
+    shards = {name: local_shard(tensor) for name, tensor in like.items()}
+    told = []
+    for write in (partial(write_full_tensors, folder=folder, stem="x"), partial(write_shards, path=folder / "y")):
+        with pytest.raises(UserError) as caught:
+            write(shards, like)
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_folder_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """In one sentence, and no rank waits for another."""
+    missing = tmp_path / "missing"
+    sentence = f"{missing} cannot be written (No such file or directory); see that it has room."
+    assert run_on_ranks(2, refusals, missing) == [[sentence] * 2] * 2
