@@ -1,9 +1,7 @@
-"""What all tests share: one thread to a process, and checks of annotations that are compiled once."""
+"""What all tests share: one thread to a process, and checks of annotations where shapes are named."""
 
 import os
 from collections.abc import Iterator
-
-import beartype
 
 # Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
 # that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
@@ -13,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401
 
-from tests.annotations import checked
+from tests.annotations import check_annotations
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 # small models gain nothing from more threads, and the test processes share the cores
 torch.set_num_threads(1)
-beartype.beartype = checked  # where jaxtyping looks for it at each definition
+check_annotations("dualsft")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
