@@ -53,7 +53,12 @@ def test_other_annotations_have_other_checks() -> None:
 def test_checks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two for a function, of its arguments and of its result, however often it is defined."""
     compiled = []
-    monkeypatch.setattr(annotations, "beartype", lambda function: compiled.append(1) or function)
+
+    def compile_checks(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(annotations, "beartype", compile_checks)
     monkeypatch.setattr(annotations, "_CHECKS", {})
     for _ in range(3):
         adder(float, 1.0)

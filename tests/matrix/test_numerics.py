@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from benchmarks.numerics import (
+from numerics import (
     MODEL,
     WAYS,
     Agreement,
@@ -24,6 +21,9 @@ from benchmarks.numerics import (
     shipped,
     warmed_up,
 )
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from dualsft import InstructionDataModule
 from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.data.batches import collate

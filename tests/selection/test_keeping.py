@@ -132,7 +132,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
     batches: list[tuple[int, ...]] = []
     for place, name in ((warmup, "example_losses"), (gradients._Pass, "_forward")):
