@@ -23,11 +23,11 @@ from scoring import SHAPES, Stopwatch, make_batch, make_model
 from torch import Tensor
 
 from dualsft.allocators import Diverse, ScoredExamples, TopK
-from dualsft.data.layout import Batch, only
+from dualsft.data.layout import Batch, one_example
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import SKETCH_SIZE, Measurement
 from dualsft.objectives import example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 
 MEASURED = ("loss", "gradient_norm", "preconditioned_gradient_norm", "sketch")
 
@@ -36,7 +36,7 @@ def loop_over_examples(model: Any, batches: list[Batch], watch: Stopwatch) -> No
     """One backward pass for each example, and its gradient's norm."""
     for batch in watch(batches):
         for k in range(len(batch["example_id"])):
-            example_losses(model, only(batch, k)).sum().backward()
+            example_losses(model, one_example(batch, k)).sum().backward()
             torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
             model.zero_grad(set_to_none=True)
 
@@ -45,7 +45,7 @@ def compare(
     model: Any, batches: list[Batch], direction: dict[str, Tensor], preconditioner: dict[str, Tensor], rounds: int
 ) -> dict[str, float]:
     """Seconds of a batch in the one pass, and the others' ratios to it; the first batch of each pass is left out."""
-    alone = [only(batch, k) for batch in batches for k in range(len(batch["example_id"]))]
+    alone = [one_example(batch, k) for batch in batches for k in range(len(batch["example_id"]))]
 
     def scoring(given: list[Batch], names: tuple[str, ...], watch: Stopwatch) -> None:
         measurement = Measurement(names, preconditioner)

@@ -32,8 +32,9 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
 from dualsft.matrix.passes import gradient_pass
 from dualsft.models.dtypes import accumulator_dtype
-from dualsft.objectives import Prior, SelfDistillation, example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.objectives import SelfDistillation, example_losses
+from dualsft.selection.passes import scoring_mode
+from dualsft.selection.prior import Prior
 from dualsft.selection.teacher import Teacher
 
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -69,8 +70,8 @@ def keep(model: Any, options: argparse.Namespace) -> None:
 
 def distil(model: Any, options: argparse.Namespace) -> None:
     """The prior's gradient over all examples, with the base model beside the model."""
-    prior, teacher = SelfDistillation(Prior(weight=1.0)), Teacher(model, lambda: copy.deepcopy(model), untouched=False)
-    with teacher.lent() as base:
+    prior, teacher = Prior(weight=1.0).term(), Teacher(model, lambda: copy.deepcopy(model), untouched=False)
+    with teacher.available() as base:
         losses = partial(_distilled, prior, base)
         gradient_pass(model, lambda first: islice(batches(model, options), first, None), losses=losses)
 

@@ -24,15 +24,14 @@ from transformers import PreTrainedModel
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
 from dualsft.commands.quickstart import ASSETS, POOL
-from dualsft.data.layout import only
+from dualsft.data.layout import one_example
 from dualsft.matrix.interaction import Direction
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype, load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import FirstOrder
-from dualsft.selection.directions import directions
-from dualsft.selection.statistics import Preconditioner, Statistics
+from dualsft.selection.directions import Statistics, directions, preconditioner
 from dualsft.selection.warmup import Warmup, warm_up
 
 MODEL, VALIDATION = str(ASSETS / "model"), str(ASSETS / "data" / "validation.jsonl")
@@ -106,7 +105,7 @@ def score(
     """The first-order chain over these examples, each pass by `run`."""
     validation = run(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
-    known = Statistics(model, gradient, Preconditioner(model, moments or None), len(ids))
+    known = Statistics(model, gradient, preconditioner(model, moments or None), len(ids))
     u = directions(FirstOrder(), known, STEP_SIZE)
     found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])
     rows = torch.tensor([found.rows[0][i] for i in ids], dtype=torch.float64)
@@ -118,7 +117,7 @@ def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence
     named = dict(model.named_parameters())
     found = GradientPass({name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()})
     found.rows = [{} for _ in directions]
-    for alone in (only(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
+    for alone in (one_example(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
         loss = example_losses(model, alone).sum()
         gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         found.counted += 1

@@ -23,7 +23,7 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import HessianVector
 from dualsft.selection import Warmup
-from dualsft.selection.statistics import Preconditioner
+from dualsft.selection.directions import preconditioner
 from dualsft.trainer import Trainer
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -49,7 +49,7 @@ def pool_step(checkpoint: str, data: InstructionDataModule, adam: bool) -> tuple
     """The model at the scoring checkpoint, and d = P ⊙ ḡ."""
     model = load_model(checkpoint, "float32").eval()
     found = gradient_pass(model, lambda first: data.pool_loader(start=first))
-    p = Preconditioner(model, load_file(Path(checkpoint) / "second_moment.safetensors") if adam else None)
+    p = preconditioner(model, load_file(Path(checkpoint) / "second_moment.safetensors") if adam else None)
     return model, {name: p[name] * total / found.counted for name, total in found.sums.items()}
 
 
@@ -61,19 +61,20 @@ def compare(pool: str, validation: str, adam: bool, folder: Path) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)  # type: ignore[arg-type]
     module = SelectionModule(MODEL, scorer=HessianVector(), step_size="auto", **settings)
-    told = trainer.select(module, data, str(folder)).manifest["prediction"]
+    told = trainer.select(module, data, str(folder)).about.prediction
+    assert told.curvature is not None  # HessianVector gives one
     model, step = pool_step(str(folder / "warmup") if adam else MODEL, data, adam)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     before = validation_loss(model, data)
-    print(f"{Path(pool).stem} pool, {settings['preconditioner']}: auto step size {told['step_size']:.3g}")
+    print(f"{Path(pool).stem} pool, {settings['preconditioner']}: auto step size {told.step_size:.3g}")
     print("  share of it   measured   first order   second order")
     for share in SHARES:
-        size = share * told["step_size"]
+        size = share * told.step_size
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name] - size * step[name])
-        first = size * told["slope"]
-        second = first - size**2 / 2 * told["curvature"]
+        first = size * told.slope
+        second = first - size**2 / 2 * told.curvature
         print(f"  {share:11.2f} {before - validation_loss(model, data):10.5f} {first:13.5f} {second:14.5f}")
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {

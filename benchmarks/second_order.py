@@ -20,7 +20,7 @@ from torch import Tensor
 from dualsft.data.layout import Batch
 from dualsft.matrix.curvature import HessianVectorProduct, difference_step, displaced, twice_differentiable
 from dualsft.matrix.passes import gradient_pass
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 
 Work = Callable[[Stopwatch], None]
 

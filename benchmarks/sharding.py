@@ -42,7 +42,7 @@ from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.loading import load_model
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 from dualsft.sharding import load_sharded, local_shard, unit_gather
 
 PARTS = ("weights", "direction", "gradients")

@@ -1,12 +1,28 @@
-"""Choose what to train on and what to train: exact data and parameter selection for fine-tuning language models."""
+"""Choose what to train on and what to train: exact data and parameter selection for fine-tuning language models.
 
-from dualsft.allocators import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
-from dualsft.data import InstructionDataModule, load_examples
-from dualsft.errors import UserError
-from dualsft.finetune import MaskedFinetuneModule
-from dualsft.objectives import Objective
-from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
-from dualsft.selection import SelectionModule, load_selection
+1. `data` turns records into text with supervised spans, examples and batches.
+2. `models` loads the base model; `sharding` splits it over processes.
+3. `objectives` holds the loss l_i of one example and the terms of V(θ), what the selection is to improve.
+4. `scorers` choose a direction u; `matrix` takes the row and column sums of M_ij = g_ij u_j without forming M.
+5. `allocators` spend a budget on each of the two sums: which weights, which examples.
+6. `selection` runs 1 to 5 and writes a selection directory; `finetune` trains what it names, by way of `training`.
+7. `export` turns base and change into checkpoints and adapters; `evaluation` measures any checkpoint.
+8. `commands` and `cli` are the command line; `runs` keeps what an interrupted run needs to go on.
+
+The public names below are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualsft.allocators import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
+    from dualsft.data import InstructionDataModule, load_examples
+    from dualsft.errors import UserError
+    from dualsft.finetune import MaskedFinetuneModule
+    from dualsft.objectives import Objective
+    from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
+    from dualsft.selection import SelectionModule, load_selection
 
 __all__ = [
     "DataAllocator",
@@ -24,3 +40,27 @@ __all__ = [
     "load_examples",
     "load_selection",
 ]
+
+_MODULES = {
+    "allocators": ("DataAllocator", "ParameterAllocator", "ScoredExamples", "ScoredParameters"),
+    "data": ("InstructionDataModule", "load_examples"),
+    "errors": ("UserError",),
+    "finetune": ("MaskedFinetuneModule",),
+    "objectives": ("Objective",),
+    "scorers": ("ParameterStatistics", "Scorer", "SecondOrderScorer"),
+    "selection": ("SelectionModule", "load_selection"),
+}
+"""Module -> the public names that it defines."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it is defined (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, whether they have been imported or not."""
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,16 @@ class UserError(Exception):
     """A mistake in the input, told in one sentence: what is wrong, where, and what to do.
 
     The command line prints its message without a traceback and exits with code 1.
+
+    Args:
+        problem: The sentence.
+        remedy: What to do, where this depends on how the library is used: a caller that is configured by keys says
+            which keys in its place (`dualsft.selection.remedies`).
     """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem.removesuffix('.')}; {remedy}." if remedy else problem)
+        self.problem, self.remedy = problem, remedy
 
 
 # torch's allocators and C++'s, the system's own words, and those of CUDA's libraries for linear algebra

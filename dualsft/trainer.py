@@ -18,6 +18,8 @@ from dualsft.data import InstructionDataModule, validation_sources
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
+from dualsft.selection.remedies import remedies_by_key
+from dualsft.selection.run import run_selection
 from dualsft.sharding.strategy import FSDP2, register
 
 register()
@@ -56,7 +58,7 @@ class Trainer(LightningTrainer):
         """
         _check_strategy(self)
         validation = validation_sources(datamodule.validation).values()
-        inputs = (model.model_name_or_path, model.warmup.checkpoint, datamodule.train, *validation)
+        inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
         loop = _SelectionLoop(self, model, datamodule, run, seed, config)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
@@ -66,16 +68,13 @@ class Trainer(LightningTrainer):
         self.state.fn, self.state.status = TrainerFn.PREDICTING, TrainerStatus.RUNNING
         self.predicting = True
         try:
-            return call._call_and_handle_interrupt(self, self._select, model, datamodule)
+            self._data_connector.attach_data(model, datamodule=datamodule)
+            return call._call_and_handle_interrupt(self, self._run, model)
         except UserError:
             run.release()
             raise
         finally:
             self.predict_loop = usual
-
-    def _select(self, model: SelectionModule, datamodule: InstructionDataModule) -> Any:
-        self._data_connector.attach_data(model, datamodule=datamodule)
-        return self._run(model)
 
 
 def _check_strategy(trainer: LightningTrainer) -> None:
@@ -108,8 +107,9 @@ class _SelectionLoop(_PredictionLoop):
         """Run the phases under the trainer's precision."""
         _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), _fresh_casts(self._model.device):
-            return self._model.run_phases(self._data, self._run_folder, self._seed, self._config, show)
+        precision = self.trainer.precision_plugin.forward_context()
+        with remedies_by_key(), torch.enable_grad(), precision, _fresh_casts(self._model.device):
+            return run_selection(self._model, self._data, self._run_folder, self._seed, self._config, show)
 
 
 def _obey_sigterm(trainer: LightningTrainer) -> None:

@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dualsft import load_selection
 from dualsft.cli import run
@@ -35,31 +38,86 @@ def test_ci_runs_the_readme_test_command() -> None:
 
 
 def test_readme_names_files_that_exist() -> None:
-    """Every path in the README's tree and commands is there."""
-    for path in re.findall(r"^    ((?:dualsft|benchmarks)\S*)", README, re.MULTILINE):
-        assert (ROOT / path).exists(), path
+    """Every configuration in the README's commands is there."""
     for path in re.findall(r"configs/[\w.-]+\.yaml", README):
         assert (ROOT / path).is_file(), path
 
 
-def test_readme_tells_why_each_dependency_is_there() -> None:
-    """Each declared dependency has its line in the README's table."""
-    declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
-    assert declared
-    for name in re.findall(r'"([a-z_]+)', declared[1]):
-        assert f"\n| {name} | " in README, name
+def project() -> dict[str, Any]:
+    """What the package says of itself."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
 
 
-def test_readme_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's scorer, as it stands there, is taken by its class path and decides the scores."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "readme_scorer.py").write_text(code, encoding="utf-8")
+def test_each_dependency_has_its_reason() -> None:
+    """Each declared dependency has its line in the table of the architecture page."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for requirement in project()["dependencies"]:
+        name = re.split(r"[^\w-]", requirement)[0]
+        assert f"\n| {name} | " in page, name
+
+
+def test_release_is_the_same_everywhere() -> None:
+    """Version and date are the same in pyproject.toml, in CITATION.cff and in the newest release of the changelog."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", changelog, re.MULTILINE)
+    assert releases[0] == ("Unreleased", "")
+    assert releases[1] == (citation["version"], citation["date-released"])
+    assert citation["version"] == project()["version"]
+    assert citation["license"] == project()["license"]
+
+
+def test_citation_names_software_and_paper() -> None:
+    """CITATION.cff has what its format asks for, and the paper of the method."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() >= {"cff-version", "message", "title", "authors", "type"}
+    assert all(author.keys() <= {"name", "family-names", "given-names"} for author in citation["authors"])
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2605.06166"
+    assert paper["url"] == project()["urls"]["Paper"]
+
+
+def test_hosted_files_are_read() -> None:
+    """The workflow runs what CI runs, issue forms have what a form must, and each is YAML."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {"run": "bash .ci/run"} in steps
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    pythons = workflow["jobs"]["quick"]["strategy"]["matrix"]["python"]
+    assert all(f"Programming Language :: Python :: {version}" in project()["classifiers"] for version in pythons)
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.name != "config.yml":
+            assert form.keys() >= {"name", "description", "body"}, path.name
+            ids = [field["id"] for field in form["body"]]
+            assert len(set(ids)) == len(ids), path.name
+
+
+def test_container_is_built_from_what_is_there() -> None:
+    """What the Dockerfile copies exists and .dockerignore lets it through; the container runs as an ordinary user."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    let_through = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert f"!{name}" in let_through, name
+    assert 'ENTRYPOINT ["dualsft"]' in lines
+    assert [line for line in lines if line.startswith("USER ")][-1] != "USER root"
+
+
+def test_scorer_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorer of the reference page, as it stands there, is taken by its class path and decides the scores."""
+    page = (ROOT / "docs" / "reference" / "scorers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "page_scorer.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     inputs = write_inputs(tmp_path)
     sources = ["--data.train", inputs.train, "--data.validation", inputs.validation]
     settings = ["--model.preconditioner", "none", "--model.warmup.fraction", "0", "--data.max_length", "48"]
     scores = []
-    for scorer in ("readme_scorer.Agreement", "first_order"):
+    for scorer in ("page_scorer.Agreement", "first_order"):
         named = ["--model.model_name_or_path", inputs.model, "--model.scorer", scorer]
         run(["select", *named, *sources, *settings, "--output_dir", str(tmp_path / scorer)])
         scores.append(load_selection(tmp_path / scorer).parameter_scores())

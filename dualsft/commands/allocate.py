@@ -2,45 +2,31 @@
 
 import argparse
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
-from dualsft.allocators import GlobalTopK, TopK
-from dualsft.cli import verb_parsers
 from dualsft.commands.messages import unusable
 from dualsft.commands.parsing import CONFIG, class_given, prepare
 from dualsft.data import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.selection import SelectionModule, load_selection
-from dualsft.selection.near_duplicates import NearDuplicates
-from dualsft.selection.parts import describe_part
+from dualsft.selection import load_selection
+from dualsft.selection.json_values import Part, describe_part
+from dualsft.selection.manifest import Manifest
 from dualsft.selection.reallocation import reallocate
+from dualsft.selection.settings import CHOICE, SelectionSettings
 from dualsft.selection.summary import summary
 
 VERB = "allocate"
-BUDGETS = ("parameter_budget", "data_budget")
-ALLOCATORS = ("parameter_allocator", "data_allocator")
-NEAR_DUPLICATES = tuple(f"near_duplicates.{field.name}" for field in fields(NearDuplicates))
-PATTERNS = ("trainable", "frozen")
 TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
-    "model": (
-        "The choice",
-        SelectionModule,
-        ("parameter_budget", "data_budget", *ALLOCATORS, "near_duplicates", *PATTERNS),
-    ),
+    "model": ("The choice", SelectionSettings, CHOICE),
     "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
 }
 """Section -> its title, whose options it has, and which of them."""
-KEPT = (
-    *(f"model.{name}" for name in (*BUDGETS, *ALLOCATORS, *NEAR_DUPLICATES, *PATTERNS)),
-    "data.train",
-    "data.train_split",
-)
 AS_IT_WAS = "as in SELECTION"
 DESCRIPTION = (
     "Makes another selection from the stored scores of a finished one, with other budgets or allocators. Whatever is "
@@ -61,22 +47,15 @@ def allocate_command(arguments: Sequence[str]) -> None:
     config, replay = _parse(arguments)
     if not config.output_dir:
         raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
-    model = config.model
     try:
         made = reallocate(
             config.selection,
             config.output_dir,
-            parameter_budget=model.parameter_budget,
-            data_budget=model.data_budget,
-            parameter_allocator=model.parameter_allocator or GlobalTopK(),
-            data_allocator=model.data_allocator or TopK(),
-            near_duplicates=NearDuplicates(**vars(model.near_duplicates)),
-            trainable=model.trainable or [],
-            frozen=model.frozen or [],
             train=config.data.train,
             train_split=config.data.train_split,
             overwrite=config.overwrite,
             config=replay,
+            **vars(config.model),
         )
     except KeyboardInterrupt as stop:
         raise UserError("The allocation was interrupted and left nothing behind; run it again.") from stop
@@ -85,18 +64,19 @@ def allocate_command(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
     """The settings, with the allocators made, and the YAML that replays them."""
-    parser, verbs = _parser(), verb_parsers()
+    parser = _parser()
     if arguments and not arguments[0].startswith("-"):
         named, rest = ["--selection", arguments[0]], arguments[1:]
         # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
         arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
-    arguments = prepare([VERB, *arguments], {**verbs, VERB: parser})[1:]
+    arguments = prepare(arguments, VERB, parser)
     selection = _selection(arguments)
     lost: list[str] = []
     if selection is not None:
-        lost = _stay_as_they_were(parser, load_selection(selection).manifest, arguments)
+        lost = _stay_as_they_were(parser, load_selection(selection).about, arguments)
     elif _asks_for_help(arguments):
-        parser.set_defaults(dict.fromkeys(KEPT, AS_IT_WAS))
+        kept = [key for key, _ in parser.get_defaults().items() if key.partition(".")[0] in TAKEN]
+        parser.set_defaults(dict.fromkeys(kept, AS_IT_WAS))
     else:
         raise UserError("The selection is not given; name it first: `dualsft allocate SELECTION --output_dir DIR`.")
     config = parser.parse_args(arguments)
@@ -105,7 +85,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
             raise UserError(f"The {key} of {selection} cannot be made again from its manifest; give --{key}.")
     replay = parser.dump(Namespace(**{**vars(config), "overwrite": False}), skip_none=False)
     try:
-        return parser.instantiate_classes(config, instantiate_groups=False), replay
+        return parser.instantiate_classes(config), replay
     except UserError:
         raise
     except Exception as error:  # an allocator may be anybody's
@@ -146,46 +126,41 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
     return any(a == "-h" or a.endswith("help") for a in arguments)
 
 
-def _stay_as_they_were(parser: ArgumentParser, manifest: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
+def _stay_as_they_were(parser: ArgumentParser, manifest: Manifest, arguments: Sequence[str]) -> list[str]:
     """Make what a selection was made with the default of every option; the keys for which that cannot be done.
 
     An allocator's options stay as long as it does: those of another one have defaults of their own.
     """
-    parser.set_defaults(
-        {
-            "model.parameter_budget": manifest["budgets"]["parameters"],
-            "model.data_budget": manifest["budgets"]["data"],
-            **{f"model.{name}": manifest.get(name, []) for name in PATTERNS},
-            **{f"model.near_duplicates.{k}": v for k, v in manifest.get("near_duplicates", {}).items()},
-            "data.train": manifest["data"]["train"]["path"],
-            "data.train_split": manifest["data"]["train"]["split"],
-        }
-    )
-    lost = []
-    for name in ALLOCATORS:
-        stored = manifest[name]
+    train, lost = manifest.data.train, []
+    defaults: dict[str, Any] = {"data.train": train.path, "data.train_split": train.split}
+    for name in CHOICE:
+        key, stored = f"model.{name}", manifest.settings[name]
+        if not isinstance(stored, Part):
+            fields = vars(stored) if is_dataclass(stored) else {}
+            defaults |= {f"{key}.{field}": value for field, value in fields.items()} or {key: stored}
+            continue
         try:
-            given = class_given(arguments, f"model.{name}")
-            if given and resolve_name(given) is not resolve_name(stored["class_path"]):
-                continue
-            parser.set_defaults({f"model.{name}": _made_again(name, stored)})
+            given = class_given(arguments, key)
+            if not given or resolve_name(given) is resolve_name(stored.class_path):
+                defaults[key] = _made_again(name, stored)
         except Exception:  # its package may be gone, or its options cannot be told from what it keeps
-            lost.append(f"model.{name}")
+            lost.append(key)
+    parser.set_defaults(defaults)
     return lost
 
 
-def _made_again(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _made_again(name: str, stored: Part) -> dict[str, Any]:
     """The setting of an allocator that makes what a manifest describes.
 
     Raises:
         ValueError: if another one comes of it, as it keeps its options under other names than it takes them by.
         Exception: if it cannot be made at all.
     """
-    taken = inspect.signature(resolve_name(stored["class_path"])).parameters
-    options = {key: value for key, value in stored["options"].items() if key in taken}
-    setting = {"class_path": stored["class_path"], "init_args": options}
+    taken = inspect.signature(resolve_name(stored.class_path)).parameters
+    options = {key: value for key, value in stored.options.items() if key in taken}
+    setting = {"class_path": stored.class_path, "init_args": options}
     (probe := _parser()).set_defaults({f"model.{name}": setting})
-    made = probe.instantiate_classes(probe.parse_args([]), instantiate_groups=False).model[name]
-    if describe_part(made) != stored:
-        raise ValueError(f"{stored['class_path']} is another one when made again")
+    made = probe.instantiate_classes(probe.parse_args([])).model[name]
+    if Part(**describe_part(made)) != stored:
+        raise ValueError(f"{stored.class_path} is another one when made again")
     return setting

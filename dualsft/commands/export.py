@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from safetensors import SafetensorError
 
-from dualsft.cli import quieten
+from dualsft.commands.messages import quieten
 from dualsft.commands.parsing import CONFIG
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert

@@ -1,16 +1,69 @@
-"""The refusals of the libraries below us, in plain words."""
+"""What a user is shown when something is wrong, and not shown when nothing is.
 
+Errors of the parser and of the libraries below become one plain sentence each.
+"""
+
+import logging
+import os
 import re
+import sys
 import traceback
+import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
+from dualsft.sharding.collectives import is_rank_zero, rank
 
-from dualsft.errors import UserError
+LOST_CONTACT = (
+    "another process of this job has stopped or cannot be reached, and says itself why if it could; the same command "
+    "with --resume goes on from what has been kept."
+)
+INTERRUPTED = "interrupted; the same command with --resume goes on from what is finished."
+
+
+def explanation(error: BaseException) -> tuple[str, int] | None:
+    """The sentence and the exit code for an exception that ends the program; None for one that a user cannot mend."""
+    if isinstance(error, UserError) or _is_misconfiguration(error):
+        message, code = str(error), 1
+    elif isinstance(error, ArgumentError):
+        message, code = plainly(error), 2
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = INTERRUPTED, 130
+    elif is_lost_contact(error):
+        message, code = LOST_CONTACT, 1
+    elif isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        advice = "lower data.batch_tokens, or set model.dtype to bfloat16"
+        message, code = f"memory ran out ({shortage(error)}); {advice}.", 1
+    else:
+        return None
+    place = "" if is_rank_zero() else f" (rank {rank()})"
+    return f"dualsft: error{place}: {' '.join(message.split())}", code
+
+
+def _is_misconfiguration(error: BaseException) -> bool:
+    """Whether Lightning refuses the settings; it is not imported to find out, as only it raises such errors."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)
+
+
+def quieten() -> None:
+    """Silence other libraries' tips, and their warnings of their own deprecations, of which a user can mend nothing."""
+    from transformers.utils import logging as transformers_logging  # messages of other verbs need no transformers
+
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # which copies the masters alone
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 
 
 def unusable(error: BaseException) -> str:
-    """Why nothing could be made of the settings: what the part that refused them says, without what wraps it."""
+    """One sentence on why a class could not be made with its settings: its own words, without the parser's."""
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return str(cause)
@@ -22,13 +75,13 @@ def unusable(error: BaseException) -> str:
 
 
 def refused(error: Exception) -> str | None:
-    """What Lightning itself refuses, or the file system, while a run is under way; None for any other error.
+    """The message of an error that Lightning or the file system raises during a run; None for any other error.
 
     Lightning finds many mistakes in a trainer's settings only as it sets up its loops, and raises errors of all kinds.
     """
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be used: {error.strerror}."
-    if isinstance(error, (UserError, MisconfigurationException)):
+    if isinstance(error, UserError) or _is_misconfiguration(error):
         return None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = frame.f_globals.get("__name__", "").startswith("lightning.")
@@ -36,7 +89,7 @@ def refused(error: Exception) -> str | None:
 
 
 def plainly(error: BaseException) -> str:
-    """One sentence for what the parser says in many lines; what it says plainly stays."""
+    """One sentence for a parser's error, which may have many lines; a message of one line stays as it is."""
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return str(cause)
@@ -52,7 +105,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _refused_option(message: str, kind: str, problem: str) -> str:
-    """What is wrong with an option of a class that a key names."""
+    """One sentence on a wrong option of the class that a key names."""
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     where, advice = (key[1], f"; `--{key[1]}.help {kind}` shows its options.") if key else (kind, ".")
     if unknown := re.match(r"Option '(\w+)' is not accepted", problem):
@@ -81,7 +134,7 @@ def _sentence(message: str) -> str:
 
 
 def _kind(expected: str) -> str:
-    """A type as a reader would name it."""
+    """A plain name for a type that the parser expected."""
     if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
         return f"one of {literal[1].replace(chr(39), '')}"
     if plain := re.fullmatch(r"<class '(?:builtins\.)?(\w+)'>", expected):

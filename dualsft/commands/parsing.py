@@ -1,21 +1,22 @@
-"""What is done to the command line around jsonargparse: shared configurations, registered names, what is written down.
+"""Arguments are prepared here for jsonargparse, which knows neither shared configurations nor registered names.
 
-One configuration file describes the whole job, so each verb takes its own keys from it and leaves what another verb
-knows. A key that no verb knows is still an error. Registered names stand for class paths wherever a class is expected.
+One configuration file describes a job, so each verb takes its own keys from it and skips those of other verbs. A key
+that no verb knows is an error. Wherever a class path is expected, a registered name may be given in its place.
 """
 
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, capture_parser
 
 from dualsft.errors import UserError
 from dualsft.registry import class_path
@@ -25,6 +26,13 @@ NAMED = {
     "model.parameter_allocator": "dualsft.parameter_allocators",
     "model.data_allocator": "dualsft.data_allocators",
 }
+"""Option -> the group in which the names that it takes are registered."""
+JOB = {
+    "select": "dualsft.commands.select:SelectCLI",
+    "fit": "dualsft.commands.fit:FitCLI",
+    "validate": "dualsft.commands.validate:ValidateCLI",
+}
+"""The verbs whose keys one configuration may hold; each one's module is imported only if a key is looked for in it."""
 CONFIG = ("--config", "-c")
 SET_ELSEWHERE = {
     "data.selection": "model.selection (of fit)",
@@ -36,7 +44,7 @@ _ADD_UP = "--tasks"
 
 
 def plain_values(value: Any) -> Any:
-    """A parsed configuration that can be written down: enumerations, which defaults hold, by their values."""
+    """A parsed configuration with the enumerations that defaults hold replaced by their values, which YAML can hold."""
     if isinstance(value, Namespace):
         return Namespace(**{key: plain_values(part) for key, part in vars(value).items()})
     if isinstance(value, list):
@@ -44,44 +52,44 @@ def plain_values(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def prepare(arguments: Sequence[str], parsers: Mapping[str, ArgumentParser]) -> list[str]:
+def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
     """The arguments with configuration files narrowed to the verb, and names replaced by class paths.
 
     Args:
-        arguments: As typed, without the program's name.
-        parsers: Verb -> its parser.
+        arguments: As typed after the verb.
+        verb: Which verb.
+        parser: Its parser.
 
     Raises:
         UserError: if a configuration file cannot be read, or a name is not registered.
     """
-    verb = next((a for a in arguments if a in parsers), None)
-    if verb is None:
-        return list(arguments)
-    start = arguments.index(verb) + 1
-    prepared = list(arguments[:start])
-    rest = _added_up([part for a in arguments[start:] for part in _split(a)])
-    for option in rest:
+    prepared: list[str] = []
+    split = _added_up([part for a in arguments for part in _split(a)])
+    for option in split:
         _check_place(option.removeprefix("--").split("=")[0] if option.startswith("--") else "")
-    for key, value in zip(["", *rest], rest, strict=False):
+    for key, value in zip(["", *split], split, strict=False):
         if key in CONFIG:
-            prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parsers), sort_keys=False))
+            prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parser), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")
         else:
             prepared.append(_expand_option(key, value))
             if key.endswith(".help") and _group(key):
-                _tell_without_options(prepared[-1])
+                _print_without_options(prepared[-1])
     return prepared
 
 
 def _added_up(arguments: list[str]) -> list[str]:
-    """An option that may be given several times replaces what a configuration says, once, and adds to itself."""
+    """The arguments with ``--tasks`` written ``--tasks+`` from its second time on.
+
+    So the first replaces what a configuration says, and the others add to it.
+    """
     before = accumulate(arguments, lambda seen, argument: seen or argument == _ADD_UP, initial=False)
     return [f"{a}+" if a == _ADD_UP and again else a for a, again in zip(arguments, before, strict=False)]
 
 
-def _tell_without_options(path: str) -> None:
-    """Say what a class is for that has no options, of which the parser's help would say nothing."""
+def _print_without_options(path: str) -> None:
+    """Print the docstring of a class without options, for which the parser's help prints nothing."""
     found = resolve_name(path)
     if not inspect.signature(found).parameters:
         print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
@@ -160,15 +168,21 @@ def read_config(path: str) -> dict[str, Any]:
     return loaded
 
 
-def _narrow(config: dict[str, Any], verb: str, parsers: Mapping[str, ArgumentParser]) -> dict[str, Any]:
+def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[str, Any]:
+    """A configuration without the keys that only other verbs know; what none knows stays, for the parser to refuse."""
+
+    def belongs(key: str) -> bool:
+        others = (other for other in JOB if other != verb)
+        return _knows(parser, key) or not any(_knows(_parser_of(other), key) for other in others)
+
     narrowed: dict[str, Any] = {}
     for key, value in config.items():
         if key in _SECTIONS and isinstance(value, dict):
             for name, given in value.items():
                 if given is not None:
                     _check_place(f"{key}.{name}")
-            narrowed[key] = {k: v for k, v in value.items() if _belongs(f"{key}.{k}", verb, parsers)}
-        elif _belongs(key, verb, parsers):
+            narrowed[key] = {k: v for k, v in value.items() if belongs(f"{key}.{k}")}
+        elif belongs(key):
             narrowed[key] = value
     for key, group in NAMED.items():
         section, _, name = key.partition(".")
@@ -186,10 +200,11 @@ def _expand_value(group: str, value: Any) -> Any:
     return value
 
 
-def _belongs(key: str, verb: str, parsers: Mapping[str, ArgumentParser]) -> bool:
-    """Whether a key is this verb's, or nobody's (so that the parser refuses it)."""
-    return _knows(parsers[verb], key) or not any(_knows(parser, key) for parser in parsers.values())
-
-
 def _knows(parser: ArgumentParser, key: str) -> bool:
     return any(a.dest == key or a.dest.startswith(f"{key}.") for a in parser._actions)
+
+
+@cache
+def _parser_of(verb: str) -> ArgumentParser:
+    """The parser of a verb's options; nothing is parsed or run."""
+    return capture_parser(resolve_name(JOB[verb]), [])

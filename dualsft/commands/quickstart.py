@@ -10,10 +10,11 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from dualsft import quickstart
-from dualsft.cli import run
+from dualsft.commands.parsing import JOB
 from dualsft.data import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
@@ -121,7 +122,7 @@ class QuickStart:
                 given += [option, str(value)]
         command = [verb, "--config", str(CONFIG), *given]
         print(f"\n$ dualsft {shlex.join(command)}", flush=True)
-        run(command)
+        resolve_name(JOB[verb]).command(command[1:])
 
 
 def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:
@@ -131,10 +132,10 @@ def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:
     if selection is None:
         return {"examples": 1.0, "weights": 1.0, "clean_target": _clean(list(read_records(str(POOL))))}
     chosen = load_selection(selection)
-    counts = chosen.manifest["counts"]
+    examples, weights = chosen.about.counts.examples, chosen.about.counts.parameters
     return {
-        "examples": counts["examples"]["selected"] / counts["examples"]["rows"],
-        "weights": counts["parameters"]["selected"] / counts["parameters"]["scored"],
+        "examples": examples.selected / examples.rows,
+        "weights": weights.selected / weights.scored,
         "clean_target": _clean(chosen.records),
     }
 

@@ -2,19 +2,19 @@
 
 A batch of b examples whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that
 within a budget and keep padding low by putting examples of similar length together. Where examples are packed, a row
-stands for several of them.
+holds several of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from dualsft.data.layout import Batch
 from dualsft.data.packed_batches import Row, few_packed_batches
 from dualsft.data.packing import longest_first
 from dualsft.data.supervision import IGNORED
@@ -26,26 +26,17 @@ BatchIds = list[int] | list[Row]
 _WINDOW = 16  # batches' worth of examples that are sorted by length together: little padding, yet well mixed
 
 
-class Batch(TypedDict):
-    """Right-padded examples; axes are b examples and t tokens, all int64."""
-
-    example_id: Int[Tensor, " b"]
-    input_ids: Int[Tensor, "b t"]
-    attention_mask: Int[Tensor, "b t"]
-    labels: Int[Tensor, "b t"]
-
-
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
-    """Pads rows of (example_id, input_ids, labels) to the longest; padding has mask 0 and label -100."""
+    """Pads rows of (example_id, input_ids, labels) on the right to the longest; padding has mask 0 and label -100."""
     input_ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows]
     masks = [torch.ones_like(ids) for ids in input_ids]
-    return Batch(
-        example_id=torch.tensor([row["example_id"] for row in rows], dtype=torch.int64),
-        input_ids=pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
-        attention_mask=pad_sequence(masks, batch_first=True),
-        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    )
+    return {
+        "example_id": torch.tensor([row["example_id"] for row in rows], dtype=torch.int64),
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def length_batches(

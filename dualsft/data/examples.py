@@ -4,9 +4,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +18,9 @@ from dualsft.data.records import Records, read_records
 from dualsft.data.supervision import Chunk, encode_chunk
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 _CHUNK = 512  # records tokenised at once: enough to keep the tokenizer's threads busy, little enough to be cheap
 STATUSES = ("ok", "empty", "truncated")
@@ -37,7 +39,7 @@ class Examples:
         records: The records they were made from.
     """
 
-    dataset: datasets.Dataset
+    dataset: "datasets.Dataset"
     status: tuple[str, ...]
     num_tokens: Int[np.ndarray, "example"]
     lengths: Int[np.ndarray, "example"]
@@ -68,7 +70,7 @@ def load_examples(
     split: str = "train",
     max_length: int = 2048,
     **format_options: Any,
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """Reads and encodes a pool as both commands train and score on it.
 
     Args:
@@ -123,11 +125,13 @@ def _checked(rendered: Rendered, where: str) -> Rendered:
     return rendered
 
 
-def _dataset(chunks: list[Chunk]) -> datasets.Dataset:
+def _dataset(chunks: list[Chunk]) -> "datasets.Dataset":
     """Wraps the arrays without a cache file.
 
     The fingerprint is a hash of the content: the one that `datasets` would make pickles the whole table.
     """
+    import datasets  # takes most of a second, which help and configurations need not wait for
+
     digest = hashlib.sha256()
     for chunk in chunks:
         for array in (chunk.lengths, chunk.input_ids, chunk.labels):

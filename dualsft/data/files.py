@@ -12,7 +12,6 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -157,6 +156,8 @@ def _parquet_lines(file: Path) -> Iterator[SourceLine]:
 
 
 def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
+    import datasets  # takes most of a second
+
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds: none of them is for the reader of a command line

@@ -1,7 +1,8 @@
-"""Which tokens of a batch belong to which example: one example to a row, padded, or several packed into each row.
+"""A batch of examples, how it is sliced, and which of its tokens belong to which example.
 
-A batch is a rectangle of rows and tokens. An example is a span of one row: (row, first token, length). Whatever has a
-value for each token, such as a loss or a module's output, is brought to examples here and nowhere else.
+A batch is a rectangle of rows and tokens. An example is a span of one row: (row, first token, length). Rows are either
+padded, with one example each, or packed, with several. Whatever has a value for each token, such as a loss or a
+module's output, is split into examples here and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -15,26 +16,46 @@ from torch.nn import functional as F
 from dualsft.errors import UserError
 
 Batch = dict[str, Tensor]
-"""``example_id`` (example), ``input_ids`` and ``labels`` (row, token), and either ``attention_mask`` (row, token) of
-right-padded rows with one example each, or ``position_ids`` (row, token) and ``spans`` (example, 3) of packed rows."""
+"""Examples as a model takes them: int64 tensors by name.
+
+    example_id       (example)
+    input_ids        (row, token)
+    labels           (row, token)    -100 where a token is not supervised
+    attention_mask   (row, token)    of right-padded rows alone: 0 for padding
+    position_ids     (row, token)    of packed rows alone
+    spans            (example, 3)    of packed rows alone: row, first token and length of each example
+
+Padded rows hold one example each, in the order of ``example_id``. Packed rows have no mask of padding: positions count
+from 0 in each example, and again in the padding behind the last one, so that a model that keeps attention between two
+zeros keeps padding apart as well.
+"""
+
+BY_EXAMPLE = ("example_id", "spans")
+"""The tensors of a batch with an entry for each example; the others have one for each token."""
 
 
 class AmbiguousShapeError(Exception):
-    """An output whose rows or tokens cannot be told from another axis of that size; a wider batch has no such doubt."""
+    """Two axes of an output have the same length, so it is not known which counts rows or tokens.
+
+    In a batch with one more token to a row their lengths differ.
+    """
 
 
 class Layout:
-    """Which tokens belong to which example.
+    """The examples' spans in a batch; splits values of rows and tokens into examples.
 
     Args:
         rows: Rows of the batch.
         tokens: Tokens of each row, padding included.
         spans: (row, first token, length) of each example, in the order of the batch's ``example_id``.
+
+    Attributes:
+        one_per_row: Whether example k is the only one of row k and begins at its first token.
     """
 
     def __init__(self, rows: int, tokens: int, spans: Sequence[tuple[int, int, int]]) -> None:
         self.rows, self.tokens, self.spans = rows, tokens, tuple(spans)
-        self.whole_rows = [(row, first) for row, first, _ in self.spans] == [(row, 0) for row in range(rows)]
+        self.one_per_row = [(row, first) for row, first, _ in self.spans] == [(row, 0) for row in range(rows)]
 
     @classmethod
     def of(cls, batch: Batch) -> "Layout":
@@ -51,11 +72,14 @@ class Layout:
         return sum(length for _, _, length in self.spans) / max(len(self.spans), 1)
 
     def by_example(self, values: Float[Tensor, "row token"]) -> Float[Tensor, "example longest"]:
-        """One row per example, zero after its end; a gather, whose sums are the same bits every time."""
-        if self.whole_rows:
+        """Values of tokens with one row per example, zero after its end.
+
+        This is a gather, whose gradient adds up in the same order every time.
+        """
+        if self.one_per_row:
             return values
-        where, inside = (part.to(values.device) for part in self._gather)
-        return values.flatten()[where] * inside
+        index, inside = (part.to(values.device) for part in self._gather)
+        return values.flatten()[index] * inside
 
     @cached_property
     def _gather(self) -> tuple[Int[Tensor, "example longest"], Bool[Tensor, "example longest"]]:
@@ -65,7 +89,7 @@ class Layout:
         return ((row * self.tokens + first)[:, None] + steps).where(inside, 0), inside
 
     def token_axes(self, shape: Sequence[int]) -> list[int]:
-        """The axes of an output of rows that are as long as a row."""
+        """The axes, behind that of rows, of an output's shape that are as long as a row."""
         if not shape or shape[0] != self.rows:
             return []
         return [axis for axis in range(1, len(shape)) if shape[axis] == self.tokens]
@@ -85,10 +109,10 @@ class Layout:
             return axes[0]
         if shape and shape[0] == self.rows * self.tokens:
             return 0
-        raise self._strange(shape, where)
+        raise self._cannot_split(shape, where)
 
     def check_rows(self, shape: Sequence[int], where: str) -> None:
-        """See that an output splits into rows, whichever axis counts tokens, if any does.
+        """Check that a module's output splits into rows, whichever axis counts tokens, if any does.
 
         Raises:
             AmbiguousShapeError: if its first axis may count either.
@@ -96,32 +120,32 @@ class Layout:
         """
         self._check_square(shape, where)
         if not shape or shape[0] not in (self.rows, self.rows * self.tokens):
-            raise self._strange(shape, where)
+            raise self._cannot_split(shape, where)
 
     def _check_square(self, shape: Sequence[int], where: str) -> None:
-        """See that the first axis does not count tokens of nobody's (learned positions), as many as there are rows."""
+        """Check that the first axis counts rows, and not tokens of an output without rows (learned positions)."""
         if shape and shape[0] == self.rows == self.tokens:
             raise AmbiguousShapeError(where)
 
-    def _strange(self, shape: Sequence[int], where: str) -> UserError:
-        held = f"{self.rows} {'examples' if self.whole_rows else 'rows'} of {self.tokens} tokens"
+    def _cannot_split(self, shape: Sequence[int], where: str) -> UserError:
+        held = f"{self.rows} {'examples' if self.one_per_row else 'rows'} of {self.tokens} tokens"
         return UserError(
             f"The output of {where} has shape {tuple(shape)}, which cannot be split into {held}; freeze its parameters "
             "(requires_grad=False) to leave it out of the scores."
         )
 
     def by_token(self, values: Tensor, where: str) -> Float[Tensor, "row token rest"]:
-        """Bring a module's output to rows and tokens; see `token_axis` for what is raised."""
+        """A module's output with the axes of rows and tokens first; raises what `token_axis` raises."""
         axis = self.token_axis(values.shape, where)
         ordered = values.movedim(axis, 1) if axis else values
         return ordered.reshape(self.rows, self.tokens, -1)
 
     def flat(self, values: Tensor, axis: int) -> Float[Tensor, "flat rest"]:
-        """Flatten rows and tokens of a module's output into one, given the axis that counts tokens."""
+        """A module's output with rows and tokens as one axis, given the axis that counts tokens."""
         return values.movedim(axis, 1).reshape(self.rows * self.tokens, -1)
 
     def expand(self, output: Tensor) -> Tensor:
-        """Give an output that is shared by the whole batch (learned positions) rows of its own."""
+        """The output with an axis of rows, also where the batch shares one row of it (learned positions)."""
         if output.dim() > 2 and output.shape[0] == 1 < self.rows and output.shape[1] == self.tokens:
             return output.expand(self.rows, *output.shape[1:])
         return output
@@ -132,51 +156,59 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: values.to(device) for name, values in batch.items()}
 
 
-def only(batch: Batch, k: int) -> Batch:
-    """The batch's k-th example alone, without padding."""
+def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) -> Batch:
+    """Some rows of a batch with the examples in them.
+
+    Args:
+        batch: Padded or packed.
+        rows: Which rows, ascending.
+        tokens: Which tokens of each; they must include the rows' examples.
+    """
+    index = torch.tensor(rows, dtype=torch.int64, device=batch["input_ids"].device)
+    part = {name: values[index, tokens] for name, values in batch.items() if name not in BY_EXAMPLE}
+    if "spans" not in batch:
+        return {"example_id": batch["example_id"][index], **part}
+    kept = torch.isin(batch["spans"][:, 0], index)
+    row, first, length = batch["spans"][kept].unbind(1)
+    spans = torch.stack([torch.searchsorted(index, row.contiguous()), first, length], 1)
+    return {"example_id": batch["example_id"][kept], "spans": spans, **part}
+
+
+def split_rows(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in at most this many parts of consecutive rows, as even as can be."""
+    return [select_rows(batch, rows.tolist()) for rows in torch.arange(len(batch["input_ids"])).chunk(parts)]
+
+
+def one_example(batch: Batch, k: int) -> Batch:
+    """A batch of the k-th example alone, without padding."""
     row, first, length = Layout.of(batch).spans[k]
-    alone = {
-        name: values[row : row + 1, first : first + length]
-        for name, values in batch.items()
-        if name not in ("example_id", "spans")
-    }
+    alone = select_rows(batch, [row], slice(first, first + length))
+    alone["example_id"] = batch["example_id"][k : k + 1]
     if "spans" in batch:
         alone["spans"] = torch.tensor([[0, 0, length]])
-    return {"example_id": batch["example_id"][k : k + 1], **alone}
+    return alone
 
 
-def without(batch: Batch, keep: Bool[Tensor, " example"]) -> Batch:
-    """The batch without some of its examples: their rows go, or, where rows are shared, their tokens become padding."""
+def keep_examples(batch: Batch, keep: Bool[Tensor, " example"]) -> Batch:
+    """The batch without some of its examples.
+
+    The row of a padded example is dropped. The tokens of a packed one become padding, as it shares its row.
+    """
     if bool(keep.all()):
         return batch
     if "spans" not in batch:
-        return {name: values[keep.to(values.device)] for name, values in batch.items()}
+        return select_rows(batch, keep.nonzero().flatten().tolist())
     input_ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
     for row, first, length in batch["spans"][~keep.to(batch["spans"].device)].tolist():
         input_ids[row, first : first + length] = 0
         labels[row, first : first + length] = -100
-    kept = {name: batch[name][keep.to(batch[name].device)] for name in ("example_id", "spans")}
+    kept = {name: batch[name][keep.to(batch[name].device)] for name in BY_EXAMPLE}
     return {**batch, **kept, "input_ids": input_ids, "labels": labels}
 
 
 def widen(batch: Batch) -> Batch:
     """The batch with one more token of padding at the end of every row."""
-    filler = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
     return {
-        name: F.pad(values, (0, 1), value=filler[name]) if name in filler else values for name, values in batch.items()
+        name: values if name in BY_EXAMPLE else F.pad(values, (0, 1), value=-100 if name == "labels" else 0)
+        for name, values in batch.items()
     }
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch in at most this many parts of whole rows, as even as can be."""
-    pieces = [rows.tolist() for rows in torch.arange(len(batch["input_ids"])).chunk(parts)]
-    return [_rows(batch, rows[0], rows[-1] + 1) for rows in pieces]
-
-
-def _rows(batch: Batch, first: int, end: int) -> Batch:
-    if "spans" not in batch:
-        return {name: values[first:end] for name, values in batch.items()}
-    inside = (batch["spans"][:, 0] >= first) & (batch["spans"][:, 0] < end)
-    spans = batch["spans"][inside] - torch.tensor([first, 0, 0], device=batch["spans"].device)
-    tokens = {n: v[first:end] for n, v in batch.items() if n not in ("example_id", "spans")}
-    return {"example_id": batch["example_id"][inside], "spans": spans, **tokens}

@@ -3,16 +3,19 @@
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import datasets
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import Batch, BatchIds, TrainingBatches, collate
+from dualsft.data.batches import BatchIds, TrainingBatches, collate
+from dualsft.data.layout import Batch
 from dualsft.data.packed_batches import Row
-from dualsft.data.packing import PackedBatch, collate_packed
+from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 Example = dict[str, Any]
 
@@ -24,7 +27,7 @@ class RowLists(Dataset[list[Example]]):
     Lightning looks for ``set_epoch``.
     """
 
-    def __init__(self, examples: datasets.Dataset) -> None:
+    def __init__(self, examples: "datasets.Dataset") -> None:
         self._examples = examples
 
     def __len__(self) -> int:
@@ -38,7 +41,7 @@ class RowLists(Dataset[list[Example]]):
 class PackedRowLists(Dataset[list[list[Example]]]):
     """Gives a list of examples for each packed row of a batch; the examples of all rows are read at once."""
 
-    def __init__(self, examples: datasets.Dataset) -> None:
+    def __init__(self, examples: "datasets.Dataset") -> None:
         self._examples = RowLists(examples)
 
     def __len__(self) -> int:
@@ -119,24 +122,24 @@ class KeepEpochCount(Callback):
 
 
 def training_loader(
-    examples: datasets.Dataset, batches: TrainingBatches, pad_token_id: int, num_workers: int, packed: bool = False
+    examples: "datasets.Dataset", batches: TrainingBatches, pad_token_id: int, num_workers: int, packed: bool = False
 ) -> ResumableLoader:
     """A loader for training over a dataset whose row numbers are the ids in ``batches``."""
     return ResumableLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
 
 
 def scoring_loader(
-    examples: datasets.Dataset,
+    examples: "datasets.Dataset",
     batches: Iterable[BatchIds],
     pad_token_id: int,
     num_workers: int,
     packed: bool = False,
-) -> DataLoader[Batch | PackedBatch]:
+) -> DataLoader[Batch]:
     """A loader that goes through the batches as they stand."""
     return DataLoader(sampler=batches, **_options(examples, pad_token_id, num_workers, packed))
 
 
-def _options(examples: datasets.Dataset, pad_token_id: int, num_workers: int, packed: bool) -> dict[str, Any]:
+def _options(examples: "datasets.Dataset", pad_token_id: int, num_workers: int, packed: bool) -> dict[str, Any]:
     return {
         "dataset": PackedRowLists(examples) if packed else RowLists(examples),
         "batch_size": None,

@@ -9,12 +9,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.batches import Batch, BatchIds, TrainingBatches, length_batches, padding_share
+from dualsft.data.batches import BatchIds, TrainingBatches, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ResumableLoader, scoring_loader, training_loader
 from dualsft.data.options import Format, FormatOptions
 from dualsft.data.packed_batches import packed_batches
-from dualsft.data.packing import PackedBatch
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import validation_key, validation_sources
@@ -189,7 +189,7 @@ class InstructionDataModule(LightningDataModule):
 
     def pool_loader(
         self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
-    ) -> DataLoader[Batch | PackedBatch]:
+    ) -> DataLoader[Batch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
         Args:
@@ -204,7 +204,7 @@ class InstructionDataModule(LightningDataModule):
 
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
-    ) -> DataLoader[Batch | PackedBatch]:
+    ) -> DataLoader[Batch]:
         """Batches for scoring over the examples of one validation set that have labels, the longest first.
 
         Args:
@@ -280,9 +280,7 @@ class InstructionDataModule(LightningDataModule):
             return packed_batches(examples.lengths, most, self.max_length, ids=chosen)
         return length_batches(examples.lengths, most, ids=chosen)
 
-    def _scoring_loader(
-        self, examples: Examples, batches: Sequence[BatchIds], packed: bool
-    ) -> DataLoader[Batch | PackedBatch]:
+    def _scoring_loader(self, examples: Examples, batches: Sequence[BatchIds], packed: bool) -> DataLoader[Batch]:
         return scoring_loader(examples.dataset, batches, pad_id(self.tokenizer), self.num_workers, packed)
 
     def training_ids(self) -> list[int]:

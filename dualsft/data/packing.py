@@ -4,46 +4,32 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import accumulate
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dualsft.data.layout import Batch
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 
 
-class PackedBatch(TypedDict):
-    """Rows of examples end to end; axes are n examples, r rows and t tokens, all int64.
-
-    There is no mask of padding: positions count from 0 in each example, and again in the padding behind the last one,
-    so that whoever keeps attention between two zeros keeps the padding to itself as well. ``spans`` holds (row, first
-    token, length) of each example.
-    """
-
-    example_id: Int[Tensor, " n"]
-    input_ids: Int[Tensor, "r t"]
-    labels: Int[Tensor, "r t"]
-    position_ids: Int[Tensor, "r t"]
-    spans: Int[Tensor, "n 3"]
-
-
-def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: int) -> PackedBatch:
+def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: int) -> Batch:
     """Lays each row's examples (example_id, input_ids, labels) end to end and pads the rows to the fullest."""
     lengths = [[len(example["input_ids"]) for example in row] for row in rows]
     width = max(map(sum, lengths))
     positions = [_chained(range(length) for length in [*row, width - sum(row)]) for row in lengths]
     ids = [_chained(example["input_ids"] for example in row) for row in rows]
     labels = [_chained(_without_first(example["labels"]) for example in row) for row in rows]
-    return PackedBatch(
-        example_id=torch.tensor([example["example_id"] for row in rows for example in row], dtype=torch.int64),
-        input_ids=_filled(ids, width, pad_token_id),
-        labels=_filled(labels, width, IGNORED),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        spans=_spans(lengths),
-    )
+    return {
+        "example_id": torch.tensor([example["example_id"] for row in rows for example in row], dtype=torch.int64),
+        "input_ids": _filled(ids, width, pad_token_id),
+        "labels": _filled(labels, width, IGNORED),
+        "position_ids": torch.tensor(positions, dtype=torch.int64),
+        "spans": _spans(lengths),
+    }
 
 
 def _chained(parts: Iterable[Iterable[int]]) -> list[int]:

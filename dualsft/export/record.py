@@ -7,7 +7,7 @@ what is published should not tell of anybody's disk.
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,6 @@ from torch import nn
 from dualsft.data import InstructionDataModule
 
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
-_SELECTION = (
-    *("scorer", "preconditioner", "step_size", "warmup", "prior", "objectives", "combination", "order"),
-    *("parameter_allocator", "data_allocator", "near_duplicates", "trainable", "frozen", "budgets", "counts"),
-    *("coverage", "control", "seed"),
-)
 _PREDICTED = ("step_size", "predicted_improvement")
 
 
@@ -48,22 +43,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
-def describe_selection(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What was selected and how, out of a selection's manifest; whatever it does not tell is left out."""
-    told = {key: manifest[key] for key in _SELECTION if manifest.get(key) is not None}
-    if isinstance(warmup := told.get("warmup"), Mapping) and warmup.get("checkpoint"):
-        told["warmup"] = {**warmup, "checkpoint": published_name(warmup["checkpoint"])}
-    if prediction := manifest.get("prediction"):
-        told["prediction"] = {key: prediction[key] for key in _PREDICTED if key in prediction}
-    told["data"] = {name: _describe_data(manifest.get("data", {}).get(name)) for name in ("train", "validation")}
+def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) -> dict[str, Any]:
+    """What was selected and how, by these keys of a selection's manifest; those that it has not are left out."""
+    told = {key: manifest[key] for key in published if manifest.get(key) is not None}
+    if checkpoint := told["warmup"].get("checkpoint"):
+        told["warmup"] = {**told["warmup"], "checkpoint": published_name(checkpoint)}
+    told["prediction"] = {key: manifest["prediction"][key] for key in _PREDICTED}
+    told["data"] = {name: _describe_data(manifest["data"][name]) for name in ("train", "validation")}
     return told
 
 
-def _describe_data(told: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _describe_data(told: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Name, fingerprint and rows of a source; of named validation sets one each."""
-    if not told:
-        return []
-    if "fingerprint" not in told:
+    if not isinstance(told.get("fingerprint"), str):
         return [{"set": name, **_describe_data(one)[0]} for name, one in told.items()]
     kept = {key: told[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in told}
     return [{**({"name": published_name(told["path"])} if told.get("path") else {}), **kept}]

@@ -17,6 +17,7 @@ from dualsft.export.record import describe_base, describe_selection, describe_tr
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
+from dualsft.selection.manifest import PUBLISHED
 from dualsft.sharding import is_sharded, load_sharded, local_shard
 from dualsft.sharding.collectives import any_rank, on_rank_zero
 from dualsft.sharding.shards import first_row
@@ -105,7 +106,7 @@ def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, C
             "trained": module.compact.num_selected(),
             "all": num_weights(module.model),
         },
-        "selection": describe_selection(module.selection.manifest) if module.selection else None,
+        "selection": describe_selection(module.selection.manifest, PUBLISHED) if module.selection else None,
         "training": describe_training(trainer),
         "versions": versions(),
     }

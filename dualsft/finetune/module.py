@@ -33,6 +33,7 @@ from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
+from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters
@@ -133,11 +134,11 @@ class MaskedFinetuneModule(LightningModule):
     def _check_selection(self) -> None:
         if self.selection is None:
             return
-        made_for = self.selection.manifest["model"]
-        if made_for["fingerprint"] != self.base_fingerprint:
+        made_for = self.selection.about.model
+        if made_for.fingerprint != self.base_fingerprint:
             raise UserError(
-                f"The selection in {self.selection.folder} was made for another model ({made_for['name_or_path']}, "
-                f"weights {made_for['fingerprint'][:12]}) than {self.model_name_or_path} "
+                f"The selection in {self.selection.folder} was made for another model ({made_for.name_or_path}, "
+                f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
                 f"({self.base_fingerprint[:12]}); give that model, or select again."
             )
 
@@ -181,7 +182,8 @@ class MaskedFinetuneModule(LightningModule):
             UserError: if it is not finite: the next step would ruin the weights; or if the model mixes packed examples.
         """
         if not self._packing_checked:
-            check_packing(self.model, batch, compute_dtype(self.model))
+            with remedies_by_key():
+                check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True
         mean, share = self._step_loss.of(self.model, batch)
         if not bool(mean.isfinite()):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dualsft.data import InstructionDataModule
 from dualsft.data.batches import collate
-from dualsft.data.layout import Batch, to_device
+from dualsft.data.layout import to_device
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
@@ -88,7 +88,7 @@ class LogSamples(Callback):
         asking = [k for k, prompt in enumerate(prompts) if prompt.strip()]  # plain text asks nothing
         if not asking:
             return
-        batch = to_device(cast(Batch, collate([rows[k] for k in asking], pad_id(tokenizer))), device)
+        batch = to_device(collate([rows[k] for k in asking], pad_id(tokenizer)), device)
         answers, references = generate_answers(model, tokenizer, batch, self._samples.max_new_tokens)
         for k, answer, reference in zip(asking, answers, references, strict=True):
             example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}

@@ -3,8 +3,8 @@
     exact                H d = ∇_θ <∇V(θ), d>                        differentiates twice; fused attention cannot
     finite difference    H d = (∇V(θ + εd) − ∇V(θ − εd)) / 2ε        two passes of plain gradients, error of order ε²
 
-Either is a sum over examples like the gradient itself and comes from the same passes (`gradients.py`). The difference
-is for models that cannot be differentiated twice. It needs weights in float32 or float64: added to bfloat16 weights, εd
+Either is a sum over examples like the gradient itself and comes from the same passes (`passes.py`). The difference is
+for models that cannot be differentiated twice. It needs weights in float32 or float64: added to bfloat16 weights, εd
 is lost in their rounding.
 
 Source: B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
@@ -25,12 +25,15 @@ from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.shards import full_tensor, is_shard, local_shard
 from dualsft.sharding.unit_gather import unsharded
 
+FULL_PRECISION = "compute in float32, or set the scorer's method to exact"
+"""A remedy (see `UserError`)."""
+
 _RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 1e-5}
-"""ε‖d‖ / ‖θ‖: near where rounding of the gradients, which ε divides, and the error of order ε² are as large; in
-float64 as long as models need that compute norms in float32 all the same."""
+"""ε‖d‖ / ‖θ‖: where the error by rounding of the gradients, divided by ε, is about the error of order ε². For float64
+it is larger than that, as some float64 models compute norms in float32 all the same."""
 
 _LARGEST_BEND = 0.1
-"""Second difference against the first, beyond which a gradient is said to jump; of order ε where it is smooth."""
+"""Ratio of second to first difference above which a gradient counts as jumping; of order ε where it is smooth."""
 
 
 class HessianVectorProduct:
@@ -41,13 +44,13 @@ class HessianVectorProduct:
         direction: d per trainable parameter, of its shape; of a sharded model, this rank's shard of it.
 
     Attributes:
-        shards: The parameters of a sharded model, which is whole meanwhile; empty for any other.
+        shards: The parameters of a sharded model, which must be unsharded in the pass; empty for any other model.
     """
 
     def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
         self._model, self._direction = model, direction
         self.shards = {name: p for name, p in model.named_parameters() if is_shard(p)}
-        self._whole: Mapping[str, Tensor] | None = None if self.shards else direction
+        self._full: Mapping[str, Tensor] | None = None if self.shards else direction
 
     def __call__(self, loss: Tensor) -> None:
         """Differentiate twice.
@@ -55,15 +58,15 @@ class HessianVectorProduct:
         Raises:
             UserError: if some operation of the model has no second derivative.
         """
-        if self._whole is None:
-            self._whole = {name: full_tensor(d, self.shards[name]) for name, d in self._direction.items()}
+        if self._full is None:
+            self._full = {name: full_tensor(d, self.shards[name]) for name, d in self._direction.items()}
         try:
             parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-            found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+            first = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
             # a gradient that depends on no weight has no row in the Hessian
-            gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None and g.requires_grad}
+            gradients = {n: g for n, g in zip(parameters, first, strict=True) if g is not None and g.requires_grad}
             if gradients:
-                along = [self._whole[name].to(gradient.dtype) for name, gradient in gradients.items()]
+                along = [self._full[name].to(gradient.dtype) for name, gradient in gradients.items()]
                 torch.autograd.backward(list(gradients.values()), along)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -77,27 +80,24 @@ class HessianVectorProduct:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Attention in plain steps, as fused kernels have no second derivative; and a sharded model made whole."""
+    """The model with plain attention, as fused kernels have no second derivative, and unsharded, in this context."""
     with unsharded(model), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def check_differences(model: PreTrainedModel) -> None:
-    """See that a finite difference along the weights can be told from rounding.
+    """Check that a finite difference along the weights is not lost in rounding.
 
     Raises:
         UserError: if the weights are stored, or computed with, in half precision.
     """
     kinds = {p.dtype for p in model.parameters() if p.requires_grad} | {compute_dtype(model)}
     if half := sorted(str(kind).removeprefix("torch.") for kind in kinds if kind not in _RELATIVE_STEP):
-        raise UserError(
-            f"A finite difference of gradients drowns in the rounding of {half[0]}; set model.dtype to float32 and "
-            "trainer.precision to 32-true, or the scorer's method to exact."
-        )
+        raise UserError(f"A finite difference of gradients drowns in the rounding of {half[0]}.", FULL_PRECISION)
 
 
 def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
-    """ε: so long that ‖εd‖ is a small share of ‖θ‖, both over all trainable weights.
+    """ε, chosen so that ‖εd‖ is a small share of ‖θ‖, both over all trainable weights.
 
     Raises:
         UserError: if the direction is zero, so that there is nothing to step along.
@@ -111,30 +111,30 @@ def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    """Of all ranks' tensors together."""
-    here = math.fsum(float(local_shard(tensor.detach()).double().square().sum()) for tensor in tensors)
-    return math.sqrt(float(all_reduce_sum(torch.tensor(here, dtype=torch.float64))))
+    """The norm of all ranks' tensors together."""
+    local = math.fsum(float(local_shard(tensor.detach()).double().square().sum()) for tensor in tensors)
+    return math.sqrt(float(all_reduce_sum(torch.tensor(local, dtype=torch.float64))))
 
 
 def check_smooth(
-    forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], here: Mapping[str, Tensor], name: str
+    forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], center: Mapping[str, Tensor], name: str
 ) -> None:
-    """See that the gradient changes as much before θ as behind it, as it does where it is smooth.
+    """Check that the gradient changes as much ahead of θ as behind it, as it does where it is smooth.
 
-    It is not where the model takes another way on either side, as a router that sends a token to another expert does:
-    the difference then is of a jump.
+    It is not smooth where the model switches, as a router that sends a token to another expert does: the difference is
+    then that of a jump.
 
     Args:
         forward: Σ_i g_i at θ + εd, by parameter name.
         backward: The same at θ − εd.
-        here: The same at θ.
+        center: The same at θ.
         name: What the gradients are of.
 
     Raises:
         UserError: if the second difference is not small against the first.
     """
-    second = _norm(forward[n] + backward[n] - 2 * here[n] for n in here)
-    first = _norm(forward[n] - backward[n] for n in here)
+    second = _norm(forward[n] + backward[n] - 2 * center[n] for n in center)
+    first = _norm(forward[n] - backward[n] for n in center)
     if second > _LARGEST_BEND * first:
         raise UserError(
             f"The {name} gradient jumps between the two points of the finite difference (second difference "
@@ -145,9 +145,9 @@ def check_smooth(
 
 @contextmanager
 def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """The model at θ + step · d while the context is open; at θ again, bit for bit, afterwards."""
+    """The model's weights are θ + step · d while the context is open; afterwards they are θ again, bit for bit."""
     weights = {name: local_shard(p.detach()) for name, p in model.named_parameters() if name in direction}
-    kept = {name: p.clone() for name, p in weights.items()}
+    before = {name: p.clone() for name, p in weights.items()}
     try:
         with torch.no_grad():
             for name, parameter in weights.items():
@@ -156,4 +156,4 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) ->
     finally:
         with torch.no_grad():
             for name, parameter in weights.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(before[name])

@@ -3,8 +3,8 @@
 With e the gradient of y, and a_i, e_i the tokens of example i, there are two ways to the rows <dW_i, U> when the
 columns Σ_i dW_i are wanted too. In units of 2 x tokens x weights floating-point operations:
 
-    by gradient   dW_i = e_iᵀ a_i, one example at a time: its product with U goes to row i, the matrix to the columns.
-                  1 unit, which the columns cost anyway, and memory traffic per example.
+    by gradient   dW_i = e_iᵀ a_i, one example at a time: its product with U is added to row i, the matrix to the
+                  columns. 1 unit, which the columns cost anyway, and memory traffic per example.
     by product    (e U) · a or, whichever is narrower, (a Uᵀ) · e for the rows, and eᵀ a for the columns. 2 units.
 
 So the first is near the limit for long examples, the second better for short ones; `by_gradient_pays` is the rule.
@@ -12,7 +12,7 @@ Without columns there is only the second, at the 1 unit that the weight gradient
 come from the second alone. Several directions U share the dW_i of the first; each takes a product of its own of the
 second.
 
-The layer's own backward is replaced whole, so that the weight gradient is not formed twice.
+The layer's own backward is replaced, so that the weight gradient is not formed twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import Layout
-from dualsft.matrix.tap import Rows
+from dualsft.matrix.rows import Rows
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import exchange
 
@@ -44,54 +44,51 @@ def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bo
 
 
 class LinearHook:
-    """A forward hook that exchanges the graph behind a linear layer's output for one that adds to the rows.
+    """A forward hook that replaces the backward of a linear layer by one that adds to the rows as well.
 
     Args:
         rows: What the tap adds to.
-        path: The module's name.
+        where: The module's name and type, for errors.
         module: The module.
         tangents: For each direction, u for its weight and, if it is scored, its bias.
     """
 
-    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
-        self._rows = rows
-        self.where = f"{path} ({type(module).__name__})"
+    def __init__(self, rows: Rows, where: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
+        self._rows, self._where, self._tangents = rows, where, tangents
         self._transposed = type(module) is Conv1D
-        self._tangents = tangents
 
     @property
     def _us(self) -> list[Tensor]:
-        """U as (out, in), to be asked for in backward, where it is at hand."""
+        """U as (out, in); only in backward does a sharded model have it."""
         return [u["weight"].t() if self._transposed else u["weight"] for u in self._tangents]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The module's output with the tap on it, as a forward hook returns it."""
+        """The module's output with the tap on it; None, which leaves it, where nothing is differentiated."""
         if not torch.is_grad_enabled():  # as in the jvp of a module around this one
             return None
         (a,) = args or kwargs.values()
         a, output = self._rows.layout.expand(a), self._rows.layout.expand(output)
-        self._rows.expect(output.shape, self.where)
-        self._rows.touch(module)
-        return exchange(module, a, output, self._rows.anchor, self, weight_too=True)
+        self._rows.check_shape(output.shape, self._where)
+        return exchange(module, a, output, self._rows.dummy_input, self, weight_too=True)
 
     def backward(
         self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add to the rows; the gradients of the input and of the weight, where needed; see `LinearBackward`."""
+        """Add to the rows, and return the gradients that are needed; see `LinearBackward`."""
         weight = weight.t() if self._transposed else weight
         needs_input, needs_weight, _ = needs
         narrow = a.to(e.dtype)
         for k, u in enumerate(self._tangents):
             if "bias" in u:
-                self._rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
-        gradient = self._weigh(e, narrow, weight.dtype) if needs_weight else None
+                self._rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self._where)
+        gradient = self._weight_gradient(e, narrow, weight.dtype) if needs_weight else None
         if not needs_weight:
             self._add_products(e, narrow)
         if gradient is not None and self._transposed:
             gradient = gradient.t()
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
-    def _weigh(self, e: Tensor, a: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    def _weight_gradient(self, e: Tensor, a: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
         layout = self._rows.layout
         by_gradient = (
@@ -100,9 +97,9 @@ class LinearHook:
             and by_gradient_pays(layout.mean_length, e.shape[-1] * a.shape[-1], e.device.type)
         )
         if by_gradient:
-            values, gradient = example_gradients(e, a, self._us, layout, dtype)
-            for k, of_examples in enumerate(values):
-                self._rows.add_examples(k, of_examples)
+            rows, gradient = example_gradients(e, a, self._us, layout, dtype)
+            for k, values in enumerate(rows):
+                self._rows.add_examples(k, values)
             return gradient
         self._add_products(e, a)
         return e.flatten(0, -2).t() @ a.flatten(0, -2)
@@ -112,11 +109,11 @@ class LinearHook:
             u = direction.to(e.dtype)
             out_features, in_features = u.shape
             x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
-            self._rows.add(k, x, y, self.where)
+            self._rows.add(k, x, y, self._where)
 
 
 def _rows_and_tokens(e: Tensor, layout: Layout) -> bool:
-    """Whether the axes before the last are rows and tokens, or both flattened into one."""
+    """Whether the axes before the last one are rows and tokens, or both flattened into one."""
     return e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
 
 
@@ -134,8 +131,8 @@ def example_gradients(
     """
     out_features, in_features = us[0].shape
     e, a = (part.reshape(layout.rows, layout.tokens, -1) for part in (e, a))
-    turned = in_features > out_features
-    x, y, us = (a, e, [u.t() for u in us]) if turned else (e, a, us)
+    transposed = in_features > out_features
+    x, y, us = (a, e, [u.t() for u in us]) if transposed else (e, a, us)
     wide = accumulator_dtype(e)
     height, width = us[0].shape
     gradient = e.new_empty((height, width), dtype=dtype)
@@ -147,7 +144,7 @@ def example_gradients(
         part, total = _block_gradients(x[..., block], y, [u[block].to(wide) for u in us], layout, buffer)
         values.append(part)
         gradient[block] = total
-    return torch.stack(values).sum(0), gradient.t() if turned else gradient
+    return torch.stack(values).sum(0), gradient.t() if transposed else gradient
 
 
 def _block_gradients(
@@ -170,7 +167,7 @@ def _block_gradients(
 
 
 def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:
-    """Store xᵀ y, in the target's type where the device can multiply so."""
+    """Store xᵀ y; the product is rounded to the target's type once, where the device can multiply so."""
     if x.dtype == into.dtype:
         torch.mm(x.t(), y, out=into)
     elif x.device.type == "cuda":

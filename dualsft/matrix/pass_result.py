@@ -1,4 +1,4 @@
-"""What a pass over some examples has found, and how it is kept: as named tensors and a few notes."""
+"""The result of a pass over some examples, and its form on disk: named tensors and a few notes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,17 +12,17 @@ from dualsft.sharding.collectives import all_gather
 
 @dataclass
 class GradientPass:
-    """What one pass over some examples gave.
+    """Sums, rows and measurements of one pass over some examples.
 
     Attributes:
         sums: Parameter name -> Σ_i g_i over the counted examples; empty when no columns were asked for.
         rows: For each direction, example id -> <u, g_i>.
         tokens: For each direction, example id -> the contributions of its tokens to <u, g_i>, float64; empty unless
             asked for.
-        measured: Name of a statistic -> example id -> a number (float64) or a vector (float32), of what was asked
+        measured: Name of a statistic -> example id -> a number (float64) or a vector (float32); empty unless asked
             for.
         counted: How many examples the sums hold.
-        nonfinite: Ids of the examples whose loss or gradient is not finite; in neither sums nor rows.
+        nonfinite: Ids of the examples whose loss or gradient is not finite; they are in neither sums nor rows.
         covered: Names of the parameters that the rows cover.
     """
 
@@ -35,15 +35,15 @@ class GradientPass:
     covered: set[str] = field(default_factory=set)
 
     def share(self) -> None:
-        """Bring together what the ranks have found; the sums stay shards."""
-        found = all_gather(replace(self, sums={}))
-        self.counted = sum(of.counted for of in found)
-        self.nonfinite = {i for of in found for i in of.nonfinite}
-        self.covered = {name for of in found for name in of.covered}
-        self.rows = [{i: v for of in found for i, v in of.rows[k].items()} for k in range(len(self.rows))]
-        self.tokens = [{i: v for of in found for i, v in of.tokens[k].items()} for k in range(len(self.tokens))]
-        names = sorted({name for of in found for name in of.measured})
-        self.measured = {n: {i: v for of in found for i, v in of.measured.get(n, {}).items()} for n in names}
+        """Gather the results of all ranks, except for the sums, which stay shards."""
+        ranks = all_gather(replace(self, sums={}))
+        self.counted = sum(of.counted for of in ranks)
+        self.nonfinite = {i for of in ranks for i in of.nonfinite}
+        self.covered = {name for of in ranks for name in of.covered}
+        self.rows = [{i: v for of in ranks for i, v in of.rows[k].items()} for k in range(len(self.rows))]
+        self.tokens = [{i: v for of in ranks for i, v in of.tokens[k].items()} for k in range(len(self.tokens))]
+        names = sorted({name for of in ranks for name in of.measured})
+        self.measured = {n: {i: v for of in ranks for i, v in of.measured.get(n, {}).items()} for n in names}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes to keep, from which `from_state` makes the same again."""
@@ -62,7 +62,7 @@ class GradientPass:
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> "GradientPass":
-        """What `state` has kept."""
+        """The result that `state` was made of."""
         ids = [tensors[f"id:{k}"].tolist() for k in range(sum(name.startswith("id:") for name in tensors))]
         by_token = "tokens:0" in tensors
         return cls(

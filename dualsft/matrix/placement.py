@@ -1,15 +1,17 @@
-"""Where each weight is scored: the innermost module whose own forward uses it and whose output splits into examples.
+"""Where each weight is scored: in the innermost module whose own forward uses it and whose output splits into examples.
 
-Nearly always that is the module that owns it. But some take a child's weight past the child's forward, as state-space
-mixers do their convolution's, and some give out what belongs to no example alone, as experts do that sort tokens. Then
-it is a module around: its forward is differentiated by all weights used in it that are not scored further in.
+Nearly always that is the module that owns the weight. There are two exceptions. Some modules use a child's weight
+without calling the child, as state-space mixers do with their convolution. And the outputs of some do not split into
+examples, as those of experts that sort tokens. Then an enclosing module is tapped, and its forward is differentiated
+with respect to all weights used in it that are not scored in a module inside it.
 
-Who uses what is read off the autograd graph of one forward pass. Every module's output is marked in it, so that the
-weights reached from there, up to the module's inputs and the marks of its children, are those of its own forward.
+Which module uses what is read off the autograd graph of one forward pass. Every module's output is marked in the graph,
+so that the weights reached from there, up to the module's inputs and the marks of its children, are those of its own
+forward.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,58 +21,61 @@ from torch.utils import _pytree as pytree
 
 from dualsft.errors import UserError
 
-Places = dict[nn.Module, set[str]]
+Placement = dict[nn.Module, set[str]]
 """Module -> names, in the model, of the parameters that are scored there."""
 
 
-def placements(
+def find_placement(
     model: nn.Module,
     names: Mapping[int, str],
-    splits: Callable[[Tensor, str], None],
+    check_output: Callable[[Tensor, str], None],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> Places:
-    """Where each parameter is scored, as one forward pass shows; with its owner, if nobody uses it there.
+) -> Placement:
+    """Where each parameter is scored, found by one forward pass.
 
     Args:
         model: The model.
         names: Identity of a parameter -> its name, of all that are scored.
-        splits: Raises a UserError for an output, and its module's description, if it cannot be split.
+        check_output: Raises a UserError for an output that cannot be split; it also gets the module's name and type.
         args: What the model is called with.
         kwargs: What it is called with by keyword.
 
     Raises:
-        UserError: naming a module whose output cannot be split, and nor can that of any module around it.
+        UserError: naming a module whose output cannot be split, nor that of any module around it.
     """
-    observer = _Observer(model, names, splits)
-    with _requiring(model, names), observer:
+    observer = _Observer(model, names, check_output)
+    parameters = [p for p in model.parameters() if id(p) in names]
+    with requires_grad(parameters, True), observer:  # in a pass for rows alone they do not
         model(*args, **kwargs)
-    places = observer.places
-    for outer, here in list(places.items()):
+    placement = observer.placement
+    # 1. What an enclosing module's derivative contains already is not scored inside it again.
+    for outer, scored in list(placement.items()):
         for inner in outer.modules():
-            if inner is not outer and inner in places:
-                places[inner] -= here  # the outer forward's derivative has that use in it
-    seen = {name for here in places.values() for name in here}
-    for module in set(model.modules()) - observer.unsplit:  # may be used another time, as an expert without tokens
-        places[module] |= {names[id(p)] for p in module.parameters(recurse=False) if id(p) in names} - seen
-    return {module: here for module, here in places.items() if here}
+            if inner is not outer and inner in placement:
+                placement[inner] -= scored
+    # 2. Unused parameters are scored in their owner: another batch may use them, as that of an expert without tokens.
+    seen = {name for scored in placement.values() for name in scored}
+    for module in set(model.modules()) - observer.unsplit:
+        placement[module] |= {names[id(p)] for p in module.parameters(recurse=False) if id(p) in names} - seen
+    return {module: scored for module, scored in placement.items() if scored}
 
 
 @contextmanager
-def _requiring(model: nn.Module, names: Mapping[int, str]) -> Iterator[None]:
-    """All scored parameters in the graph, also where a pass for rows alone has frozen them."""
-    frozen = [p for p in model.parameters() if id(p) in names and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+def requires_grad(parameters: Iterable[Tensor], value: bool) -> Iterator[None]:
+    """Parameters that all require gradients, or that do not, while the context is open."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad != value]
+    for parameter in changed:
+        parameter.requires_grad_(value)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(not value)
 
 
 class _Mark(torch.autograd.Function):
-    """The identity, whose node is where a module's output begins."""
+    """The identity, whose node in the autograd graph marks a module's output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -82,15 +87,20 @@ class _Mark(torch.autograd.Function):
 
 
 class _Observer:
-    """Hooks on all modules that see what the forward of each uses; a context."""
+    """Hooks on all modules that find which parameters the forward of each uses, while the context is open.
 
-    def __init__(self, model: nn.Module, names: Mapping[int, str], splits: Callable[[Tensor, str], None]) -> None:
-        self.places: Places = defaultdict(set)
-        self._names, self._splits = names, splits
+    Attributes:
+        placement: The modules with the parameters that they use themselves, as far as their outputs split.
+        unsplit: The modules whose outputs do not split.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str], check_output: Callable[[Tensor, str], None]) -> None:
+        self.placement: Placement = defaultdict(set)
+        self._names, self._check_output = names, check_output
         self._within = {m: {names[id(p)] for p in m.parameters() if id(p) in names} for m in model.modules()}
         self._paths = {module: path for path, module in model.named_modules()}
         self.unsplit: set[nn.Module] = set()
-        self._calls: list[_Observed] = []
+        self._calls: list[_ObservedCall] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Observer":
@@ -106,26 +116,29 @@ class _Observer:
             handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls.append(_Observed([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]))
+        self._calls.append(_ObservedCall([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self._calls.pop()
-        leaves, layout = pytree.tree_flatten(output)
+        leaves, structure = pytree.tree_flatten(output)
         outputs = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
+        # 1. What the module uses, with what its children could not score.
         used = call.deferred | self._used(list(outputs.values()), call)
+        # 2. What of that is scored here: parameters inside the module, if its outputs split.
         error = self._refusal(module, call, list(outputs.values())) if self._within[module] else None
         if error is not None:
             self.unsplit.add(module)
-        here = used & self._within[module] if error is None else set()
-        self.places[module] |= here
-        self._leave(used - here, call, error)
+        scored = used & self._within[module] if error is None else set()
+        self.placement[module] |= scored
+        # 3. The rest is for the enclosing module, which sees this one's outputs marked.
+        self._defer(used - scored, call, error)
         for k, value in outputs.items():
             leaves[k] = _Mark.apply(value)
-        return pytree.tree_unflatten(leaves, layout)
+        return pytree.tree_unflatten(leaves, structure)
 
-    def _used(self, outputs: list[Tensor], call: "_Observed") -> set[str]:
+    def _used(self, outputs: list[Tensor], call: "_ObservedCall") -> set[str]:
         """Names of the parameters from which these outputs, and the inputs of children, are made inside the call."""
-        found = {self._names[id(x)] for x in outputs if id(x) in self._names}
+        used = {self._names[id(x)] for x in outputs if id(x) in self._names}
         seen, todo = set(call.boundary), [x.grad_fn for x in outputs] + list(call.inner)
         while todo:
             node: Any = todo.pop()
@@ -133,24 +146,24 @@ class _Observer:
                 continue
             seen.add(node)
             if (leaf := id(getattr(node, "variable", None))) in self._names:
-                found.add(self._names[leaf])
+                used.add(self._names[leaf])
             todo += [before for before, _ in node.next_functions]
-        return found
+        return used
 
-    def _refusal(self, module: nn.Module, call: "_Observed", outputs: list[Tensor]) -> UserError | None:
-        """Why no tap can be put on these outputs, if none can."""
+    def _refusal(self, module: nn.Module, call: "_ObservedCall", outputs: list[Tensor]) -> UserError | None:
+        """Why these outputs cannot be tapped; None if they can."""
         where = f"{self._paths[module]} ({type(module).__name__})"
         if call.modified:
             return UserError(f"{where} modifies its input in place, so it cannot be scored; freeze its parameters.")
         try:
             for value in outputs:
-                self._splits(value, where)
+                self._check_output(value, where)
         except UserError as error:
             return error
         return None
 
-    def _leave(self, names: set[str], call: "_Observed", error: UserError | None) -> None:
-        """Leave parameters, and the making of the call's inputs, to the module around it."""
+    def _defer(self, names: set[str], call: "_ObservedCall", error: UserError | None) -> None:
+        """Hand parameters, and the graph behind the call's inputs, on to the enclosing module."""
         if self._calls:
             outer = self._calls[-1]
             outer.inner |= call.boundary
@@ -160,14 +173,14 @@ class _Observer:
             raise call.error or error or UserError(f"The use of {', '.join(sorted(names)[:5])} cannot be followed.")
 
 
-class _Observed:
+class _ObservedCall:
     """One call of a module in progress.
 
     Attributes:
-        boundary: The nodes that its inputs come from.
+        boundary: The nodes of the graph that its inputs come from.
         inner: Those that its children's inputs come from.
-        deferred: The parameters that its children have left to it.
-        error: Why.
+        deferred: The parameters that its children use but cannot score.
+        error: Why they cannot.
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:

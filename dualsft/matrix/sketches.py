@@ -2,17 +2,18 @@
 
     gradient norm ‖g_i‖        preconditioned norm ‖P ⊙ g_i‖        sketch  z_i = S (√P ⊙ g_i)
 
-S is a count sketch (Charikar, Chen, Farach-Colton 2002): entry j goes to component j mod K, with a random sign of its
-own. Then E[z_i · z_k] = g_iᵀ P g_k, and the standard deviation of the estimate is near ‖√P ⊙ g_i‖ ‖√P ⊙ g_k‖ / √K. K is
-prime, so that a few columns of large entries, which many weight matrices' gradients have, spread over all components
-whatever the matrix's width.
+S is a count sketch (Charikar, Chen, Farach-Colton 2002): entry j is added to component j mod K with a random sign of
+its own. Then E[z_i · z_k] = g_iᵀ P g_k, and the standard deviation of the estimate is near ‖√P ⊙ g_i‖ ‖√P ⊙ g_k‖ / √K.
+K is prime, so that a few columns of large entries, which many weight matrices' gradients have, spread over all
+components whatever the matrix's width.
 
 None of this is a sum over the tokens of a batch, so a batch is differentiated one example at a time: the gradient that
-is complete at a parameter is then one example's own, tied weights included. It is folded and dropped as that of a sum.
+backward completes at a parameter is then one example's own, tied weights included.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -28,7 +29,7 @@ SKETCH_SIZE = 1021
 """Components of a sketch; prime. The cosine of two sketches is that of the gradients to about 0.03."""
 
 _BLOCK = 2**20 // SKETCH_SIZE * SKETCH_SIZE
-"""Entries that are worked on at a time."""
+"""Entries of a gradient that are processed at a time."""
 
 LOSS, NORM, PRECONDITIONED_NORM, SKETCH = "loss", "gradient_norm", "preconditioned_gradient_norm", "sketch"
 
@@ -47,16 +48,16 @@ class Measurement:
 
     @property
     def by_example(self) -> bool:
-        """Whether anything asked for takes each example's own gradient."""
+        """Whether anything asked for depends on each example's own gradient."""
         return bool(set(self.names) - {LOSS})
 
 
 def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tensor]:
-    """√P with the sketch's signs, by parameter name, of its (local) shape; signs alone take a byte each.
+    """√P with the sketch's signs, by parameter name, of its (local) shape; signs alone are int8.
 
     Args:
         model: Any module.
-        measurement: What is to be measured; empty if that takes no factors.
+        measurement: What is to be measured; without a preconditioned norm or a sketch there are no factors.
     """
     factors: dict[str, Tensor] = {}
     if not set(measurement.names) & {PRECONDITIONED_NORM, SKETCH}:
@@ -72,15 +73,15 @@ def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tens
 
 
 class ExampleStatistics:
-    """Measures each parameter's gradient as backward completes it, while the context is open; the example is alone.
+    """Measures the gradient of one example, parameter by parameter as backward completes it, in this context.
 
     Enter it before `ColumnSums`, which drops the gradient.
 
     Args:
         model: Any module.
         measurement: What to measure.
-        factors: From `sketch_factors`, each whole when backward completes its parameter's gradient.
-        drop: Whether the gradients are of no further use.
+        factors: From `sketch_factors`; each is of its parameter's full shape when backward completes the gradient.
+        drop: Whether to drop the gradients.
     """
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
@@ -97,7 +98,7 @@ class ExampleStatistics:
 
     def __enter__(self) -> "ExampleStatistics":
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._measurer(name))
+            parameter.register_post_accumulate_grad_hook(partial(self._measure, name))
             for name, parameter in self._parameters.items()
         ]
         return self
@@ -114,29 +115,23 @@ class ExampleStatistics:
     def read(self) -> dict[str, Float[Tensor, "..."]]:
         """Name -> what was measured of the example whose backward has run, on the host; waits for the device.
 
-        Norms are numbers, float64; the sketch is a vector, float32 as it is kept. All are zero for an example in whose
-        loss no weight takes part.
+        Norms are float64 numbers, the sketch is a float32 vector. All are zero if the loss depends on no weight.
         """
         return {name: (total.float() if name == SKETCH else total.sqrt()).cpu() for name, total in self._sums.items()}
 
-    def _measurer(self, name: str) -> Callable[[Tensor], None]:
-        def measure(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            factor = self._factors[name].flatten() if name in self._factors else None
-            self._measure(parameter.grad.flatten(), factor, accumulator_dtype(parameter))
-            if self._drop:
-                parameter.grad = None
-
-        return measure
-
     @torch.no_grad()
-    def _measure(self, gradient: Tensor, factor: Tensor | None, wide: torch.dtype) -> None:
+    def _measure(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, wide = parameter.grad.flatten(), accumulator_dtype(parameter)
+        factor = self._factors[name].flatten() if name in self._factors else None
         for first in range(0, len(gradient), _BLOCK):
             g = gradient[first : first + _BLOCK].to(wide)
             if NORM in self._sums:
                 self._sums[NORM] += g.square().sum()
             if factor is not None:
                 self._measure_scaled(g, factor[first : first + _BLOCK])
+        if self._drop:
+            parameter.grad = None
 
     def _measure_scaled(self, gradient: Tensor, factor: Tensor) -> None:
         scaled = gradient * factor
@@ -147,13 +142,13 @@ class ExampleStatistics:
 
 
 def random_signs(count: int, generator: torch.Generator) -> Int8[Tensor, " entry"]:
-    """So many of 1 and -1, each as likely."""
+    """Random numbers, 1 or -1, each as likely."""
     return torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
 
 def fold(values: Float[Tensor, " entry"], size: int = SKETCH_SIZE) -> Float[Tensor, " size"]:
-    """Σ over the entries whose place is k modulo the size, for each k."""
-    whole = len(values) // size * size
-    folded = values[:whole].view(-1, size).sum(0)
-    folded[: len(values) - whole] += values[whole:]
+    """For each k, the sum of the entries whose position is k modulo the size."""
+    even = len(values) // size * size
+    folded = values[:even].view(-1, size).sum(0)
+    folded[: len(values) - even] += values[even:]
     return folded

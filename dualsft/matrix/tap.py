@@ -2,51 +2,25 @@
 
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
-with f a module, w its own parameters, e the gradient of its output. The product (∂f/∂w) u_w comes from forward-mode
-differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear, where nearly
-all the work is, has a file of its own (`linear_tap.py`).
+with f a module, w the parameters scored there, and e the gradient of its output. The product (∂f/∂w) u_w comes from
+forward-mode differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear,
+where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from dualsft.data.layout import AmbiguousShapeError, Layout
+from dualsft.data.layout import AmbiguousShapeError
 from dualsft.errors import UserError, is_out_of_memory
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """What a tap adds to; `dualsft.matrix.interaction.RowSums` is the one there is.
-
-    Attributes:
-        layout: Of the batch in flight.
-        by_token: Whether contributions are kept for each token.
-        anchor: A number that requires a gradient, so that backward reaches a tap on the output of frozen weights.
-    """
-
-    layout: Layout
-    by_token: bool
-    anchor: Tensor
-
-    def expect(self, shape: torch.Size, where: str) -> None:
-        """See that an output of this shape can be split; before backward, which could not be taken back."""
-
-    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
-        """Add to the rows of the k-th u the products x · y of two tensors of one module's output, or input, shape."""
-
-    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
-        """Add one number per example to the rows of the k-th direction."""
-
-    def touch(self, module: nn.Module) -> None:
-        """Note that this module takes part."""
+from dualsft.matrix.rows import Rows
 
 
 class TapHook:
@@ -54,7 +28,7 @@ class TapHook:
 
     Args:
         rows: What the taps add to.
-        path: The module's name.
+        where: The module's name and type, for errors.
         module: The module.
         tangents: For each direction, u for each parameter that is scored here, under every name it has in the module.
 
@@ -62,11 +36,10 @@ class TapHook:
         UserError: if the module's gradients are not sums over examples.
     """
 
-    def __init__(self, rows: Rows, path: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
-        self._rows, self._tangents = rows, tangents
-        self.where = f"{path} ({type(module).__name__})"
-        self._doubts: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
-        self._axes: dict[int, int] = {}  # output -> its token axis, where there was doubt
+    def __init__(self, rows: Rows, where: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
+        self._rows, self.where, self._tangents = rows, where, tangents
+        self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
+        self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._product = _embedding_product if type(module) is nn.Embedding else _general_product
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(
@@ -74,123 +47,115 @@ class TapHook:
             )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with taps on it, as a forward hook returns it."""
+        """The module's output with taps on it; None, which leaves it, if nothing can be tapped."""
         if not torch.is_grad_enabled():  # as in the jvp of a module around this one
             return None
-        inputs, layout = pytree.tree_flatten((args, kwargs))
-        outputs, out_layout = pytree.tree_flatten(output)
-        for k, value in enumerate(outputs):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                call = _Call(self, module, layout, inputs, k)
-                tensors = [given for given in inputs if isinstance(given, Tensor)]
-                value = self._rows.layout.expand(value)
-                self._expect(k, value.shape)
-                outputs[k] = _Tap.apply(value, call, self._rows.anchor, *tensors)
-                self._rows.touch(module)
-        return pytree.tree_unflatten(outputs, out_layout)
+        inputs, structure = pytree.tree_flatten((args, kwargs))
+        outputs, out_structure = pytree.tree_flatten(output)
+        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        floating = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for k in floating:
+            value = self._rows.layout.expand(outputs[k])
+            self._check_shape(k, value.shape)
+            call = _Call(self, module, others, structure, k)
+            outputs[k] = _Tap.apply(value, call, self._rows.dummy_input, *tensors)
+        return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
-    def _expect(self, k: int, shape: torch.Size) -> None:
-        """See that the k-th output can be split.
+    def _check_shape(self, k: int, shape: torch.Size) -> None:
+        """Check that the k-th output can be split.
 
-        Axes that are as long as a row at two widths all count tokens, as those of attention weights do; the first is
-        the one whose tokens the output belongs to.
+        Axes that are as long as a row in batches of two widths all count tokens, as those of attention weights do; the
+        first of them is the one whose tokens the output belongs to.
 
         Raises:
-            AmbiguousShapeError: at the first width.
+            AmbiguousShapeError: if only one width has been seen.
             UserError: if it cannot be split.
         """
         try:
-            self._rows.expect(shape, self.where)
+            self._rows.check_shape(shape, self.where)
         except AmbiguousShapeError:
             tokens, axes = self._rows.layout.tokens, set(self._rows.layout.token_axes(shape))
-            width, before = self._doubts.setdefault(k, (tokens, axes))
+            width, before = self._candidates.setdefault(k, (tokens, axes))
             if k not in self._axes and width != tokens and axes & before:
                 self._axes[k] = min(axes & before)
             if k not in self._axes:
                 raise
 
-    def contribute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
+    def add_to_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Raises:
             UserError: if the module cannot be differentiated forwards.
         """
-        for direction, tangents in enumerate(self._tangents):
-            product = self._forward_derivative(module, tangents, args, kwargs, k, e.dtype).expand_as(e)
-            gradient = e
+        for direction, u in enumerate(self._tangents):
+            try:
+                product = self._product(module, u, args, kwargs, k, e.dtype)
+            except Exception as error:  # the module's own code may raise anything
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).split("\n")[0]
+                raise UserError(
+                    f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}"
+                ) from error
+            x, y = product.expand_as(e), e
             if k in self._axes:
-                product, gradient = (self._rows.layout.flat(part, self._axes[k]) for part in (product, e))
-            self._rows.add(direction, product, gradient, self.where)
-
-    def _forward_derivative(
-        self,
-        module: nn.Module,
-        tangents: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        k: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        try:
-            return self._product(module, tangents, args, kwargs, k, dtype)
-        except Exception as error:  # whatever the module's own code does not expect
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}") from error
+                x, y = (self._rows.layout.flat(part, self._axes[k]) for part in (x, y))
+            self._rows.add(direction, x, y, self.where)
 
 
+_TENSOR = object()
+
+
+@dataclass(frozen=True)
 class _Call:
-    """One call of a tapped module: which output, and its inputs but for the tensors, which are autograd's to keep."""
+    """One output of one call of a tapped module.
 
-    def __init__(self, hook: TapHook, module: nn.Module, layout: Any, inputs: list[Any], output: int) -> None:
-        self._hook, self._module, self._layout, self._output = hook, module, layout, output
-        self._slots = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        self._rest = [None if isinstance(value, Tensor) else value for value in inputs]
+    Attributes:
+        hook: The module's tap.
+        module: The module.
+        inputs: The flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
+        structure: Makes positional and keyword arguments of them.
+        output: The output's number among the flattened outputs.
+    """
 
-    def explain(self, error: RuntimeError) -> None:
-        """Tell of inputs that cannot be had any more.
-
-        Raises:
-            UserError: naming the module, if they were modified in place.
-        """
-        if "modified by an inplace operation" in str(error):
-            raise UserError(
-                f"The input of {self._hook.where} is modified in place after its use there, so it cannot be scored; "
-                "freeze its parameters (requires_grad=False) to leave it out of the scores."
-            ) from error
-
-    def contribute(self, e: Tensor, tensors: tuple[Tensor, ...]) -> None:
-        """Add this call's share of the rows, given the gradient of the output and the tensors among the inputs."""
-        inputs = list(self._rest)
-        for slot, tensor in zip(self._slots, tensors, strict=True):
-            inputs[slot] = tensor.detach()
-        args, kwargs = pytree.tree_unflatten(inputs, self._layout)
-        self._hook.contribute(self._module, args, kwargs, self._output, e)
+    hook: TapHook
+    module: nn.Module
+    inputs: list[Any]
+    structure: Any
+    output: int
 
 
 class _Tap(torch.autograd.Function):
     """The identity, whose backward adds (∂f/∂w)u · e to the rows.
 
-    The inputs go through ``save_for_backward``, so activation checkpointing recomputes them and nothing lives longer.
+    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    longer than the module's own graph keeps it.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, call: _Call, anchor: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, call: _Call, dummy_input: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*inputs)
         return output.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,) = grads
+        (e,), call = grads, ctx.call
         try:
-            inputs = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+            saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
         except RuntimeError as error:
-            ctx.call.explain(error)
-            raise
-        ctx.call.contribute(e.detach(), inputs)
-        return (e, None, None, *(None for _ in inputs))
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UserError(
+                f"The input of {call.hook.where} is modified in place after its use there, so it cannot be scored; "
+                "freeze its parameters (requires_grad=False) to leave it out of the scores."
+            ) from error
+        tensors = iter(saved)
+        inputs = [next(tensors).detach() if leaf is _TENSOR else leaf for leaf in call.inputs]
+        args, kwargs = pytree.tree_unflatten(inputs, call.structure)
+        call.hook.add_to_rows(call.module, args, kwargs, call.output, e.detach())
+        return (e, None, None, *(None for _ in saved))
 
 
 def _embedding_product(
@@ -203,14 +168,14 @@ def _embedding_product(
 
 
 class _Forward(nn.Module):
-    """A module's forward without its hooks, which have run on the inputs, and may have changed its parameters."""
+    """A module's forward without its hooks: these have run on the inputs already, and may change its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward gives."""
+        """The module's own forward."""
         return self.module.forward(*args, **kwargs)
 
 

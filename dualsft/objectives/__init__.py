@@ -1,4 +1,7 @@
-"""The terms of V(θ), and the loss of one example, which is also what pool examples are scored by."""
+"""Losses: l_i of one example, by which pool examples are scored, and the terms of V(θ).
+
+In: a model and a batch. Out: one differentiable loss per example.
+"""
 
 from dualsft.objectives.base import Objective
 from dualsft.objectives.likelihood import (
@@ -8,11 +11,10 @@ from dualsft.objectives.likelihood import (
     supervised_losses,
     token_losses,
 )
-from dualsft.objectives.prior import Prior, SelfDistillation
+from dualsft.objectives.prior import SelfDistillation
 
 __all__ = [
     "Objective",
-    "Prior",
     "SelfDistillation",
     "example_losses",
     "mean_over_tokens",

@@ -12,10 +12,10 @@ from dualsft.data.layout import Batch, Layout
 
 
 class Objective(ABC):
-    """One more term of the objective that a selection is to lower: λ times the mean loss over some pool examples.
+    """A further term of the objective that a selection is to lower: λ times the mean loss over some pool examples.
 
     Attributes:
-        name: What it is called in the log; no two terms of a run may share it.
+        name: Its name in the log; no two terms of a run may share it.
         weight: λ, its weight beside the validation loss's 1; with 0 the term is left out.
         needs_teacher: Whether the losses compare the model with the untouched base model.
     """

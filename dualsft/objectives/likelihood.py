@@ -12,18 +12,18 @@ from dualsft.data.layout import Batch, Layout
 def supervised_logits(
     model: PreTrainedModel, batch: Batch
 ) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
-    """The logits from which supervised tokens are predicted, and where among the tokens after the first those are.
+    """The logits that predict supervised tokens, and which tokens after each row's first are supervised.
 
-    The logits are float32 at least, whatever the model's type, and taken at these positions alone: with a large
-    vocabulary they are the largest tensor there is, and prompts need none.
+    The logits are float32 at least, whatever the model's type, and of these positions alone: with a large vocabulary
+    they are the largest tensor of all, and prompts need none.
 
     Args:
         model: A causal language model.
         batch: Padded or packed examples. The first token of a packed example has no label, as no token before it is
             the example's own; without an attention mask the position ids keep packed examples apart.
     """
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    return _at_supervised(model(**given, use_cache=False).logits, batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return _at_supervised(model(**inputs, use_cache=False).logits, batch["labels"])
 
 
 def _at_supervised(
@@ -37,7 +37,7 @@ def _at_supervised(
 def mean_over_tokens(
     values: Float[Tensor, " supervised"], supervised: Bool[Tensor, "row next"], layout: Layout
 ) -> Float[Tensor, " example"]:
-    """The mean of a value of each supervised token over each example's; 0 for an example without any."""
+    """The mean of values of supervised tokens over each example; 0 for an example without supervised tokens."""
     spread = torch.zeros(supervised.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
     total, counted = (layout.by_example(F.pad(part, (1, 0))) for part in (spread, supervised.to(values.dtype)))
     return total.sum(1) / counted.sum(1).clamp(min=1)
@@ -65,6 +65,6 @@ def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None =
     Args:
         model: A causal language model.
         batch: Padded or packed examples (see `supervised_logits`).
-        layout: The batch's, if it is at hand.
+        layout: The batch's, if the caller has it.
     """
     return mean_over_tokens(supervised_losses(model, batch), batch["labels"][:, 1:] != -100, layout or Layout.of(batch))

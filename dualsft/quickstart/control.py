@@ -10,6 +10,7 @@ from torch import Tensor
 from dualsft.data import read_records
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.artifact import publish, write_selection
+from dualsft.selection.manifest import recounted
 
 Draw = Literal["chosen", "random", "all"]
 """What to keep of one side: what was chosen, as many at random, or everything."""
@@ -33,13 +34,7 @@ def write_control(
     mask = {"chosen": lambda m: m, "random": lambda m: random_mask(m, generator), "all": _everything}[weights](
         selection.mask()
     )
-    counts = {
-        "examples": {**selection.manifest["counts"]["examples"], "selected": len(chosen)},
-        "parameters": {
-            **selection.manifest["counts"]["parameters"],
-            "selected": sum(int(m.sum()) for m in mask.values()),
-        },
-    }
+    counts = recounted(selection.manifest, mask, selected=len(chosen))
     table = selection.examples.to_pydict()
     staged = folder / ".unfinished"
     staged.mkdir(parents=True)

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, on_rank_zero, is_rank_zero
 from dualsft.errors import UserError
 from dualsft.runs.phase_store import PhaseStore
+from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 
 _RUN, _MANIFEST, _FINISHED = "run.json", "manifest.json", ".finished"
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
@@ -135,13 +135,16 @@ class RunFolder:
         finished = (self.path / "config.yaml").is_file() and any((self.path / name).is_file() for name in _RESULTS)
         return finished or self._state.is_dir()
 
-    def confirm(self, identity: Mapping[str, Any]) -> None:
+    def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """See that the finished selection which resuming has found is the one that was asked for.
+
+        Args:
+            identity: What decides the outcome of the run that was asked for.
+            manifest: That of the selection.
 
         Raises:
             UserError: if it is another one, naming what differs.
         """
-        manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # a kill in the last moment leaves it
 

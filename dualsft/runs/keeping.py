@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.runs.progress import Meter
 from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import Meter
 
 
 class PhaseKeeper:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.sharding.collectives import barrier, all_gather, all_reduce_max, rank, world_size
 from dualsft.errors import UserError
+from dualsft.sharding.collectives import all_gather, all_reduce_max, barrier, rank, world_size
 
 
 class PhaseStore:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 from dualsft.data.layout import Batch
+from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 
 
 @dataclass

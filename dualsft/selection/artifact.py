@@ -1,4 +1,4 @@
-"""The selection directory: what was scored, what was chosen, and how. Its manifest is written last and seals it."""
+"""The selection directory: what was scored, what was chosen, and how. Its manifest is published last, as its seal."""
 
 import json
 import os
@@ -16,11 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dualsft.data import Examples
+from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
+from dualsft.matrix.sketches import SKETCH
 from dualsft.runs import folder as run_folder
+from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import StoredMasks, write_masks
+from dualsft.selection.order import Chosen
+from dualsft.selection.scoring import ExampleScores, Scoring
 
-SCHEMA_VERSION = 1
 _MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 
 _SCHEMA = pa.schema(
@@ -43,12 +48,14 @@ class Selection:
     """A finished selection on disk; its parts are read when they are asked for.
 
     Attributes:
-        folder: Where it lies.
-        manifest: What ``manifest.json`` says.
+        folder: The selection directory.
+        manifest: ``manifest.json`` as it is.
+        about: The same with types.
     """
 
     folder: Path
     manifest: dict[str, Any]
+    about: Manifest
 
     @cached_property
     def examples(self) -> pa.Table:
@@ -135,28 +142,16 @@ def load_selection(folder: str | os.PathLike[str]) -> Selection:
     """Open a selection directory.
 
     Raises:
-        UserError: if there is none, it was not finished, it has lost a part, or another version wrote it.
+        UserError: if there is none, it was not finished, it has lost a part, another version wrote it, or its manifest
+            is damaged.
     """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
-    if not (path / _MANIFEST).is_file():
-        raise UserError(
-            f"{path} is not a finished selection: it has no {_MANIFEST}; run `dualsft select` again with --resume."
-        )
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / _MANIFEST} is damaged ({error}); make the selection again.") from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version}, this dualsft reads {SCHEMA_VERSION}; use the version that wrote it "
-            "or select again."
-        )
+    manifest, about = open_manifest(path)
     if lost := [name for name in (_EXAMPLES, _MASK, _SELECTED) if not (path / name).is_file()]:
         raise UserError(f"{path} has lost {', '.join(lost)}; make the selection again.")
-    return Selection(path, manifest)
+    return Selection(path, manifest, about)
 
 
 def write_selection(
@@ -207,16 +202,7 @@ def write_choice(
     selected_lines: Sequence[str],
     config: str,
 ) -> None:
-    """Write the parts of a selection that follow from its scores and budgets: all but the scores.
-
-    Args:
-        folder: A folder of its own.
-        manifest: All but the schema version.
-        examples: One row per record of ``data.train``.
-        mask: Parameter name -> which entries are chosen, of the parameter's shape.
-        selected_lines: The selected records as they stand in the source, in source order.
-        config: YAML that replays the run.
-    """
+    """Write the parts of a selection that follow from its scores and budgets, all but the scores; see above."""
     pq.write_table(examples, folder / _EXAMPLES)
     write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
@@ -228,3 +214,36 @@ def write_choice(
 def publish(staged: Path, folder: Path) -> None:
     """Move a staged selection into its folder, the manifest last: without it nothing there counts as a selection."""
     run_folder.publish(staged, folder, last=_MANIFEST)
+
+
+def example_table(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, list[Any]]:
+    """Column name -> one value per record of ``data.train``: what ``examples.parquet`` holds.
+
+    Args:
+        pool: The examples.
+        chosen: Their scores, and the ids of those chosen.
+        scoring: Has the ids of those that are not finite, and what was measured beside.
+        named: Whether each validation set has a column of its own.
+    """
+    ids, found = range(len(pool.status)), chosen.example_scores
+    sets = {f"score_{name}": scores for name, scores in found.by_set.items()} if named else {}
+    numbers = {name: values for name, values in scoring.measured.items() if name != SKETCH}
+    return {
+        "example_id": list(ids),
+        "score": [found.scores.get(i) for i in ids],
+        "num_tokens": [int(n) for n in pool.num_tokens],
+        "status": ["nonfinite" if i in scoring.nonfinite else status for i, status in enumerate(pool.status)],
+        "selected": [i in chosen.examples for i in ids],
+        **{name: [scores.get(i) for i in ids] for name, scores in sets.items()},
+        **{name: [float(values[i]) if i in found.scores else None for i in ids] for name, values in numbers.items()},
+    }
+
+
+def token_table(pool: Examples, found: ExampleScores) -> dict[str, list[Any]]:
+    """Column name -> one value per scored example: what ``token_scores.parquet`` holds."""
+    ids = sorted(found.tokens)
+    return {
+        "example_id": ids,
+        "token_id": [list(pool.dataset[i]["input_ids"]) for i in ids],
+        "score": [found.tokens[i].tolist() for i in ids],
+    }

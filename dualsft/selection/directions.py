@@ -1,23 +1,107 @@
-"""From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time."""
+"""From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time.
+
+With several validation sets each has a direction and scores of its own, and a combination of the scores decides.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dualsft.errors import UserError, blaming
+from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.lazy import LazyTensors
 from dualsft.scorers import ParameterStatistics, Scorer
-from dualsft.selection.statistics import Statistics
-from dualsft.selection.validation_sets import Combination, combined
+from dualsft.selection.warmup import EPS
 from dualsft.sharding.collectives import all_reduce_sum
-from dualsft.sharding.shards import shard_copy, shard_of
+from dualsft.sharding.shards import full_tensor, local_shard, shard_copy, shard_of
+
+Combination = Literal["mean", "max", "min"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known at the scoring checkpoint for one validation set; see `ParameterStatistics` for the symbols.
+
+    Every mapping is by parameter name, and may make its tensors when they are asked for. Of a sharded model the tensors
+    are this rank's shards.
+
+    Attributes:
+        model: The model at the scoring checkpoint.
+        validation_gradient: v.
+        preconditioner: P.
+        num_examples: n.
+        pool_gradient: ḡ, if it is known.
+        second_moment: ĉ, if the scorer needs it.
+        empirical_fisher: The mean squared gradient of the validation examples, if the scorer needs it.
+        hessian_vector: H (P ⊙ ḡ), if the scorer needs it.
+    """
+
+    model: nn.Module
+    validation_gradient: Mapping[str, Tensor]
+    preconditioner: Mapping[str, Tensor]
+    num_examples: int
+    pool_gradient: Mapping[str, Tensor] | None = None
+    second_moment: Mapping[str, Tensor] | None = None
+    empirical_fisher: Mapping[str, Tensor] | None = None
+    hessian_vector: Mapping[str, Tensor] | None = None
+
+    def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
+        """Yield what a scorer is given, one trainable parameter after another, as full tensors.
+
+        Raises:
+            UserError: if the scorer modifies the weights; all else is a copy of its own.
+        """
+        optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
+        for name, weight in trainable_parameters(self.model).items():
+            version, dtype = weight._version, accumulator_dtype(weight)
+            yield ParameterStatistics(
+                name,
+                full_tensor(local_shard(weight.detach()), weight),
+                full_tensor(self.validation_gradient[name], weight),
+                full_tensor(self.preconditioner[name], weight),
+                step_size,
+                self.num_examples,
+                *(
+                    None if known is None else full_tensor(known[name].to(weight.device, dtype, copy=True), weight)
+                    for known in optional
+                ),
+            )
+            if weight._version != version:
+                raise UserError(f"The scorer modified the weight {name} in place; mend it to work on a copy.")
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> LazyTensors:
+    """P by parameter name, of a sharded model this rank's shard, on the model's device; made when it is asked for.
+
+    Args:
+        model: The model; P has the type of its sums.
+        moments: ĉ for P = 1/(sqrt(ĉ)+eps), on any device; None for P = 1.
+    """
+    weights = trainable_parameters(model)
+
+    def make(name: str) -> Tensor:
+        weight = weights[name]
+        dtype = accumulator_dtype(weight)
+        if moments is None:
+            return torch.ones_like(local_shard(weight.detach()), dtype=dtype)
+        return moments[name].to(weight.device, dtype).sqrt().add_(EPS).reciprocal_()
+
+    return LazyTensors(weights, make)
 
 
 @torch.no_grad()
 def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """U for every trainable parameter; of a sharded model, this rank's shard of it.
+    """Compute u for every trainable parameter; of a sharded model, this rank's shard of it.
 
     Args:
         scorer: The rule for u.
@@ -37,7 +121,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
 
 
 def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
-    """See that what a scorer gave for a parameter can be worked with.
+    """Check that what a scorer returned for a parameter is a finite tensor of its shape.
 
     Raises:
         UserError: naming the scorer, its method and the parameter.
@@ -51,11 +135,11 @@ def check_vector(scorer: Scorer, method: str, found: object, known: ParameterSta
 
 
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """U ⊙ m; parameters without a chosen weight are left out, so that no tap is spent on them.
+    """Compute u ⊙ m; parameters without a chosen weight are left out, so that no tap is placed on them.
 
     Args:
         u: By parameter name; of a sharded model, this rank's shards.
-        mask: Which weights are chosen, of the parameters' whole shapes.
+        mask: Which weights are chosen, of the parameters' full shapes.
         like: The model's parameters by name.
     """
     return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
@@ -75,14 +159,17 @@ class ColumnTotals:
 
 
 def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> ColumnTotals:
-    """Σ_j u_j Σ_i g_ij, and the size of its summands."""
-    return _together([_totals(_score(u, sums, name)) for name in u])
+    """Add up φ_j = u_j Σ_i g_ij over all weights of all ranks, and their absolute values."""
+    scores = [_score(u, sums, name) for name in u]
+    total = math.fsum(float(score.sum(dtype=torch.float64)) for score in scores)
+    size = math.fsum(float(score.abs().sum(dtype=torch.float64)) for score in scores)
+    return ColumnTotals(*all_reduce_sum(torch.tensor([total, size], dtype=torch.float64)).tolist())
 
 
 def parameter_scores(
     us: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], combination: Combination
-) -> tuple[dict[str, Tensor], list[ColumnTotals]]:
-    """φ_j = u_j Σ_i g_ij of every weight, the validation sets combined, and what each set's add up to.
+) -> dict[str, Tensor]:
+    """Compute φ_j = u_j Σ_i g_ij of every weight, the validation sets combined.
 
     Args:
         us: u of each validation set, by parameter name.
@@ -90,26 +177,42 @@ def parameter_scores(
         combination: How the sets' scores become one.
 
     Returns:
-        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host; totals in the order of ``us``.
+        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host.
     """
-    scores = {}
-    totals: list[list[ColumnTotals]] = [[] for _ in us]
-    for name in us[0]:
-        found = [_score(u, sums, name) for u in us]
-        for k, score in enumerate(found):
-            totals[k].append(_totals(score))
-        scores[name] = combined(found, combination).float().cpu()
-    return scores, [_together(of) for of in totals]
+    return {name: combined([_score(u, sums, name) for u in us], combination).float().cpu() for name in us[0]}
 
 
 def _score(u: Mapping[str, Tensor], sums: Mapping[str, Tensor], name: str) -> Tensor:
     return sums[name].to(u[name].device) * u[name]
 
 
-def _totals(score: Tensor) -> ColumnTotals:
-    return ColumnTotals(float(score.sum(dtype=torch.float64)), float(score.abs().sum(dtype=torch.float64)))
+def combined(values: Sequence[Float[Tensor, "*shape"]], combination: Combination) -> Float[Tensor, "*shape"]:
+    """Combine the validation sets' values of the same things: their mean, or the largest or smallest of each."""
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(list(values))
+    if combination == "mean":
+        return stacked.mean(0)
+    return stacked.amax(0) if combination == "max" else stacked.amin(0)
 
 
-def _together(totals: Sequence[ColumnTotals]) -> ColumnTotals:
-    here = [math.fsum(of.total for of in totals), math.fsum(of.size for of in totals)]
-    return ColumnTotals(*all_reduce_sum(torch.tensor(here, dtype=torch.float64)).tolist())
+def combined_rows(rows: Sequence[Mapping[int, float]], combination: Combination) -> dict[int, float]:
+    """Combine the validation sets' scores of each example, by example id."""
+    values = combined([torch.tensor(list(of.values()), dtype=torch.float64) for of in rows], combination)
+    return dict(zip(rows[0], values.tolist(), strict=True))
+
+
+def combined_tokens(
+    tokens: Sequence[Mapping[int, Tensor]], rows: Sequence[Mapping[int, float]], combination: Combination
+) -> dict[int, Tensor]:
+    """Combine the contributions of each example's tokens, by example id; they add up to its combined score.
+
+    Where the largest or the smallest score decides, they are those of the set that has it.
+    """
+    if not tokens:
+        return {}
+    if combination == "mean":
+        return {i: torch.stack([of[i] for of in tokens]).mean(0) for i in tokens[0]}
+    best = max if combination == "max" else min
+    deciding = {i: [of[i] for of in rows].index(best(of[i] for of in rows)) for i in tokens[0]}
+    return {i: tokens[k][i] for i, k in deciding.items()}

@@ -2,26 +2,38 @@
 
     V_k(θ) = mean_{i in validation set k} l_i(θ) + Σ_t λ_t mean_i L_t,i(θ)
 
-with one and the same further terms t, such as the prior, for every set. λ of the validation loss is 1: a common factor
-of all terms scales all scores alike. A further term is passed over once for all sets.
+The further terms t, such as the prior, are the same for every set, and one pass over each serves all sets. λ of the
+validation loss is 1: a common factor of all terms scales all scores alike.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
+from dualsft.matrix.curvature import (
+    HessianVectorProduct,
+    check_differences,
+    check_smooth,
+    difference_step,
+    displaced,
+    twice_differentiable,
+)
 from dualsft.matrix.sketches import Measurement
-from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
-from dualsft.selection.parts import check_needs_known
-from dualsft.selection.phases import Part, Phases
-from dualsft.selection.statistics import Preconditioner, Statistics
-from dualsft.selection.sums import WeightedSums
-from dualsft.selection.terms import Term
+from dualsft.models.lazy import LazyTensors
+from dualsft.scorers import SecondOrderScorer
+from dualsft.selection.directions import Statistics, preconditioner
+from dualsft.selection.passes import Passes
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.terms import HESSIAN, Term
 
-_HESSIAN = {"hessian_vector", "hessian_vector_difference"}
+WeightedSum = tuple[float, Mapping[str, Tensor]]
+"""A weight c and a sum G by parameter name, on the host or in files; it means c G."""
 
 
 class ValidationObjective:
@@ -29,30 +41,29 @@ class ValidationObjective:
 
     Args:
         model: The model at the scoring checkpoint.
-        scorer: Says what is needed.
-        phases: Runs the passes.
+        settings: The scorer, which says what is needed, and the preconditioner.
+        passes: Runs the passes over the terms.
         validation: Set name -> its term.
         further: The terms that all sets share.
-        moments: ĉ by parameter name, where the preconditioner or the scorer takes it.
-        adam: Whether the preconditioner is Adam's.
+        moments: ĉ by parameter name, where the preconditioner or the scorer uses it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        scorer: Scorer,
-        phases: Phases,
+        settings: SelectionSettings,
+        passes: Passes,
         validation: Mapping[str, Term],
         further: Sequence[Term],
         moments: Mapping[str, Tensor],
-        adam: bool,
     ) -> None:
-        self._model, self._phases = model, phases
-        self._needs, self._second_order = frozenset(scorer.needs), isinstance(scorer, SecondOrderScorer)
-        self._validation, self._further = validation, further
-        self._moments, self._adam = moments, adam
-        self.preconditioner = Preconditioner(model, moments if adam else None)
-        self._here: dict[str, Part] = {}
+        self._model, self._passes = model, passes
+        self._needs = frozenset(settings.scorer.needs)
+        self._second_order = isinstance(settings.scorer, SecondOrderScorer)
+        self._validation, self._further, self._moments = validation, further, moments
+        self._adam = settings.preconditioner == "adam"
+        self.preconditioner = preconditioner(model, moments if self._adam else None)
+        self._term_gradients: dict[str, WeightedSum] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
         self._fishers: dict[str, Mapping[str, Tensor]] = {}
 
@@ -63,11 +74,11 @@ class ValidationObjective:
 
     @property
     def needs_pool_gradient(self) -> bool:
-        """Whether the scorer's direction can be made only once ḡ is known."""
-        return self._second_order or bool(self._needs & {"pool_gradient", *_HESSIAN})
+        """Whether the scorer's direction can be computed only once ḡ is known."""
+        return self._second_order or bool(self._needs & {"pool_gradient", *HESSIAN})
 
     def measurement(self, names: Collection[str]) -> Measurement:
-        """What to measure of single examples, by the preconditioner."""
+        """What to measure of single examples, under the preconditioner."""
         return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
@@ -77,30 +88,35 @@ class ValidationObjective:
             UserError: if no example of a term has a finite loss and gradient, or memory runs out.
         """
         terms = [*self._validation.values(), *self._further]
-        self._here = {term.phase("gradient"): self._phases.gradient(term) for term in terms}
-        shared = [self._here[term.phase("gradient")] for term in self._further]
+        self._term_gradients = {term.phase("gradient"): self._pass(term, "gradient") for term in terms}
+        shared = [self._term_gradients[term.phase("gradient")] for term in self._further]
         self._gradients = {
-            name: self._together([self._here[term.phase("gradient")], *shared])
+            name: self._total([self._term_gradients[term.phase("gradient")], *shared])
             for name, term in self._validation.items()
         }
         if "empirical_fisher" in self._needs:
-            squares = {name: self._phases.squared_gradient(term) for name, term in self._validation.items()}
-            self._fishers = {name: self._together([part]) for name, part in squares.items()}
+            self._fishers = {
+                name: self._total([self._pass(term, "squared gradient", squared=True)])
+                for name, term in self._validation.items()
+            }
 
     def statistics(
         self, pool_sums: Mapping[str, Tensor] | None, num_examples: int, occasion: str = ""
     ) -> dict[str, Statistics]:
-        """Set name -> what is known of it, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
+        """Collect what is known of each set, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
 
         Args:
             pool_sums: Σ_i g_i by parameter name; None if it is not known yet.
             num_examples: n, how many examples it is over, or will be.
-            occasion: What sets the passes apart from earlier ones, for their names.
+            occasion: What distinguishes the passes from earlier ones, for their names.
+
+        Returns:
+            Set name -> its statistics.
 
         Raises:
-            UserError: if a product with the Hessian cannot be had.
+            UserError: if a product with the Hessian cannot be computed.
         """
-        pool = None if pool_sums is None else self._together([(1 / num_examples, pool_sums)])
+        pool = None if pool_sums is None else self._total([(1 / num_examples, pool_sums)])
         products = {} if pool is None else self._hessian_vectors(pool, occasion)
         return {
             name: Statistics(
@@ -117,46 +133,97 @@ class ValidationObjective:
         }
 
     def _hessian_vectors(self, pool: Mapping[str, Tensor], occasion: str) -> dict[str, Mapping[str, Tensor]]:
-        if not self._needs & _HESSIAN:
+        """H (P ⊙ ḡ) of each set."""
+        if not self._needs & HESSIAN:
             return {}
-        direction = {name: self._step(name, pool) for name in self.preconditioner}
+        direction = {name: self._pool_step(name, pool) for name in self.preconditioner}
         own = {name: self._product(term, direction, occasion) for name, term in self._validation.items()}
         shared = [part for term in self._further for part in self._product(term, direction, occasion)]
-        return {name: self._together([*parts, *shared]) for name, parts in own.items()}
+        return {name: self._total([*parts, *shared]) for name, parts in own.items()}
 
-    def _product(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[Part]:
-        if "hessian_vector" in self._needs:
-            return [self._phases.hessian_vector(term, direction, occasion)]
-        here = self._here[term.phase("gradient")]
-        return list(self._phases.hessian_vector_difference(term, direction, here, occasion))
-
-    def _step(self, name: str, pool: Mapping[str, Tensor]) -> Tensor:
+    def _pool_step(self, name: str, pool: Mapping[str, Tensor]) -> Tensor:
         """P ⊙ ḡ of one parameter, in its own type, in which it is multiplied with the second derivative."""
         return (self.preconditioner[name] * pool[name]).to(self._model.get_parameter(name).dtype)
 
-    def _together(self, parts: Sequence[Part]) -> Mapping[str, Tensor]:
-        return WeightedSums(parts, self._model.device)
+    def _product(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[WeightedSum]:
+        """A term's share of H d, by the method that the scorer asks for."""
+        if "hessian_vector" in self._needs:
+            derivative = HessianVectorProduct(self._model, direction)
+            around = partial(twice_differentiable, self._model)
+            name = f"Hessian-vector product{occasion}"
+            return [self._pass(term, name, around, derivative=derivative, shards=derivative.shards)]
+        return self._difference(term, direction, occasion)
 
+    def _difference(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[WeightedSum]:
+        """A term's share of H d, as the central difference of two gradients.
 
-def needs_hessian(scorer: Scorer) -> bool:
-    """Whether a scorer sees the Hessian itself, along the pool step."""
-    return bool(_HESSIAN & set(scorer.needs))
-
-
-def check_needs(scorer: Scorer, second_moment: bool) -> None:
-    """Refuse a scorer whose statistics cannot be had, before any work.
-
-    Args:
-        scorer: The scorer.
-        second_moment: Whether there is a warm-up, or a checkpoint that may hold its second moment.
-
-    Raises:
-        UserError: naming the scorer and the way out.
-    """
-    check_needs_known(scorer, scorer.needs, get_args(Statistic))
-    if "second_moment" in scorer.needs and not second_moment:
-        raise UserError(
-            f"The scorer {type(scorer).__name__} needs the second moment of a warm-up, but model.warmup.fraction is 0; "
-            "give model.warmup.fraction or model.warmup.checkpoint, or another source of curvature (diagonal_fisher: "
-            "empirical_fisher)."
+        Raises:
+            UserError: if the weights are in half precision, the gradient jumps, or memory runs out.
+        """
+        check_differences(self._model)
+        step = difference_step(self._model, direction)
+        (weight, forward), (other, backward) = (
+            self._pass(
+                term,
+                f"gradient a step {way}{occasion}",
+                partial(displaced, self._model, direction, sign * step),
+                displaced_weights=True,
+            )
+            for sign, way in ((1, "forward"), (-1, "backward"))
         )
+        here, gradient = self._term_gradients[term.phase("gradient")]
+        if not weight == other == here:
+            raise UserError(
+                f"Some examples of the {term.kind} are finite at the scoring checkpoint but not near it, so there is "
+                "no finite difference; set the scorer's method to exact."
+            )
+        check_smooth(forward, backward, gradient, term.kind)
+        return [(weight / (2 * step), forward), (-weight / (2 * step), backward)]
+
+    def _pass(
+        self,
+        term: Term,
+        what: str,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        displaced_weights: bool = False,
+        **options: Any,
+    ) -> WeightedSum:
+        """Sum something over a term's examples; its weight is λ over their number.
+
+        Args:
+            term: The term.
+            what: What is summed, for the name of the phase.
+            around: The context that the pass needs, such as displaced weights.
+            displaced_weights: Whether the weights are displaced in that context.
+            **options: For `gradient_pass`.
+
+        Raises:
+            UserError: if no example has a finite loss and gradient, the model cannot be differentiated as needed, or
+                memory runs out.
+        """
+        name = term.phase(what)
+        if (found := self._passes.finished(name)) is None:
+            with around(), term.losses(displaced_weights) as losses:
+                found = self._passes.run(name, term.examples, term.loader, losses=losses, **options)
+        if not found.counted:
+            raise UserError(
+                f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data "
+                "and the weights."
+            )
+        return term.weight / found.counted, found.sums
+
+    def _total(self, parts: Sequence[WeightedSum]) -> LazyTensors:
+        return weighted_total(parts, self._model.device)
+
+
+def weighted_total(parts: Sequence[WeightedSum], device: torch.device) -> LazyTensors:
+    """Σ_t c_t G_t by parameter name, on the device where it is used; each tensor is made when it is asked for."""
+
+    def make(name: str) -> Tensor:
+        (first, sums), *others = parts
+        total = sums[name].to(device) * first
+        for weight, sums in others:
+            total.add_(sums[name].to(device), alpha=weight)
+        return total
+
+    return LazyTensors(parts[0][1], make)

@@ -1,120 +1,90 @@
 """The order in which the two sides are chosen, and what each round changed.
 
-    both                     one score for each side, taken over everything: the paper's single shot
-    parameters, data         the same scores, one side chosen and the other taken whole
+    both                     one score for each side, computed over everything: the paper's single shot
+    parameters, data         the same scores, one side chosen and all of the other
     parameters_then_data     the weights are chosen, then the examples re-scored by these weights alone (u ⊙ m)
-    data_then_parameters     the examples are chosen, then ḡ taken over these alone and the weights re-scored
+    data_then_parameters     the examples are chosen, then ḡ computed over these alone and the weights re-scored
 
 The last two may go on for more rounds, each side re-scored with the other as last chosen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor
 
-from dualsft.errors import UserError
-from dualsft.selection.choosing import ChosenExamples, Measured
+from dualsft.selection.budgets import Budgets
+from dualsft.selection.checks import Order
 from dualsft.selection.scoring import ExampleScores, Scoring
-
-Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """How budgets are spent.
-
-    Attributes:
-        weights: φ_j by parameter name -> which are chosen.
-        examples: φ_i by id, and what was measured beside -> those that are chosen.
-    """
-
-    weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-    examples: Callable[[Mapping[int, float], Measured], ChosenExamples]
 
 
 @dataclass
 class Chosen:
-    """Both sides, chosen.
+    """Both sides: their latest scores, and what was chosen by them.
 
     Attributes:
-        parameter_scores: φ_j by parameter name, float32, as last taken.
+        parameter_scores: φ_j by parameter name, float32.
         mask: Which weights are chosen, by parameter name.
-        example_scores: φ_i, as last taken.
+        example_scores: φ_i.
         examples: Ids of the chosen examples.
-        collapsed: How many could not be chosen, as near-duplicates of others.
+        collapsed: How many examples could not be chosen, being near-duplicates of others.
         rounds: What each round chose, and how much of the last round's choice it kept.
     """
 
     parameter_scores: dict[str, Tensor] = field(default_factory=dict)
     mask: Mapping[str, Tensor] = field(default_factory=dict)
-    example_scores: ExampleScores = field(default_factory=lambda: ExampleScores({}, {}, {}))
+    example_scores: ExampleScores = field(default_factory=ExampleScores)
     examples: set[int] = field(default_factory=set)
     collapsed: int = 0
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
-def check_order(order: Order, rounds: int) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UserError: naming key and value.
-    """
-    if order not in get_args(Order):
-        raise UserError(f"model.order is {order!r}; give one of {', '.join(get_args(Order))}.")
-    if rounds < 1:
-        raise UserError(f"model.rounds is {rounds}; give at least 1.")
-    if rounds > 1 and "then" not in order:
-        raise UserError(
-            f"model.rounds is {rounds}, but with model.order {order} nothing is re-scored; set model.order to "
-            "parameters_then_data or data_then_parameters, or model.rounds to 1."
-        )
+def is_alternating(order: Order) -> bool:
+    """Whether one side is re-scored by what was chosen of the other."""
+    return "then" in order
 
 
-def choose(order: Order, rounds: int, scoring: Scoring, chooser: Chooser, pool: list[int]) -> Chosen:
-    """Score and choose in this order.
+def choose_by_turns(order: Order, rounds: int, scoring: Scoring, budgets: Budgets, pool: list[int]) -> Chosen:
+    """Score and choose one side after the other, for so many rounds.
 
     Raises:
         UserError: if the budgets cannot be met or something cannot be scored.
     """
     chosen = Chosen()
-    if "then" not in order:
-        chosen.parameter_scores, chosen.example_scores = scoring.both()
-        chosen.mask = chooser.weights(chosen.parameter_scores)
-        chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
-        return chosen
     for number in range(1, rounds + 1):
         occasion = f", round {number}" if number > 1 else ""
         record: dict[str, Any] = {"round": number}
         for side in ("parameters", "data") if order == "parameters_then_data" else ("data", "parameters"):
             if side == "parameters":
-                record[side] = _choose_weights(scoring, chooser, chosen, pool, occasion)
+                record[side] = _choose_parameters(scoring, budgets, chosen, pool, occasion)
             else:
-                record[side] = _choose_examples(scoring, chooser, chosen, occasion)
+                record[side] = _choose_examples(scoring, budgets, chosen, occasion)
         chosen.rounds.append(record)
     return chosen
 
 
-def _choose_weights(
-    scoring: Scoring, chooser: Chooser, chosen: Chosen, pool: list[int], occasion: str
+def _choose_parameters(
+    scoring: Scoring, budgets: Budgets, chosen: Chosen, pool: list[int], occasion: str
 ) -> dict[str, Any]:
+    """Score all weights over the chosen examples, and choose among them."""
     chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
     while late := chosen.examples & scoring.nonfinite:  # a gradient may not be finite although its row is
         chosen.example_scores = chosen.example_scores.without(late)
-        chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
+        chosen.examples, chosen.collapsed = budgets.examples(chosen.example_scores.scores, scoring.measured)
         occasion = f"{occasion}, again"
         chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
-    before, chosen.mask = chosen.mask, chooser.weights(chosen.parameter_scores)
+    before, chosen.mask = chosen.mask, budgets.mask(chosen.parameter_scores)
     count = sum(int(m.sum()) for m in chosen.mask.values())
     kept = sum(int((m & before[name]).sum()) for name, m in chosen.mask.items()) if before else None
     return _record(count, kept)
 
 
-def _choose_examples(scoring: Scoring, chooser: Chooser, chosen: Chosen, occasion: str) -> dict[str, Any]:
+def _choose_examples(scoring: Scoring, budgets: Budgets, chosen: Chosen, occasion: str) -> dict[str, Any]:
+    """Score all examples by the chosen weights, and choose among them."""
     chosen.example_scores = scoring.examples(chosen.mask or None, occasion)
     before = chosen.examples
-    chosen.examples, chosen.collapsed = chooser.examples(chosen.example_scores.scores, scoring.measured)
+    chosen.examples, chosen.collapsed = budgets.examples(chosen.example_scores.scores, scoring.measured)
     return _record(len(chosen.examples), len(chosen.examples & before) if before else None)
 
 

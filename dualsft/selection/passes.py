@@ -1,24 +1,29 @@
-"""Gradient passes of a run: resumed after a kill, and begun again with half the batch when memory runs out."""
+"""Gradient passes as phases of a run: resumed after a kill, restarted once with half the batch if memory runs out."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dualsft.data import InstructionDataModule
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
+from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.keeping import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import rank, world_size
 
 Loader = Callable[[int, int, int], Iterable[Batch]]
-"""(first batch, batch_tokens, step) -> that batch and each that so many batches later follows."""
+"""(start, batch_tokens, step) -> batches start, start + step, start + 2 step, ... of at most so many tokens each."""
 
 ADVICE = (
     "set model.gradient_checkpointing and go on with --resume, or start anew (--overwrite) with a lower "
@@ -32,15 +37,13 @@ class Passes:
 
     Args:
         model: The model at the scoring checkpoint.
-        run: Keeps the state of finished passes, of the one under way, and whether the batches have been halved.
-        log: Keeps what each pass cost, and shows progress.
-        batch_tokens: The largest batch.
-        longest: Tokens of the longest example of any pass.
-        checkpointing: Whether to recompute activations in the backward pass.
-        save_minutes: How often to keep the state of the pass under way.
+        run: Stores the state of finished passes, of the one in progress, and whether the batches have been halved.
+        log: Records what each pass cost, and shows progress.
+        settings: Whether to recompute activations in the backward pass, and how often to store the state.
+        data: The pool and the validation sets, whose longest example must fit a batch.
 
     Attributes:
-        batch_tokens: The largest batch; halved once if memory runs out, in this run or before it was killed.
+        batch_tokens: Tokens in the largest batch; halved once if memory runs out, in this run or before it was killed.
     """
 
     def __init__(
@@ -48,25 +51,25 @@ class Passes:
         model: PreTrainedModel,
         run: RunFolder,
         log: PhaseLog,
-        batch_tokens: int,
-        longest: int,
-        checkpointing: bool,
-        save_minutes: float,
+        settings: SelectionSettings,
+        data: InstructionDataModule,
     ) -> None:
         self._model, self._run, self._log = model, run, log
-        self._longest, self._checkpointing, self._save_minutes = longest, checkpointing, save_minutes
+        self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
+        pools = (data.train_examples, *data.validation_sets.values())
+        self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
         halved = run.load(_HALVED)
         self._halved = halved is not None
-        self.batch_tokens: int = halved[1]["batch_tokens"] if halved else batch_tokens
+        self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
-        """One pass; an earlier run's, if it finished it. Its sums are on the host, in a file until they are used.
+        """Run one pass, or load its result if an earlier run finished it; the sums stay in a file until they are used.
 
         Args:
             name: What the pass is called in the log.
-            examples: How many examples will pass.
-            loader: Gives the batches.
-            **options: For `gradient_pass`.
+            examples: How many examples it goes through.
+            loader: Makes the batches.
+            **options: Passed on to `gradient_pass`.
 
         Raises:
             UserError: if an example cannot be scored, or memory runs out for the second time.
@@ -74,8 +77,26 @@ class Passes:
         if (finished := self.finished(name)) is not None:
             return finished
         keeper = PhaseKeeper(self._run, _key(name), self._save_minutes)
-        while (found := self._attempt(name, examples, loader, keeper, options)) is None:
-            pass
+        while True:
+            try:
+                with (
+                    self._log.phase(name, examples, keeper.earlier) as keeper.meter,
+                    scoring_mode(self._model, self._checkpointing),
+                ):
+                    found = gradient_pass(
+                        self._model,
+                        lambda start: loader(start * world_size() + rank(), self.batch_tokens, world_size()),
+                        keeper.meter,
+                        keeper=keeper,
+                        **options,
+                    )
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the pass
+                    raise
+                reason = shortage(error)
+            # outside the handler, whose traceback holds on to the batch
+            self._restart(name, reason, keeper)
         tensors, notes = found.state()
         self._run.save(_key(name), tensors, {**notes, **self._log.latest()})
         del found, tensors  # the sums leave the device, and the host's memory if need be
@@ -92,42 +113,16 @@ class Passes:
         PhaseKeeper(self._run, _key(name), self._save_minutes).drop()
         return GradientPass.from_state(*saved)
 
-    def _attempt(
-        self, name: str, examples: int, loader: Loader, keeper: PhaseKeeper, options: dict[str, Any]
-    ) -> GradientPass | None:
-        """The pass, or None when memory has run out and it is to be begun again."""
-        try:
-            with (
-                self._log.phase(name, examples, keeper.earlier) as keeper.meter,
-                scoring_mode(self._model, self._checkpointing),
-            ):
-                return gradient_pass(
-                    self._model,
-                    lambda first: loader(first * world_size() + rank(), self.batch_tokens, world_size()),
-                    keeper.meter,
-                    keeper=keeper,
-                    **options,
-                )
-        except Exception as error:
-            if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the pass
-                raise
-            reason = shortage(error)
-        # outside the handler, whose traceback holds on to the batch
-        self._clean_up()
-        self._halve(name, reason)
-        keeper.begin_again()
-        # not before the state of the larger batches is gone: theirs is another order
-        self._run.save(_HALVED, {}, {"batch_tokens": self.batch_tokens})
-        return None
+    def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
+        """Prepare to begin the pass again with half the batch, after memory has run out.
 
-    def _clean_up(self) -> None:
-        """Leave nothing of a failed backward behind."""
+        Raises:
+            UserError: if the batches are halved already, or half a batch has no room for the longest example.
+        """
         for parameter in self._model.parameters():
-            parameter.grad = None
+            parameter.grad = None  # what the failed backward pass left
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _halve(self, name: str, reason: str) -> None:
         before, half = self.batch_tokens, self.batch_tokens // 2
         if self._halved or half < self._longest:
             why = "halved already" if self._halved else f"and the longest example has {self._longest}, more than half"
@@ -136,8 +131,50 @@ class Passes:
             )
         self.batch_tokens, self._halved = half, True
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
+        keeper.begin_again()
+        # only once the state of the larger batches is gone, as theirs is another order
+        self._run.save(_HALVED, {}, {"batch_tokens": half})
 
 
 def _key(name: str) -> str:
     """The name of a pass as that of a file."""
     return re.sub(r"[^\w.-]+", "-", name)
+
+
+@contextmanager
+def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
+    """Evaluation mode in which activation checkpointing works all the same.
+
+    A layer asks its ``training`` flag whether to checkpoint, and may ask the same flag whether to drop out: the flag is
+    up for the first question alone.
+    """
+    model.eval()
+    if not checkpointing:
+        yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return _TrainingFlag(layers, False, then=True), _TrainingFlag(layers, False, then=True)
+
+    checkpoint_activations(model, context_fn=contexts)
+    try:
+        with _TrainingFlag(layers, True, then=False):
+            yield
+    finally:
+        checkpoint_activations(model)
+
+
+class _TrainingFlag(AbstractContextManager[None]):
+    """Sets the layers' flag while the context is open; it may be opened again, as differentiating twice does."""
+
+    def __init__(self, layers: Sequence[nn.Module], flag: bool, then: bool) -> None:
+        self._layers, self._flag, self._then = layers, flag, then
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer.training = self._flag
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.training = self._then

@@ -1,39 +1,53 @@
-"""Both score vectors, step by step: of the weights over some examples, of the examples by some weights, or of both.
+"""Both score vectors: of all weights over some examples, of all examples by some weights, or both in one pass.
 
-A step takes from the last ones what it needs: the weights' scores the sum of gradients over the examples that were
-chosen, the examples' scores the direction, of the weights that were chosen. Whatever the order of the steps, the sum
-identity is checked as soon as both of its sides are known, for the direction and the examples of the last two steps.
+    rows     φ_i = <u, g_i>            columns     φ_j = u_j Σ_i g_ij            Σ_i φ_i = Σ_j φ_j
+
+A step uses what the steps before it left: the weights' scores use Σ_i g_i over the chosen examples, the examples'
+scores the direction u of the chosen weights. Whatever the order of the steps, the sum identity is checked as soon as
+both of its sides are known, for the direction and the examples of the last two steps.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError
 from dualsft.matrix.interaction import check_covered
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
-from dualsft.matrix.sketches import Measurement
+from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say
-from dualsft.scorers import Scorer
-from dualsft.selection.directions import column_totals, directions, masked, parameter_scores
-from dualsft.selection.identity import sum_identity
+from dualsft.selection.directions import (
+    ColumnTotals,
+    Statistics,
+    column_totals,
+    combined_rows,
+    combined_tokens,
+    directions,
+    masked,
+    parameter_scores,
+)
 from dualsft.selection.objective import ValidationObjective
-from dualsft.selection.phases import Phases
-from dualsft.selection.statistics import Statistics
-from dualsft.selection.step import Along, StepSize, along_pool_step, describe, settle, warning
-from dualsft.selection.validation_sets import Combination, combined_rows, combined_tokens
+from dualsft.selection.passes import Passes
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.step import Along, along_pool_step, bind, describe, is_bound, settle, warning
 from dualsft.sharding.collectives import all_reduce_sum
 
 T = TypeVar("T")
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF_PRECISION_TOLERANCE = 2e-2
 
 
 @dataclass
 class ExampleScores:
-    """The examples' side.
+    """The examples' scores.
 
     Attributes:
         scores: Example id -> φ_i, the validation sets combined.
@@ -41,9 +55,9 @@ class ExampleScores:
         tokens: Example id -> the contributions of its tokens; empty unless asked for.
     """
 
-    scores: dict[int, float]
-    by_set: dict[str, dict[int, float]]
-    tokens: dict[int, Tensor]
+    scores: dict[int, float] = field(default_factory=dict)
+    by_set: dict[str, dict[int, float]] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def without(self, ids: Collection[int]) -> "ExampleScores":
         """The same without some of the examples."""
@@ -59,20 +73,20 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 
 
 @dataclass
-class _Known:
-    """What the steps so far have left.
+class _Latest:
+    """What the latest steps have computed.
 
     Attributes:
-        directions: u of each validation set, at the pool gradient that it was made for.
-        used: The directions of the last rows: the same, of the chosen weights alone.
-        rows: The last rows, of each validation set.
+        directions: u of each validation set, for the pool gradient that it was computed from.
+        row_directions: The directions of the latest rows: the same, masked to the chosen weights.
+        rows: The latest rows, of each validation set.
         covered: The parameters that they cover.
-        sums: The last Σ_i g_i, by parameter name.
+        sums: The latest Σ_i g_i, by parameter name.
         summed: The examples that it is over.
     """
 
     directions: list[dict[str, Tensor]] = field(default_factory=list)
-    used: Sequence[Mapping[str, Tensor]] = ()
+    row_directions: Sequence[Mapping[str, Tensor]] = ()
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -84,14 +98,11 @@ class Scoring:
 
     Args:
         model: The model at the scoring checkpoint.
-        scorer: The rule for u.
-        objective: V of each validation set.
-        phases: Runs the passes.
-        pool: Ids of the examples to score.
-        step_size: η, or auto.
-        combination: How several validation sets' scores become one.
-        by_token: Whether to keep contributions by token.
-        needs: What to measure of each example beside, in the first pass that takes their scores.
+        settings: The scorer, the step size, and how several validation sets' scores become one.
+        objective: V of each validation set, whose gradients have been taken.
+        passes: Runs the passes.
+        run: Records on which step size the scores depend.
+        data: The pool.
 
     Attributes:
         measured: What was measured, by name of the statistic and example id.
@@ -102,23 +113,19 @@ class Scoring:
     def __init__(
         self,
         model: PreTrainedModel,
-        scorer: Scorer,
+        settings: SelectionSettings,
         objective: ValidationObjective,
-        phases: Phases,
-        pool: list[int],
-        step_size: StepSize,
-        combination: Combination,
-        by_token: bool,
-        needs: Collection[str] = (),
+        passes: Passes,
+        run: RunFolder,
+        data: InstructionDataModule,
     ) -> None:
-        self._model, self._scorer, self._objective, self._phases = model, scorer, objective, phases
-        self._pool, self._setting, self._combination, self._by_token = pool, step_size, combination, by_token
-        self._needs = needs
-        self.measured: dict[str, dict[int, Tensor]] = {}
-        self._known = _Known()
-        self._step: float | None = None if step_size == "auto" else step_size
-        self._count = 0
+        self._model, self._settings, self._objective, self._passes, self._run = model, settings, objective, passes, run
+        self._data, self._pool = data, data.train_examples.ok_ids()
+        self._latest = _Latest()
+        self._step: float | None = None if settings.step_size == "auto" else settings.step_size
+        self._num_examples = 0
         self._along: dict[str, Along] = {}
+        self.measured: dict[str, dict[int, Tensor]] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
 
@@ -127,118 +134,164 @@ class Scoring:
         return [i for i in self._pool if i not in self.nonfinite]
 
     def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
-        """The scores of all weights over all examples and of all examples by all weights: one pass, or two."""
-        if self._waits:
+        """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
+        if self._objective.needs_pool_gradient:
             self._sum_gradients(self._finite)
             examples = self.examples()
         else:
-            self._make_directions(len(self._finite), None, "")
-            examples = self._take_rows(self._known.directions, "scores", columns=True)
+            ids = self._finite
+            self._make_directions(len(ids), None)
+            us = self._latest.directions
+            found = self._passes.run("scores", len(ids), self._loader(ids), **self._rows_of(us, columns=True))
+            examples = self._take_rows(found, us)
+            self._take_sums(found, ids)
         return self._weight_scores(), examples
 
     def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
-        """Parameter name -> φ_j over these examples, float32, on the host.
+        """Score all weights over these examples.
 
         Args:
             ids: The examples.
-            occasion: What sets the passes of this step apart from those of earlier ones, for their names.
+            occasion: What distinguishes the passes of this step from earlier ones, for their names.
+
+        Returns:
+            Parameter name -> φ_j, float32, on the host.
         """
         self._sum_gradients(sorted(set(ids) - self.nonfinite), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
-        """φ_i of every finite example of the pool, by the chosen weights or by all.
+        """Score every finite example of the pool, by the chosen weights or by all.
 
         Args:
             mask: Parameter name -> which weights are chosen; None for all.
-            occasion: What sets the pass of this step apart from those of earlier ones, for its name.
+            occasion: What distinguishes the pass of this step from earlier ones, for its name.
         """
-        if not self._known.directions:
-            if self._waits:
+        if not self._latest.directions:
+            if self._objective.needs_pool_gradient:
                 self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
-        like = dict(self._model.named_parameters())
-        us = [masked(u, mask, like) for u in self._known.directions] if mask else self._known.directions
-        return self._take_rows(us, f"scores{occasion}", columns=False)
+        us: Sequence[Mapping[str, Tensor]] = self._latest.directions
+        if mask:
+            like = dict(self._model.named_parameters())
+            us = [masked(u, mask, like) for u in us]
+        ids = self._finite
+        name = f"scores{occasion}"
+        examples = self._take_rows(
+            self._passes.run(name, len(ids), self._loader(ids), **self._rows_of(us, columns=False)), us
+        )
+        self._check()
+        return examples
 
     def prediction(self, named: bool) -> dict[str, object]:
-        """What the quadratic predicts along the last pool step, for the manifest."""
+        """Describe what the quadratic predicts along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
-            self._measure(self._objective.statistics(self._known.sums, self._count))
+            self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
         description = describe(self._step, self._along, named)
         if message := warning(description):
             say(message)
         return description
 
-    @property
-    def _waits(self) -> bool:
-        """Whether u can be made only once the pool's gradient is known."""
-        return self._objective.needs_pool_gradient
+    def _loader(self, ids: list[int]) -> partial:
+        return partial(self._data.pool_loader, ids)
+
+    def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, object]:
+        """The options of a pass for the rows of these directions; the first one also measures what is needed."""
+        # measured once, in the first pass
+        measurement = self._objective.measurement(() if self.measured else self._settings.data_allocator.needs)
+        by_token = self._settings.token_scores
+        return {"directions": us, "columns": columns, "by_token": by_token, "measurement": measurement}
 
     def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
-        """Σ_i g_i over these examples, and the directions that go with it, unless they are those of the last time."""
-        if self._known.directions and self._known.summed == frozenset(ids):
+        """Compute Σ_i g_i over these examples and the directions that belong to it, unless they are the latest.
+
+        Raises:
+            UserError: if no example has a finite loss and gradient, or memory runs out.
+        """
+        if self._latest.directions and self._latest.summed == frozenset(ids):
             return
         everything = ids == self._finite
-        self._known.directions = []
-        found = self._phases.pool_gradient(ids, f"{'pool' if everything else 'chosen examples'} gradient{occasion}")
+        self._latest.directions = []
+        name = f"{'pool' if everything else 'chosen examples'} gradient{occasion}"
+        found = self._passes.run(name, len(ids), self._loader(ids))
+        if not found.counted:
+            raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
         self._take_sums(found, ids)
-        self._known.used, self._known.rows = (), []  # checked against this sum, and of no more use
+        self._latest.row_directions, self._latest.rows = (), []  # checked against this sum, and not needed again
         self._make_directions(found.counted, found.sums, occasion if everything else f" of the chosen{occasion}")
 
     def _take_sums(self, found: GradientPass, ids: Collection[int]) -> None:
         self.nonfinite |= found.nonfinite
-        self._known.sums, self._known.summed = found.sums, frozenset(ids) - found.nonfinite
+        self._latest.sums, self._latest.summed = found.sums, frozenset(ids) - found.nonfinite
         self._check()
 
-    def _take_rows(self, us: Sequence[Mapping[str, Tensor]], name: str, *, columns: bool) -> ExampleScores:
-        ids = self._finite
-        measurement = Measurement() if self.measured else self._objective.measurement(self._needs)
-        found = self._phases.scores(us, ids, name, columns=columns, by_token=self._by_token, measurement=measurement)
+    def _take_rows(self, found: GradientPass, us: Sequence[Mapping[str, Tensor]]) -> ExampleScores:
         self.measured = self.measured or found.measured
-        self._known.used, self._known.rows, self._known.covered = us, found.rows, found.covered
-        if columns:
-            self._take_sums(found, ids)
-        else:
-            self.nonfinite |= found.nonfinite
-            self._check()
-        rows = dict(zip(self._objective.sets, found.rows, strict=True))
+        self.nonfinite |= found.nonfinite
+        self._latest.row_directions, self._latest.rows, self._latest.covered = us, found.rows, found.covered
         return ExampleScores(
-            combined_rows(found.rows, self._combination),
-            rows,
-            combined_tokens(found.tokens, found.rows, self._combination),
+            combined_rows(found.rows, self._settings.combination),
+            dict(zip(self._objective.sets, found.rows, strict=True)),
+            combined_tokens(found.tokens, found.rows, self._settings.combination),
         )
 
-    def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str) -> None:
-        """U of each validation set, with ḡ over so many examples if it is known."""
-        self._count = count
+    def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
+        """Compute u of each validation set, with ḡ over so many examples if it is known."""
+        self._num_examples = count
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:
             self._measure(statistics)
-        self._step = settle(self._setting, list(self._along.values()), self._phases.bound)
-        self._phases.bind(self._setting)
-        self._known.directions = [directions(self._scorer, of, self._step) for of in statistics.values()]
+        self._step = settle(self._settings.step_size, list(self._along.values()), is_bound(self._run))
+        bind(self._run, self._settings.step_size)
+        self._latest.directions = [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
 
     def _measure(self, statistics: Mapping[str, Statistics]) -> None:
-        self._along = {name: along_pool_step(self._scorer, of) for name, of in statistics.items()}
+        self._along = {name: along_pool_step(self._settings.scorer, of) for name, of in statistics.items()}
 
     def _weight_scores(self) -> dict[str, Tensor]:
-        return parameter_scores(self._known.directions, self._known.sums, self._combination)[0]
+        return parameter_scores(self._latest.directions, self._latest.sums, self._settings.combination)
 
     def _check(self) -> None:
-        """The sum identity, Σ_i <u, g_i> = <u, Σ_i g_i>, for the last direction and the last sum, once both are known.
+        """Check Σ_i <u, g_i> = <u, Σ_i g_i> for the latest direction and the latest sum, once both are known.
 
         Raises:
             UserError: if it fails, or a parameter with a gradient is covered by no row.
         """
-        known = self._known
-        if not known.rows or not known.sums:
+        latest = self._latest
+        if not latest.rows or not latest.sums:
             return
-        names = list(known.used[0])
-        moves = all_reduce_sum(torch.tensor([int(known.sums[name].any()) for name in names])).tolist()
-        check_covered(self._model, known.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
-        for name, rows, u in zip(self._objective.sets, known.rows, known.used, strict=True):
-            summed = {i: value for i, value in rows.items() if i in known.summed}
-            self.identity[name] = sum_identity(summed, column_totals(u, known.sums), compute_dtype(self._model))
+        names = list(latest.row_directions[0])
+        moves = all_reduce_sum(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
+        check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
+        for name, rows, u in zip(self._objective.sets, latest.rows, latest.row_directions, strict=True):
+            summed = {i: value for i, value in rows.items() if i in latest.summed}
+            self.identity[name] = sum_identity(summed, column_totals(u, latest.sums), compute_dtype(self._model))
+
+
+def sum_identity(rows: Mapping[int, float], columns: ColumnTotals, dtype: torch.dtype) -> dict[str, float]:
+    """Compute both sides of Σ_i φ_i = Σ_j φ_j, the predicted improvement, and how far apart they are.
+
+    The difference is relative to Σ_j |φ_j|, the size of the numbers that were added.
+
+    Args:
+        rows: Example id -> φ_i.
+        columns: What the φ_j add up to.
+        dtype: The type that activations have, which decides how close the sums must be.
+
+    Raises:
+        UserError: if they differ by more than rounding: then the scores are wrong, and nothing may be built on them.
+    """
+    row_sum = math.fsum(rows.values())
+    column_sum = columns.total
+    difference = abs(row_sum - column_sum) / columns.size if columns.size else 0.0
+    tolerance = _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
+    if not difference <= tolerance:
+        raise UserError(
+            f"The example scores add up to {row_sum:.6g} and the parameter scores to {column_sum:.6g}, which must be "
+            f"the same number (difference {difference:.2g} of the scores' size, {tolerance:g} allowed for {dtype}); "
+            "the model uses a weight in a way that cannot be seen from its module, or the gradients overflow: please "
+            "report it."
+        )
+    return {"row_sum": row_sum, "column_sum": column_sum, "relative_difference": difference, "tolerance": tolerance}

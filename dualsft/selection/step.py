@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from dualsft.errors import UserError, blaming
+from dualsft.runs.folder import RunFolder
 from dualsft.scorers import Scorer, SecondOrderScorer
-from dualsft.selection.directions import check_vector
-from dualsft.selection.statistics import Statistics
+from dualsft.selection.directions import Statistics, check_vector
 
 StepSize = float | Literal["auto"]
+_PHASE = "step-size"
 NEGLIGIBLE = 1e-3
 """Share of the first-order term below which the second-order one is said to change next to nothing."""
 
@@ -66,22 +67,6 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
     return Along(math.fsum(slope), math.fsum(curvature), ratio)
 
 
-def check_step_size(setting: StepSize, scorer: Scorer) -> None:
-    """Refuse a step size that cannot be used, before any work.
-
-    Raises:
-        UserError: naming the value, and the way out.
-    """
-    if setting == "auto" and not isinstance(scorer, SecondOrderScorer):
-        raise UserError(
-            f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
-            "a number, or a second-order scorer (diagonal_fisher, hessian_vector)."
-        )
-    number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
-    if setting != "auto" and not (number and 0 < float(setting) < math.inf):
-        raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
-
-
 def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> float:
     """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
 
@@ -110,6 +95,27 @@ def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> fl
             f"{slope:.3g}, not positive), so the best step is none; {instead}."
         )
     return slope / curvature
+
+
+def is_bound(run: RunFolder) -> bool:
+    """Whether the run's scores depend on a step size already."""
+    return run.load(_PHASE) is not None
+
+
+def bind(run: RunFolder, setting: StepSize) -> None:
+    """Record that the run's scores depend on this step size from here on.
+
+    Raises:
+        UserError: if the run that is resumed was bound to another one.
+    """
+    kept = run.load(_PHASE)
+    if kept is None:
+        run.save(_PHASE, {}, {"step_size": setting})
+    elif kept[1]["step_size"] != setting:
+        raise UserError(
+            f"{run.path} holds scores made with model.step_size {kept[1]['step_size']}, not {setting}; "
+            "resume it with that, or give --overwrite."
+        )
 
 
 def describe(step_size: float, along: Mapping[str, Along], named: bool) -> dict[str, Any]:

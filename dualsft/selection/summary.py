@@ -1,48 +1,39 @@
 """A selection in a few lines, for the terminal."""
 
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.selection.artifact import Selection
+from dualsft.selection.manifest import Manifest
 
 _SHOWN_EXAMPLES, _SHOWN_TOKENS = 3, 5
 
 
 def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """What was scored and chosen, what was left out and why, what it cost, and where it lies.
+    """What was scored and chosen, what was left out and why, what it cost, and where the files are.
 
     Args:
         selection: A finished selection.
         tokenizer: Spells the tokens, where the selection has scores by token.
     """
-    m = selection.manifest
-    examples, parameters = m["counts"]["examples"], m["counts"]["parameters"]
-    left_out = {k: v for k, v in m["data"]["train"]["status"].items() if k != "ok" and v}
-    nonfinite = selection.examples["status"].to_pylist().count("nonfinite")
-    if nonfinite:
-        left_out["nonfinite"] = nonfinite
-    if collapsed := examples.get("near_duplicates"):
-        left_out["near-duplicates"] = collapsed
-    identity = m["sum_identity"]
+    m = selection.about
+    examples, weights, identity = m.counts.examples, m.counts.parameters, m.sum_identity
     lines = [
-        f"examples    {examples['selected']:,} of {examples['rows']:,} selected ({examples['scored']:,} scored"
-        + "".join(f", {count:,} {why}" for why, count in left_out.items())
+        f"examples    {examples.selected:,} of {examples.rows:,} selected ({examples.scored:,} scored"
+        + "".join(f", {count:,} {why}" for why, count in _left_out(selection).items())
         + ")",
-        f"weights     {parameters['selected']:,} of {parameters['scored']:,} selected "
-        f"({parameters['selected'] / parameters['scored']:.1%}; {m['coverage']:.0%} covered by the scores)",
-        f"sums        rows {identity['row_sum']:.6g}, columns {identity['column_sum']:.6g} "
-        f"(difference {identity['relative_difference']:.1e} of the scores' size)",
-        f"batches     {'packed' if m['data']['packing'] else 'padded'} to {m['scoring_batch_tokens']:,} tokens, "
-        f"{m['data']['padding_share']:.1%} padding",
+        f"weights     {weights.selected:,} of {weights.scored:,} selected "
+        f"({weights.selected / weights.scored:.1%}; {m.coverage:.0%} covered by the scores)",
+        f"sums        rows {identity.row_sum:.6g}, columns {identity.column_sum:.6g} "
+        f"(difference {identity.relative_difference:.1e} of the scores' size)",
+        f"batches     {'packed' if m.data.packing else 'padded'} to {m.scoring_batch_tokens:,} tokens, "
+        f"{m.data.padding_share:.1%} padding",
+        *_prediction(m),
     ]
-    lines += _prediction(m)
-    width = max(21, *(len(phase["name"]) for phase in m["phases"]))
-    for phase in m["phases"]:
+    width = max(21, *(len(phase.name) for phase in m.phases))
+    for phase in m.phases:
         lines.append(
-            f"{phase['name']:<{width}} {phase['examples']:>8,} examples {phase['seconds']:>8.1f} s "
-            f"{phase['tokens_per_second']:>10,.0f} supervised tokens/s {phase['peak_memory_bytes'] / 2**20:>8,.0f} "
-            "MiB peak"
+            f"{phase.name:<{width}} {phase.examples:>8,} examples {phase.seconds:>8.1f} s "
+            f"{phase.tokens_per_second:>10,.0f} supervised tokens/s {phase.peak_memory_bytes / 2**20:>8,.0f} MiB peak"
         )
     if tokenizer is not None:
         lines += _telling_tokens(selection, tokenizer)
@@ -50,15 +41,27 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
     return "\n".join(lines)
 
 
-def _prediction(manifest: dict[str, Any]) -> list[str]:
+def _left_out(selection: Selection) -> dict[str, int]:
+    """Why examples could not be chosen -> how many."""
+    left_out = {
+        **{status: n for status, n in selection.about.data.train.status.items() if status != "ok"},
+        "nonfinite": selection.examples["status"].to_pylist().count("nonfinite"),
+        "near-duplicates": selection.about.counts.examples.near_duplicates,
+    }
+    return {why: count for why, count in left_out.items() if count}
+
+
+def _prediction(m: Manifest) -> list[str]:
     """The step, what is predicted of it, and how much of either choice the last round kept."""
-    told = manifest["prediction"]
-    lines = [f"step        {told['step_size']:.3g}, predicted improvement {told['predicted_improvement']:.3g}"]
-    if told["second_order_share"] is not None:
-        lines[0] += f" (second-order term {told['second_order_share']:.2g} of the first)"
-    for record in manifest["rounds"][1:]:
-        kept = ", ".join(f"{record[side]['overlap']:.1%} of the {side}" for side in ("parameters", "data"))
-        lines.append(f"round {record['round']:<5} chose {kept} as the round before")
+    lines = [
+        f"step        {m.prediction.step_size:.3g}, predicted improvement {m.prediction.predicted_improvement:.3g}"
+    ]
+    if m.prediction.second_order_share is not None:
+        lines[0] += f" (second-order term {m.prediction.second_order_share:.2g} of the first)"
+    for record in m.rounds[1:]:
+        sides = {"parameters": record.parameters.overlap, "data": record.data.overlap}
+        kept = ", ".join(f"{overlap or 0:.1%} of the {side}" for side, overlap in sides.items())
+        lines.append(f"round {record.round:<5} chose {kept} as the round before")
     return lines
 
 

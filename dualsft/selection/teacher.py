@@ -23,7 +23,7 @@ ADVICE = (
 
 
 class Teacher:
-    """Lends the base model.
+    """Provides the base model for the time of a pass.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -35,11 +35,11 @@ class Teacher:
         self._model, self._load, self._untouched = model, load, untouched
 
     @contextmanager
-    def lent(self, displaced: bool = False) -> Iterator[PreTrainedModel]:
-        """The base model in evaluation mode; a copy of its own, but where the model is the base model.
+    def available(self, displaced: bool = False) -> Iterator[PreTrainedModel]:
+        """Provide the base model in evaluation mode: a copy, unless the model is at the base model's weights itself.
 
         Args:
-            displaced: Whether the model's weights are not at the scoring checkpoint while it is lent.
+            displaced: Whether the model's weights are not at the scoring checkpoint meanwhile.
 
         Raises:
             UserError: if memory runs out.
@@ -50,13 +50,13 @@ class Teacher:
         with advising("at loading the base model for the prior term", ADVICE):
             copy = self._load()
             copy.eval().requires_grad_(False)
-            if not is_sharded(copy):  # one in shards is in its place already
-                _be_like(copy, self._model)
+            if not is_sharded(copy):  # a sharded copy is loaded to its devices
+                _match(copy, self._model)
         yield copy
 
 
-def _be_like(copy: nn.Module, model: nn.Module) -> None:
-    """Move everything to the device and into the type of its namesake; not all of a model has the same type."""
+def _match(copy: nn.Module, model: nn.Module) -> None:
+    """Move each tensor to the device and type of the model's tensor of that name; a model may have several types."""
     there = _tensors(model)
     for name, tensor in _tensors(copy).items():
         tensor.data = tensor.data.to(there[name].device, there[name].dtype)

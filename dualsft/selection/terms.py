@@ -1,11 +1,10 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
 
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,25 +15,30 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError, blaming
 from dualsft.matrix.passes import Losses
 from dualsft.objectives import Objective, example_losses
+from dualsft.runs.progress import say
+from dualsft.scorers import Scorer
 from dualsft.selection.passes import Loader
 from dualsft.selection.teacher import Teacher
 
-_TAKEN = r"(validation|pool|chosen)(-|$)"
-"""Beginnings of the names of other passes."""
+if TYPE_CHECKING:
+    from dualsft.selection.module import SelectionModule
+
+HESSIAN = frozenset({"hessian_vector", "hessian_vector_difference"})
+"""The statistics that are products with the Hessian of V."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term.
+    """One term of V: a mean loss over some examples, and its weight.
 
     Attributes:
-        kind: As it is called in the log: ``validation``, or the objective's name.
-        of: Which of several validation sets it is; empty otherwise.
+        kind: Its name in the log: ``validation``, or the objective's name.
+        of: The name of the validation set, if there are several; empty otherwise.
         weight: λ.
-        loader: Gives the batches of the examples that the mean is over.
-        examples: How many there are.
-        losses: Lends the loss of each example of a batch for the time of a pass, given whether the model's weights are
-            displaced meanwhile.
+        loader: Makes the batches of the examples that the mean is over.
+        examples: How many examples those are.
+        losses: Opens a context for a pass, given whether the model's weights are displaced in it; it holds the function
+            from a batch to the loss of each example.
     """
 
     kind: str
@@ -64,38 +68,28 @@ def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
     }
 
 
-def further_terms(objectives: list[Objective], data: InstructionDataModule, teacher: Teacher, seed: int) -> list[Term]:
-    """The terms beside the validation loss, those of weight 0 left out.
+def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:
+    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out.
 
     Raises:
         UserError: if an objective draws no example, or one that has no response.
     """
+    settings = module.settings
+    untouched = settings.warmup.checkpoint is None and settings.warmup.fraction == 0
+    teacher = Teacher(module.model, module.load_base, untouched)
+    if settings.prior.weight and untouched and not needs_hessian(settings.scorer):
+        say(
+            "the prior's gradient is zero at the untouched base model, and this scorer does not see its curvature: "
+            "model.prior changes nothing without a warm-up."
+        )
+    objectives = [settings.prior.term(), *settings.objectives]
     pool = data.train_examples.ok_ids()
     return [_term(objective, pool, data, teacher, seed) for objective in objectives if objective.weight]
 
 
-def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Refuse terms without a usable weight, or whose name, under which each keeps its passes, is taken or no file's.
-
-    Raises:
-        UserError: naming it.
-    """
-    for objective in objectives:
-        with blaming(objective, "name, or weight,"):
-            finite, _ = math.isfinite(objective.weight), str(objective.name)
-        if not finite:
-            raise UserError(f"{type(objective).__name__} has the weight {objective.weight}; give it a finite one.")
-    names = [objective.name for objective in objectives]
-    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or re.match(_TAKEN, name)]:
-        raise UserError(
-            f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
-            "not begin with validation, pool or chosen."
-        )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
-            "own."
-        )
+def needs_hessian(scorer: Scorer) -> bool:
+    """Whether a scorer uses the Hessian itself, along the pool step."""
+    return bool(HESSIAN & set(scorer.needs))
 
 
 def _term(objective: Objective, pool: list[int], data: InstructionDataModule, teacher: Teacher, seed: int) -> Term:
@@ -118,8 +112,8 @@ def _term(objective: Objective, pool: list[int], data: InstructionDataModule, te
 
 @contextmanager
 def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator[Losses]:
-    lent = teacher.lent(displaced) if objective.needs_teacher else nullcontext(None)
-    with lent as base:
+    context = teacher.available(displaced) if objective.needs_teacher else nullcontext(None)
+    with context as base:
 
         def losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
             with blaming(objective, "losses"):
@@ -131,7 +125,7 @@ def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator
 
 
 def _check_losses(objective: Objective, found: object, examples: int) -> None:
-    """See that there is one loss for each example.
+    """Check that there is one loss for each example.
 
     Raises:
         UserError: naming the objective.

@@ -16,8 +16,9 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from dualsft.data import ResumableLoader
-from dualsft.data.layout import Batch, only, split, to_device, without
+from dualsft.data.layout import Batch, split_rows, to_device
 from dualsft.errors import UserError, is_out_of_memory, shortage
+from dualsft.matrix.nonfinite import all_finite, drop_examples, nonfinite_examples
 from dualsft.matrix.passes import Keeper, Watch
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
@@ -168,7 +169,7 @@ class _WarmUp:
     def _backward(self, batch: Batch) -> None:
         """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
         count = len(batch["example_id"])
-        for part in split(local_rows(batch), self._parts):
+        for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
             if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:
@@ -185,7 +186,7 @@ class _WarmUp:
         """
         self._drop_gradients()
         ids = batch["example_id"].tolist()
-        bad = [i for k, i in enumerate(ids) if i in suspects and not self._finite_alone(only(batch, k))]
+        bad = nonfinite_examples(batch, self._finite_alone, suspects)
         if not bad or len(bad) == len(ids) > 1:
             raise UserError(
                 f"The warm-up's {what} is not finite at the examples {bad or ids}; remove them from data.train, lower "
@@ -193,7 +194,7 @@ class _WarmUp:
             )
         say(f"the warm-up leaves out the examples {bad}: their {what} is not finite.")
         if len(bad) < len(ids):
-            self._backward(without(batch, torch.tensor([i not in bad for i in ids])))
+            self._backward(drop_examples(batch, bad))
 
     def _finite_alone(self, example: Batch) -> bool:
         loss = example_losses(self._model, to_device(example, compute_device(self._model))).sum()
@@ -205,9 +206,8 @@ class _WarmUp:
         return finite
 
     def _finite_gradients(self) -> bool:
-        gradients = [m.grad for m in self._compact.masters if m.grad is not None and m.grad.numel()]
-        extremes = [torch.stack(gradient.aminmax()) for gradient in gradients]
-        return not any_rank(bool(extremes) and not bool(torch.stack(extremes).isfinite().all()))
+        finite = [all_finite(m.grad) for m in self._compact.masters if m.grad is not None and m.grad.numel()]
+        return not any_rank(bool(finite) and not bool(torch.stack(finite).all()))
 
     def _drop_gradients(self) -> None:
         for parameter in (*self._model.parameters(), *self._compact.masters):

@@ -1,4 +1,4 @@
-"""The weight gradient of a linear layer for its chosen entries alone, where these make few rectangles.
+"""The gradient of a linear layer's chosen weights alone, where these form few rectangles.
 
     y = a Wᵀ + b:     dW = eᵀ a,     and of rows R and columns C     dW[R, C] = e[:, R]ᵀ a[:, C],
 
@@ -6,8 +6,8 @@ with e the gradient of y, and tokens as rows of e and a. Whole rows, whole colum
 as many floating-point operations as there are chosen entries; the dense gradient, a third of a training step, is never
 formed. Entries in any pattern would take a product for every row, which is slower than the dense one.
 
-The layer's own backward is replaced. Any other use of its weight, as of one that is tied to an embedding, or that a
-module around takes past the layer, has its ordinary gradient.
+The layer's own backward is replaced. Other uses of its weight have their ordinary gradient, as of a weight that is tied
+to an embedding, or that an enclosing module uses without calling the layer.
 """
 
 from collections.abc import Iterator
@@ -22,60 +22,60 @@ from transformers.pytorch_utils import Conv1D
 from dualsft.models.linear import exchange, is_linear
 
 MOST_RECTANGLES, LEAST_ROWS = 256, 4
-"""With more of them, or fewer rows to each, the calls cost more than the products."""
+"""Most rectangles, and fewest rows of each on average, above and below which calls cost more than the products."""
 
 SHORTEST_RUN = 16
-"""Of columns side by side, on average, that are copied as such."""
+"""Mean length of runs of adjacent columns from which on they are copied run by run, and not gathered."""
 
 LARGEST_SHARE = 0.75
-"""Of a layer's weights; above it, one dense product is as fast."""
+"""Share of a layer's weights above which one dense product is as fast."""
 
 
 @dataclass(frozen=True)
-class Places:
+class Columns:
     """Some columns of a matrix.
 
     Attributes:
-        index: Which, ascending.
-        runs: The same as runs of columns side by side, where these are few: they are taken without a gather.
+        index: Which columns, ascending.
+        runs: The same as runs of adjacent columns, where these are few: they are copied without a gather.
     """
 
     index: Int[Tensor, " place"]
     runs: tuple[slice, ...] = ()
 
     @staticmethod
-    def of(index: Int[Tensor, " place"]) -> "Places":
-        """With its runs, if they are long."""
+    def of(index: Int[Tensor, " place"]) -> "Columns":
+        """These columns, with their runs if they are long."""
         ends = [*((index[1:] - index[:-1]) != 1).nonzero().squeeze(1).tolist(), len(index) - 1]
         if len(ends) * SHORTEST_RUN > len(index) and len(ends) > 1:
-            return Places(index)
+            return Columns(index)
         starts = [0, *(end + 1 for end in ends[:-1])]
-        return Places(index, tuple(slice(int(index[a]), int(index[b]) + 1) for a, b in zip(starts, ends, strict=True)))
+        return Columns(index, tuple(slice(int(index[a]), int(index[b]) + 1) for a, b in zip(starts, ends, strict=True)))
 
-    def take(self, matrix: Float[Tensor, "token n"]) -> Float[Tensor, "token place"]:
+    def of_matrix(self, matrix: Float[Tensor, "token n"]) -> Float[Tensor, "token place"]:
         """These columns of a matrix; a view if they are one run."""
         if not self.runs:
             return matrix.index_select(1, self.index)
         parts = [matrix[:, run] for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def to(self, device: torch.device) -> "Places":
+    def to(self, device: torch.device) -> "Columns":
         """The same on another device."""
-        return Places(self.index.to(device), self.runs)
+        return Columns(self.index.to(device), self.runs)
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Some rows by some columns of a matrix.
+    """Some rows by some columns of a weight matrix.
 
     Attributes:
-        rows: Which rows.
-        columns: Which columns.
-        entries: Where the rectangle lies, row by row, among all chosen entries of the matrix in row-major order.
+        rows: Which rows: columns of the gradient of the layer's output.
+        columns: Which columns: those of the layer's input.
+        entries: The rectangle's slice, row by row, of all chosen entries of the weight in row-major order.
     """
 
-    rows: Places
-    columns: Places
+    rows: Columns
+    columns: Columns
     entries: slice
 
     def to(self, device: torch.device) -> "Rectangle":
@@ -84,10 +84,10 @@ class Rectangle:
 
 
 def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
-    """The rectangles that chosen entries make: of rows that follow one another, empty ones aside, and are alike.
+    """The rectangles that chosen entries form: each of consecutive rows, but for empty ones, with equal columns.
 
     Returns:
-        None where they are too many, or too much of the matrix, to be worth it.
+        None if one dense product is faster: the rectangles are too many, or too large a part of the matrix.
     """
     if mask.sum() > LARGEST_SHARE * mask.numel():
         return None
@@ -96,13 +96,13 @@ def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
     starts = torch.cat([rows.new_zeros(1), (filled[1:] != filled[:-1]).any(1).nonzero().squeeze(1) + 1])
     if not len(rows) or len(starts) > min(MOST_RECTANGLES, max(4, len(rows) // LEAST_ROWS)):
         return None
-    found, first = [], 0
+    parts, first = [], 0
     for k, group in enumerate(rows.tensor_split(starts[1:].cpu())):
         columns = filled[starts[k]].nonzero().squeeze(1)
         size = len(group) * len(columns)
-        found.append(Rectangle(Places.of(group), Places.of(columns), slice(first, first + size)))
+        parts.append(Rectangle(Columns.of(group), Columns.of(columns), slice(first, first + size)))
         first += size
-    return found
+    return parts
 
 
 def chosen_products(
@@ -111,13 +111,13 @@ def chosen_products(
     """The entries of xᵀ y in these rectangles, in row-major order of the whole matrix."""
     chosen = x.new_empty(parts[-1].entries.stop)
     for part in parts:
-        left, right = part.rows.take(x), part.columns.take(y)
+        left, right = part.rows.of_matrix(x), part.columns.of_matrix(y)
         torch.mm(left.t(), right, out=chosen[part.entries].view(left.shape[1], right.shape[1]))
     return chosen
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """The modules that compute a Wᵀ + b, or with Conv1D a W + b, and nothing else, with their W."""
+    """The modules that compute a Wᵀ + b, or a W + b for Conv1D, and nothing else, each with its W."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if is_linear(module) and isinstance(weight, nn.Parameter):
@@ -125,12 +125,12 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
 
 
 class ChosenGradientHook:
-    """A forward hook on a linear layer, for whose weight's chosen entries a master stands.
+    """A forward hook that gives a linear layer a backward of its chosen weights alone.
 
     Args:
         module: The layer.
-        master: Gets the gradient of the chosen entries, in row-major order of the weight; of shape (selected,).
-        parts: Where they are.
+        master: The parameter that gets the gradient of the chosen weights, in row-major order; of shape (selected,).
+        parts: The rectangles that the chosen weights form.
     """
 
     def __init__(self, module: nn.Module, master: nn.Parameter, parts: list[Rectangle]) -> None:
@@ -138,7 +138,7 @@ class ChosenGradientHook:
         self._master, self._parts = master, parts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The module's output with another graph behind it, as a forward hook returns it."""
+        """The module's output with the other backward; None, which leaves it, where nothing is differentiated."""
         if not torch.is_grad_enabled():
             return None
         (a,) = args or kwargs.values()

@@ -6,20 +6,22 @@ For a weight tensor w (stored in any type) with selected flat indices I, |I| = k
     after each backward                                           x.grad += (∂L/∂w)[I];  ∂L/∂w is dropped
     after each optimizer step                                     w[I] = x, rounded to w's type;  x.grad is dropped
 
-Where those of a linear layer make few rectangles, no other part of its gradient is computed (`chosen_gradient.py`).
+Where the selected weights of a linear layer form few rectangles, no other part of its gradient is computed
+(`chosen_gradient.py`).
 
 So any torch optimizer, gradient clipping, scheduler and weight decay acts on x as on w under a masked gradient; the
 other weights are never written. The cost is w itself plus, per selected weight, an index (4 bytes), x (4), its
 gradient (4, from backward to step) and the optimizer's state (8 for Adam), and one layer's dense gradient at a time.
 Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits: 1,000 steps of 1e-5 on 0.02 are lost.
 
-Of a sharded model each rank has the masters of its own shards: pieces, which one behind another in the order of ranks
-are the masters of one process (`dualsft.sharding.vectors`). A state dict holds the whole ones, on the first rank, and
-each rank takes its piece of what is loaded; so a state moves between any numbers of ranks.
+Of a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
+of one process (`dualsft.sharding.vectors`). A state dict holds the full masters, on rank zero, and each rank loads its
+own piece of them, so a state can be loaded on another number of ranks.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,20 +41,21 @@ Mask = Mapping[str, Bool[Tensor, "..."]]
 
 
 class CompactParameters(nn.Module):
-    """The selected weights of a model, as compact trainable parameters that stand for them.
+    """The selected weights of a model as compact trainable parameters, the masters.
 
-    Tensors without a selected entry get ``requires_grad=False``: autograd then spends nothing on them. The model's
-    weights follow the masters after each optimizer step (`write_back_after`) and when a state dict is loaded.
+    Tensors without a selected entry get ``requires_grad=False``, so that autograd does not compute their gradients. The
+    masters are copied to the model's weights after each optimizer step (`write_back_after`) and when a state dict is
+    loaded.
 
     Args:
         model: The model whose weights are trained; its values are changed in place, by `write_back` alone. If it is
-            sharded, every rank calls this, and later `state_dict`, `load_state_dict` and all that has to do with
-            gradients that no step has used.
+            sharded, every rank constructs this, and every rank calls `state_dict`, `load_state_dict`,
+            `pending_gradients` and `restore_gradients`.
         mask: Which entries to train; None trains every entry of every trainable parameter.
 
     Attributes:
         names: The parameters with a selected entry, in the model's order.
-        masters: Their selected entries, each of shape (selected,); of a sharded model those on this rank, if any.
+        masters: Their selected entries, each of shape (selected,); of a sharded model those on this rank.
 
     Raises:
         KeyError: if the mask names a parameter that the model lacks.
@@ -80,23 +83,23 @@ class CompactParameters(nn.Module):
         self._fingerprint = digest.hexdigest()
         self._sharded = is_sharded(model)
         if self._sharded:
-            self.masters.register_state_dict_post_hook(_join)
-            self.masters.register_load_state_dict_pre_hook(_take_pieces)
+            self.masters.register_state_dict_post_hook(_gather_state)
+            self.masters.register_load_state_dict_pre_hook(_split_state)
         self._chosen = self._chosen_gradients(model)
         self._handles: list[RemovableHandle] = []
         self.register_load_state_dict_post_hook(lambda module, _: module.write_back())
 
     def _add(self, name: str, weight: nn.Parameter, index: Int[Tensor, " selected"] | None) -> int:
-        """Take in a tensor, of whose entries these are selected, all of them if None; tells how many."""
+        """Add the master of a tensor, of all entries if the index is None; the number of entries on all ranks."""
         count = weight.numel() if index is None else len(index)
         self._num_selected += count
-        here = local_shard(weight.detach())
+        shard = local_shard(weight.detach())
         if index is not None:
-            index = _of_shard(index, weight).to(here.device)
+            index = _shard_index(index, weight).to(shard.device)
         self.register_buffer(f"index_{len(self.names)}", index, persistent=False)
         self.names.append(name)
         self._weights.append(weight)
-        self.masters.append(nn.Parameter(_gather(here, index).to(accumulator_dtype(weight), copy=True)))
+        self.masters.append(nn.Parameter(_gather(shard, index).to(accumulator_dtype(weight), copy=True)))
         return count
 
     def index(self, k: int) -> Int[Tensor, " selected"] | None:
@@ -111,27 +114,28 @@ class CompactParameters(nn.Module):
         return self._num_selected
 
     def attach(self) -> None:
-        """Fold every gradient into the masters as soon as it is complete; idempotent."""
+        """Add every gradient to its master's as soon as it is complete, and drop it; idempotent."""
         if not self._handles:
             self._handles = [
-                weight.register_post_accumulate_grad_hook(self._folder(k)) for k, weight in enumerate(self._weights)
+                weight.register_post_accumulate_grad_hook(partial(self._add_gradient, k))
+                for k, weight in enumerate(self._weights)
             ]
             self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._chosen]
 
     def _chosen_gradients(self, model: nn.Module) -> list[tuple[nn.Module, ChosenGradientHook]]:
-        """The linear layers that need not form all of their weight's gradient.
+        """The linear layers whose backward computes the chosen weights' gradient alone.
 
-        None of a sharded model: while such a layer is at work its weight is whole, and the gradients of its chosen
-        entries would belong to other ranks.
+        There are none in a sharded model: a rank's backward sees the full weight there, and the gradients of most of
+        its chosen entries are another rank's.
         """
         number = {weight: k for k, weight in enumerate(self._weights) if not is_shard(weight)}
-        found = []
+        hooks = []
         for module, weight in linear_layers(model):
             index = self.index(number[weight]) if weight in number else None
             parts = rectangles(_mask_of(index, weight)) if index is not None else None
             if parts:
-                found.append((module, ChosenGradientHook(module, self.masters[number[weight]], parts)))
-        return found
+                hooks.append((module, ChosenGradientHook(module, self.masters[number[weight]], parts)))
+        return hooks
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -139,49 +143,47 @@ class CompactParameters(nn.Module):
             handle.remove()
         self._handles = []
 
-    def _folder(self, k: int) -> Callable[[Tensor], None]:
-        def fold(weight: Tensor) -> None:
-            assert weight.grad is not None
-            master = self.masters[k]
-            gradient = _gather(_arrived(local_shard(weight.grad)), self.index(k)).to(master.dtype)
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            weight.grad = None
-
-        return fold
+    def _add_gradient(self, k: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        master = self.masters[k]
+        gradient = _gather(_arrived(local_shard(weight.grad)), self.index(k)).to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        weight.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
         for k, (weight, master) in enumerate(zip(self._weights, self.masters, strict=True)):
-            index, values, here = self.index(k), master.to(weight.dtype), local_shard(weight.detach())
+            index, values, shard = self.index(k), master.to(weight.dtype), local_shard(weight.detach())
             if index is None:
-                here.copy_(values.view_as(here))
+                shard.copy_(values.view_as(shard))
             else:
-                here.put_(index.long(), values)
+                shard.put_(index.long(), values)
 
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.
 
-        An optimizer that asks for the loss several times within a step (LBFGS) finds each of its trials in the model.
+        For an optimizer that evaluates the loss several times within a step (LBFGS), the masters are stored before each
+        evaluation.
         """
-        optimizer.register_step_pre_hook(self._follow_trials)
+        optimizer.register_step_pre_hook(self._wrap_closure)
         optimizer.register_step_post_hook(self._finish_step)
 
-    def _follow_trials(self, _: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _wrap_closure(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The step's arguments, with a closure that stores the masters before all evaluations but the first."""
-        closure = named.get("closure", given[1] if len(given) > 1 else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            return given, named
+            return args, kwargs
         evaluated = False
 
-        def follow() -> Any:
+        def write_back_and_evaluate() -> Any:
             nonlocal evaluated
             if evaluated:
                 self.write_back()
             evaluated = True
             return closure()
 
-        return given[:1], {**named, "closure": follow}
+        return args[:1], {**kwargs, "closure": write_back_and_evaluate}
 
     def _finish_step(self, *_: Any) -> None:
         self.write_back()
@@ -189,42 +191,42 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Gradients that no step has used yet, by tensor: those of an accumulation under way.
+        """Number of a tensor -> its master's gradient that no step has used yet, as within an accumulation.
 
-        Of a sharded model the whole ones, on the first rank alone.
+        Of a sharded model these are the full gradients, on rank zero alone.
         """
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Go on with an accumulation from earlier `pending_gradients`."""
-        given = [*gradients.values()]
+        """Set the masters' gradients to earlier `pending_gradients`, to go on with that accumulation."""
+        values = [*gradients.values()]
         if self._sharded:
-            given = split_vectors(given, [len(self.masters[k]) for k in gradients])
-        for k, gradient in zip(gradients, given, strict=True):
+            values = split_vectors(values, [len(self.masters[k]) for k in gradients])
+        for k, gradient in zip(gradients, values, strict=True):
             self.masters[k].grad = gradient.to(self.masters[k])
 
     def fingerprint(self) -> str:
-        """SHA-256 over which entries of which tensors are selected, on whatever ranks they are."""
+        """SHA-256 of which entries of which tensors are selected, on all ranks together."""
         return self._fingerprint
 
 
-def _join(masters: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state holds the whole masters, on the first rank."""
+def _gather_state(masters: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Replace this rank's masters in a state dict by the full ones, on rank zero."""
     names = [f"{prefix}{k}" for k, _ in masters.named_parameters()]
     state.update(zip(names, gather_vectors([state[name] for name in names]), strict=True))
 
 
-def _take_pieces(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Each rank loads its own."""
+def _split_state(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Replace the full masters in a state dict by this rank's."""
     lengths = {f"{prefix}{k}": len(master) for k, master in masters.named_parameters()}
     if lengths.keys() <= state.keys():
-        wholes: Sequence[Tensor] = [state[name] for name in lengths]
-        state.update(zip(lengths, split_vectors(wholes, [*lengths.values()]), strict=True))
+        masters_of_all: Sequence[Tensor] = [state[name] for name in lengths]
+        state.update(zip(lengths, split_vectors(masters_of_all, [*lengths.values()]), strict=True))
 
 
 def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | None:
-    """Flat indices (int32 while they fit) of a whole tensor's selected entries, on the host; None means all of them."""
+    """Flat indices (int32 if they fit) of a full tensor's selected entries, on the host; None means all of them."""
     if mask is None:
         return None if weight.requires_grad else torch.empty(0, dtype=torch.int32)
     if name not in mask:
@@ -238,8 +240,8 @@ def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | No
     return chosen.flatten().nonzero().squeeze(1).to("cpu", torch.int32 if narrow else torch.int64)
 
 
-def _of_shard(index: Int[Tensor, " selected"], weight: Tensor) -> Int[Tensor, " here"]:
-    """Of flat indices into a whole tensor those into this rank's shard of it, counted from the shard's start."""
+def _shard_index(index: Int[Tensor, " selected"], weight: Tensor) -> Int[Tensor, " selected_here"]:
+    """The flat indices into a full tensor that fall into this rank's shard, counted from the shard's start."""
     if not is_shard(weight):
         return index
     first = shard_offset(weight)
@@ -255,7 +257,7 @@ def _mask_of(index: Int[Tensor, " selected"], weight: Tensor) -> Bool[Tensor, "m
 
 
 def _arrived(gradient: Tensor) -> Tensor:
-    """A gradient; earlier releases of torch do not wait until one that is kept on the host has come there."""
+    """A gradient whose copy to the host is complete; earlier releases of torch do not wait for it."""
     if gradient.is_pinned():
         torch.accelerator.current_stream().synchronize()
     return gradient

@@ -3,7 +3,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, only, split, to_device, widen, without
+from dualsft.data.layout import (
+    AmbiguousShapeError,
+    Batch,
+    Layout,
+    keep_examples,
+    one_example,
+    split_rows,
+    to_device,
+    widen,
+)
 from dualsft.errors import UserError
 from tests.selection.tiny import collate, make_examples, pack
 
@@ -44,11 +53,11 @@ ALL = {k: ids for k, (ids, _) in enumerate(EXAMPLES)}
 def test_spans_tell_where_examples_are() -> None:
     """Of padded rows they are the tokens that the mask keeps; of packed ones they come with the batch."""
     layout = Layout.of(padded())
-    assert (layout.rows, layout.tokens, layout.whole_rows) == (5, 5, True)
+    assert (layout.rows, layout.tokens, layout.one_per_row) == (5, 5, True)
     assert layout.spans == ((0, 0, 5), (1, 0, 3), (2, 0, 2), (3, 0, 4), (4, 0, 1))
     assert layout.mean_length == 3
     layout = Layout.of(packed())
-    assert (layout.rows, layout.tokens, layout.whole_rows) == (2, 8, False)
+    assert (layout.rows, layout.tokens, layout.one_per_row) == (2, 8, False)
     assert layout.spans == ((0, 0, 5), (0, 5, 2), (0, 7, 1), (1, 0, 3), (1, 3, 4))
     assert texts(padded()) == texts(packed()) == ALL
 
@@ -155,7 +164,7 @@ def test_only_one_example(make_batch: Callable[[], Batch]) -> None:
     """It is alone in a batch of its own kind, without padding, and its positions begin at 0."""
     batch = make_batch()
     for k, i in enumerate(batch["example_id"].tolist()):
-        alone = only(batch, k)
+        alone = one_example(batch, k)
         assert alone.keys() == batch.keys()
         assert texts(alone) == {i: ALL[i]}
         assert alone["input_ids"].tolist() == [ALL[i]]
@@ -167,17 +176,17 @@ def test_only_one_example(make_batch: Callable[[], Batch]) -> None:
 def test_padded_examples_are_left_out_with_their_rows() -> None:
     """The others stay as they are."""
     batch = padded()
-    assert without(batch, torch.ones(5, dtype=torch.bool)) is batch
-    some = without(batch, keep := torch.tensor([True, False, True, True, False]))
+    assert keep_examples(batch, torch.ones(5, dtype=torch.bool)) is batch
+    some = keep_examples(batch, keep := torch.tensor([True, False, True, True, False]))
     assert same(some, {name: values[keep] for name, values in batch.items()})
-    assert texts(without(batch, torch.zeros(5, dtype=torch.bool))) == {}
+    assert texts(keep_examples(batch, torch.zeros(5, dtype=torch.bool))) == {}
 
 
 def test_packed_examples_are_left_out_where_they_stand() -> None:
     """They become padding without labels; the others keep their places, and the given batch is not touched."""
     batch, before = packed(), packed()
     keep = torch.tensor([True, False, True, True, False])  # the examples 0, 4 and 1
-    some = without(batch, keep)
+    some = keep_examples(batch, keep)
     assert texts(some) == {i: ALL[i] for i in (0, 4, 1)}
     assert Layout.of(some).spans == ((0, 0, 5), (0, 7, 1), (1, 0, 3))
     for name, filler in (("input_ids", 0), ("labels", -100)):
@@ -207,7 +216,7 @@ def test_a_wider_batch_has_one_more_token_of_padding(make_batch: Callable[[], Ba
 def test_parts_hold_whole_rows(make_batch: Callable[[], Batch], parts: int) -> None:
     """Each example is in one part, in order; spans count the part's own rows; no part is empty."""
     batch = make_batch()
-    pieces = split(batch, parts)
+    pieces = split_rows(batch, parts)
     rows = [len(piece["input_ids"]) for piece in pieces]
     assert sum(rows) == len(batch["input_ids"])
     assert len(pieces) <= parts

@@ -43,7 +43,7 @@ def write_selection(folder: Path, fingerprint: str, selected: list[int], rows: i
     folder.mkdir()
     columns = {"example_id": range(rows), "selected": [row in selected for row in range(rows)]}
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "examples.parquet")
-    manifest = {"data": {"train": {"fingerprint": fingerprint}}}
+    manifest = {"schema_version": 1, "data": {"train": {"fingerprint": fingerprint}}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return str(folder)
 
@@ -328,8 +328,11 @@ def test_selections_that_do_not_fit(pool: str, tmp_path: Path) -> None:
     (tmp_path / "useless" / "examples.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"examples\.parquet cannot be read"):
         module(pool, selection=useless).train_dataloader()
-    (tmp_path / "useless" / "manifest.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "useless" / "manifest.json").write_text('{"schema_version": 1}', encoding="utf-8")
     with pytest.raises(UserError, match="does not tell which data"):
+        module(pool, selection=useless).train_dataloader()
+    (tmp_path / "useless" / "manifest.json").write_text('{"schema_version": 2}', encoding="utf-8")
+    with pytest.raises(UserError, match="has schema version 2, this dualsft reads 1"):
         module(pool, selection=useless).train_dataloader()
 
 

@@ -1,5 +1,6 @@
 """A tiny base model, pool and selection, and fine-tuning runs over them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +70,21 @@ def make_workspace(folder: Path, dtype: torch.dtype = torch.float32) -> Workspac
     return Workspace(folder, base, pool, validation, selection)
 
 
+MANIFEST = Path(__file__).parents[1] / "selection" / "manifest.json"
+"""Of a tiny selection."""
+
+
 def select(folder: Path, base: str, pool: str, mask: dict[str, Tensor], chosen: Sequence[int]) -> str:
     """Write a selection directory of these weights and rows."""
     folder.mkdir(parents=True)
     records = read_records(pool)
     rows = range(len(records))
+    manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    manifest["model"].update(name_or_path=base, fingerprint=model_fingerprint(base))
+    manifest["data"]["train"].update(path=pool, fingerprint=records.fingerprint)
     write_selection(
         folder,
-        manifest={
-            "model": {"name_or_path": base, "fingerprint": model_fingerprint(base)},
-            "data": {"train": {"fingerprint": records.fingerprint}},
-        },
+        manifest=manifest,
         examples={
             "example_id": list(rows),
             "score": [0.0] * len(records),

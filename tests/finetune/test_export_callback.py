@@ -111,7 +111,7 @@ def test_model_card(exported: Workspace) -> None:
         assert line in card.text
     assert str(exported.folder) not in card.content
     assert str(exported.folder) not in json.dumps(delta.about)
-    assert validation.fingerprint not in card.text  # this selection's manifest does not tell of it
+    assert validation.fingerprint not in card.text  # the selection was made with another validation set
 
 
 class Interrupt(Callback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualsft.data import TrainingBatches
-from dualsft.data.layout import Batch, Layout, only
+from dualsft.data.layout import Batch, Layout, one_example
 from dualsft.models.loading import load_model
 from dualsft.objectives import token_losses
 from dualsft.selection import load_selection
@@ -23,7 +23,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 def nll(model: Any, batch: Batch) -> list[Tensor]:
     """Of each example, computed alone: the losses of its supervised tokens."""
-    alone = [only(batch, k) for k in range(len(Layout.of(batch).spans))]
+    alone = [one_example(batch, k) for k in range(len(Layout.of(batch).spans))]
     pairs = [token_losses(model(one["input_ids"]).logits, one["labels"]) for one in alone]
     return [losses[targets != -100] for losses, targets in pairs]
 

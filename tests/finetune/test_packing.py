@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dualsft.data.layout import only
+from dualsft.data.layout import one_example
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
@@ -22,7 +22,7 @@ def test_a_packed_fit_equals_a_loop_over_single_examples(workspace: Workspace, f
     assert max(len(batch["example_id"]) for batch in loader) > 1
     for batch in loader:
         examples = range(len(batch["example_id"]))
-        torch.stack([example_losses(model, only(batch, k))[0] for k in examples]).mean().backward()
+        torch.stack([example_losses(model, one_example(batch, k))[0] for k in examples]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     module = workspace.module(dtype="float64", selection=None)
@@ -40,7 +40,7 @@ def test_a_model_that_mixes_packed_examples_is_refused(
     deaf = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(LlamaForCausalLM, "forward", deaf)
     module = workspace.module()
-    with pytest.raises(UserError, match=r"lets packed examples see one another.*data.packing"):
+    with pytest.raises(UserError, match=r"lets packed examples see one another.*; set data.packing to false"):
         trainer(folder).fit(module, datamodule=workspace.data(packing=True))
     before = dict(load_model(workspace.base).named_parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in weights(module).items())

@@ -107,7 +107,7 @@ def test_scores_are_those_of_autograd(architecture: str) -> None:
 def test_packing_that_is_not_kept_apart_is_refused(architecture: str) -> None:
     """A model in which packed examples see one another is named, with what to do."""
     model = make(architecture)
-    with pytest.raises(UserError, match=r"cannot be scored in batches.*set data\.packing to false"):
+    with pytest.raises(UserError, match=r"cannot be scored in batches.*do not pack examples"):
         gradient_pass(model, given([pack([[0, 3, 1], [2, 4]], EXAMPLES)]), directions=[random_direction(model)])
 
 
@@ -120,7 +120,7 @@ def test_packing_is_exact_or_refused() -> None:
     except UserError as error:
         refusal = str(error)
     if refusal:
-        assert "set data.packing to false" in refusal
+        assert "do not pack examples" in refusal
     else:
         assert_rows([found.rows[0][k] for k in range(len(EXAMPLES))], u, reference("falcon"), 1e-5)
 

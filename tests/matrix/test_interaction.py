@@ -15,7 +15,7 @@ from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, RowSums, check_covered
 from dualsft.objectives import example_losses
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 from tests.selection.tiny import (
     ARCHITECTURES,
     Example,

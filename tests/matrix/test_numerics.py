@@ -33,9 +33,8 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype
 from dualsft.scorers import FirstOrder
-from dualsft.selection.directions import directions
-from dualsft.selection.scoring_mode import scoring_mode
-from dualsft.selection.statistics import Preconditioner, Statistics
+from dualsft.selection.directions import Statistics, directions, preconditioner
+from dualsft.selection.passes import scoring_mode
 from tests.selection.runs import SGD, Inputs, select, write_inputs
 from tests.selection.tiny import given
 
@@ -109,7 +108,7 @@ def direction_at(model: PreTrainedModel, data: InstructionDataModule, count: int
     """U = (η/n) v for a pool of this many examples and the step size 2e-5."""
     found = gradient_pass(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / found.counted for name, total in found.sums.items()}
-    return directions(FirstOrder(), Statistics(model, gradient, Preconditioner(model, None), count), 2e-5)
+    return directions(FirstOrder(), Statistics(model, gradient, preconditioner(model, None), count), 2e-5)
 
 
 @pytest.fixture(scope="module")

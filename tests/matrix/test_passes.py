@@ -9,6 +9,7 @@ from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype, gradient_pass
 from dualsft.objectives import example_losses
+from dualsft.selection.remedies import remedies_by_key
 from tests.selection.tiny import (
     Example,
     Gradients,
@@ -168,13 +169,20 @@ def test_nothing_finite_gives_empty_sums() -> None:
 
 
 def test_an_overflow_of_finite_gradients_is_an_error() -> None:
-    """If a batch overflows although each of its examples is finite alone, it is said how to mend it."""
+    """If a batch overflows although each of its examples is finite alone, the error says what to do, keys included."""
     example = with_token(free_of(EXPLOSIVE, (6,))[0], EXPLOSIVE)
     model = exploding_model(1.0, torch.float32)
     row = gradient_loop(model, [example])[0]["model.embed_tokens.weight"][EXPLOSIVE].abs().max()
     model = exploding_model(float(2e38 / row.double()) ** 0.5, torch.float32)
     assert gradient_pass(model, given(batches_of([example], 1))).nonfinite == set()
-    with pytest.raises(UserError, match=r"\[100, 101\] overflow torch.float32.*data.batch_tokens"):
+    with pytest.raises(
+        UserError, match=r"\[100, 101\] overflow torch.float32.*; use smaller batches or float32 weights"
+    ):
+        gradient_pass(model, given(batches_of([example, example], 2)))
+    with (
+        pytest.raises(UserError, match=r"is finite; lower data\.batch_tokens or set model\.dtype to"),
+        remedies_by_key(),
+    ):
         gradient_pass(model, given(batches_of([example, example], 2)))
 
 

@@ -75,7 +75,9 @@ def test_models_that_keep_packed_examples_apart_pass(architecture: str) -> None:
 def test_a_model_that_lets_packed_examples_see_one_another_is_refused() -> None:
     """It is named, with an example and its two losses, and with what to do."""
     model = forgetful(make("llama")).train()
-    with pytest.raises(UserError, match=r"LlamaForCausalLM lets packed examples see .*example 3 .*data.packing"):
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM lets packed examples see .*example 3 .*alone; do not pack examples"
+    ):
         check_packing(model, packed(), torch.float64)
     check_packing(model.train(), collate(make_examples()), torch.float64)
     assert model.training
@@ -91,9 +93,9 @@ def test_a_spoilt_neighbour_is_not_taken_for_mixing() -> None:
 
 
 def test_a_pass_over_packed_rows_of_a_forgetful_model_is_refused() -> None:
-    """The spot check alone, without `check_packing`, also refuses, and says to set packing to false."""
+    """The spot check alone, without `check_packing`, also refuses, and says not to pack."""
     model = forgetful(make("llama"))
-    with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
+    with pytest.raises(UserError, match=r"cannot be scored in batches.*; do not pack examples"):
         gradient_pass(model, given([packed()]), directions=[random_direction(model)])
 
 
@@ -102,7 +104,7 @@ def test_mixing_is_found_wherever_the_first_shared_row_is(rows: list[list[list[i
     """Between examples with rows of their own, or in a later batch than those, which come first."""
     examples = make_examples((16, 7, 9, 15))
     model = forgetful(make("llama"))
-    with pytest.raises(UserError, match=r"cannot be scored in batches.*set data.packing to false"):
+    with pytest.raises(UserError, match=r"cannot be scored in batches.*; do not pack examples"):
         gradient_pass(model, given([pack(part, examples) for part in rows]), directions=[random_direction(model)])
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dualsft.objectives import Prior
+from dualsft.selection.prior import Prior
 from tests.selection.tiny import Example
 
 

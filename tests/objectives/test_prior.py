@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
-from dualsft.objectives import Prior, SelfDistillation
 from dualsft.selection import Warmup
+from dualsft.selection.prior import Prior
 from tests.objectives.slow_prior import slow_prior
 from tests.selection.tiny import (
     Example,
@@ -64,7 +64,7 @@ def pair() -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
 
 def losses(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, prior: Prior) -> dict[int, Tensor]:
     """Example id -> its loss."""
-    found = SelfDistillation(prior).losses(model, batch, Layout.of(batch), teacher)
+    found = prior.term().losses(model, batch, Layout.of(batch), teacher)
     return dict(zip(batch["example_id"].tolist(), found, strict=True))
 
 
@@ -113,16 +113,16 @@ def test_settings_at_the_edge_are_taken(options: dict[str, Any]) -> None:
 def test_anchors_are_a_share_of_the_pool(fraction: float, count: int, seed: int) -> None:
     """The fraction, rounded, but one at least; of the pool, each once, ascending, and the same at every call."""
     pool = list(range(5, 130, 3))
-    drawn = SelfDistillation(Prior(fraction=fraction)).draw(pool, seed)
+    drawn = Prior(fraction=fraction).term().draw(pool, seed)
     assert len(pool) == 42
     assert len(drawn) == count
     assert drawn == sorted(set(drawn) & set(pool))
-    assert drawn == SelfDistillation(Prior(fraction=fraction, weight=3.0)).draw(pool, seed)
+    assert drawn == Prior(fraction=fraction, weight=3.0).term().draw(pool, seed)
 
 
 def test_anchors_are_drawn_by_the_seed_and_apart_from_the_warm_up() -> None:
     """Another seed draws others; with the run's own seed the warm-up does not train on the anchors' very draw."""
-    pool, prior = list(range(100)), SelfDistillation(Prior(fraction=0.3))
+    pool, prior = list(range(100)), Prior(fraction=0.3).term()
     draws = [prior.draw(pool, seed) for seed in range(4)]
     assert len({tuple(drawn) for drawn in draws}) == 4
     warm_ups = [Warmup(fraction=0.3).draw(pool, seed) for seed in range(4)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from dualsft.errors import UserError
 from dualsft.runs import folder as run_folder
 from dualsft.runs import phase_store
-from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder, write_atomically
 
 IDENTITY = {"model": "m", "seed": 0, "budget": None}

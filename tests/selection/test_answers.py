@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.selection.answers import check_mask, checksum, integers
+from dualsft.selection.data_choice import integers
+from dualsft.selection.parameter_choice import check_mask, checksum
 
 SCORES = {"a": torch.randn(2, 3), "b": torch.randn(4), "c": torch.tensor(1.0)}
 NONE = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in SCORES.items()}

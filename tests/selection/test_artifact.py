@@ -253,7 +253,7 @@ def test_a_selection_without_manifest_is_unfinished(folder: Path, tmp_path: Path
         load_selection(damaged)
 
 
-@pytest.mark.parametrize("text", ["{", "\ud800", ""])
+@pytest.mark.parametrize("text", ["{", "\ud800", "", '{"coverage": NaN}', '{"coverage": 1e999}', "[" * 100_000])
 def test_a_damaged_manifest_is_said_to_be(folder: Path, tmp_path: Path, text: str) -> None:
     """What is not JSON, or not text, is damaged."""
     damaged = copy(folder, tmp_path)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dualsft.scorers import FirstOrder, ParameterStatistics, Scorer
-from dualsft.selection.directions import directions, masked, parameter_scores
-from dualsft.selection.statistics import Preconditioner, Statistics
-from dualsft.selection.sums import WeightedSums
+from dualsft.selection.directions import Statistics, column_totals, directions, masked, parameter_scores, preconditioner
+from dualsft.selection.objective import weighted_total
 from dualsft.selection.warmup import EPS
 
 GRADIENT = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 3.0, 4.0])}
@@ -26,7 +25,7 @@ def two_weights() -> nn.Module:
 def statistics(moments: dict[str, Tensor] | None) -> Statistics:
     """Of ten examples."""
     model = two_weights()
-    return Statistics(model, WeightedSums([(1.0, GRADIENT)], torch.device("cpu")), Preconditioner(model, moments), 10)
+    return Statistics(model, weighted_total([(1.0, GRADIENT)], torch.device("cpu")), preconditioner(model, moments), 10)
 
 
 def test_directions_precondition_by_the_second_moment() -> None:
@@ -69,7 +68,7 @@ def test_one_parameter_at_a_time() -> None:
 def test_weighted_sums_add_up() -> None:
     """Σ_t c_t G_t by name; what it is made of stays as it was."""
     other = {name: torch.ones_like(g) for name, g in GRADIENT.items()}
-    found = WeightedSums([(2.0, GRADIENT), (-0.5, other)], torch.device("cpu"))
+    found = weighted_total([(2.0, GRADIENT), (-0.5, other)], torch.device("cpu"))
     assert list(found) == ["a", "b"]
     torch.testing.assert_close(found["a"], torch.tensor([1.5, -4.5]))
     assert GRADIENT["a"].tolist() == [1.0, -2.0]
@@ -88,6 +87,6 @@ def test_parameter_scores_combine_and_add_up_by_set() -> None:
     us = [{"a": torch.tensor([1.0, -1.0])}, {"a": torch.tensor([3.0, 2.0])}]
     sums = {"a": torch.tensor([2.0, 1.0])}
     for combination, expected in (("mean", [4.0, 0.5]), ("max", [6.0, 2.0]), ("min", [2.0, -1.0])):
-        scores, totals = parameter_scores(us, sums, combination)  # type: ignore[arg-type]
+        scores = parameter_scores(us, sums, combination)  # type: ignore[arg-type]
         assert scores["a"].tolist() == expected
-        assert [(of.total, of.size) for of in totals] == [(1.0, 3.0), (8.0, 8.0)]
+    assert [(of.total, of.size) for of in (column_totals(u, sums) for u in us)] == [(1.0, 3.0), (8.0, 8.0)]

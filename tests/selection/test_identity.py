@@ -3,7 +3,7 @@ import torch
 
 from dualsft.errors import UserError
 from dualsft.selection.directions import ColumnTotals, column_totals
-from dualsft.selection.identity import sum_identity
+from dualsft.selection.scoring import sum_identity
 
 
 def test_both_sides_and_their_distance() -> None:

@@ -15,13 +15,13 @@ import torch
 from dualsft import SelectionModule, load_selection
 from dualsft.allocators import Diverse
 from dualsft.matrix import passes as gradients
-from dualsft.objectives import Prior
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.keeping import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import DiagonalFisher, HessianVector
 from dualsft.selection import passes, warmup
+from dualsft.selection.prior import Prior
 from tests.selection.kills import KilledError, kill_at, killed_run
 from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
 from tests.selection.tiny import collate, make_examples

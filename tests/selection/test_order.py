@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, passes
-from dualsft.selection.phases import Phases
+from dualsft.selection.passes import Passes
 from tests.cases import save_tiny_model
 from tests.selection.kills import killed_run
 from tests.selection.runs import SGD, Inputs, contents, select
@@ -335,26 +336,30 @@ def test_the_last_direction_and_the_last_examples_are_what_must_agree(one_round:
     assert of_weights * EXAMPLES / len(OK) == pytest.approx(rows, rel=STORED)
 
 
-def other_weights(self: Phases, us: Sequence[Mapping[str, Tensor]], *args: Any, **options: Any) -> GradientPass:
+def other_weights(self: Passes, name: str, examples: int, loader: Any, **options: Any) -> GradientPass:
     """The rows of as many weights, but of others."""
-    return SCORES(self, [{name: of.roll(1) for name, of in u.items()} for u in us], *args, **options)
+    if us := options.get("directions"):
+        options["directions"] = [{name: of.roll(1) for name, of in u.items()} for u in us]
+    return RUN(self, name, examples, loader, **options)
 
 
-def one_fewer(self: Phases, pool: list[int], name: str) -> GradientPass:
-    """The sum over the examples but one."""
-    return POOL_GRADIENT(self, pool[1:], name)
+def one_fewer(self: Passes, name: str, examples: int, loader: Any, **options: Any) -> GradientPass:
+    """The sum over the pool's examples but one."""
+    if name.startswith(("pool", "chosen")):
+        loader = partial(loader.func, loader.args[0][1:])
+    return RUN(self, name, examples, loader, **options)
 
 
-SCORES, POOL_GRADIENT = Phases.scores, Phases.pool_gradient
+RUN = Passes.run
 
 
 @pytest.mark.parametrize("order", [PD, DP])
-@pytest.mark.parametrize(("place", "wrong"), [("scores", other_weights), ("pool_gradient", one_fewer)])
+@pytest.mark.parametrize("wrong", [other_weights, one_fewer])
 def test_rows_and_columns_of_other_things_are_refused(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, place: str, wrong: Any
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, wrong: Any
 ) -> None:
     """Rows by other weights than were chosen, or a sum over other examples, do not add up, and nothing is published."""
-    monkeypatch.setattr(Phases, place, wrong)
+    monkeypatch.setattr(Passes, "run", wrong)
     with pytest.raises(UserError, match="The example scores add up to"):
         run(inputs, tmp_path / "out", order=order)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -511,14 +516,17 @@ def test_what_turns_out_late_not_to_be_finite_is_chosen_no_more(
     """A chosen example whose row was finite, but whose gradient is not, makes place for the next best."""
     options = {**SGD, "order": DP, "data_budget": 3}
     before = select(inputs, tmp_path / "before", options)
-    bad, original = before.example_ids[0], Phases.pool_gradient
+    bad = before.example_ids[0]
 
-    def late(self: Phases, ids: list[int], name: str) -> Any:
-        found = original(self, [i for i in ids if i != bad], name)
+    def late(self: Passes, name: str, examples: int, loader: Any, **options: Any) -> Any:
+        if not name.startswith("chosen"):
+            return RUN(self, name, examples, loader, **options)
+        (ids,) = loader.args
+        found = RUN(self, name, examples, partial(loader.func, [i for i in ids if i != bad]), **options)
         found.nonfinite |= {bad} & set(ids)
         return found
 
-    monkeypatch.setattr(Phases, "pool_gradient", late)
+    monkeypatch.setattr(Passes, "run", late)
     after = select(inputs, tmp_path / "after", options)
     table = after.examples.to_pydict()
     assert (table["status"][bad], table["score"][bad], table["selected"][bad]) == ("nonfinite", None, False)

@@ -38,6 +38,6 @@ def test_a_model_that_mixes_packed_examples_is_refused_before_work(
     forward = LlamaForCausalLM.forward
     deaf = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(LlamaForCausalLM, "forward", deaf)
-    with pytest.raises(UserError, match=r"lets packed examples see one another.*data.packing"):
+    with pytest.raises(UserError, match=r"lets packed examples see one another.*; set data.packing to false"):
         select(inputs, tmp_path / "out", SGD, {"packing": True})
     assert not (tmp_path / "out").exists()

@@ -17,8 +17,7 @@ from dualsft.matrix.passes import gradient_pass
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
-from dualsft.selection.directions import column_totals, directions
-from dualsft.selection.statistics import Preconditioner, Statistics
+from dualsft.selection.directions import Statistics, column_totals, directions, preconditioner
 from dualsft.selection.step import along_pool_step, settle
 from tests.selection.runs import SGD, Inputs, select
 from tests.selection.tiny import given
@@ -67,7 +66,7 @@ def test_second_order_is_exact_on_a_quadratic(step_size: Any, adam: bool) -> Non
     model, (x, y), (pool_x, pool_y) = Regression(), points(1), points(2)
     batches = given([batch_of([0, 1, 2]), batch_of([3, 4, 5, 6])])
     moments = {"w": torch.rand(DIMENSIONS, dtype=torch.float64) + 0.1} if adam else None
-    p = Preconditioner(model, moments)
+    p = preconditioner(model, moments)
     v = gradient_pass(model, batches, losses=losses_of(x, y)).sums["w"] / 7
     sums = gradient_pass(model, batches, losses=losses_of(pool_x, pool_y)).sums
     d = {"w": p["w"] * sums["w"] / 7}

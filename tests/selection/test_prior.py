@@ -20,9 +20,10 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.matrix import curvature
 from dualsft.models.loading import load_model
-from dualsft.objectives import Objective, Prior, SelfDistillation, example_losses
+from dualsft.objectives import Objective, SelfDistillation, example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup, load_selection, passes
+from dualsft.selection.prior import Prior
 from dualsft.selection.warmup import EPS
 from dualsft.sharding import strategy
 from tests.cases import save_tiny_model
@@ -90,7 +91,7 @@ def prior_of(inputs: Inputs, prior: Prior, anchors: Sequence[int]) -> Value:
 
 def anchors_of(prior: Prior, seed: int = 0) -> list[int]:
     """The anchors that a run draws."""
-    return SelfDistillation(prior).draw(OK, seed)
+    return prior.term().draw(OK, seed)
 
 
 def reference(

@@ -152,11 +152,12 @@ def test_near_duplicates_are_a_choice_of_data(inputs: Inputs, tmp_path: Path) ->
         reallocate(source.folder, tmp_path / "out", **{**as_before, "near_duplicates": NearDuplicates(0.9)})
 
 
-def test_older_selections_kept_near_duplicates(source: Path, tmp_path: Path) -> None:
-    """A manifest without the setting is one of a run in which nothing was collapsed."""
+def test_options_that_a_selection_is_older_than(source: Path, tmp_path: Path) -> None:
+    """A manifest without them is one of a run with their defaults: nothing was collapsed, and all could be chosen."""
     older = copy(source, tmp_path)
     manifest = json.loads((older / "manifest.json").read_text(encoding="utf-8"))
-    del manifest["near_duplicates"], manifest["counts"]["examples"]["near_duplicates"]
+    del manifest["near_duplicates"], manifest["trainable"], manifest["frozen"]
+    del manifest["counts"]["examples"]["near_duplicates"]
     (older / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     made = reallocate(older, tmp_path / "out", **AS_BEFORE, config=CONFIG)
     assert apart_from_its_own(made.folder).keys() == apart_from_its_own(source).keys()
@@ -178,12 +179,12 @@ def test_what_it_does_not_know_is_kept(source: Path, tmp_path: Path) -> None:
     pq.write_table(table, other / "examples.parquet")
     manifest = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
     manifest["counts"]["rounds"] = 2
-    new = {"foreign": {"data": 0.5}, **manifest, "rounds": 2, "control": {"examples": "random"}}
+    new = {"foreign": {"data": 0.5}, **manifest, "epochs": 2, "control": {"examples": "random"}}
     (other / "manifest.json").write_text(json.dumps(new), encoding="utf-8")
     made = reallocate(other, tmp_path / "out", **{**AS_BEFORE, "data_budget": 2})
     assert made.examples.drop_columns("selected").equals(table.drop_columns("selected"))
     assert made.examples.schema == table.schema
-    assert (made.manifest["foreign"], made.manifest["rounds"]) == ({"data": 0.5}, 2)
+    assert (made.manifest["foreign"], made.manifest["epochs"]) == ({"data": 0.5}, 2)
     assert made.manifest["counts"]["rounds"] == 2
     assert "control" not in made.manifest
 
@@ -243,6 +244,12 @@ def test_scores_in_several_files(source: Path, tmp_path: Path, monkeypatch: pyte
     next(sharded.glob("parameter_scores-*")).unlink()
     with pytest.raises(UserError, match=r"has lost parameter scores: [\d,]+ of [\d,]+ are there"):
         reallocate(sharded, tmp_path / "again", **AS_BEFORE)
+
+
+def test_options_of_the_scoring_are_no_choice(source: Path, tmp_path: Path) -> None:
+    """What the scores rest on cannot be given."""
+    with pytest.raises(TypeError, match="warmup decides no choice; the options are parameter_budget, data_budget, "):
+        reallocate(source, tmp_path / "out", warmup=None)
 
 
 def test_data_that_has_moved(inputs: Inputs, source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from dualsft import load_selection
 from dualsft.allocators import Diverse, LayerQuota, PerSourceQuota
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
-from dualsft.selection import Warmup, module, passes, phases
+from dualsft.selection import Warmup, passes, scoring_checkpoint
+from dualsft.selection import run as method
 from tests.selection.kills import kill_at, killed_run
 from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
 from tests.selection.traps import PoolAware
@@ -30,18 +31,18 @@ def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 PLACES = {
-    "before the warm-up": (phases, "warm_up", 1, False),
-    "in the warm-up": (phases, "warm_up", 1, True),
-    "before the warm-up is written out": (phases, "save_file", 1, False),
-    "after the warm-up is written out": (phases, "save_file", 1, True),
+    "before the warm-up": (scoring_checkpoint, "warm_up", 1, False),
+    "in the warm-up": (scoring_checkpoint, "warm_up", 1, True),
+    "before the warm-up is written out": (scoring_checkpoint, "save_file", 1, False),
+    "after the warm-up is written out": (scoring_checkpoint, "save_file", 1, True),
     "before the validation gradient": (passes, "gradient_pass", 1, False),
     "after the validation gradient": (passes, "gradient_pass", 1, True),
     "before the scores": (passes, "gradient_pass", 2, False),
     "after the scores": (passes, "gradient_pass", 2, True),
-    "before staging": (module, "write_selection", 1, False),
-    "after staging": (module, "write_selection", 1, True),
+    "before staging": (method, "write_selection", 1, False),
+    "after staging": (method, "write_selection", 1, True),
     "in publishing": (Path, "replace", 8, True),
-    "after publishing": (module, "publish", 1, True),
+    "after publishing": (method, "publish", 1, True),
     "before dropping the state": (RunFolder, "finish", 1, False),
 }
 
@@ -66,7 +67,7 @@ def test_a_resumed_run_gives_the_same_bytes(
 def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that died in the scores repeats neither warm-up nor validation gradient, and still tells their cost."""
     killed_run(inputs, tmp_path, OPTIONS, passes, "gradient_pass", 2, seed=1)
-    warm_ups = kill_at(monkeypatch, phases, "warm_up")
+    warm_ups = kill_at(monkeypatch, scoring_checkpoint, "warm_up")
     gradient_passes = kill_at(monkeypatch, passes, "gradient_pass", call=2)
     selection = select(inputs, tmp_path, OPTIONS, seed=1, resume=True)
     assert (len(warm_ups), len(gradient_passes)) == (0, 1)

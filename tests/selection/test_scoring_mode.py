@@ -1,7 +1,7 @@
 import pytest
 
 from dualsft.matrix.passes import gradient_pass
-from dualsft.selection.scoring_mode import scoring_mode
+from dualsft.selection.passes import scoring_mode
 from tests.selection.tiny import (
     assert_same_gradients,
     collate,

@@ -8,8 +8,9 @@ from torch import Tensor
 from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, SecondOrderScorer
-from dualsft.selection import Warmup, phases
-from dualsft.selection.step import Along, check_step_size, describe, settle, warning
+from dualsft.selection import Warmup, passes
+from dualsft.selection.checks import check_step_size
+from dualsft.selection.step import Along, describe, settle, warning
 from tests.selection.kills import kill_at
 from tests.selection.runs import SGD, Inputs, contents, select
 
@@ -117,9 +118,9 @@ def test_a_run_whose_quadratic_has_no_minimum_can_go_on(
     expected = contents(select(inputs, tmp_path / "number", {**options, "step_size": 0.1}).folder)
     with pytest.raises(UserError, match=r"curvature along the pool step is -.* not positive"):
         select(inputs, tmp_path / "auto", {**options, "step_size": "auto"})
-    passes = kill_at(monkeypatch, phases.Passes, "_attempt", call=0)
+    passed = kill_at(monkeypatch, passes, "gradient_pass", call=0)
     select(inputs, tmp_path / "auto", {**options, "step_size": 0.1}, resume=True)
-    assert len(passes) == 1  # the scores
+    assert len(passed) == 1  # the scores
     assert contents(tmp_path / "auto") == expected
 
 
@@ -138,7 +139,10 @@ def test_a_small_step_is_warned_of(inputs: Inputs, tmp_path: Path, capfd: pytest
     ("options", "message"),
     [
         ({"scorer": DiagonalFisher(), **SGD}, "DiagonalFisher needs the second moment of a warm-up"),
-        ({"scorer": HessianVector("finite_difference"), "dtype": "bfloat16", **SGD}, "rounding of bfloat16"),
+        (
+            {"scorer": HessianVector("finite_difference"), "dtype": "bfloat16", **SGD},
+            "rounding of bfloat16; set model.dtype to float32 and trainer.precision to 32-true",
+        ),
     ],
 )
 def test_what_a_scorer_cannot_have_is_refused_before_work(

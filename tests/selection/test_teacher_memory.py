@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
-from dualsft.objectives import Prior, SelfDistillation
+from dualsft.selection.prior import Prior
 from dualsft.selection.teacher import Teacher
 from tests.cases import random_batch
 from tests.matrix.test_memory import peak, weight_bytes
@@ -40,10 +40,10 @@ def batches(examples: int, tokens: int, vocabulary: int) -> Callable[[int], Iter
 def distilling(model: PreTrainedModel, given: Callable[[int], Iterator[Batch]], untouched: bool) -> int:
     """The peak of the prior's gradient, from before its teacher is loaded."""
     teacher = Teacher(model, lambda: copy.deepcopy(model), untouched)
-    prior = SelfDistillation(Prior(weight=1.0, confidence="entropy_inv"))
+    prior = Prior(weight=1.0, confidence="entropy_inv").term()
 
     def work() -> None:
-        with teacher.lent() as base:
+        with teacher.available() as base:
             gradient_pass(model, given, losses=lambda m, batch, layout: prior.losses(m, batch, layout, base))
 
     work()  # torch makes parts of itself when they are first used

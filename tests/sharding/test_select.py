@@ -18,9 +18,9 @@ from dualsft.allocators import (
     TokenBudget,
     UniformPerLayer,
 )
-from dualsft.objectives import Prior
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
 from dualsft.selection import Selection, Warmup, load_selection
+from dualsft.selection.prior import Prior
 from dualsft.sharding.strategy import FSDP2
 from tests.selection.runs import ADAM, SGD, Inputs, select, write_inputs
 from tests.sharding.ranks import run_on_ranks

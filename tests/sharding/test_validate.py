@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, distributed
 
-from dualsft.data.layout import Layout, split
+from dualsft.data.layout import Layout, split_rows
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
@@ -103,7 +103,7 @@ def supervised(batch: dict[str, Tensor]) -> dict[int, tuple[list[int], list[int]
 def test_rows_are_dealt_out_once() -> None:
     """Each example is one rank's, whole; padding that a rank's rows do not need is gone; some rank stands in."""
     packed = pack([[0, 3], [1], [2, 4]], make_examples())
-    batches = [random_batch(5, 9), random_batch(2, 6), packed, split(packed, 3)[0]]
+    batches = [random_batch(5, 9), random_batch(2, 6), packed, split_rows(packed, 3)[0]]
     answers = run_on_ranks(3, dealt, batches)
     for k, batch in enumerate(batches):
         parts = [answer[k] for answer in answers]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dualsft.training.chosen_gradient import MOST_RECTANGLES, Places, chosen_products, rectangles
+from dualsft.training.chosen_gradient import MOST_RECTANGLES, Columns, chosen_products, rectangles
 from dualsft.training.compact import CompactParameters
 
 M, N = 12, 20
@@ -89,10 +89,10 @@ def test_products_are_the_dense_ones(kind: str) -> None:
 def test_columns_are_taken_as_indexing_takes_them(runs: list[tuple[int, int]]) -> None:
     """As a view, in runs or by a gather, whichever it is."""
     matrix, index = torch.randn(3, 80), torch.cat([torch.arange(a, b) for a, b in runs])
-    places = Places.of(index)
-    assert torch.equal(places.take(matrix), matrix[:, index])
+    columns = Columns.of(index)
+    assert torch.equal(columns.of_matrix(matrix), matrix[:, index])
     long = len(runs) == 1 or len(index) >= 16 * len(runs)
-    assert [(run.start, run.stop) for run in places.runs] == (runs if long else [])
+    assert [(run.start, run.stop) for run in columns.runs] == (runs if long else [])
 
 
 def test_what_is_not_worth_it_is_left_to_autograd() -> None:

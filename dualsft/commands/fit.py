@@ -1,0 +1,127 @@
+"""`dualsft fit`: fine-tune the chosen weights on the chosen examples."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerTypeTuple
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim import Optimizer
+
+from dualsft.commands.lightning_cli import VerbCLI, tell
+from dualsft.commands.messages import refused
+from dualsft.errors import UserError
+from dualsft.finetune import (
+    EndOfTraining,
+    ExportModel,
+    FitReport,
+    MaskedFinetuneModule,
+    RecentCheckpoint,
+    best_checkpoint,
+    check_trainer,
+    report,
+)
+from dualsft.models.loading import check_vocabulary
+from dualsft.runs.folder import RunFolder, write_atomically
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.strategy import join
+from dualsft.trainer import latest_checkpoint
+
+CHECKPOINTS = "checkpoints"
+DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
+"""Settings that a resumed run must share with the run that it resumes."""
+
+
+class FitCLI(VerbCLI):
+    """Runs the full optimization routine."""
+
+    verb = "fit"
+    module_class = MaskedFinetuneModule
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the optimizer and its schedule, and let the selection decide which examples are read."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("model.selection", "data.selection")
+        parser.add_optimizer_args((Optimizer,), "optimizer", link_to="model.optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler", link_to="model.lr_scheduler")
+
+    def complete(self, trainer: dict[str, Any]) -> list[Callback]:
+        """Have the trainer log, checkpoint and export into the output folder."""
+        assert self.folder is not None
+        folder = self.folder.path
+        if trainer.get("logger") is None and not trainer.get("barebones"):
+            trainer["logger"] = CSVLogger(folder, name="logs")
+        if trainer.get("default_root_dir") is None:
+            trainer["default_root_dir"] = str(folder / "logs")
+        if trainer.get("num_sanity_val_steps") is None and not trainer.get("barebones"):
+            trainer["num_sanity_val_steps"] = -1  # all of them: the base model's metrics are part of the report
+        self.report = FitReport()
+        own: list[Callback] = [self.report, EndOfTraining(), ExportModel(str(folder))]
+        if trainer.get("enable_checkpointing") is not False:
+            given = trainer.get("callbacks") or []
+            own += self._checkpoints(folder / CHECKPOINTS, given if isinstance(given, list) else [given])
+        return own
+
+    def _checkpoints(self, folder: Path, given: list[Callback]) -> list[Callback]:
+        options = self.config.model
+        own: list[Callback] = []
+        # before the others, whose checkpoints then know of it
+        if options.export == "best" and (best := best_checkpoint(folder, given)):
+            own.append(best)
+        if not any(isinstance(c, ModelCheckpoint) for c in given):
+            own.append(ModelCheckpoint(folder))
+            often = timedelta(minutes=options.save_minutes)
+            own.append(RecentCheckpoint(folder, filename="recent", train_time_interval=often))
+        return own
+
+    def run(self) -> None:
+        """Fine-tune, from the newest checkpoint if resuming, and print a report."""
+        folder = self.folder
+        assert folder is not None
+        self._check()
+        settings = self.config.as_dict()
+        folder.claim({"command": "fit", **{key: settings.get(key) for key in DECISIVE}})
+        on_rank_zero(lambda: write_atomically(folder.path / "config.yaml", self.replay))
+        share = self.datamodule.training_padding_share()
+        tell(f"training on {len(self.datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
+        self._fit(folder)
+        figures = self.report.figures(self.trainer, self.model)
+        on_rank_zero(lambda: write_atomically(folder.path / "metrics.json", json.dumps(figures, indent=2)))
+        folder.finish()
+        tell(report(figures))
+        tell(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
+
+    def _check(self) -> None:
+        """Refuse a mistake in the trainer, the data, the model or the selection before the folder is touched."""
+        check_trainer(self.trainer)
+        join(self.trainer, self.model)
+        self.datamodule.setup("fit")
+        self.model.configure_model()
+        for examples in (self.datamodule.train_examples, *self.datamodule.validation_sets.values()):
+            check_vocabulary(self.model.model, examples.largest_id())
+
+    def _fit(self, folder: RunFolder) -> None:
+        checkpoint = self._checkpoint(folder.path) if self.config.resume else None
+        if checkpoint:
+            self.trainer.num_sanity_val_steps = 0  # the base model has been validated, and this is none
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except Exception as error:
+            if self._latest(folder.path) is None:  # nothing to resume: the next try finds the folder free
+                folder.release()
+            if (refusal := refused(error)) is not None:
+                raise UserError(refusal) from error
+            raise
+
+    def _checkpoint(self, folder: Path) -> Path | None:
+        """The checkpoint to resume from, if there is one; says which."""
+        found = on_rank_zero(lambda: self._latest(folder))
+        tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
+        return found
+
+    def _latest(self, folder: Path) -> Path | None:
+        """The newest checkpoint that this run can have written."""
+        own = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return latest_checkpoint({folder, *map(Path, own)})

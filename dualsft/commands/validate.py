@@ -1,0 +1,67 @@
+"""`dualsft validate`: evaluate a checkpoint on data, on tasks, or on both."""
+
+import json
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dualsft.commands.lightning_cli import VerbCLI, tell
+from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
+from dualsft.runs.folder import write_atomically
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.trainer import Trainer
+
+
+class ValidateCLI(VerbCLI):
+    """Perform one evaluation epoch over the validation set."""
+
+    verb = "validate"
+    module_class = EvaluationModule
+    needs_folder = False  # the metrics may only be printed
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the one option of the trainer's method, and the tasks."""
+        super().add_arguments_to_parser(parser)
+        given = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        parser.add_method_arguments(Trainer, "validate", skip=given)
+        parser.add_class_arguments(TaskOptions)
+
+    def run(self) -> None:
+        """Evaluate; what the tasks need is loaded first, so that a mistake in them shows at once."""
+        config, model, data = self.config, self.model, self.datamodule
+        options = TaskOptions(**{field.name: config[field.name] for field in fields(TaskOptions)})
+        tasks = load_tasks(self.trainer, options)
+        if tasks and data.validation is None:
+            model.configure_model()
+        else:
+            self._validate_data()
+        results = None
+        if tasks:
+            seed = int(config.seed_everything)
+            results = model.evaluate_tasks(self.trainer, tasks, options, data.batch_size, seed)
+            if config.verbose:
+                tell(task_report(results))
+        if self.folder is not None:
+            self.folder.claim({"command": "validate"})
+            on_rank_zero(partial(self._write_metrics, self.folder.path, results))
+            self.folder.finish()
+
+    def _validate_data(self) -> None:
+        """List the metrics of named sets ourselves; Lightning's table would repeat all of them for each set."""
+        named, verbose = self.datamodule.named_validation, self.config.verbose
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=verbose and not named)
+        if verbose and named:
+            width = max(map(len, self.trainer.callback_metrics), default=0)
+            for name, value in self.trainer.callback_metrics.items():
+                tell(f"{name:<{width}}  {float(value):.6g}")
+
+    def _write_metrics(self, folder: Path, results: dict[str, Any] | None) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        write_atomically(folder / "config.yaml", self.replay)
+        if results is not None:
+            metrics |= task_metrics(results)
+            write_atomically(folder / "tasks.json", json.dumps(results, indent=2))
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2))

@@ -1,0 +1,210 @@
+"""The calls of a model that a pass makes, and their order among those of other ranks.
+
+All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), though they have other batches, and
+other examples to look at again. So a rank says which kind of call it wants before it makes one, and until that kind is
+due it takes part in the other ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, to_device
+from dualsft.errors import UserError
+from dualsft.matrix.interaction import ColumnSums, RowSums
+from dualsft.matrix.nonfinite import all_finite, nonfinite_examples
+from dualsft.matrix.sketches import ExampleStatistics
+from dualsft.matrix.spot_check import watched_gradients
+from dualsft.sharding.collectives import any_rank
+from dualsft.sharding.lockstep import CallKind, wait_for_turn
+from dualsft.sharding.shards import compute_device
+from dualsft.sharding.unit_gather import UnitGather
+
+Losses = Callable[[PreTrainedModel, Batch, Layout], Tensor]
+"""The loss of each example of a batch, (example)."""
+
+Derivative = Callable[[Tensor], None]
+"""Differentiates a scalar loss, so that whatever is to be summed over the batches becomes the parameters' ``grad``."""
+
+SMALLER_BATCHES = "use smaller batches or float32 weights"
+"""A remedy (see `UserError`)."""
+
+_DUMMY: Batch = {
+    "example_id": torch.tensor([-1]),
+    "input_ids": torch.zeros(1, 5, dtype=torch.int64),
+    "labels": torch.zeros(1, 5, dtype=torch.int64),
+    "attention_mask": torch.ones(1, 5, dtype=torch.int64),
+}
+
+
+class ModelCalls:
+    """Forward and backward of batches and of single examples, with the sums that backward adds to.
+
+    Args:
+        model: The model.
+        columns: The gradients' sums, if they are wanted.
+        row_sums: The taps, if rows are wanted.
+        statistics: What measures each example's gradient, if anything is to.
+        gather: Makes a sharded model's directions available in backward.
+        losses: l_i of each example of a batch.
+        derivative: A backward pass, or what takes its place.
+
+    Attributes:
+        void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        columns: ColumnSums | None,
+        row_sums: RowSums | None,
+        statistics: ExampleStatistics | None,
+        gather: UnitGather,
+        losses: Losses,
+        derivative: Derivative,
+    ) -> None:
+        self.model, self.columns, self.row_sums, self.statistics = model, columns, row_sums, statistics
+        self._rows = row_sums.rows if row_sums else None
+        self._gather, self._losses, self._derivative = gather, losses, derivative
+        self.void = False
+
+    def restart(self) -> None:
+        """Begin all sums again."""
+        self.void = False
+        if self.columns:
+            self.columns.reset()
+
+    def wait(self, kind: CallKind) -> None:
+        """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
+        wait_for_turn(kind, self._take_part)
+
+    def wait_for_probe(self) -> None:
+        """Return when gradients of single examples are due."""
+        self._gather.drop()  # on all ranks, which gather again together
+        self.wait(CallKind.PROBE)
+
+    def _take_part(self, kind: CallKind) -> None:
+        """Make other ranks' call with the dummy example."""
+        if kind == CallKind.EVALUATION:
+            self._evaluate(_DUMMY)
+        elif kind == CallKind.PROBE:
+            self._probe(_DUMMY)
+        else:
+            losses = self._forward(_DUMMY)
+            if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
+                return
+            self.backward(0 * losses)
+            if any_rank(not self.finite):
+                self.find_nonfinite(None)
+
+    def forward(self, batch: Batch) -> Tensor | None:
+        """The losses of a batch, ready for backward; None if an output's axes are ambiguous at its width.
+
+        Raises:
+            UserError: if an output cannot be split into examples.
+        """
+        self.wait(CallKind.STEP)
+        losses = self._forward(batch)
+        return None if self._is_ambiguous() else losses
+
+    def _forward(self, batch: Batch) -> Tensor:
+        layout = Layout.of(batch)
+        self._gather.drop()
+        if self._rows is not None:
+            self._rows.begin(layout)
+        return self._losses(self.model, to_device(batch, compute_device(self.model)), layout)
+
+    def _is_ambiguous(self) -> bool:
+        try:
+            if self._rows is not None:
+                self._rows.check()
+        except AmbiguousShapeError:
+            return True
+        return False
+
+    def backward(self, losses: Tensor) -> None:
+        """Differentiate the sum of the losses; gradients, rows and statistics are added up."""
+        if self.statistics:
+            self.statistics.begin()
+        if losses.requires_grad:  # else nothing that is summed or scored took part
+            self._derivative(losses.sum())
+        self._gather.drop()
+        if self._rows is not None:
+            self._rows.complete()
+
+    @property
+    def finite(self) -> bool:
+        """Whether the last backward was finite; without columns, as far as the rows show."""
+        return self.columns.finite if self.columns else self._has_finite_rows()
+
+    def _has_finite_rows(self) -> bool:
+        """Whether the rows are finite, as far as they are known: an example alone may have ambiguous axes."""
+        return self._rows is None or self._is_ambiguous() or bool(self._rows.read().isfinite().all())
+
+    def has_finite_loss(self, example: Batch) -> bool:
+        """Whether the loss of a batch of one example is finite."""
+        self.wait(CallKind.EVALUATION)
+        return bool(self._evaluate(example).isfinite().all())
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> Tensor:
+        return self._losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
+
+    def find_nonfinite(self, batch: Batch | None) -> set[int]:
+        """The ids of the examples whose gradient is not finite, after a backward that was not; the sums become void.
+
+        Args:
+            batch: This rank's, if it has one.
+
+        Raises:
+            UserError: if there is none on any rank.
+        """
+        self.void = True
+        if self.columns:
+            self.columns.reset()
+        ids = batch["example_id"].tolist() if batch is not None else []
+        found = nonfinite_examples(batch, self._has_finite_gradient, ids) if batch is not None else []
+        self.wait(CallKind.NOTHING)
+        if not any_rank(bool(found)):
+            raise UserError(
+                f"The gradients of the examples {ids} overflow {self.model.dtype} when added, though each is finite.",
+                SMALLER_BATCHES,
+            )
+        return set(found)
+
+    def _has_finite_gradient(self, example: Batch) -> bool:
+        self.wait_for_probe()
+        return self._probe(example)
+
+    def _probe(self, example: Batch) -> bool:
+        """Whether the gradient of an example, which is added to no sum, is finite."""
+        finite: list[Tensor] = []
+        # the same weights on every rank, and as in a spot check, since their gradients are exchanged
+        names = (
+            self.row_sums.directions[0]
+            if self.row_sums
+            else [name for name, p in self.model.named_parameters() if p.requires_grad]
+        )
+        with (
+            suspended(self.statistics, self.columns),
+            watched_gradients(self.model, names, lambda _, gradient: finite.append(all_finite(gradient))),
+        ):
+            self.backward(self._forward(example))
+        return self._has_finite_rows() and all(map(bool, finite))
+
+
+@contextmanager
+def suspended(*contexts: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Close contexts, whose hooks add to sums, and open them again when this inner context is closed."""
+    opened = [context for context in contexts if context is not None]
+    for context in opened:
+        context.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        for context in opened:
+            context.__enter__()

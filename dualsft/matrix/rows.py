@@ -1,0 +1,125 @@
+"""The accumulator of row sums, to which every tap adds its module's share of <u, g_i> while backward runs."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dualsft.data.layout import AmbiguousShapeError, Layout
+from dualsft.errors import UserError
+from dualsft.models.dtypes import accumulator_dtype
+
+
+class Rows:
+    """<u, g_i> of every example of the current batch, for each direction u.
+
+    The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
+    call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
+
+    Args:
+        directions: How many directions there are.
+        by_token: Whether to keep contributions by token too.
+        device: Where the sums are.
+
+    Attributes:
+        layout: The current batch's.
+        by_token: Whether contributions are kept by token.
+        dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
+            backward also where all weights before it are frozen.
+        covered: Names of the parameters whose module has been tapped in some forward pass.
+        refusals: Why outputs of the current batch could not be tapped.
+    """
+
+    def __init__(self, directions: int, by_token: bool, device: torch.device) -> None:
+        self._directions, self.by_token = directions, by_token
+        self.dummy_input = torch.zeros((), device=device, requires_grad=True)
+        self.covered: set[str] = set()
+        self.begin(Layout(0, 0, ()))
+
+    def begin(self, layout: Layout) -> None:
+        """Forget the last batch; the next one has this layout."""
+        self.layout, self._complete = layout, False
+        self._examples: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
+        self.refusals: list[AmbiguousShapeError | UserError] = []
+
+    def check(self) -> None:
+        """Check, after the forward pass, that every output of a scored module could be tapped.
+
+        Raises:
+            AmbiguousShapeError: if a wider batch is needed.
+            UserError: naming a module whose output cannot be split into examples.
+        """
+        if self.refusals:
+            raise next((error for error in self.refusals if isinstance(error, UserError)), self.refusals[0])
+
+    def complete(self) -> None:
+        """Mark the batch's backward as done, also where it reached no tap."""
+        self._complete = True
+
+    def read(self) -> Float[Tensor, "direction example"]:
+        """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
+
+        Raises:
+            RuntimeError: if none has.
+            AmbiguousShapeError, UserError: see `check`.
+        """
+        self.check()
+        if not (self._complete or self._examples or self._tokens):
+            raise RuntimeError("no backward pass has run since begin()")
+        shape = (self._directions, len(self.layout.spans))
+        rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)
+        for k, values in self._examples.items():
+            rows[k] += values
+        for k in self._tokens:
+            rows[k] += self.read_tokens(k).sum(1)
+        return rows
+
+    def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
+        """The contributions of each token's activations and their gradients, which add up to <u, g_i> of the k-th u.
+
+        A token's contribution is that of every use of a weight at its position.
+        """
+        if k not in self._tokens:
+            zeros = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
+            return self.layout.by_example(zeros)
+        return self.layout.by_example(self._tokens[k])
+
+    def check_shape(self, shape: torch.Size, where: str) -> None:
+        """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
+
+        Raises:
+            AmbiguousShapeError: if the token axis is needed and is not known.
+            UserError: naming the module, if the output cannot be split.
+        """
+        if self._splits_rows:
+            self.layout.token_axis(shape, where)
+        else:
+            self.layout.check_rows(shape, where)
+
+    def check_output(self, output: Tensor, where: str) -> None:
+        """Check that an output can be split in this batch or in a wider one; raises as `check_shape` does."""
+        try:
+            self.check_shape(self.layout.expand(output).shape, where)
+        except AmbiguousShapeError:
+            if self.layout.rows == self.layout.tokens:
+                raise
+
+    @property
+    def _splits_rows(self) -> bool:
+        return self.by_token or not self.layout.one_per_row
+
+    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
+        """Add the products x · y of two tensors, shaped as a module's output or input, to the rows of the k-th u."""
+        wide = accumulator_dtype(x)
+        if self._splits_rows:
+            x, y = self.layout.by_token(x, where), self.layout.by_token(y, where)
+            values = (x.to(wide) * y.to(wide)).sum(2).double()
+            self._tokens[k] = self._tokens[k].add_(values) if k in self._tokens else values
+        else:
+            x, y = (part.reshape(self.layout.rows, -1).to(wide) for part in (x, y))
+            self.add_examples(k, (x * y).sum(1))
+
+    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
+        """Add one number per example to the rows of the k-th u, in float64."""
+        values = values.double()
+        self._examples[k] = self._examples[k].add_(values) if k in self._examples else values

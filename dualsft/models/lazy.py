@@ -1,0 +1,33 @@
+"""A mapping from parameter names to tensors that are made one at a time, so that they never all take memory at once."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A read-only mapping of names to tensors; each tensor is made anew whenever it is read, and none is kept.
+
+    Asking which names there are makes no tensor.
+
+    Args:
+        names: The names, in the order of iteration.
+        make: Name -> tensor.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

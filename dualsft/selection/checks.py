@@ -1,0 +1,137 @@
+"""Refusals of options of `dualsft select` that contradict themselves or one another, before any work."""
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
+
+from dualsft.allocators import DataAllocator, ExampleStatistic, ParameterAllocator, ParameterStatistic
+from dualsft.errors import UserError, blaming
+from dualsft.objectives import Objective
+from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
+from dualsft.selection.step import StepSize
+
+Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
+_TAKEN = r"(validation|pool|chosen)(-|$)"
+"""Beginnings of names that other passes have."""
+
+
+def check_preconditioner(preconditioner: str, second_moment: bool) -> None:
+    """Refuse a preconditioner whose second moment cannot be computed.
+
+    Raises:
+        UserError: naming the way out.
+    """
+    if preconditioner == "adam" and not second_moment:
+        raise UserError(
+            "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction is 0; "
+            "set model.preconditioner to none, or give model.warmup.fraction or model.warmup.checkpoint."
+        )
+
+
+def check_needs(scorer: Scorer, second_moment: bool) -> None:
+    """Refuse a scorer whose statistics cannot be computed, before any work.
+
+    Args:
+        scorer: The scorer.
+        second_moment: Whether there is a warm-up, or a checkpoint that may hold its second moment.
+
+    Raises:
+        UserError: naming the scorer and the way out.
+    """
+    _check_known(scorer, scorer.needs, get_args(Statistic))
+    if "second_moment" in scorer.needs and not second_moment:
+        raise UserError(
+            f"The scorer {type(scorer).__name__} needs the second moment of a warm-up, but model.warmup.fraction is 0; "
+            "give model.warmup.fraction or model.warmup.checkpoint, or another source of curvature (diagonal_fisher: "
+            "empirical_fisher)."
+        )
+
+
+def check_step_size(setting: StepSize, scorer: Scorer) -> None:
+    """Refuse a step size that cannot be used, before any work.
+
+    Raises:
+        UserError: naming the value, and the way out.
+    """
+    if setting == "auto" and not isinstance(scorer, SecondOrderScorer):
+        raise UserError(
+            f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
+            "a number, or a second-order scorer (diagonal_fisher, hessian_vector)."
+        )
+    number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
+    if setting != "auto" and not (number and 0 < float(setting) < math.inf):
+        raise UserError(f"model.step_size is {setting}; give a positive number, or auto.")
+
+
+def check_order(order: Order, rounds: int) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        UserError: naming key and value.
+    """
+    if order not in get_args(Order):
+        raise UserError(f"model.order is {order!r}; give one of {', '.join(get_args(Order))}.")
+    if rounds < 1:
+        raise UserError(f"model.rounds is {rounds}; give at least 1.")
+    if rounds > 1 and "then" not in order:
+        raise UserError(
+            f"model.rounds is {rounds}, but with model.order {order} nothing is re-scored; set model.order to "
+            "parameters_then_data or data_then_parameters, or model.rounds to 1."
+        )
+
+
+def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> None:
+    """Refuse an allocator that asks for what is not there, before any work.
+
+    Raises:
+        UserError: naming it and what there is.
+    """
+    _check_known(parameters, parameters.needs, get_args(ParameterStatistic))
+    _check_known(data, data.needs, get_args(ExampleStatistic))
+    if data.unit not in ("examples", "tokens"):
+        raise UserError(f"{type(data).__name__} has unit {data.unit!r}; it is 'examples' or 'tokens'; mend it.")
+
+
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Refuse terms without a usable weight, or whose name, under which each keeps its passes, is taken or no file's.
+
+    Raises:
+        UserError: naming it.
+    """
+    for objective in objectives:
+        with blaming(objective, "name, or weight,"):
+            finite, _ = math.isfinite(objective.weight), str(objective.name)
+        if not finite:
+            raise UserError(f"{type(objective).__name__} has the weight {objective.weight}; give it a finite one.")
+    names = [objective.name for objective in objectives]
+    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name) or re.match(_TAKEN, name)]:
+        raise UserError(
+            f"A term of the objective has the name {odd[0]!r}; give it one of letters, digits, '_' and '-' that does "
+            "not begin with validation, pool or chosen."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"Several terms of the objective have the name {twice[0]!r}; give those in model.objectives names of their "
+            "own."
+        )
+
+
+def _check_known(part: object, needs: object, known: Sequence[str]) -> None:
+    """Refuse a part that needs what is not computed.
+
+    Args:
+        part: A scorer or an allocator.
+        needs: What it says that it needs.
+        known: The names of what there is.
+
+    Raises:
+        UserError: naming the part, and what there is.
+    """
+    name = type(part).__name__
+    if isinstance(needs, str) or not isinstance(needs, Collection):
+        raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {tuple(known[:1])}.")
+    if strange := [need for need in needs if need not in known]:
+        raise UserError(
+            f"{name} needs {', '.join(map(str, strange))}, which is none of {', '.join(sorted(known))}; mend it."
+        )

@@ -1,0 +1,301 @@
+"""``manifest.json``: what a selection was made from and how, what came of it, and what it cost.
+
+The sections are dataclasses, from which the file is written and by which it is read. The options of `dualsft select`
+have their places in it by `SelectionSettings`.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from dualsft.data import Examples, FormatOptions, InstructionDataModule
+from dualsft.data.selected import read_manifest
+from dualsft.errors import UserError
+from dualsft.matrix.passes import compute_dtype
+from dualsft.models.loading import Dtype, model_fingerprint, tokenizer_fingerprint
+from dualsft.selection.json_values import Mismatch, typed
+from dualsft.selection.order import Chosen
+from dualsft.selection.scoring import Scoring
+from dualsft.selection.scoring_checkpoint import describe_checkpoint
+from dualsft.selection.settings import add_later_options, describe_settings, keys, stored_settings
+
+if TYPE_CHECKING:
+    from dualsft.selection.module import SelectionModule
+
+PUBLISHED = (
+    *(*keys("direction"), *keys("step"), *keys("objective"), *keys("parameters", "data")),
+    *("counts", "coverage", "control", "seed"),
+)
+"""The keys that a model trained on the selection is published with."""
+_PACKAGES = ("dualsft", "torch", "transformers", "lightning", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The base model; the types of its weights and of what is computed with them."""
+
+    name_or_path: str
+    fingerprint: str
+    num_parameters: int
+    dtype: Dtype
+    compute_dtype: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of records: its fingerprint, and how many examples have which status."""
+
+    path: str
+    fingerprint: str
+    rows: int
+    supervised_tokens: int
+    status: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainSource(Source):
+    """The records that examples are chosen from."""
+
+    split: str
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The records and how they are read and batched; of several validation sets each by its name."""
+
+    train: TrainSource
+    validation: Source | dict[str, Source]
+    max_length: int
+    batch_tokens: int
+    batch_size: int | None
+    packing: bool
+    padding_share: float
+    format: FormatOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleCounts:
+    """How many examples there are, and what became of them."""
+
+    selected: int
+    scored: int
+    near_duplicates: int = 0  # absent before there was the option
+    rows: int
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many weights have scores, and how many of them are chosen."""
+
+    selected: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Both sides' counts."""
+
+    examples: ExampleCounts
+    parameters: ParameterCounts
+
+
+@dataclass(frozen=True)
+class SumIdentity:
+    """Both sides of Σ_i φ_i = Σ_j φ_j; of several validation sets those that differ most."""
+
+    row_sum: float
+    column_sum: float
+    relative_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the quadratic predicts of the pool step: <v, d>, dᵀHd, and the improvement at the step size."""
+
+    step_size: float
+    slope: float
+    curvature: float | None
+    predicted_improvement: float
+    second_order_share: float | None
+
+
+@dataclass(frozen=True)
+class RoundSide:
+    """What a round chose of one side, and which share of it the round before had chosen too."""
+
+    selected: int
+    overlap: float | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of an order in which the sides are re-scored by each other."""
+
+    round: int
+    parameters: RoundSide
+    data: RoundSide
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What a phase passed over, and what that cost."""
+
+    name: str
+    examples: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest with types; ``settings`` holds the options by name, parts as `Part`, from wherever they are kept."""
+
+    settings: dict[str, Any]
+    model: ModelSection
+    scoring_checkpoint: dict[str, str | None] | None
+    tokenizer: dict[str, str]
+    data: DataSection
+    seed: int
+    counts: Counts
+    sum_identity: SumIdentity
+    prediction: Prediction
+    rounds: list[Round]
+    versions: dict[str, str]
+    coverage: float
+    scoring_batch_tokens: int
+    phases: list[PhaseCost]
+
+
+def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
+    """The manifest of a selection: as plain JSON, with the keys that another program has put there, and with types.
+
+    An option that is younger than the selection is there with its default.
+
+    Raises:
+        UserError: if there is none, another version wrote it, or a key is missing or of a wrong type.
+    """
+    stored = read_manifest(folder)
+    try:
+        add_later_options(stored)
+        return stored, typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
+    except (Mismatch, UserError) as error:
+        raise UserError(f"{folder / 'manifest.json'}: {str(error).rstrip('.')}; make the selection again.") from error
+
+
+def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed: int) -> dict[str, Any]:
+    """Everything that decides the outcome; a resumed run must agree with it."""
+    checkpoint = module.settings.warmup.checkpoint
+    model = ModelSection(
+        name_or_path=module.model_name_or_path,
+        fingerprint=model_fingerprint(module.model_name_or_path),
+        num_parameters=sum(p.numel() for p in module.model.parameters()),
+        dtype=cast(Dtype, _name(module.model.dtype)),
+        compute_dtype=_name(compute_dtype(module.model)),
+    )
+    return {
+        "model": asdict(model),
+        "scoring_checkpoint": describe_checkpoint(checkpoint) if checkpoint else None,
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(data.tokenizer)},
+        "data": asdict(_data(data)),
+        **describe_settings(module.settings),
+        "seed": seed,
+    }
+
+
+def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of the inputs those that decide the scores, which another choice can be made from.
+
+    A choice counts where the other side is scored by it. A step size that turns out to be of no use may be changed too,
+    until scores depend on it.
+    """
+    choice = [] if "then" in module.settings.order else keys("parameters", "data")
+    free = {*keys("step"), *choice}
+    measured = {"measured": sorted(module.settings.data_allocator.needs)}
+    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _data(data: InstructionDataModule) -> DataSection:
+    sets = data.validation_sets
+    validation: Source | dict[str, Source]
+    if isinstance(data.validation, dict):
+        validation = {name: Source(**_source(data.validation[name], of)) for name, of in sets.items()}
+    else:
+        validation = Source(**_source(data.validation, sets["validation"]))
+    return DataSection(
+        train=TrainSource(**_source(data.train, data.train_examples), split=data.train_split),
+        validation=validation,
+        max_length=data.max_length,
+        batch_tokens=data.batch_tokens,
+        batch_size=data.batch_size,
+        packing=data.packing,
+        padding_share=data.padding_share(),
+        format=data.options,
+    )
+
+
+def _source(path: str | None, examples: Examples) -> dict[str, Any]:
+    return {
+        "path": path,
+        "fingerprint": examples.records.fingerprint,
+        "rows": len(examples.records),
+        "supervised_tokens": int(sum(examples.num_tokens)),
+        "status": dict(examples.counts()),
+    }
+
+
+def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, Any]:
+    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
+
+    Args:
+        pool: The examples.
+        chosen: What was scored and chosen.
+        scoring: Has the sums and the prediction.
+        named: Whether each validation set is described under its name.
+    """
+    identities = list(scoring.identity.values())
+    worst = max(identities, key=lambda of: of["relative_difference"])
+    examples = ExampleCounts(
+        selected=len(chosen.examples),
+        scored=len(chosen.example_scores.scores),
+        near_duplicates=chosen.collapsed,
+        rows=len(pool.status),
+    )
+    return {
+        "counts": {"examples": asdict(examples), "parameters": asdict(_count_weights(chosen.mask))},
+        "sum_identity": {**worst, "sets": scoring.identity} if named else worst,
+        "prediction": scoring.prediction(named),
+        "rounds": chosen.rounds,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **examples: int) -> dict[str, Any]:
+    """The counts of a manifest after another choice of weights and, with these counts of its own, of examples."""
+    before = manifest["counts"]
+    return {
+        **before,
+        "examples": {**before["examples"], **examples},
+        "parameters": {**before["parameters"], **asdict(_count_weights(mask))},
+    }
+
+
+def _count_weights(mask: Mapping[str, Tensor]) -> ParameterCounts:
+    return ParameterCounts(
+        selected=sum(int(part.sum()) for part in mask.values()), scored=sum(part.numel() for part in mask.values())
+    )

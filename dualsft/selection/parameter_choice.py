@@ -1,0 +1,170 @@
+"""The parameter budget: which weights are trained, exactly as many as the budget says, whatever the allocator."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from dualsft.allocators import Budget, ParameterAllocator, ScoredParameters, count_of
+from dualsft.errors import UserError, blaming
+from dualsft.selection.mask import StoredMasks, write_masks
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.files import StoredTensors, write_full_tensors
+
+_COMPONENTS = 1021
+_SCORES, _MASK = "scores", "mask.safetensors"
+
+
+@dataclass(frozen=True)
+class ParameterChoice:
+    """How weights are chosen.
+
+    Attributes:
+        allocator: The rule.
+        budget: A number of weights, a fraction of those that may be trained, or None for all of them.
+        trainable: Patterns for the parameters that may be trained; empty for all.
+        frozen: Patterns for those that may not be trained although ``trainable`` names them.
+        base: Loads the base model's weights by parameter name, if the allocator needs them.
+    """
+
+    allocator: ParameterAllocator
+    budget: Budget
+    trainable: Sequence[str] = ()
+    frozen: Sequence[str] = ()
+    base: Callable[[], Mapping[str, Tensor]] = dict
+
+    def count(self, sizes: Mapping[str, int]) -> int:
+        """Compute how many weights the budget is.
+
+        Args:
+            sizes: Parameter name -> its number of weights.
+
+        Raises:
+            UserError: if that is more than may be trained, or a pattern matches no name.
+        """
+        names = trainable_names(sizes, self.trainable, self.frozen)
+        return count_of("model.parameter_budget", self.budget, sum(sizes[name] for name in names), "trainable weights")
+
+
+def trainable_names(names: Iterable[str], trainable: Sequence[str], frozen: Sequence[str]) -> set[str]:
+    """Find the parameters that may be trained; all are scored in any case.
+
+    A pattern matches every name that contains it; in it ``*`` matches anything, ``?`` one character, and ``[0-3]`` one
+    of several.
+
+    Args:
+        names: The names of all parameters.
+        trainable: Patterns for those that may be trained; empty for all.
+        frozen: Patterns for those that may not be trained although ``trainable`` names them.
+
+    Raises:
+        UserError: if a pattern matches no name, or none is left.
+    """
+    names = list(names)
+    for key, patterns in {"trainable": trainable, "frozen": frozen}.items():
+        for pattern in patterns:
+            if not _matching(names, [pattern]):
+                raise UserError(
+                    f"model.{key} has the pattern {pattern!r}, which no parameter's name contains; names are such as "
+                    f"{names[0]} and {names[-1]} (a tied head goes by the embedding's)."
+                )
+    left = _matching(names, trainable or ["*"]) - _matching(names, frozen)
+    if not left:
+        raise UserError("model.trainable and model.frozen leave no parameter to train; drop a pattern.")
+    return left
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns)}
+
+
+def choose_parameters(how: ParameterChoice, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose weights by their scores.
+
+    Args:
+        how: The rule and its budget.
+        scores: Parameter name -> φ_j, float32, of the parameter's shape.
+
+    Returns:
+        Parameter name -> which weights are chosen, bool, of the parameter's shape.
+
+    Raises:
+        UserError: if the budget cannot be met, or the allocator violates it or modifies the scores.
+    """
+    budget = how.count({name: score.numel() for name, score in scores.items()})
+    names = trainable_names(scores, how.trainable, how.frozen)
+    offered = {name: score for name, score in scores.items() if name in names}
+    base = how.base() if "weight" in how.allocator.needs else None
+    before = {name: checksum(score) for name, score in offered.items()}
+    with blaming(how.allocator, "allocate"):
+        chosen = how.allocator.allocate(ScoredParameters(offered, base), budget)
+    if any(not torch.equal(before[name], checksum(score)) for name, score in offered.items()):
+        raise UserError(f"{type(how.allocator).__name__} modified the scores in place; mend it to work on a copy.")
+    check_mask(type(how.allocator).__name__, chosen, offered, budget)
+    left_out = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items() if name not in names}
+    return {name: left_out[name] if name in left_out else chosen[name] for name in scores}
+
+
+def choose_sharded_parameters(
+    how: ParameterChoice, scores: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> Mapping[str, Tensor]:
+    """Choose weights of a sharded model: its ranks write the scores, rank zero chooses, and all ranks read the masks.
+
+    An allocator is given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
+
+    Args:
+        how: The rule and its budget.
+        scores: Parameter name -> this rank's shard of φ_j, float32.
+        model: The sharded model.
+        folder: An empty folder that the ranks share.
+
+    Returns:
+        Parameter name -> which weights are chosen, of the parameter's full shape; on every rank.
+
+    Raises:
+        UserError: on every rank, if the budget cannot be met, or the allocator violates it.
+    """
+    write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
+    on_rank_zero(lambda: write_masks(folder / _MASK, choose_parameters(how, StoredTensors(folder, _SCORES))))
+    return StoredMasks(folder / _MASK)
+
+
+def checksum(score: Tensor) -> Int[Tensor, " component"]:
+    """Compute sums over a float32 tensor's bits, a prime number of places apart, that show whether it was modified."""
+    bits = score.flatten().view(torch.int32)
+    full = len(bits) // _COMPONENTS * _COMPONENTS
+    sums = bits[:full].view(-1, _COMPONENTS).sum(0)
+    sums[: len(bits) - full] += bits[full:]
+    return sums
+
+
+def check_mask(allocator: str, chosen: object, scores: Mapping[str, Tensor], budget: int) -> None:
+    """Check that a parameter allocator returned a mask for each parameter, with as many weights as the budget.
+
+    Raises:
+        UserError: naming the allocator, and the first parameter that is at fault.
+    """
+    if not isinstance(chosen, Mapping):
+        raise UserError(f"{allocator} gave back a {type(chosen).__name__}, not a mapping of names to masks; mend it.")
+    if strange := [name for name in chosen if name not in scores] or [name for name in scores if name not in chosen]:
+        more = "gave a mask for" if strange[0] in chosen else "gave no mask for"
+        raise UserError(f"{allocator} {more} {strange[0]!r}; give one for each parameter in the scores, and no other.")
+    for name, score in scores.items():
+        if problem := _mask_problem(chosen[name], score):
+            raise UserError(f"{allocator} gave {problem} for {name}, where a bool tensor of its shape is due; mend it.")
+    count = sum(int(chosen[name].sum()) for name in scores)
+    if count != budget:
+        raise UserError(f"{allocator} chose {count:,} weights where {budget:,} were due; mend the allocator.")
+
+
+def _mask_problem(mask: object, score: Tensor) -> str:
+    """What is wrong with a mask; empty if nothing is."""
+    if not isinstance(mask, Tensor):
+        return f"a {type(mask).__name__}"
+    if mask.dtype != torch.bool or mask.layout != torch.strided or mask.device != score.device:
+        return f"a tensor of {mask.dtype} ({mask.layout}, on {mask.device})"
+    return "" if mask.shape == score.shape else f"a mask of shape {list(mask.shape)}, not {list(score.shape)},"

@@ -1,0 +1,31 @@
+"""The remedies that the mathematics' errors propose, said with configuration keys."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dualsft.errors import UserError
+from dualsft.matrix.curvature import FULL_PRECISION
+from dualsft.matrix.model_calls import SMALLER_BATCHES
+from dualsft.matrix.spot_check import NO_PACKING
+
+BY_KEY = {
+    FULL_PRECISION: "set model.dtype to float32 and trainer.precision to 32-true, or the scorer's method to exact",
+    NO_PACKING: "set data.packing to false",
+    SMALLER_BATCHES: "lower data.batch_tokens or set model.dtype to float32",
+}
+"""Remedy -> the same, with the keys to set."""
+
+
+@contextmanager
+def remedies_by_key() -> Iterator[None]:
+    """Make errors raised in this context name the configuration keys to set.
+
+    Raises:
+        UserError: in place of one with a remedy of the mathematics.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.remedy not in BY_KEY:
+            raise
+        raise UserError(error.problem, BY_KEY[error.remedy]) from error

@@ -1,0 +1,145 @@
+"""The method on one page: from a base model, a pool and a validation set to a selection directory.
+
+    1. check the input, and claim the output folder                                          inputs.py
+    2. warm up                θ, and Adam's second moment ĉ                                  scoring_checkpoint.py
+    3. differentiate V        v = ∇V(θ), and its curvature where the scorer uses it          objective.py
+    4. direction              u = η/n P ⊙ (v − ½ η H (P ⊙ ḡ)), or what else the scorer says  directions.py
+    5. rows and columns       φ_i = <u, g_i>  and  φ_j = u_j Σ_i g_ij                        scoring.py
+    6. budgets                a subset of the examples, a mask of the weights                budgets.py
+    7. write                  the selection directory                                        artifact.py
+
+Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by what was chosen of the
+other (`order.py`). Whatever passes over data is a phase: resumed where it was killed, and never repeated (`passes.py`).
+Source: arXiv 2605.06166.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.data import InstructionDataModule
+from dualsft.matrix.sketches import SKETCH
+from dualsft.models.loading import base_weights
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import PhaseLog
+from dualsft.selection.artifact import (
+    WEIGHT_SCORES,
+    Selection,
+    example_table,
+    load_selection,
+    publish,
+    token_table,
+    write_selection,
+)
+from dualsft.selection.budgets import Budgets
+from dualsft.selection.inputs import check_input
+from dualsft.selection.manifest import describe_inputs, describe_outcome, what_scores_rest_on
+from dualsft.selection.objective import ValidationObjective
+from dualsft.selection.order import Chosen, choose_by_turns, is_alternating
+from dualsft.selection.passes import Passes
+from dualsft.selection.scoring import Scoring
+from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
+from dualsft.selection.terms import make_further_terms, validation_terms
+from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.files import write_full_tensors
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import compute_device
+
+if TYPE_CHECKING:
+    from dualsft.selection.module import SelectionModule
+
+
+def run_selection(
+    module: "SelectionModule", data: InstructionDataModule, run: RunFolder, seed: int, config: str, show: bool
+) -> Selection:
+    """Select examples and weights, going on from what an earlier, killed run has finished.
+
+    Args:
+        module: The model and the settings.
+        data: The pool and the validation sets, set up.
+        run: The output folder.
+        seed: Decides which examples the warm-up and the prior draw, and their order.
+        config: YAML that replays the run, kept beside the results.
+        show: Whether to draw progress bars.
+
+    Raises:
+        UserError: on input that cannot be scored or budgets that cannot be met.
+    """
+    model, settings, pool = module.model, module.settings, data.train_examples
+
+    # 1. Nothing is written before the input is known to be good.
+    check_input(model, settings, data)
+    inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
+    budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
+    if on_rank_zero(lambda: run.complete):
+        finished = load_selection(run.path)
+        on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
+        return finished
+    ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each keeps states of its own
+    run.claim({**what_scores_rest_on(module, inputs), **ranks})
+    log = PhaseLog(show, compute_device(model))
+    passes = Passes(model, run, log, settings, data)
+
+    # 2. The scoring checkpoint.
+    moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
+
+    # 3. The validation objective.
+    further = make_further_terms(module, data, seed)
+    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
+    objective.take_gradients()
+
+    # 4. to 6. Direction, rows and columns, budgets.
+    scoring = Scoring(model, settings, objective, passes, run, data)
+    if is_alternating(settings.order):
+        chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
+    else:
+        weights, examples = scoring.both()
+        mask = budgets.mask(weights)
+        chosen = Chosen(weights, mask, examples, *budgets.examples(examples.scores, scoring.measured))
+
+    # 7. The selection directory.
+    cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
+    _write(module, data, run, scoring, chosen, inputs, cost, config)
+    return load_selection(run.path)
+
+
+def _write(
+    module: "SelectionModule",
+    data: InstructionDataModule,
+    run: RunFolder,
+    scoring: Scoring,
+    chosen: Chosen,
+    inputs: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    config: str,
+) -> None:
+    """Write every part of the selection into a staging folder, and publish it in one step."""
+    model, pool, named = module.model, data.train_examples, data.named_validation
+    outcome = describe_outcome(pool, chosen, scoring, named)
+    staged = run.staging()
+    if is_sharded(model):  # all ranks at once
+        write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
+
+    def write() -> None:
+        write_selection(
+            staged,
+            manifest={**inputs, **outcome, "coverage": _coverage(model, chosen.mask), **cost},
+            examples=example_table(pool, chosen, scoring, named),
+            parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
+            mask=chosen.mask,
+            selected_lines=[pool.records.line(i) for i in sorted(chosen.examples)],
+            config=config,
+            token_scores=token_table(pool, chosen.example_scores) if module.settings.token_scores else None,
+            sketches=scoring.measured.get(SKETCH),
+        )
+        publish(staged, run.path)
+
+    on_rank_zero(write)
+    run.finish()
+
+
+def _coverage(model: PreTrainedModel, scored: Mapping[str, Tensor]) -> float:
+    """The share of the model's weights that have scores: all but the frozen ones."""
+    return sum(mask.numel() for mask in scored.values()) / sum(p.numel() for p in model.parameters())

@@ -1,0 +1,155 @@
+"""The scoring checkpoint θ, made by a warm-up or given ready-made, and Adam's second moment ĉ there."""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dualsft.data import InstructionDataModule
+from dualsft.errors import UserError, advising
+from dualsft.models.loading import model_fingerprint, model_folder
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.progress import PhaseLog
+from dualsft.selection.directions import trainable_parameters
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.warmup import ADVICE, Warmup, warm_up
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.save import save_sharded, write_shards
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import local_shard, shard_of
+
+SECOND_MOMENT = "second_moment.safetensors"
+Moments = dict[str, Tensor]
+"""Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard."""
+
+_PHASE = "warm-up"
+
+
+def reach_scoring_checkpoint(
+    model: PreTrainedModel,
+    settings: SelectionSettings,
+    data: InstructionDataModule,
+    run: RunFolder,
+    log: PhaseLog,
+    seed: int,
+) -> Moments:
+    """Bring the model to θ, unless it was loaded from there, and return ĉ where it is needed and known.
+
+    Args:
+        model: The base model, or the ready scoring checkpoint; holds θ afterwards.
+        settings: How θ is made, and whether anything uses ĉ.
+        data: The pool.
+        run: Stores the state of the warm-up.
+        log: Records what the warm-up cost.
+        seed: Decides which examples the warm-up draws, and their order.
+
+    Raises:
+        UserError: if the warm-up's loss stops being finite, memory runs out, or a ready checkpoint has no usable ĉ.
+    """
+    warmup = settings.warmup
+    if warmup.checkpoint is not None:
+        return stored_second_moment(warmup.checkpoint, model) if settings.needs_second_moment else {}
+    if warmup.fraction == 0:
+        return {}
+    keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)
+    if (saved := run.load(_PHASE)) is None:
+        _warm_up(model, warmup, data, run, log, seed, keeper)
+        saved = run.load(_PHASE)  # from where the moments need no memory until they are used
+        assert saved is not None
+    else:
+        weights = _with_prefix("weight", saved[0])
+        for name, parameter in model.named_parameters():
+            local_shard(parameter.detach()).copy_(weights[name])
+        log.restore(saved[1])
+    keeper.drop()
+    moments = _with_prefix("moment", saved[0])
+    if warmup.keep:
+        _keep_checkpoint(model, moments, data, run)
+    return moments
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    warmup: Warmup,
+    data: InstructionDataModule,
+    run: RunFolder,
+    log: PhaseLog,
+    seed: int,
+    keeper: PhaseKeeper,
+) -> None:
+    """Run the warm-up as a phase, and store weights and moments."""
+    ids = warmup.draw(data.train_examples.ok_ids(), seed)
+    loader = data.training_loader(ids, seed)
+    with (
+        advising("in the warm-up", ADVICE),
+        log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
+    ):
+        moments = warm_up(model, loader, warmup.epochs, warmup.learning_rate, keeper.meter, keeper, seed)
+    weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
+    run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
+
+
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{prefix}:"): t for n, t in tensors.items() if n.startswith(f"{prefix}:")}
+
+
+def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: InstructionDataModule, run: RunFolder) -> None:
+    """Write θ, ĉ and the tokenizer to ``warmup/``, unless an earlier run has."""
+    folder = run.path / "warmup"
+    if on_rank_zero(folder.exists):  # complete, as it was moved here in one step
+        return
+    staged = run.staging()
+    if is_sharded(model):
+        save_sharded(model, staged)
+        write_shards(moments, dict(model.named_parameters()), staged / SECOND_MOMENT)
+    else:
+        model.save_pretrained(staged)
+        save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
+    on_rank_zero(lambda: data.tokenizer.save_pretrained(staged))
+    on_rank_zero(lambda: staged.replace(folder))
+
+
+def second_moment_file(checkpoint: str) -> Path:
+    """Find the file of ĉ in a ready scoring checkpoint.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = model_folder(checkpoint) / SECOND_MOMENT
+    if not path.is_file():
+        raise UserError(
+            f"The preconditioner adam and the scorer diagonal_fisher need a second moment, but {checkpoint} has no "
+            f"{SECOND_MOMENT}; make the checkpoint with model.warmup.keep, set model.preconditioner to none, or take "
+            "diagonal_fisher's source empirical_fisher."
+        )
+    return path
+
+
+def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
+    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used.
+
+    Raises:
+        UserError: if there is none, it cannot be read, or it belongs to another model.
+    """
+    path = second_moment_file(checkpoint)
+    weights = trainable_parameters(model)
+    try:
+        moments = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
+        raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
+    return {name: shard_of(moment, weights[name]) for name, moment in moments.items()}
+
+
+def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:
+    """Fingerprint a ready scoring checkpoint: SHA-256 of its weights and of its second moment's file, if any."""
+    path, digest = model_folder(checkpoint) / SECOND_MOMENT, None
+    if path.is_file():
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"fingerprint": model_fingerprint(checkpoint), "second_moment": digest}
