@@ -68,7 +68,7 @@ def test_checks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modules_that_name_shapes_are_checked() -> None:
     """They are found in the source, and those without shapes are left alone."""
     found = modules_with_shapes("dualsft")
-    assert {"dualsft.matrix.tap", "dualsft.scorers.base", "dualsft.data.packing"} <= set(found)
+    assert {"dualsft.scorers.base", "dualsft.data.packing"} <= set(found)
     assert "dualsft.errors" not in found
     with pytest.raises(TypeCheckError):
         token_losses(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))

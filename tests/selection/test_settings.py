@@ -10,12 +10,12 @@ from jsonargparse import ArgumentParser
 from dualsft import SelectionModule
 from dualsft.allocators import Diverse, GlobalTopK, LayerQuota, TopK
 from dualsft.commands import allocate
-from dualsft.objectives import Prior
 from dualsft.scorers import DiagonalFisher, FirstOrder
 from dualsft.selection import Warmup
 from dualsft.selection.json_values import at
 from dualsft.selection.manifest import PUBLISHED, what_scores_rest_on
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.prior import Prior
 from dualsft.selection.settings import (
     CHOICE,
     Role,
