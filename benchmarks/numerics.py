@@ -40,8 +40,8 @@ STEP_SIZE = 2e-5
 
 def embedded_data(**options: Any) -> InstructionDataModule:
     """The embedded pool and validation set, under the quick start's settings unless told otherwise."""
-    settings = {"tokenizer": MODEL, "max_length": 512, "batch_tokens": 2048, "batch_size": 8, **options}
-    return InstructionDataModule(str(POOL), VALIDATION, **settings)
+    settings: dict[str, Any] = {"tokenizer": MODEL, "max_length": 512, "batch_tokens": 2048, "batch_size": 8}
+    return InstructionDataModule(str(POOL), **{"validation": VALIDATION, **settings, **options})
 
 
 def draw(data: InstructionDataModule, count: int, longest: int = 512) -> list[int]:

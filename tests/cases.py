@@ -38,7 +38,9 @@ def tiny_llama(tied: bool = True, dtype: torch.dtype = torch.float32, seed: int 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+    made: LlamaForCausalLM = model.to(dtype).eval()
+    return made
 
 
 def save_tiny_model(

@@ -1,9 +1,8 @@
-"""What all tests share: one thread to a process, and checks of annotations that are compiled once."""
+"""What all tests share: one thread to a process, and checks of annotations where shapes are named."""
 
 import os
 from collections.abc import Iterator
-
-import beartype
+from typing import Any
 
 # Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
 # that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
@@ -13,17 +12,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401
 
-from tests.annotations import checked
+from tests.annotations import check_annotations
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 # small models gain nothing from more threads, and the test processes share the cores
 torch.set_num_threads(1)
-beartype.beartype = checked  # where jaxtyping looks for it at each definition
+check_annotations("dualsft")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests, a whole quick start and the guides, come first: test processes that are done wait for none."""
+    """The longest tests, a quick start and the guides, come first: test processes that are done wait for none."""
     items.sort(key=lambda item: item.path.name not in ("test_repository.py", "test_guides.py"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process gets a half of the tests in their order, so that a module's fixtures are made once; then it steals.
+
+    The default deals them out a few at a time, which makes nearly every fixture twice.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

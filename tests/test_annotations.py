@@ -1,4 +1,4 @@
-"""Annotations are checked however often a function is defined."""
+"""Annotations are checked wherever shapes are named, and however often a function is defined."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
+from dualsft.objectives.likelihood import token_losses
 from tests import annotations
-from tests.annotations import checked
+from tests.annotations import checked, modules_with_shapes
 
 
 def adder(hint: Any, value: float) -> Callable[..., Any]:
@@ -52,8 +53,22 @@ def test_other_annotations_have_other_checks() -> None:
 def test_checks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two for a function, of its arguments and of its result, however often it is defined."""
     compiled = []
-    monkeypatch.setattr(annotations, "beartype", lambda function: compiled.append(1) or function)
+
+    def compile_checks(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(annotations, "beartype", compile_checks)
     monkeypatch.setattr(annotations, "_CHECKS", {})
     for _ in range(3):
         adder(float, 1.0)
     assert len(compiled) == 2
+
+
+def test_modules_that_name_shapes_are_checked() -> None:
+    """They are found in the source, and those without shapes are left alone."""
+    found = modules_with_shapes("dualsft")
+    assert {"dualsft.scorers.base", "dualsft.data.packing"} <= set(found)
+    assert "dualsft.errors" not in found
+    with pytest.raises(TypeCheckError):
+        token_losses(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))

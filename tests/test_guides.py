@@ -16,14 +16,15 @@ BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.M
 
 
 def environment(folder: Path) -> Path:
-    """A virtual environment that has pip, and sees what is installed in this one; its programs' folder."""
-    venv.create(folder, with_pip=True, symlinks=True)
+    """A virtual environment that sees what is installed in this one, pip included; its programs' folder."""
+    venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     ours = sysconfig.get_path("purelib")
     (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    command = folder / "bin" / "dualsft"
-    command.write_text(f"#!{folder}/bin/python\nfrom dualsft.cli import main\n\nmain()\n")
-    command.chmod(0o755)
+    for name, module in (("dualsft", "dualsft.cli"), ("pip", "pip._internal.cli.main")):
+        program = folder / "bin" / name
+        program.write_text(f"#!{folder}/bin/python\nfrom {module} import main\n\nraise SystemExit(main())\n")
+        program.chmod(0o755)
     return folder / "bin"
 
 

@@ -1,6 +1,8 @@
 """Scores with ties and special values, and the slow obvious way to rank them."""
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,12 @@ def random_scores(seed: int, shapes: Mapping[str, Sequence[int]], kinds: int = 4
         return SPECIAL[torch.randint(len(SPECIAL), tuple(shape), generator=generator)]
 
     return {name: values(shape) for name, shape in shapes.items()}
+
+
+def budgets(total: int, *case: Any) -> list[int]:
+    """Budgets from 1 to all: both ends, and six at random, which are others in each case."""
+    draw = random.Random(repr(case))
+    return sorted({1, total, *draw.sample(range(1, total + 1), min(6, total))})
 
 
 def value_of(score: float, by: str) -> float:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dualsft.allocators import LayerQuota
 from dualsft.errors import UserError
-from tests.allocators.cases import best, entries, evenly, random_scores
+from tests.allocators.cases import best, budgets, entries, evenly, random_scores
 
 LAYERS = {
     "h.10": {"h.10.attn.q_proj.weight": (3, 2), "h.10.mlp.up_proj.weight": (2, 4)},
@@ -40,10 +40,10 @@ def reference(scores: dict[str, Tensor], budget: int, parts: tuple[int, int], by
     [(0, 0.29, 0.57), (1, 0.2, 0.2), (2, 0.0, 0.5), (3, 0.7, 0.3), (5, 1.0, 0.0)],
 )
 def test_floors_then_the_best(seed: int, layer_share: float, module_share: float, by: Any) -> None:
-    """For every budget from 1 to all: layers' parts, then kinds' of what is left, then the best, by sorts."""
+    """For budgets from 1 to all: layers' parts, then kinds' of what is left, then the best, by sorts."""
     hundredths = (round(100 * layer_share), round(100 * module_share))
     scores = random_scores(seed, SHAPES)
-    for budget in range(1, TOTAL + 1):
+    for budget in budgets(TOTAL, seed, by):
         mask = LayerQuota(layer_share, module_share, by).allocate(scores, budget)
         parts = (budget * hundredths[0] // 100, budget * hundredths[1] // 100)
         assert entries(mask, scores) == reference(scores, budget, parts, by)
@@ -52,7 +52,7 @@ def test_floors_then_the_best(seed: int, layer_share: float, module_share: float
 def test_no_floors_is_a_plain_ranking() -> None:
     """Without shares the best of the whole model are chosen."""
     scores = random_scores(1, SHAPES)
-    for budget in range(1, TOTAL + 1):
+    for budget in budgets(TOTAL):
         assert entries(LayerQuota(0.0, 0.0).allocate(scores, budget), scores) == best(
             scores, scores, budget, "magnitude"
         )

@@ -8,7 +8,7 @@ import torch
 from dualsft.allocators import Proportional
 from dualsft.allocators.apportion import apportion
 from dualsft.errors import UserError
-from tests.allocators.cases import best, entries, random_scores
+from tests.allocators.cases import best, budgets, entries, random_scores
 
 SHAPES = {"b": (3, 5), "a.z": (7,), "a": (2, 2, 3)}
 
@@ -16,11 +16,11 @@ SHAPES = {"b": (3, 5), "a.z": (7,), "a": (2, 2, 3)}
 @pytest.mark.parametrize("by", ["magnitude", "signed"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_best_of_each_tensor(seed: int, by: Any) -> None:
-    """For every budget from 1 to all, each tensor has its part by its sum of positive scores, its best by a sort."""
+    """For budgets from 1 to all, each tensor has its part by its sum of positive scores, its best by a sort."""
     scores = random_scores(seed, SHAPES, kinds=3)
     names = sorted(scores)
     gains = [math.fsum(max(score, 0.0) for score in scores[name].flatten().tolist()) for name in names]
-    for budget in range(1, 35):
+    for budget in budgets(34, seed, by):
         parts = apportion(budget, gains, [scores[name].numel() for name in names])
         expected = set().union(*(best(scores, [name], k, by) for name, k in zip(names, parts, strict=True)))
         assert entries(Proportional(by).allocate(scores, budget), scores) == expected

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dualsft.allocators import Structured
 from dualsft.errors import UserError
-from tests.allocators.cases import entries, random_scores, value_of
+from tests.allocators.cases import budgets, entries, random_scores, value_of
 
 SHAPES: dict[str, tuple[int, ...]] = {"b.norm": (4,), "c": (5, 3), "b": (2, 2, 3), "a": (3, 4)}
 UNITS: list[tuple[Any, int]] = [("row", 64), ("column", 64), ("block", 2), ("block", 64), ("block", 1)]
@@ -42,10 +42,10 @@ def reference(scores: dict[str, Tensor], budget: int, unit: str, block_size: int
 @pytest.mark.parametrize(("unit", "block_size"), UNITS)
 @pytest.mark.parametrize("seed", range(2))
 def test_units_are_taken_down_a_ranking(seed: int, unit: Any, block_size: int, by: Any) -> None:
-    """For every budget from 1 to all: whole units by summed score, then the best entries of the next, by sorts."""
+    """For budgets from 1 to all: whole units by summed score, then the best entries of the next, by sorts."""
     scores = random_scores(seed, SHAPES, kinds=2)
     allocator = Structured(unit, block_size, by)
-    for budget in range(1, 44):
+    for budget in budgets(43, seed, unit, block_size, by):
         mask = allocator.allocate(scores, budget)
         assert entries(mask, scores) == reference(scores, budget, unit, block_size, by)
 
@@ -55,7 +55,7 @@ def test_units_are_taken_down_a_ranking(seed: int, unit: Any, block_size: int, b
 def test_one_unit_at_most_is_partial(seed: int, unit: Any, block_size: int) -> None:
     """Exactly the budget is spent, and all units but one are chosen whole or not at all, whatever the range."""
     scores = random_scores(seed, SHAPES)
-    for budget in range(1, 44):
+    for budget in budgets(43, seed, unit, block_size):
         chosen = entries(Structured(unit, block_size).allocate(scores, budget), scores)
         assert len(chosen) == budget
         partial = 0

@@ -5,7 +5,7 @@ import torch
 
 from dualsft.allocators import UniformPerLayer
 from dualsft.errors import UserError
-from tests.allocators.cases import best, entries, evenly, random_scores
+from tests.allocators.cases import best, budgets, entries, evenly, random_scores
 
 GROUPS: list[dict[str, tuple[int, ...]]] = [
     {"h.0.w": (1, 1), "h.0.b": (2,)},
@@ -20,11 +20,11 @@ GROUPS: list[dict[str, tuple[int, ...]]] = [
 @pytest.mark.parametrize("groups", [GROUPS, GROUPS[:3], GROUPS[3:]])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_of_each_layer(seed: int, groups: list[dict[str, tuple[int, ...]]], by: Any) -> None:
-    """For every budget from 1 to all, layers and what is outside take turns until all is spent, each its best."""
+    """For budgets from 1 to all, layers and what is outside take turns until all is spent, each its best."""
     shapes = {name: shape for group in reversed(groups) for name, shape in group.items()}
     scores = random_scores(seed, shapes)
     sizes = [sum(scores[name].numel() for name in group) for group in groups]
-    for budget in range(1, sum(sizes) + 1):
+    for budget in budgets(sum(sizes), seed, by):
         parts = zip(groups, evenly(budget, sizes), strict=True)
         expected = set().union(*(best(scores, group, k, by) for group, k in parts))
         assert entries(UniformPerLayer(by).allocate(scores, budget), scores) == expected

@@ -662,6 +662,7 @@ def test_plugins_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) ->
         assert name in told
 
 
+@pytest.mark.slow
 def test_module_runs_as_the_script_does() -> None:
     """`python -m dualsft` is the same program, and ends with code 1 on a mistake."""
     done = subprocess.run(

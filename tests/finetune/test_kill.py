@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning import Callback
 
@@ -33,6 +34,7 @@ def masters(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_sigkill_within_an_accumulation(tmp_path: Path) -> None:
     """Killed between two batches of one step, in mid-epoch, a resumed run ends with the same masters and files."""
     workspace = make_workspace(tmp_path, torch.bfloat16)

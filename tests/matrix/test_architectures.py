@@ -1,5 +1,7 @@
 """Scores are exact whatever the architecture: rows and columns of a batch are autograd's over single examples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,6 +15,7 @@ from dualsft.errors import UserError
 from dualsft.matrix import interaction, tap
 from dualsft.matrix import passes as gradients
 from dualsft.matrix.linear_tap import LinearHook
+from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
 from tests.selection.tiny import (
@@ -46,17 +49,28 @@ def reference(architecture: str) -> list[Gradients]:
         return gradient_loop(make(architecture), EXAMPLES)
 
 
-@pytest.fixture(params=["by gradient", "by product"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Linear layers take one way to the rows, whatever the lengths."""
-    breaks_even = (0.0, 0.0) if request.param == "by gradient" else (1e9, 0.0)
-    monkeypatch.setattr("dualsft.matrix.linear_tap._BREAK_EVEN", {"cpu": breaks_even, "cuda": breaks_even})
-    return str(request.param)
+WAYS = {"by gradient": (0.0, 0.0), "by product": (1e9, 0.0)}
+"""Linear layers take one way to the rows, whatever the lengths."""
+
+
+@contextmanager
+def by(way: str) -> Iterator[None]:
+    """Linear layers take this way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualsft.matrix.linear_tap._BREAK_EVEN", {"cpu": WAYS[way], "cuda": WAYS[way]})
+        yield
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way."""
+    with by(request.param):
+        yield request.param
 
 
 def assert_scores(
     model: PreTrainedModel, batch: Batch, expected: list[Gradients], relative: float, **options: Any
-) -> None:
+) -> GradientPass:
     """A pass over one batch covers every weight, and finds the rows and the columns of these gradients."""
     u = random_direction(model)
     found = gradient_pass(model, given([batch]), directions=[u], **options)
@@ -64,48 +78,29 @@ def assert_scores(
     assert_rows([found.rows[0][k] for k in range(len(expected))], u, expected, relative)
     if found.sums:
         assert_same_gradients(found.sums, total(expected), relative)
+    return found
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float64_scores_are_autograds(architecture: str) -> None:
-    """Rows and columns of a padded batch of mixed lengths are those of autograd over unpadded single examples."""
+def test_scores_are_those_of_autograd(architecture: str) -> None:
+    """Rows and columns of one batch are those of autograd over unpadded single examples, in float64.
+
+    So are they where the batch is packed, for rows alone, from frozen weights, and for an example's own tokens, which
+    add up to its row; the same weights in float32 score the same but for rounding.
+    """
+    model, expected, padded = make(architecture), reference(architecture), collate(EXAMPLES)
     with float64_throughout():
-        assert_scores(make(architecture), collate(EXAMPLES), reference(architecture), FLOAT64)
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_scores_are_those_of_float64(architecture: str) -> None:
-    """The same weights in float32 score the same but for rounding."""
-    assert_scores(make(architecture, torch.float32), collate(EXAMPLES), reference(architecture), FLOAT32)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_alone_are_the_same(architecture: str) -> None:
-    """Rows without columns, from frozen weights, are as exact."""
-    with float64_throughout():
-        assert_scores(make(architecture), collate(EXAMPLES), reference(architecture), FLOAT64, columns=False)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tokens_add_up(architecture: str) -> None:
-    """The contributions of an example's own tokens add up to its row, and padding has none."""
-    model = make(architecture)
+        for way in WAYS:
+            with by(way):
+                assert_scores(model, padded, expected, FLOAT64)
+        if architecture not in {*FORGETFUL, "falcon"}:
+            assert_scores(model, pack([[0, 3, 1], [2], [4]], EXAMPLES), expected, FLOAT64)
+        assert_scores(model, padded, expected, FLOAT64, columns=False)
+        (tokens,) = assert_scores(model, padded, expected, FLOAT64, by_token=True).tokens
+    assert [len(tokens[k]) for k in range(len(EXAMPLES))] == [len(ids) for ids, _ in EXAMPLES]
     u = random_direction(model)
-    with float64_throughout():
-        found = gradient_pass(model, given([collate(EXAMPLES)]), directions=[u], by_token=True)
-    assert [len(found.tokens[0][k]) for k in range(len(EXAMPLES))] == [len(ids) for ids, _ in EXAMPLES]
-    assert_rows([float(found.tokens[0][k].sum()) for k in range(len(EXAMPLES))], u, reference(architecture), FLOAT64)
-    assert_same_gradients(found.sums, total(reference(architecture)), FLOAT64)
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("architecture", [n for n in ARCHITECTURES if n not in {*FORGETFUL, "falcon"}])
-def test_packed_scores_are_those_of_each_alone(architecture: str) -> None:
-    """Rows that hold several examples give each the score that it has alone, and the columns are the same."""
-    with float64_throughout():
-        assert_scores(make(architecture), pack([[0, 3, 1], [2], [4]], EXAMPLES), reference(architecture), FLOAT64)
+    assert_rows([float(tokens[k].sum()) for k in range(len(EXAMPLES))], u, expected, FLOAT64)
+    assert_scores(model.float(), padded, expected, FLOAT32)
 
 
 @pytest.mark.parametrize("architecture", sorted(FORGETFUL))

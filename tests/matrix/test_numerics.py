@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from benchmarks.numerics import (
+from numerics import (
     MODEL,
-    VALIDATION,
     WAYS,
     Agreement,
     Checkpoint,
@@ -25,8 +21,11 @@ from benchmarks.numerics import (
     shipped,
     warmed_up,
 )
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from dualsft import InstructionDataModule
-from dualsft.commands.quickstart import POOL
+from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.data.batches import collate
 from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
@@ -42,18 +41,28 @@ from tests.selection.tiny import given
 Reference = tuple[Checkpoint, list[int], Scores]
 
 LONGEST = 256
+VALIDATION = ASSETS / "data" / "validation.jsonl"
+
+
+@pytest.fixture(scope="session")
+def validation(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Every fourth row of the embedded validation set."""
+    lines = VALIDATION.read_text(encoding="utf-8").splitlines(keepends=True)[::4]
+    path = tmp_path_factory.mktemp("validation") / "validation.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
 
 
 @pytest.fixture(scope="module")
-def data() -> InstructionDataModule:
-    """The embedded pool and validation set."""
-    return embedded_data()
+def data(validation: str) -> InstructionDataModule:
+    """The embedded pool, and some of its validation set."""
+    return embedded_data(validation=validation)
 
 
 @pytest.fixture(scope="module", params=["sgd", "adam"])
 def reference(request: pytest.FixtureRequest, data: InstructionDataModule) -> Reference:
     """Where to score, which examples, and their scores by float64 autograd over one example at a time."""
-    checkpoint, ids = shipped() if request.param == "sgd" else warmed_up(data), draw(data, 192)
+    checkpoint, ids = shipped() if request.param == "sgd" else warmed_up(data), draw(data, 96)
     return checkpoint, ids, score(checkpoint.model("float64"), checkpoint.moments, data, ids, autograd_pass)
 
 
@@ -92,7 +101,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def short(data: InstructionDataModule) -> list[int]:
     """Some of the pool's examples that fit into the smallest batch."""
-    return draw(data, 48, longest=LONGEST)
+    return draw(data, 24, longest=LONGEST)
 
 
 def direction_at(model: PreTrainedModel, data: InstructionDataModule, count: int) -> dict[str, Tensor]:
@@ -166,11 +175,11 @@ def test_scores_do_not_depend_on_the_batches(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_batches_give_the_same_bits(dtype: Dtype, packing: bool, data: InstructionDataModule) -> None:
     """Two passes over the same batches agree in every bit of every score."""
-    model, rows = shipped().model(dtype), [data.train_examples.dataset[i] for i in draw(data, 12)]
+    model, rows = shipped().model(dtype), [data.train_examples.dataset[i] for i in draw(data, 8)]
     batches: list[Any] = (
-        [collate_packed([rows[:3], rows[3:6]], 0), collate_packed([rows[6:9], rows[9:]], 0)]
+        [collate_packed([rows[:2], rows[2:4]], 0), collate_packed([rows[4:6], rows[6:]], 0)]
         if packing
-        else [collate(rows[:6], 0), collate(rows[6:], 0)]
+        else [collate(rows[:4], 0), collate(rows[4:], 0)]
     )
     direction = {name: torch.full_like(p, 1e-9, dtype=torch.float32) for name, p in model.named_parameters()}
     first, second = (gradient_pass(model, given(batches), directions=[direction]) for _ in range(2))
@@ -185,11 +194,11 @@ def share_of_zeros(tensors: Iterable[Tensor], dtype: torch.dtype) -> float:
 
 
 @pytest.mark.slow
-def test_small_scores_are_not_lost(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_small_scores_are_not_lost(model: PreTrainedModel, validation: str, tmp_path: Path) -> None:
     """At the step size 2e-5 float16 would lose u, and with it the scores; here next to no entry is zero."""
-    lines = POOL.read_text(encoding="utf-8").splitlines(keepends=True)[::20]
+    lines = POOL.read_text(encoding="utf-8").splitlines(keepends=True)[::40]
     (tmp_path / "pool.jsonl").write_text("".join(lines), encoding="utf-8")
-    inputs = Inputs(MODEL, str(tmp_path / "pool.jsonl"), VALIDATION)
+    inputs = Inputs(MODEL, str(tmp_path / "pool.jsonl"), validation)
     options = {"max_length": 512, "batch_tokens": 2048}
     selection = select(inputs, tmp_path / "out", {**SGD, "step_size": 2e-5, "dtype": "float32"}, options)
 

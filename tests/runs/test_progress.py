@@ -124,7 +124,7 @@ def test_a_message_stands_above_the_bar(capsys: pytest.CaptureFixture[str]) -> N
     assert [line for line in drawn(capsys) if "happened" in line] == ["dualsft: something happened."]
 
 
-FREED = 2**28
+FREED = 2**27
 """Bytes that a phase holds for a while; large enough that the allocator gives them back to the system."""
 
 

@@ -110,14 +110,14 @@ class Dense:
 
 def flat_gradient(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """∇ of the mean loss, (weight)."""
-    loss = sum(example_losses(model, collate([example])).sum() for example in examples) / len(examples)
+    loss = torch.stack([example_losses(model, collate([example])).sum() for example in examples]).mean()
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def hessian(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """∇² of the mean loss: the derivatives of ∇ along unit vectors, 128 rows at a time."""
     parameters = list(model.parameters())
-    loss = sum(example_losses(model, collate([example])).sum() for example in examples) / len(examples)
+    loss = torch.stack([example_losses(model, collate([example])).sum() for example in examples]).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
     rows = []
     for units in torch.eye(len(gradient), dtype=gradient.dtype).split(128):

@@ -1,8 +1,10 @@
 """A run killed in the middle of a phase goes on with the batch that it was at, to the same result."""
 
+import itertools
 import json
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +70,9 @@ CASES = {
     ),
     "squared gradients": Case({**SGD, "scorer": DiagonalFisher("empirical_fisher"), "step_size": 0.1}),
 }
-KILLS = {
-    "as soon as the state is kept": (PhaseKeeper, "save", 2, True),
-    "while the state is written": (phase_store, "save_file", 3, True),
+KILLS: dict[str, tuple[Any, str]] = {
+    "as soon as the state is kept": (PhaseKeeper, "save"),
+    "while the state is written": (phase_store, "save_file"),
 }
 
 
@@ -99,11 +101,13 @@ def unbroken(forgetful: Inputs, case: Case, tmp_path_factory: pytest.TempPathFac
     return contents(select(forgetful, folder, case.options, data=case.data, seed=1).folder)
 
 
-def resumed_until_done(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> int:
-    """Resumes a run that dies at the same place each time (see `kill_at`), until it gets past it; counts the deaths."""
-    for deaths in range(100):
+def resumed_until_done(
+    inputs: Inputs, folder: Path, options: dict[str, Any], kill: str, calls: Iterable[int], **run: Any
+) -> int:
+    """Resumes a run that dies at such a call each time (see `kill_at`), until it gets past it; counts the deaths."""
+    for deaths, call in enumerate(itertools.islice(calls, 100)):
         with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, *place)
+            kill_at(patch, *KILLS[kill], call, after=True)
             try:
                 select(inputs, folder, options, resume=True, **run)
             except KilledError:
@@ -112,14 +116,15 @@ def resumed_until_done(inputs: Inputs, folder: Path, options: dict[str, Any], *p
     raise AssertionError("no progress")
 
 
-@pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_at_every_batch_gives_the_same_bytes(
+@pytest.mark.parametrize(("case", "kill"), list(zip(CASES, itertools.cycle(KILLS), strict=False)), indirect=["case"])
+def test_a_run_killed_again_and_again_gives_the_same_bytes(
     forgetful: Inputs, tmp_path: Path, case: Case, unbroken: dict[str, bytes], kill: str
 ) -> None:
-    """A run that gets no further than one batch before it dies ends in the artifact of the unbroken run."""
-    options = {**case.options, **ALWAYS}
-    deaths = resumed_until_done(forgetful, tmp_path / "killed", options, *KILLS[kill], data=case.data, seed=1)
-    assert deaths >= 4
+    """A run that gets some batches further each time before it dies ends in the artifact of the unbroken run."""
+    options, draw = {**case.options, **ALWAYS}, random.Random(f"{case.data} {kill}")
+    calls = (draw.randint(3, 8) for _ in itertools.count())
+    deaths = resumed_until_done(forgetful, tmp_path / "killed", options, kill, calls, data=case.data, seed=1)
+    assert deaths >= 1
     assert contents(tmp_path / "killed") == unbroken
     assert not (tmp_path / "killed" / ".unfinished").exists()
     if case.module is not SelectionModule:
@@ -127,7 +132,7 @@ def test_a_run_killed_at_every_batch_gives_the_same_bytes(
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
     batches: list[tuple[int, ...]] = []
     for place, name in ((warmup, "example_losses"), (gradients._Pass, "_forward")):
@@ -142,14 +147,15 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
 
 
 def test_no_batch_is_passed_twice(forgetful: Inputs, tmp_path: Path, passed: list[tuple[int, ...]]) -> None:
-    """All killed parts together take each batch once, and tell of the examples and tokens of an unbroken run."""
+    """Killed at every batch, all parts together take each once, and leave the bytes and counts of an unbroken run."""
     data = {"batch_tokens": 60}
     unbroken = select(forgetful, tmp_path / "unbroken", ADAM, data=data)
     expected = Counter(passed)
     passed.clear()
-    place = (PhaseKeeper, "save", 2, True)
-    deaths = resumed_until_done(forgetful, tmp_path / "killed", {**ADAM, **ALWAYS}, *place, data=data)
+    kill, every = "as soon as the state is kept", itertools.repeat(2)
+    deaths = resumed_until_done(forgetful, tmp_path / "killed", {**ADAM, **ALWAYS}, kill, every, data=data)
     assert Counter(passed) == expected
+    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
     assert deaths == sum(expected.values()) - 1
     costs = [
         [(phase["name"], phase["examples"], phase["tokens"]) for phase in selection.manifest["phases"]]

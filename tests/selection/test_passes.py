@@ -1,6 +1,7 @@
 """When memory runs out a pass begins again with half batches, once in a run, and nothing else changes."""
 
 import gc
+import itertools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,10 @@ def found_at_start(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 # the model's runs: validation 1; one pass: a look at the weights' uses 2, a batch 3, its spot check 4 and 5, more
 # batches 6 and 7; two passes: batches 2 to 4, then a look 5, a batch 6, its spot check 7 and 8, and more batches
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("scorer", "run"), [("one", 1), ("one", 3), ("one", 4), ("one", 6), ("two", 4), ("two", 8)])
+@pytest.mark.parametrize(
+    ("scorer", "run", "backward"),
+    [("one", 1, True), ("one", 3, False), ("one", 4, False), ("one", 6, True), ("two", 4, True), ("two", 8, False)],
+)
 def test_a_shortage_halves_the_batches(
     inputs: Inputs,
     tmp_path: Path,
@@ -97,9 +100,13 @@ def test_a_shortage_halves_the_batches(
     assert found_at_start == [trapped] * len(found_at_start)
 
 
-@pytest.mark.parametrize("kind", SHORTAGES)
 @pytest.mark.parametrize(
-    ("place", "name", "call"), [(tap, "jvp", 2), (tap.F, "embedding", 3), (spot_check, "check_covered", 2)]
+    ("place", "name", "call", "kind"),
+    [
+        (tap, "jvp", 2, "accelerator"),
+        (tap.F, "embedding", 3, "host"),
+        (spot_check, "check_covered", 2, "python"),
+    ],
 )
 def test_a_shortage_is_known_wherever_it_is_met(
     inputs: Inputs,
@@ -230,15 +237,15 @@ def test_other_errors_are_not_taken_for_a_shortage(
 def test_halves_are_kept_to_after_a_kill(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], run: int
 ) -> None:
-    """Killed at every batch, before and after memory ran out, a run ends in the very bytes of the unbroken one."""
+    """Killed at every other batch, before and after memory ran out, a run ends in the bytes of the unbroken one."""
     found = []
     for kill in (False, True):
         trap = Shortage(SHORTAGES["host"], run)  # counts the runs of the model over all parts of the run
         monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
         folder = tmp_path / str(kill)
         if kill:
-            place = (PhaseKeeper, "save", 2, True)
-            assert resumed_until_done(inputs, folder, {**options, **ALWAYS}, *place, seed=1) > 3
+            place, calls = "as soon as the state is kept", itertools.repeat(3)
+            assert resumed_until_done(inputs, folder, {**options, **ALWAYS}, place, calls, seed=1) > 1
         else:
             select(inputs, folder, options, seed=1)
         assert trap.runs > run

@@ -211,21 +211,20 @@ def run_and_kill(inputs: Inputs, folder: Path, seconds: float, *settings: dict[s
     ("options", "data"),
     [
         (ADAM, {}),
-        ({**ADAM, "save_minutes": 1e-9}, {}),
-        ({**SGD, "scorer": PoolAware(), "token_scores": True, "save_minutes": 1e-9}, {"packing": True}),
+        ({**ADAM, "scorer": PoolAware(), "token_scores": True, "save_minutes": 1e-9}, {"packing": True}),
     ],
-    ids=["by phase", "by batch", "by batch, packed, in two passes"],
+    ids=["by phase", "by batch, packed, in two passes"],
 )
 def test_kill_9_at_any_moment(tmp_path: Path, options: dict[str, Any], data: dict[str, Any]) -> None:
     """SIGKILL at random moments, resumed each time: the last result is that of the unbroken run."""
     inputs = write_inputs(tmp_path)
     pool = Path(inputs.train)
-    pool.write_text(pool.read_text(encoding="utf-8") * 12, encoding="utf-8")
+    pool.write_text(pool.read_text(encoding="utf-8") * 8, encoding="utf-8")
     assert run_and_kill(inputs, tmp_path / "unbroken", 600, options, data) == 0
     unbroken = contents(tmp_path / "unbroken")
     work = sum(phase["seconds"] for phase in load_selection(tmp_path / "unbroken").manifest["phases"])
     draw = random.Random(0)
-    moments = [*sorted(draw.uniform(0.0, work) for _ in range(7)), 600.0]
+    moments = [*sorted(draw.uniform(0.0, work) for _ in range(5)), 600.0]
     out = tmp_path / "killed"
     codes: list[int | None] = []
     while not (out / "manifest.json").exists() or (out / ".unfinished").exists():
@@ -240,7 +239,7 @@ def test_sigterm_ends_a_run(tmp_path: Path) -> None:
     """As it ends any process, though Lightning would have it go on; nothing is lost that was kept."""
     inputs = write_inputs(tmp_path)
     pool = Path(inputs.train)
-    pool.write_text(pool.read_text(encoding="utf-8") * 100, encoding="utf-8")
+    pool.write_text(pool.read_text(encoding="utf-8") * 50, encoding="utf-8")
     process = child(inputs, tmp_path / "out", SGD, {})
     process.start()
     while process.is_alive() and not list((tmp_path / "out").glob(".unfinished/validation-gradient.safetensors")):

@@ -101,7 +101,7 @@ def mixtral() -> PreTrainedModel:
 
 def qwen3_moe() -> PreTrainedModel:
     """Norms per head, narrow experts."""
-    options = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+    options: dict[str, Any] = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **options))
 
 
@@ -115,8 +115,8 @@ def deepseek_v3() -> PreTrainedModel:
 
 def gpt_oss() -> PreTrainedModel:
     """Attention that owns sinks and returns its weights, experts with biases."""
-    options = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 16, "rope_parameters": None}
-    return GptOssForCausalLM(GptOssConfig(**_SIZES, **options))
+    options: dict[str, Any] = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 16}
+    return GptOssForCausalLM(GptOssConfig(**_SIZES, **options, rope_parameters=None))
 
 
 def falcon() -> PreTrainedModel:
@@ -154,7 +154,12 @@ def mamba() -> PreTrainedModel:
 
 def rwkv() -> PreTrainedModel:
     """A recurrent state instead of attention."""
-    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "attention_hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
     return RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, context_length=64, **sizes))
 
 
@@ -197,12 +202,13 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 def make(architecture: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A model in evaluation mode whose norms and biases are random too, so that nothing is at a special point."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]()
+    model: Any = ARCHITECTURES[architecture]()
     model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.to(dtype).eval()
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
 
 
 class _NoFloat32(TorchFunctionMode):

@@ -6,6 +6,8 @@ from dualsft.errors import UserError
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def _sum_of_ranks(offset: int) -> tuple[int, int]:
     value = torch.tensor(distributed.get_rank() + offset)

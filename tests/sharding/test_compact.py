@@ -15,6 +15,8 @@ from dualsft.training.compact import CompactParameters
 from tests.cases import random_batch, random_mask, tiny_llama
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 BATCH = random_batch(3, 8)
 Mask = dict[str, Tensor]
 

@@ -23,6 +23,7 @@ from tests.sharding.ranks import run_on_ranks
 from tests.sharding.test_save import assert_same_files
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
@@ -77,20 +78,22 @@ def check(workspace: Workspace, folder: Path, cases: dict[str, Case], count: int
             assert torch.equal(found[name].weights[weight][~chosen], base[weight][~chosen])
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_fit_is_that_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
-    """Every batch's loss, the weights and the metrics are; weights that are not selected keep every bit."""
-    check(workspace, tmp_path, CASES, count)
+def test_fits_of_all_kinds(workspace: Workspace, tmp_path: Path) -> None:
+    """Every batch's loss, the weights and the metrics are; weights that are not selected keep every bit.
+
+    With three ranks neither batches nor tensors divide; rows are fewer than ranks, and some ranks hold no row.
+    """
+    check(workspace, tmp_path, CASES | MORE_CASES, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 3])
-def test_fits_of_all_kinds(workspace: Workspace, tmp_path: Path, count: int) -> None:
-    """One rank too; with averages of weights, the best weights, and activations that are computed again."""
-    check(workspace, tmp_path, CASES | MORE_CASES, count)
+@pytest.mark.parametrize("count", [1, 4])
+def test_other_numbers_of_ranks(workspace: Workspace, tmp_path: Path, count: int) -> None:
+    """One rank, and more ranks than a batch has rows."""
+    names = ("batches of three", "clipped by norm")
+    check(workspace, tmp_path, {name: CASES[name] for name in names}, count)
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_bfloat16(tmp_path: Path, precision: str) -> None:
     """Weights stored in bfloat16, and computing in it, are within its rounding; what is not selected keeps its bits."""
     dtype = torch.bfloat16 if precision == "32-true" else torch.float32
@@ -146,10 +149,7 @@ def goes_on(workspace: Workspace, folder: Path, names: list[str]) -> dict[str, F
     return all_fitted(workspace, folder / "resumed", cases)
 
 
-@pytest.mark.parametrize(
-    ("saving", "going_on"),
-    [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("saving", "going_on"), [(2, 1), (2, 3)])
 def test_checkpoints_move_between_numbers_of_ranks(
     workspace: Workspace, tmp_path: Path, saving: int, going_on: int
 ) -> None:

@@ -160,26 +160,37 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("victim", ["the started rank", "the starting rank"])
-def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(victim: str, unbroken: Path, tmp_path: Path) -> None:
-    """SIGKILL in the scores pass: no rank lives on, the other says why in a sentence, and a resumed job ends alike."""
-    output = tmp_path / "selection"
-    command = dualsft([*select(unbroken / "job.yaml", output), *ON_TWO])
-    state = output / ".unfinished"
-    with started(command, tmp_path / "killed.log") as process:
+def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool) -> None:
+    """Kill one of two ranks in the scores pass: no rank lives on, and the other says why in a sentence."""
+    known = {*output.glob(".unfinished/scores.under-way@*")}
+    with started(command, log) as process:
+
+        def states() -> set[Path]:
+            return {*output.glob(".unfinished/scores.under-way@*.rank-1-of-2.safetensors")} - known
+
         # the second state is kept once all ranks have the first
-        wait_for(lambda: [*state.glob("scores.under-way@[2-9].rank-1-of-2.safetensors")], 60, "state of the pass")
+        wait_for(states, 60, "state of the pass")
+        known |= states()
+        wait_for(states, 60, "second state of the pass")
         (other,) = set(members(process.pid)) - {process.pid}
-        os.kill(other if victim == "the started rank" else process.pid, signal.SIGKILL)
+        os.kill(other if started_rank else process.pid, signal.SIGKILL)
         wait_for(lambda: process.poll() is not None and not members(process.pid), 60, "end of all ranks")
     assert not (output / "manifest.json").exists()
-    told = (tmp_path / "killed.log").read_text().splitlines()
-    if victim == "the started rank" and process.returncode == -signal.SIGKILL:
+    told = log.read_text().splitlines()
+    if started_rank and process.returncode == -signal.SIGKILL:
         # Lightning, which looks every five seconds, has found the other dead too, perhaps before there was a word
         assert len(told) <= 1
     else:
         assert len(told) == 1
     assert all(line.startswith("dualsft: error") and "another process of this job has stopped" in line for line in told)
+
+
+def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(unbroken: Path, tmp_path: Path) -> None:
+    """The started rank is killed, then, in the resumed job, the starting one; resumed once more, the job ends alike."""
+    output = tmp_path / "selection"
+    command = dualsft([*select(unbroken / "job.yaml", output), *ON_TWO])
+    run_and_kill(command, output, tmp_path / "1.log", started_rank=True)
+    run_and_kill([*command, "--resume"], output, tmp_path / "2.log", started_rank=False)
     run([*command, "--resume"], tmp_path / "resumed.log")
     scores = sorted(path.name for path in (unbroken / "selection").glob("parameter_scores*"))
     assert scores == sorted(path.name for path in output.glob("parameter_scores*"))

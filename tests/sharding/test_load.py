@@ -21,6 +21,8 @@ from tests.models.test_loading import DAMAGES, change_weights, shard
 from tests.selection.tiny import ARCHITECTURES, make
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -19,6 +19,8 @@ from dualsft.sharding.shards import full_tensor, shard_of
 from tests.selection.tiny import ARCHITECTURES, collate, make, make_examples, pack, random_direction
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def spoilt_losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:
     """Those of the examples 1 and 3 are not finite."""
@@ -110,7 +112,6 @@ def assert_near(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], rel
         torch.testing.assert_close(found[key], right, rtol=0, atol=relative * size, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.slow
 def test_rows_and_columns_are_those_of_one_process() -> None:
     """On every architecture; the ranks agree."""
     answers = run_on_ranks(2, all_architectures, BATCHES)

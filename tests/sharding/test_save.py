@@ -23,6 +23,8 @@ from tests.cases import save_tiny_model
 from tests.selection.tiny import ARCHITECTURES, make
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 split: Any = modeling_utils.split_torch_state_dict_into_shards
 
 
@@ -82,7 +84,6 @@ def test_files_are_those_of_one_process(tmp_path: Path, count: int) -> None:
     check(made, tmp_path, count)
 
 
-@pytest.mark.slow
 def test_files_of_every_architecture(tmp_path: Path) -> None:
     """Experts are written apart that the model holds as stacks, and whatever else the library undoes."""
     folders = {name: str(tmp_path / name) for name in ARCHITECTURES}

@@ -15,6 +15,8 @@ from dualsft.sharding.shards import local_shard, shard_offset
 from tests.selection.tiny import ARCHITECTURES, make
 from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 Loss = Callable[[nn.Module, int], Tensor]
 """A rank's loss, given the model and the rank."""
 

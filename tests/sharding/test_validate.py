@@ -20,6 +20,8 @@ from tests.selection.tiny import make_examples, pack
 from tests.sharding.fits import Case, fitted
 from tests.sharding.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
@@ -57,7 +59,7 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, 4])
 def test_metrics_are_those_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
     """Of each set and their mean, with batches of fewer rows than ranks, and generated answers."""
     sets = sets_of(workspace, tmp_path)
