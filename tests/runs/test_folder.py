@@ -181,8 +181,8 @@ from filelock import FileLock
 lock = FileLock(sys.argv[1], timeout=0)
 lock.acquire()
 if os.fork() == 0:
+    print("held", flush=True)  # once the child has let go of its copy
     time.sleep(60)
-print("held", flush=True)
 sys.stdin.read()
 """
 
