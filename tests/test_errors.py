@@ -5,7 +5,7 @@ import torch
 
 from dualsft.allocators import TopK
 from dualsft.errors import UserError, advising, blaming, is_out_of_memory, shortage
-from tests.selection.traps import SHORTAGES
+from tests.world.faults import SHORTAGES
 
 TOLD = {"accelerator": "at a request for 2.00 GiB", "host": "at a request for 2,048 MiB", "python": "MemoryError"}
 

@@ -13,7 +13,7 @@ import yaml
 import dualsft
 from dualsft import UserError
 from dualsft.cli import run
-from tests.selection.runs import write_inputs
+from tests.world.jobs import write_inputs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

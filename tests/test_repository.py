@@ -16,7 +16,7 @@ import yaml
 
 from dualsft import load_selection
 from dualsft.cli import run
-from tests.selection.runs import write_inputs
+from tests.world.jobs import write_inputs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

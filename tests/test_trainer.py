@@ -6,7 +6,7 @@ import torch
 from dualsft import InstructionDataModule, SelectionModule
 from dualsft.errors import UserError
 from dualsft.trainer import Trainer, _fresh_casts
-from tests.cases import sums, write_jsonl
+from tests.world.data import sums, write_jsonl
 
 
 def test_no_validation_set_is_overwritten(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dualsft.allocators.groups import KINDS, kind_of, kinds, layer_of, layers
-from tests.selection.tiny import ARCHITECTURES
+from tests.cases import ARCHITECTURES
 
 
 @cache

@@ -19,11 +19,12 @@ from dualsft.errors import UserError
 from dualsft.finetune import ExportModel
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
-from tests.cases import VOCABULARY, save_tiny_model, tiny_tokenizer, write_jsonl
+from tests.world.data import write_jsonl
+from tests.world.jobs import QUIET, write_inputs, write_job
+from tests.world.models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PARTS = ("examples.parquet", "mask.safetensors", "parameter_scores.safetensors", "selected.jsonl")
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +32,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, a pool, a validation set, and one configuration for the whole job."""
     folder = tmp_path_factory.mktemp("job")
     rows = [{"prompt": f"How many is {n} and {n}?", "response": f"It is {2 * n}."} for n in range(24)]
-    config = {
-        "seed_everything": 3,
-        "model": {
-            "model_name_or_path": save_tiny_model(folder / "model"),
-            "scorer": "first_order",
-            "parameter_allocator": {"class_path": "global_top_k", "init_args": {"by": "signed"}},
-            "warmup": {"fraction": 0.5, "learning_rate": 1e-3},
-            "parameter_budget": 0.2,
-            "data_budget": 5,
-            "generation": {"max_new_tokens": 3},
-            "samples": {"number": 0},
-        },
-        "data": {
-            "train": write_jsonl(folder / "pool.jsonl", rows),
-            "validation": write_jsonl(folder / "validation.jsonl", rows[:4]),
-            "batch_size": 4,
-        },
-        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+    model = {
+        "scorer": "first_order",
+        "parameter_allocator": {"class_path": "global_top_k", "init_args": {"by": "signed"}},
+        "warmup": {"fraction": 0.5, "learning_rate": 1e-3},
+        "parameter_budget": 0.2,
+        "data_budget": 5,
+        "generation": {"max_new_tokens": 3},
     }
-    (folder / "job.yaml").write_text(yaml.safe_dump(config))
+    write_job(
+        folder,
+        write_inputs(folder, rows, rows[:4]),
+        seed_everything=3,
+        model=model,
+        data={"batch_size": 4},
+        optimizer={"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+        trainer={"max_epochs": 2, "log_every_n_steps": 1},
+    )
     return folder
 
 
@@ -126,7 +123,7 @@ def test_print_config_is_replayable(job: Path, capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def sets(job: Path, tmp_path: Path) -> dict[str, str]:
     """Two validation sets, whose names do not sort in the order given."""
-    lines = (job / "pool.jsonl").read_text().splitlines(keepends=True)
+    lines = (job / "train.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("zeta", lines[:3]), ("b-2", lines[3:8])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     return {name: str(tmp_path / f"{name}.jsonl") for name in ("zeta", "b-2")}

@@ -16,29 +16,29 @@ from dualsft.cli import run
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.runs.folder import RunFolder
-from tests.cases import save_tiny_model, sums, write_jsonl
 from tests.commands.test_cli import failure
+from tests.world.data import sums
+from tests.world.jobs import write_inputs, write_job
+from tests.world.models import save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, and a fit of a selection for it."""
     folder = tmp_path_factory.mktemp("job")
-    base = save_tiny_model(folder / "base")
-    data = write_jsonl(folder / "data.jsonl", sums(12))
-    model = ["--model.model_name_or_path", base, "--data.train", data, "--trainer.accelerator", "cpu"]
-    quiet = ["--trainer.enable_progress_bar", "false"]
+    rows = sums(12)
+    config = ["--config", str(write_job(folder, write_inputs(folder, rows, rows)))]
     budgets = ["--model.parameter_budget", "0.1", "--model.data_budget", "6", "--model.warmup.fraction", "0"]
-    where = ["--data.validation", data, "--model.preconditioner", "none", "--output_dir", str(folder / "selection")]
-    run(["select", *model, *quiet, *budgets, *where])
+    plain = ["--model.preconditioner", "none", "--output_dir", str(folder / "selection")]
+    run(["select", *config, *budgets, *plain])
     fit = ["--model.selection", str(folder / "selection"), "--optimizer", "AdamW", "--optimizer.lr", "0.01"]
-    run(["fit", *model, *quiet, *fit, "--output_dir", str(folder / "fit")])
+    run(["fit", *config, *fit, "--output_dir", str(folder / "fit")])
     return folder
 
 
 def pair(job: Path) -> list[str]:
     """The options that name the base and the delta."""
-    return ["--base", str(job / "base"), "--delta", str(job / "fit" / "delta.safetensors")]
+    return ["--base", str(job / "model"), "--delta", str(job / "fit" / "delta.safetensors")]
 
 
 def texts(folder: Path) -> list[str]:
@@ -52,9 +52,9 @@ def test_applied_and_fitted_model_write_the_same_text(job: Path, tmp_path: Path)
     """Which is another than the base's; config.yaml replays the command."""
     run(["export", "apply", *pair(job), "--output_dir", str(tmp_path / "a")])
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
-    assert config["base"] == str(job / "base")
+    assert config["base"] == str(job / "model")
     run(["export", "apply", "--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")])
-    assert texts(tmp_path / "a") == texts(tmp_path / "b") == texts(job / "fit" / "model") != texts(job / "base")
+    assert texts(tmp_path / "a") == texts(tmp_path / "b") == texts(job / "fit" / "model") != texts(job / "model")
 
 
 def test_card_tells_what_was_selected_and_how(job: Path) -> None:
@@ -69,7 +69,7 @@ def test_card_tells_what_was_selected_and_how(job: Path) -> None:
         "- scorer: `dualsft.scorers.first_order.FirstOrder`",
         "- parameter allocator: `dualsft.allocators.top_k.GlobalTopK` (by magnitude, reverse false)",
         "- preconditioner: none",
-        f"- target data: data.jsonl, 12 rows, SHA-256 `{data['validation']['fingerprint']}`",
+        f"- target data: validation.jsonl, 12 rows, SHA-256 `{data['validation']['fingerprint']}`",
         "one matrix M_ij = g_ij u_j scores both",
         "- optimizer: AdamW (lr 0.01",
     ):
@@ -78,11 +78,11 @@ def test_card_tells_what_was_selected_and_how(job: Path) -> None:
 
 def test_extract_and_revert(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the fit's model the delta again, and with it the base again."""
-    checkpoints = ["--base", str(job / "base"), "--model", str(job / "fit" / "model")]
+    checkpoints = ["--base", str(job / "model"), "--model", str(job / "fit" / "model")]
     run(["export", "extract", *checkpoints, "--output_dir", str(tmp_path / "delta")])
     delta = str(tmp_path / "delta" / "delta.safetensors")
     run(["export", "revert", *checkpoints, "--delta", delta, "--output_dir", str(tmp_path / "base")])
-    assert model_fingerprint(str(tmp_path / "base")) == model_fingerprint(str(job / "base"))
+    assert model_fingerprint(str(tmp_path / "base")) == model_fingerprint(str(job / "model"))
     assert capsys.readouterr().out.split() == ["wrote", str(tmp_path / "delta"), "wrote", str(tmp_path / "base")]
 
 
@@ -148,13 +148,13 @@ def test_a_folder_is_overwritten_only_when_asked(job: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"files that no run of ours wrote \(notes.txt\)"):
         run([*command, str(tmp_path / "out"), "--overwrite"])
     with pytest.raises(UserError, match="choose another --output_dir"):
-        run([*command, str(job / "base"), "--overwrite"])
+        run([*command, str(job / "model"), "--overwrite"])
     with pytest.raises(UserError, match="files that no run of ours wrote"):
         run(
             [
                 "fit",
                 "--model.model_name_or_path",
-                str(job / "base"),
+                str(job / "model"),
                 "--output_dir",
                 str(tmp_path / "out"),
                 "--overwrite",
@@ -328,7 +328,7 @@ def test_peft_adapter_holds_the_change(job: Path, tmp_path: Path) -> None:
     run(["export", "peft", *pair(job), "--output_dir", str(tmp_path / "adapter")])
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    base, tuned = load_model(str(job / "base")), load_model(str(job / "fit" / "model"))
+    base, tuned = load_model(str(job / "model")), load_model(str(job / "fit" / "model"))
     for name, weight in tuned.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
         old = base.get_parameter(name).detach().double()

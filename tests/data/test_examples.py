@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from dualsft.data.options import FormatOptions
 from dualsft.data.records import read_records
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
-
-from .tiny_tokenizers import CHATML, FORGETFUL, SPECIAL, byte_level
+from tests.world.data import write_jsonl
+from tests.world.tokenizers import CHATML, FORGETFUL, SPECIAL, byte_level
 
 RESPONSES = [
     "72",
@@ -40,9 +39,8 @@ def encode(
     **options: Any,
 ) -> Examples:
     """Encodes rows as a JSON lines pool."""
-    path = folder / "pool.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return encode_examples(read_records(str(path)), tokenizer, FormatOptions(**options), max_length)
+    path = write_jsonl(folder / "pool.jsonl", rows)
+    return encode_examples(read_records(path), tokenizer, FormatOptions(**options), max_length)
 
 
 def learnt(examples: Examples, row: int) -> list[int]:

@@ -10,8 +10,7 @@ from dualsft.data.formats import Rendered, make_renderer
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import build_records
 from dualsft.errors import UserError
-
-from .tiny_tokenizers import CHATML, FORGETFUL, RESTLESS, STRICT, byte_level
+from tests.world.tokenizers import CHATML, FORGETFUL, RESTLESS, STRICT, byte_level
 
 
 def render(*rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> list[Rendered]:

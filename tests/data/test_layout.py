@@ -14,7 +14,7 @@ from dualsft.data.layout import (
     widen,
 )
 from dualsft.errors import UserError
-from tests.selection.tiny import collate, make_examples, pack
+from tests.cases import collate, make_examples, pack
 
 EXAMPLES = make_examples((5, 3, 2, 4, 1))
 """Padded, they fill a rectangle of 5 rows and 5 tokens."""

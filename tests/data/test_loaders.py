@@ -1,4 +1,3 @@
-import json
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 from dualsft.data.loaders import KeepEpochCount, ResumableLoader
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-
-from .tiny_tokenizers import byte_level
+from tests.world.data import write_jsonl
+from tests.world.tokenizers import byte_level
 
 pytestmark = [
     # Lightning's own use of torch's tree utilities, with torch 2.13
@@ -59,10 +58,8 @@ class Watcher(pl.LightningModule):
 @pytest.fixture
 def pool(tmp_path: Path) -> str:
     """49 rows, hence 13 batches of 4."""
-    path = tmp_path / "pool.jsonl"
     rows = [{"prompt": "the sea", "response": "is wide " * (1 + i % 7)} for i in range(49)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
+    return write_jsonl(tmp_path / "pool.jsonl", rows)
 
 
 def data(pool: str, **options: Any) -> InstructionDataModule:

@@ -13,9 +13,8 @@ from dualsft.data.options import validation_sources
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
-from tests.cases import write_jsonl
-
-from .tiny_tokenizers import byte_level
+from tests.world.data import write_jsonl
+from tests.world.tokenizers import byte_level
 
 RESPONSES = ["wide", "", "deep and wide", None, "blue", "the sea " * 30, "calm"]
 OK = [0, 2, 4, 6]
@@ -24,10 +23,8 @@ OK = [0, 2, 4, 6]
 @pytest.fixture
 def pool(tmp_path: Path) -> str:
     """Seven rows: two without a response, and one whose prompt is longer than 40 tokens."""
-    path = tmp_path / "pool.jsonl"
     rows = [{"prompt": "x" * 60 if i == 5 else "the sea?", "response": text} for i, text in enumerate(RESPONSES)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
+    return write_jsonl(tmp_path / "pool.jsonl", rows)
 
 
 @pytest.fixture
@@ -148,9 +145,7 @@ def test_another_budget_for_scoring(pool: str, packing: bool) -> None:
 def test_padding_shares(tmp_path: Path, packing: bool) -> None:
     """The shares, which need no batch, are those of the padding in the batches themselves."""
     rows = [{"prompt": "why", "response": "sea " * (1 + i * i % 23)} for i in range(60)]
-    path = tmp_path / "pool.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    data = module(str(path), packing=packing, batch_tokens=130, batch_size=6)
+    data = module(write_jsonl(tmp_path / "pool.jsonl", rows), packing=packing, batch_tokens=130, batch_size=6)
     lengths = data.train_examples.lengths
     for share, loader in (
         (data.padding_share(), data.pool_loader()),

@@ -12,8 +12,7 @@ from dualsft.data.formats import make_renderer
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import build_records, read_records, record_text
 from dualsft.errors import UserError
-
-from .tiny_tokenizers import CHATML, byte_level
+from tests.world.tokenizers import CHATML, byte_level
 
 ROWS = [{"prompt": "a, b", "response": "1\n2"}, {"prompt": "é 🙂 \u2028 {x}", "response": "", "extra": None}]
 

@@ -10,7 +10,7 @@ from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.evaluation import Generation
 from dualsft.evaluation.generation import generate_answers, last_turn
-from tests.cases import tiny_llama, tiny_tokenizer
+from tests.world.models import tiny_llama, tiny_tokenizer
 
 GSM8K = r"#### (-?[\d.,]+)"
 NEW_TOKENS = 12

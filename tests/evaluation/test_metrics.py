@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from dualsft.evaluation import ExactMatch, LanguageModelMetrics
-from tests.cases import VOCABULARY, random_batch
+from tests.world.data import random_batch
+from tests.world.models import VOCABULARY
 
 
 def logits_and_labels(seed: int = 0) -> tuple[Tensor, Tensor]:

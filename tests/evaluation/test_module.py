@@ -9,8 +9,9 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.models.loading import load_model
-from dualsft.trainer import Trainer
-from tests.cases import save_tiny_model, sums, tiny_tokenizer, write_jsonl
+from tests.world.data import sums, write_jsonl
+from tests.world.jobs import trainer
+from tests.world.models import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +27,6 @@ def validate(
     module: EvaluationModule, rows: Rows | dict[str, Rows], tmp_path: Path, **options: Any
 ) -> dict[str, float]:
     """The metrics that Trainer.validate gives; of several sets, if they have names."""
-    run = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(tmp_path),
-    )
     settings = {"tokenizer": module.model_name_or_path, "batch_tokens": 150, "max_length": 100, **options}
     validation = (
         {name: write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in rows.items()}
@@ -42,7 +34,7 @@ def validate(
         else write_jsonl(tmp_path / "validation.jsonl", rows)
     )
     data = InstructionDataModule(validation=validation, **settings)
-    metrics = run.validate(module, datamodule=data, verbose=False)
+    metrics = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert all(of_loader == metrics[0] for of_loader in metrics)
     return dict(metrics[0])
 

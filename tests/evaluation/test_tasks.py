@@ -17,11 +17,12 @@ from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_scores
 from dualsft.models.loading import load_model
 from dualsft.trainer import Trainer
-from tests.cases import save_tiny_model, sums, tiny_tokenizer, write_jsonl
-from tests.data.tiny_tokenizers import CHATML
+from tests.world.data import sums, write_jsonl
+from tests.world.jobs import QUIET, trainer
+from tests.world.models import save_tiny_model, tiny_tokenizer
+from tests.world.tokenizers import CHATML
 
 with_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 QUESTIONS = [{"question": f"{n} + {n}?", "choices": [f"{2 * n}", f"{n} and more", "the sea"]} for n in range(12)]
 GOLD = [0, 2, 1] * 4
 
@@ -68,12 +69,6 @@ def _offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
-
-
-def trainer(**options: Any) -> Trainer:
-    """A trainer on the CPU that writes nothing."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(**{"accelerator": "cpu", "devices": 1, **quiet, "enable_model_summary": False, **options})
 
 
 def evaluate(module: EvaluationModule, run: Trainer | None = None, seed: int = 0, **options: Any) -> dict[str, Any]:

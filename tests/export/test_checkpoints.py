@@ -12,7 +12,8 @@ from dualsft.export import checkpoints
 from dualsft.export.checkpoints import prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.delta import open_delta
 from dualsft.models.loading import load_model, model_fingerprint
-from tests.cases import random_mask, save_tiny_model, tiny_llama, tiny_tokenizer
+from tests.world.data import random_mask
+from tests.world.models import save_tiny_model, tiny_llama, tiny_tokenizer
 
 GENERATION = '{"max_new_tokens": 7, "eos_token_id": 2, "temperature": 0.6, "do_sample": true}\n'
 KINDS = ("tied", "untied", "bfloat16", "sharded", "unprefixed", "tied twice")

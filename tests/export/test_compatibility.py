@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import prepare_extract
 from dualsft.export.compatibility import check_configurations
-from tests.cases import save_tiny_model
+from tests.world.models import save_tiny_model
 
 
 @pytest.fixture(scope="module")

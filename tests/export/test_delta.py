@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from dualsft.errors import UserError
 from dualsft.export.delta import apply_delta, changed_entries, changes, open_delta, write_delta
 from dualsft.training.compact import CompactParameters
-from tests.cases import random_mask, tiny_llama
+from tests.world.data import random_mask
+from tests.world.models import tiny_llama
 
 
 def changed_llama(dtype: torch.dtype, tied: bool) -> torch.nn.Module:

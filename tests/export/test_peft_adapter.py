@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from dualsft.cli import run
 from dualsft.errors import UserError
-from tests.cases import tiny_tokenizer
-from tests.selection.tiny import make
+from tests.cases import make
+from tests.world.models import tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3 moe"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.finetune.runs import Workspace, make_workspace
+from tests.world.jobs import Workspace, make_workspace
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
-from tests.finetune.runs import Workspace, make_workspace, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import Workspace, make_workspace, trainer
 
 AVERAGES: dict[str, Any] = {
     "EMA": lambda: EMAWeightAveraging(decay=0.7),
@@ -69,7 +70,7 @@ class Losses(Callback):
 def test_averages_are_those_of_dense_weights(workspace: Workspace, folder: Path, average: str) -> None:
     """In float64 the final weights and the losses of validations on the way are those of a dense module."""
     mask = load_selection(workspace.selection).mask()
-    dense, module = Dense(workspace.base, mask), workspace.module(dtype="float64", optimizer=adam)
+    dense, module = Dense(workspace.model, mask), workspace.module(dtype="float64", optimizer=adam)
     found = []
     for net in (dense, module):
         losses = Losses()
@@ -94,7 +95,7 @@ def test_unselected_weights_keep_every_bit(tmp_path: Path, average: str) -> None
     trainer(tmp_path, callbacks=[AVERAGES[average]()], enable_checkpointing=False).fit(
         module, datamodule=workspace.data()
     )
-    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    base, mask = load_model(workspace.model).state_dict(), load_selection(workspace.selection).mask()
     for name, weight in weights(module).items():
         assert torch.equal(weight[~mask[name]], base[name][~mask[name]])
     for k, name in enumerate(module.compact.names):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from dualsft.errors import UserError
 from dualsft.finetune import ExportModel, best_checkpoint
-from tests.finetune.runs import Workspace, fit, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import Workspace, fit, trainer
 
 RATE = 2.0
 OVERSHOOTING = ["--optimizer", "SGD", "--optimizer.lr", str(RATE)]

@@ -18,7 +18,8 @@ from dualsft.export.delta import apply_delta, open_delta
 from dualsft.finetune import ExportModel
 from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.selection import load_selection
-from tests.finetune.runs import Workspace, make_workspace, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import Workspace, make_workspace, trainer
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -33,8 +34,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_export_is_base_plus_delta(exported: Workspace) -> None:
     """Plain transformers loads ``model/``; it has the bits of the base model with the delta applied."""
     found = AutoModelForCausalLM.from_pretrained(exported.folder / "model")
-    base = load_model(exported.base)
-    apply_delta(exported.folder / "delta.safetensors", base, model_fingerprint(exported.base))
+    base = load_model(exported.model)
+    apply_delta(exported.folder / "delta.safetensors", base, model_fingerprint(exported.model))
     assert found.dtype == base.dtype
     for (name, tuned), (_, expected) in zip(found.named_parameters(), base.named_parameters(), strict=True):
         assert torch.equal(tuned, expected), name
@@ -42,7 +43,7 @@ def test_export_is_base_plus_delta(exported: Workspace) -> None:
 
 def test_export_changes_the_selected_weights_alone(exported: Workspace) -> None:
     """Every unselected weight of ``model/`` has the base model's bits, and many a selected one has not."""
-    found, base = load_model(str(exported.folder / "model")), load_model(exported.base).state_dict()
+    found, base = load_model(str(exported.folder / "model")), load_model(exported.model).state_dict()
     mask = load_selection(exported.selection).mask()
     moved = 0
     for name, tuned in found.named_parameters():
@@ -57,10 +58,10 @@ def test_delta_file(exported: Workspace) -> None:
     Entries are those, and only those, that have changed.
     """
     found = dict(load_model(str(exported.folder / "model")).named_parameters())
-    base = dict(load_model(exported.base).named_parameters())
+    base = dict(load_model(exported.model).named_parameters())
     trained = [name for name, weight in base.items() if not torch.equal(weight, found[name])]
     with safe_open(exported.folder / "delta.safetensors", framework="pt") as stored:
-        assert stored.metadata()["base_fingerprint"] == model_fingerprint(exported.base)
+        assert stored.metadata()["base_fingerprint"] == model_fingerprint(exported.model)
         assert sorted(stored.keys()) == sorted(f"{name}.{part}" for name in trained for part in ("index", "value"))
         for name in trained:
             index, value = stored.get_tensor(f"{name}.index"), stored.get_tensor(f"{name}.value")
@@ -72,7 +73,7 @@ def test_delta_file(exported: Workspace) -> None:
 
 def test_export_brings_its_tokenizer(exported: Workspace) -> None:
     """The folder stands alone: its tokenizer is the base model's."""
-    found, base = (AutoTokenizer.from_pretrained(path) for path in (exported.folder / "model", exported.base))
+    found, base = (AutoTokenizer.from_pretrained(path) for path in (exported.folder / "model", exported.model))
     text = "3 + 9? 3 and 9 make #### 12"
     assert found(text)["input_ids"] == base(text)["input_ids"]
     assert not list(exported.folder.glob("*.partial"))
@@ -82,17 +83,17 @@ def test_export_brings_its_tokenizer(exported: Workspace) -> None:
 def test_export_keeps_the_base_s_generation_settings(exported: Workspace) -> None:
     """Not one that the library would refuse to write is lost."""
     settings = json.loads((exported.folder / "model" / "generation_config.json").read_text())
-    assert settings == json.loads((Path(exported.base) / "generation_config.json").read_text())
+    assert settings == json.loads((Path(exported.model) / "generation_config.json").read_text())
 
 
 def test_extracting_finds_the_fit_s_own_delta(exported: Workspace, folder: Path) -> None:
     """Of base and ``model/`` it is the same entries; what applying gives has the fit's own model card."""
     folder.mkdir()
-    prepare_extract(exported.base, str(exported.folder / "model"))(folder)
+    prepare_extract(exported.model, str(exported.folder / "model"))(folder)
     found, expected = (load_file(path / "delta.safetensors") for path in (folder, exported.folder))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    prepare_apply(exported.base, str(exported.folder / "delta.safetensors"))(folder)
+    prepare_apply(exported.model, str(exported.folder / "delta.safetensors"))(folder)
     assert (folder / "README.md").read_bytes() == (exported.folder / "model" / "README.md").read_bytes()
 
 
@@ -102,12 +103,12 @@ def test_model_card(exported: Workspace) -> None:
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None  # a folder of this machine is no hub id
     delta = open_delta(exported.folder / "delta.safetensors")
-    changed, total = sum(delta.counts.values()), sum(p.numel() for p in load_model(exported.base).parameters())
+    changed, total = sum(delta.counts.values()), sum(p.numel() for p in load_model(exported.model).parameters())
     assert f"with {changed:,} of its {total:,} weights" in card.text
-    train, validation = read_records(exported.pool), read_records(exported.validation)
+    train, validation = read_records(exported.train), read_records(exported.validation)
     assert f"training data: pool.jsonl, 24 rows, SHA-256 `{train.fingerprint}`" in card.text
     assert "optimizer: AdamW (lr 0.003, betas 0.9, 0.999, eps 1e-08, weight_decay 0.1)" in card.text
-    for line in ("- epochs: 2", "- examples: 17", "- batch tokens: 400", model_fingerprint(exported.base)):
+    for line in ("- epochs: 2", "- examples: 17", "- batch tokens: 400", model_fingerprint(exported.model)):
         assert line in card.text
     assert str(exported.folder) not in card.content
     assert str(exported.folder) not in json.dumps(delta.about)
@@ -180,7 +181,7 @@ def test_old_model_is_never_half_deleted(workspace: Workspace, folder: Path, mon
 
 def test_export_is_for_fine_tuning(workspace: Workspace, folder: Path) -> None:
     """Another module's weights are not exported."""
-    module: LightningModule = EvaluationModule(workspace.base)
+    module: LightningModule = EvaluationModule(workspace.model)
     run: Trainer = trainer(folder)
     with pytest.raises(UserError, match="not a EvaluationModule"):
         ExportModel(str(folder)).on_fit_end(run, module)

@@ -9,7 +9,7 @@ from lightning import Callback
 
 from dualsft.data.layout import Layout
 from dualsft.finetune import FitReport, report
-from tests.finetune.runs import SaveOften, Workspace, trainer
+from tests.world.jobs import SaveOften, Workspace, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback
 
 from dualsft.trainer import latest_checkpoint
-from tests.finetune.runs import fit, fit_options, make_workspace
+from tests.world.jobs import fit, fit_options, make_workspace
 
 
 class Kill(Callback):
@@ -38,7 +38,7 @@ def masters(folder: Path) -> dict[str, torch.Tensor]:
 def test_sigkill_within_an_accumulation(tmp_path: Path) -> None:
     """Killed between two batches of one step, in mid-epoch, a resumed run ends with the same masters and files."""
     workspace = make_workspace(tmp_path, torch.bfloat16)
-    often = ["--trainer.callbacks+", "tests.finetune.runs.SaveOften", "--trainer.callbacks.folder"]
+    often = ["--trainer.callbacks+", "tests.world.jobs.SaveOften", "--trainer.callbacks.folder"]
     options = ["--trainer.limit_train_batches", "3", "--trainer.accumulate_grad_batches", "2"]
     options += ["--optimizer", "AdamW", "--optimizer.lr", "1e-3", "--model.loss", "token_mean"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

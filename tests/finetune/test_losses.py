@@ -13,7 +13,8 @@ from dualsft.data.layout import Batch, Layout, one_example
 from dualsft.models.loading import load_model
 from dualsft.objectives import token_losses
 from dualsft.selection import load_selection
-from tests.finetune.runs import SaveOften, Workspace, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import SaveOften, Workspace, trainer
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -53,7 +54,7 @@ def test_steps_are_those_of_a_plain_loop(workspace: Workspace, folder: Path, los
     module = workspace.module(dtype="float64", optimizer=sgd, loss=loss)
     run = trainer(folder, accumulate_grad_batches=4, gradient_clip_val=1.5)
     run.fit(module, datamodule=workspace.data(**options))
-    model, mask = load_model(workspace.base, "float64"), load_selection(workspace.selection).mask()
+    model, mask = load_model(workspace.model, "float64"), load_selection(workspace.selection).mask()
     optimizer, loader = sgd(model.parameters()), workspace.data(**options).train_dataloader()
     assert isinstance(loader.sampler, TrainingBatches)
     assert len(loader) % 4

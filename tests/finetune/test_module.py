@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses, token_losses
 from dualsft.selection import load_selection
 from dualsft.sharding.strategy import FSDP2
-from tests.cases import save_tiny_model, write_jsonl
-from tests.finetune.runs import CHOSEN, SaveOften, Workspace, adamw, make_workspace, select, trainer, weights
+from tests.world.data import write_jsonl
+from tests.world.fits import weights
+from tests.world.jobs import CHOSEN, SaveOften, Workspace, adamw, make_workspace, save_selection, trainer
+from tests.world.models import save_tiny_model
 
 
 def decaying(optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -28,7 +31,7 @@ def decaying(optimizer: torch.optim.Optimizer) -> LRScheduler:
 
 def reference(workspace: Workspace, mask: dict[str, Tensor], accumulated: int, clip: float) -> dict[str, Tensor]:
     """A plain loop over the same batches: dense float64 weights under masked gradients."""
-    model = load_model(workspace.base, "float64")
+    model = load_model(workspace.model, "float64")
     named = dict(model.named_parameters())
     before = {name: weight.detach().clone() for name, weight in named.items()}
     optimizer = adamw(named.values())
@@ -78,7 +81,7 @@ def test_fit_changes_the_selected_weights_alone(workspace: Workspace, folder: Pa
     """After a fit, unselected weights have every bit of the base model's, and nearly all selected ones have moved."""
     module = workspace.module()
     trainer(folder).fit(module, datamodule=workspace.data())
-    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    base, mask = load_model(workspace.model).state_dict(), load_selection(workspace.selection).mask()
     moved = 0
     for name, weight in weights(module).items():
         assert torch.equal(weight[~mask[name]], base[name][~mask[name]])
@@ -272,14 +275,14 @@ def test_selection_for_another_model_is_refused(workspace: Workspace, tmp_path: 
     module = workspace.module(model_name_or_path=other)
     with pytest.raises(UserError) as caught:
         trainer(tmp_path).fit(module, datamodule=workspace.data())
-    assert workspace.base in str(caught.value)
+    assert workspace.model in str(caught.value)
     assert other in str(caught.value)
 
 
 def test_validation_set_without_responses_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     """Lightning would skip it in silence."""
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "1 + 1?", "response": ""}])
-    for given, key in ((empty, "data.validation"), ({"a": workspace.pool, "b": empty}, "data.validation.b")):
+    for given, key in ((empty, "data.validation"), ({"a": workspace.train, "b": empty}, "data.validation.b")):
         with pytest.raises(UserError, match=rf"No example of {key} has .*\(0 ok, 1 empty, 0 truncated\)"):
             trainer(tmp_path).fit(workspace.module(), datamodule=workspace.data(validation=given))
 
@@ -393,21 +396,21 @@ def test_resuming_with_another_selection_is_refused(workspace: Workspace, tmp_pa
     """A checkpoint of other weights (as many of them), other examples, another base or program is not taken up."""
     callback = ModelCheckpoint(tmp_path)
     trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(workspace.module(), datamodule=workspace.data())
-    mask, chosen, base = load_selection(workspace.selection).mask(), CHOSEN, workspace.base
+    mask, chosen, inputs = load_selection(workspace.selection).mask(), CHOSEN, workspace
     if what == "weights":
         mask = {name: chosen.flatten().roll(1).view(chosen.shape) for name, chosen in mask.items()}
     if what == "examples":
         chosen = [*CHOSEN[:-1], 23]
     if what == "base":
-        base = save_tiny_model(tmp_path / "base", seed=1)
+        inputs = replace(workspace, model=save_tiny_model(tmp_path / "base", seed=1))
     if what == "foreign":
         state = torch.load(callback.best_model_path, weights_only=True)
         del state["dualsft"]
         torch.save(state, callback.best_model_path)
-    other = select(tmp_path / "selection", base, workspace.pool, mask, chosen)
+    other = save_selection(tmp_path / "selection", inputs, mask, chosen)
     with pytest.raises(UserError, match="another base model or another selection"):
         trainer(tmp_path).fit(
-            workspace.module(model_name_or_path=base, selection=other),
+            workspace.module(model_name_or_path=inputs.model, selection=other),
             datamodule=workspace.data(selection=other),
             ckpt_path=callback.best_model_path,
             weights_only=True,

@@ -10,13 +10,14 @@ from dualsft.data.layout import one_example
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
-from tests.finetune.runs import Workspace, adamw, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import Workspace, adamw, trainer
 
 
 def test_a_packed_fit_equals_a_loop_over_single_examples(workspace: Workspace, folder: Path) -> None:
     """The step of a packed batch is that of its examples' mean loss, each computed alone and unpadded."""
     data = workspace.data(packing=True)
-    model = load_model(workspace.base, "float64")
+    model = load_model(workspace.model, "float64")
     optimizer = adamw(model.parameters())
     loader = data.train_dataloader()
     assert max(len(batch["example_id"]) for batch in loader) > 1
@@ -42,5 +43,5 @@ def test_a_model_that_mixes_packed_examples_is_refused(
     module = workspace.module()
     with pytest.raises(UserError, match=r"lets packed examples see one another.*; set data.packing to false"):
         trainer(folder).fit(module, datamodule=workspace.data(packing=True))
-    before = dict(load_model(workspace.base).named_parameters())
+    before = dict(load_model(workspace.model).named_parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in weights(module).items())

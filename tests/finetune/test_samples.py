@@ -12,8 +12,9 @@ from dualsft.errors import UserError
 from dualsft.evaluation.generation import last_turn
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.finetune.samples import Samples
-from tests.cases import write_jsonl
-from tests.finetune.runs import SaveOften, Workspace, trainer, weights
+from tests.world.data import write_jsonl
+from tests.world.fits import weights
+from tests.world.jobs import SaveOften, Workspace, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 

@@ -15,7 +15,8 @@ from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.selection import load_selection
-from tests.finetune.runs import Workspace, fit, trainer, weights
+from tests.world.fits import weights
+from tests.world.jobs import Workspace, fit, trainer
 
 STEPS = 6  # three epochs of two batches
 SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
@@ -78,7 +79,7 @@ def test_lbfgs_under_the_trainer(workspace: Workspace, folder: Path, clip: float
     lbfgs = lambda parameters: torch.optim.LBFGS(parameters, lr=0.5, max_iter=evaluations, max_eval=9)  # noqa: E731
     module, data = workspace.module(dtype="float64", optimizer=lbfgs), workspace.data()
     trainer(folder, max_epochs=1, limit_train_batches=2, gradient_clip_val=clip).fit(module, datamodule=data)
-    model, mask = load_model(workspace.base, "float64"), load_selection(workspace.selection).mask()
+    model, mask = load_model(workspace.model, "float64"), load_selection(workspace.selection).mask()
     optimizer = lbfgs(model.parameters())
     for batch in islice(workspace.data().train_dataloader(), 2):
 

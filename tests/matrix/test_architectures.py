@@ -18,21 +18,8 @@ from dualsft.matrix.linear_tap import LinearHook
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from tests.selection.tiny import (
-    ARCHITECTURES,
-    Gradients,
-    assert_rows,
-    assert_same_gradients,
-    collate,
-    float64_throughout,
-    given,
-    gradient_loop,
-    make,
-    make_examples,
-    pack,
-    random_direction,
-    total,
-)
+from tests.cases import ARCHITECTURES, Gradients, collate, given, make, make_examples, pack, random_direction
+from tests.references import assert_rows, assert_same_gradients, float64_throughout, gradient_loop, total
 
 EXAMPLES = make_examples()
 FLOAT64, FLOAT32 = 1e-12, 1e-5

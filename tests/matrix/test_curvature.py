@@ -17,20 +17,8 @@ from dualsft.matrix.curvature import (
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
-from tests.selection.tiny import (
-    ARCHITECTURES,
-    Gradients,
-    assert_same_gradients,
-    collate,
-    float64_throughout,
-    given,
-    llama,
-    make,
-    make_examples,
-    pack,
-    random_direction,
-    total,
-)
+from tests.cases import ARCHITECTURES, Gradients, collate, given, llama, make, make_examples, pack, random_direction
+from tests.references import assert_same_gradients, float64_throughout, total
 
 EXAMPLES = make_examples()
 SMOOTH = sorted(set(ARCHITECTURES) - {"opt"})

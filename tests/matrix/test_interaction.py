@@ -16,20 +16,8 @@ from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, RowSums, check_covered
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
-from tests.selection.tiny import (
-    ARCHITECTURES,
-    Example,
-    Gradients,
-    assert_rows,
-    assert_same_gradients,
-    collate,
-    gradient_loop,
-    llama,
-    make,
-    make_examples,
-    random_direction,
-    total,
-)
+from tests.cases import ARCHITECTURES, Example, Gradients, collate, llama, make, make_examples, random_direction
+from tests.references import assert_rows, assert_same_gradients, gradient_loop, total
 
 
 def both_sums(model: Any, examples: list[Example], u: Gradients) -> tuple[list[float], Gradients]:

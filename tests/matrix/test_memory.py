@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from tests.cases import random_batch, tiny_llama
-from tests.selection.tiny import collate, given, llama, make_examples, random_direction
+from tests.cases import collate, given, llama, make_examples, random_direction
+from tests.world.data import random_batch
+from tests.world.models import tiny_llama
 
 
 def peak(work: Callable[[], object]) -> int:

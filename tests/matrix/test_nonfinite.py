@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dualsft.data.layout import Batch
 from dualsft.matrix.nonfinite import all_finite, drop_examples, finite_losses, nonfinite_examples
-from tests.selection.tiny import collate, make_examples, pack
+from tests.cases import collate, make_examples, pack
 
 
 def padded() -> Batch:

@@ -35,8 +35,8 @@ from dualsft.models.loading import Dtype
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import Statistics, directions, preconditioner
 from dualsft.selection.passes import scoring_mode
-from tests.selection.runs import SGD, Inputs, select, write_inputs
-from tests.selection.tiny import given
+from tests.cases import given
+from tests.world.jobs import SGD, Inputs, select, write_inputs
 
 Reference = tuple[Checkpoint, list[int], Scores]
 

@@ -10,19 +10,8 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype, gradient_pass
 from dualsft.objectives import example_losses
 from dualsft.selection.remedies import remedies_by_key
-from tests.selection.tiny import (
-    Example,
-    Gradients,
-    assert_same_gradients,
-    collate,
-    given,
-    gradient_loop,
-    inner,
-    make,
-    make_examples,
-    random_direction,
-    total,
-)
+from tests.cases import Example, Gradients, collate, given, make, make_examples, random_direction
+from tests.references import assert_same_gradients, gradient_loop, inner, total
 
 EXPLOSIVE = 60
 

@@ -6,17 +6,9 @@ import torch
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import SKETCH_SIZE, Measurement, fold, random_signs
+from tests.cases import given, make, make_examples, random_direction
 from tests.matrix.test_passes import batches_of
-from tests.selection.tiny import (
-    assert_same_gradients,
-    given,
-    gradient_loop,
-    inner,
-    make,
-    make_examples,
-    random_direction,
-    total,
-)
+from tests.references import assert_same_gradients, gradient_loop, inner, total
 
 EVERYTHING = ("loss", "gradient_norm", "preconditioned_gradient_norm", "sketch")
 

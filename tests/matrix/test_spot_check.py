@@ -9,7 +9,7 @@ from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.spot_check import check_packing
-from tests.selection.tiny import collate, given, make, make_examples, pack, random_direction
+from tests.cases import collate, given, make, make_examples, pack, random_direction
 
 
 def packed(lengths: tuple[int, ...] = (9, 4, 13, 5)) -> Batch:

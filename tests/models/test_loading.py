@@ -19,7 +19,7 @@ from dualsft.models.loading import (
     parameter_shapes,
     tokenizer_fingerprint,
 )
-from tests.cases import save_tiny_model, tiny_llama, tiny_tokenizer
+from tests.world.models import save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualsft.objectives import example_losses, token_losses
-from tests.selection.tiny import collate, make, make_examples
+from tests.cases import collate, make, make_examples
 
 
 def test_token_losses_equal_log_softmax_at_the_next_token() -> None:

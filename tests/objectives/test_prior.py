@@ -15,19 +15,8 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.selection import Warmup
 from dualsft.selection.prior import Prior
-from tests.objectives.slow_prior import slow_prior
-from tests.selection.tiny import (
-    Example,
-    Gradients,
-    assert_same_gradients,
-    collate,
-    float64_throughout,
-    inner,
-    make,
-    make_examples,
-    pack,
-    random_direction,
-)
+from tests.cases import Example, Gradients, collate, make, make_examples, pack, random_direction
+from tests.references import assert_same_gradients, float64_throughout, inner, slow_prior
 
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
 

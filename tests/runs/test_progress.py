@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dualsft.runs.progress import PhaseLog, say
-from tests.selection.tiny import collate, make_examples
+from tests.cases import collate, make_examples
 
 
 def batches() -> list[Any]:

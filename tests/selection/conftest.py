@@ -1,6 +1,6 @@
 import pytest
 
-from tests.selection.runs import Inputs, write_inputs
+from tests.world.jobs import Inputs, write_inputs
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from dualsft import load_selection
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
-from tests.selection.runs import ADAM, LINES, OK, SGD, STATUS, Inputs, contents, select, slow_scores, write_inputs
-from tests.selection.tiny import assert_same_gradients
+from tests.references import assert_same_gradients, slow_scores
+from tests.world.data import LINES, OK, STATUS
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 CONFIG = "seed_everything: 3\n# é\n"
 

@@ -13,7 +13,8 @@ from dualsft.models.loading import load_model
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
-from tests.selection.runs import ADAM, OK, SGD, Inputs, contents, select
+from tests.world.data import OK
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select
 
 
 class Curious(DataAllocator):

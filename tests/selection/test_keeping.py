@@ -22,10 +22,9 @@ from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import DiagonalFisher, HessianVector
 from dualsft.selection import passes, warmup
 from dualsft.selection.prior import Prior
-from tests.selection.kills import KilledError, kill_at, killed_run
-from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
-from tests.selection.tiny import collate, make_examples
-from tests.selection.traps import PoolAware, poisoned_by
+from tests.cases import collate, make_examples
+from tests.world.faults import KilledError, PoolAware, kill_at, killed_run, poisoned_by
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 ALWAYS: dict[str, Any] = {"save_minutes": 1e-9}
 """The state is kept before every batch."""
@@ -90,7 +89,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """A selection, to be made."""
     found = CASES[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.selection.runs.SelectionModule", found.module)
+        patch.setattr("tests.world.jobs.SelectionModule", found.module)
         yield found
 
 

@@ -20,7 +20,7 @@ from dualsft.selection.json_values import Part, describe_part
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.settings import SelectionSettings, describe_settings, options
-from tests.selection.runs import SGD, Inputs, select
+from tests.world.jobs import SGD, Inputs, select
 
 EXAMPLE = Path(__file__).with_name("manifest.json")
 """Of a tiny selection, as dualsft 0.1.0 wrote it."""

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection import Warmup
 from dualsft.selection.warmup import EPS
-from tests.cases import save_tiny_model
-from tests.selection.runs import ADAM, LINES, OK, SGD, Inputs, contents, select, slow_scores, write_inputs
-from tests.selection.tiny import assert_same_gradients
+from tests.references import assert_same_gradients, slow_scores
+from tests.world.data import LINES, OK, write_jsonl
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
+from tests.world.models import save_tiny_model
 
 
 def test_adam_scores_equal_the_loop_at_the_warmed_up_model(inputs: Inputs, tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ class Poisoned(SelectionModule):
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Selections meet examples whose gradient is not finite."""
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", Poisoned)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", Poisoned)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -167,10 +169,9 @@ def test_a_count_that_finite_examples_cannot_meet_is_refused(inputs: Inputs, tmp
 @pytest.mark.parametrize("which", ["train", "validation"])
 def test_nothing_finite_is_an_error(inputs: Inputs, tmp_path: Path, which: str) -> None:
     """Where no example of the pool, or of the validation set, is finite, nothing is selected."""
-    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
-    long.write_text(f'{{"prompt": "long", "response": "{"and " * 9}"}}\n')
-    short.write_text('{"prompt": "x", "response": "y"}\n')
-    paths = {"train": str(long), "validation": str(long), which: str(short)}
+    long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "long", "response": "and " * 9}])
+    short = write_jsonl(tmp_path / "short.jsonl", [{"prompt": "x", "response": "y"}])
+    paths = {"train": long, "validation": long, which: short}
     kind = "example of data.train" if which == "train" else "validation example"
     with pytest.raises(UserError, match=f"No {kind} has a finite loss and gradient"):
         select(Inputs(inputs.model, **paths), tmp_path / "out", SGD)
@@ -180,14 +181,13 @@ def test_nothing_finite_is_an_error(inputs: Inputs, tmp_path: Path, which: str) 
 def test_nonfinite_validation_examples_are_left_out(inputs: Inputs, tmp_path: Path) -> None:
     """The scores are those of the validation set without them."""
     lines = [
-        '{"prompt": "What is 1 + 1?", "response": "2, of course, and never 3."}\n',
-        '{"prompt": "", "response": "y"}\n',
+        '{"prompt": "What is 1 + 1?", "response": "2, of course, and never 3."}',
+        '{"prompt": "", "response": "y"}',
     ]
     scores = []
     for count in (1, 2):
-        path = tmp_path / f"{count}.jsonl"
-        path.write_text("".join(lines[:count]))
-        found = select(Inputs(inputs.model, inputs.train, str(path)), tmp_path / f"out{count}", SGD)
+        path = write_jsonl(tmp_path / f"{count}.jsonl", lines[:count])
+        found = select(replace(inputs, validation=path), tmp_path / f"out{count}", SGD)
         scores.append([score for score in found.examples["score"].to_pylist() if score is not None])
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
     assert any(scores[0])
@@ -283,11 +283,9 @@ def test_a_mistake_leaves_no_folder_behind(
 @pytest.mark.parametrize("which", ["train", "validation"])
 def test_data_without_responses_is_refused(inputs: Inputs, tmp_path: Path, which: str) -> None:
     """If no row has a response to score by, the counts tell why, and no folder is made."""
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text('{"prompt": "a", "response": ""}\n{"prompt": "b", "response": ""}\n')
-    paths = {"train": inputs.train, "validation": inputs.validation, which: str(empty)}
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "a", "response": ""}, {"prompt": "b", "response": ""}])
     with pytest.raises(UserError, match=rf"No example of data\.{which} has a response .*0 ok, 2 empty, 0 truncated"):
-        select(Inputs(inputs.model, **paths), tmp_path / "out", SGD)
+        select(replace(inputs, **{which: empty}), tmp_path / "out", SGD)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """An example that is not finite is left out alone, whatever shares its row, its batch or its scorer's passes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,11 @@ from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from tests.selection.runs import LINES, OK, SGD, Inputs, select
-from tests.selection.tiny import (
-    Example,
-    assert_same_gradients,
-    collate,
-    given,
-    gradient_loop,
-    inner,
-    make,
-    make_examples,
-    random_direction,
-    total,
-)
-from tests.selection.traps import Kind, PoolAware, poison, poisoned_by
+from tests.cases import Example, collate, given, make, make_examples, random_direction
+from tests.references import assert_same_gradients, gradient_loop, inner, total
+from tests.world.data import LINES, OK, write_jsonl
+from tests.world.faults import Kind, PoolAware, poison, poisoned_by
+from tests.world.jobs import SGD, Inputs, select
 
 BAD = {"loss": 58, "gradient": 59}
 """The token that each kind of trap is sprung by."""
@@ -120,12 +112,11 @@ def test_both_passes_of_a_scorer_leave_out_the_same(
 ) -> None:
     """With a scorer of two passes, all scores are those of the pool without the bad examples, and their sums agree."""
     bad = {0, 9}  # the only ones with these letters
-    rest = tmp_path / "rest.jsonl"
-    rest.write_text("".join(f"{line}\n" for i, line in enumerate(LINES) if i not in bad), encoding="utf-8")
+    rest = write_jsonl(tmp_path / "rest.jsonl", [line for i, line in enumerate(LINES) if i not in bad])
     options = {**SGD, "scorer": PoolAware(), "data_budget": 3}
     data = {"packing": packing}
-    expected = select(Inputs(inputs.model, str(rest), inputs.validation), tmp_path / "rest", options, data=data)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    expected = select(replace(inputs, train=rest), tmp_path / "rest", options, data=data)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
     found = select(inputs, tmp_path / "all", options, data=data)
     assert {i for i, s in enumerate(found.examples["status"].to_pylist()) if s == "nonfinite"} == bad
     scores = [[s for s in e.examples["score"].to_pylist() if s is not None] for e in (found, expected)]
@@ -142,8 +133,7 @@ def test_a_pool_without_a_finite_example_has_no_gradient(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the pool that is named, not the scorer that was to divide by none."""
-    pool = tmp_path / "pool.jsonl"
-    pool.write_text('{"prompt": "Paris", "response": "y"}\n')
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(loss="P"))
+    pool = write_jsonl(tmp_path / "pool.jsonl", [{"prompt": "Paris", "response": "y"}])
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(loss="P"))
     with pytest.raises(UserError, match=r"No example of data\.train has a finite loss and gradient"):
-        select(Inputs(inputs.model, str(pool), inputs.validation), tmp_path / "out", {**SGD, "scorer": PoolAware()})
+        select(replace(inputs, train=pool), tmp_path / "out", {**SGD, "scorer": PoolAware()})

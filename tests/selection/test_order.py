@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,19 @@ from dualsft.objectives import example_losses
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, passes
 from dualsft.selection.passes import Passes
-from tests.cases import save_tiny_model
-from tests.selection.kills import killed_run
-from tests.selection.runs import SGD, Inputs, contents, select
-from tests.selection.tiny import (
-    Gradients,
+from tests.cases import Gradients, collate, given, make, make_examples, random_direction
+from tests.references import (
     assert_rows,
     assert_same_gradients,
-    collate,
     float64_throughout,
-    given,
     gradient_loop,
     inner,
     inner_size,
-    make,
-    make_examples,
-    random_direction,
     total,
 )
-from tests.selection.traps import PoolAware, poisoned_by
+from tests.world.data import write_jsonl
+from tests.world.faults import PoolAware, killed_run, poisoned_by
+from tests.world.jobs import SGD, Inputs, contents, select, write_inputs
 
 LINES = [
     '{"prompt": "What is 2 + 2?", "response": "4, of course."}',
@@ -80,10 +74,7 @@ STEPS = {"first order": 0.3, "fisher": 30.0, "hessian": 0.1}
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """A tied Llama, and a pool of distinct rows, so that no choice hangs on a tie."""
-    folder = tmp_path_factory.mktemp("inputs")
-    for name, lines in (("train", LINES), ("validation", VALIDATION)):
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Inputs(save_tiny_model(folder / "model"), str(folder / "train.jsonl"), str(folder / "validation.jsonl"))
+    return write_inputs(tmp_path_factory.mktemp("inputs"), LINES, VALIDATION)
 
 
 @dataclass
@@ -472,12 +463,11 @@ def test_what_is_not_finite_is_left_out_of_every_pass(
     A first-order u that is made before the first pass is over as many examples as there seem to be, so that the scores
     of that pass are smaller by a factor.
     """
-    rest = tmp_path / "rest.jsonl"
-    rest.write_text("".join(f"{line}\n" for i, line in enumerate(LINES) if i not in BAD), encoding="utf-8")
+    rest = write_jsonl(tmp_path / "rest.jsonl", [line for i, line in enumerate(LINES) if i not in BAD])
     scorer = PoolAware() if kind == "pool aware" else FirstOrder()
     options: dict[str, Any] = {"scorer": scorer, "order": order, "rounds": rounds}
-    expected = run(Inputs(inputs.model, str(rest), inputs.validation), tmp_path / "rest", **options)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    expected = run(replace(inputs, train=rest), tmp_path / "rest", **options)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
     found = run(inputs, tmp_path / "all", **options)
     assert [i for i, status in enumerate(found.examples["status"].to_pylist()) if status == "nonfinite"] == BAD
     rows = rows_of(found)

@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from dualsft.errors import UserError
-from tests.selection.runs import ADAM, SGD, Inputs, select
+from tests.world.jobs import ADAM, SGD, Inputs, select
 
 
 @pytest.mark.parametrize("options", [SGD, {**SGD, "token_scores": True}, {**SGD, "gradient_checkpointing": True}])

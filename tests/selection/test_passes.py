@@ -16,11 +16,11 @@ from dualsft.errors import UserError
 from dualsft.matrix import spot_check, tap
 from dualsft.runs.keeping import PhaseKeeper
 from dualsft.selection import Selection, passes
-from tests.selection.kills import kill_at, killed_run
-from tests.selection.runs import ADAM, OK, SGD, Inputs, contents, select
+from tests.references import assert_same_gradients
 from tests.selection.test_keeping import ALWAYS, resumed_until_done
-from tests.selection.tiny import assert_same_gradients
-from tests.selection.traps import SHORTAGES, PoolAware, Shortage
+from tests.world.data import OK
+from tests.world.faults import SHORTAGES, PoolAware, Shortage, kill_at, killed_run
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select
 
 TWICE: dict[str, Any] = {**SGD, "scorer": PoolAware()}
 
@@ -85,7 +85,7 @@ def test_a_shortage_halves_the_batches(
 ) -> None:
     """Wherever it happens, the scores are those of a run with enough memory, and one line tells what was done."""
     trap = Shortage(SHORTAGES["accelerator"], run, backward=backward)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
     found = select(inputs, tmp_path, {"one": SGD, "two": TWICE}[scorer])
     assert_same_scores(found, plain[scorer])
     assert found.manifest["scoring_batch_tokens"] == 50
@@ -144,7 +144,7 @@ def test_a_gradient_left_half_done_is_dropped(
             super().configure_model()
             self.model.lm_head.weight.register_post_accumulate_grad_hook(fail)
 
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", Trapped)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", Trapped)
     found = select(inputs, tmp_path, TWICE)
     assert [phase["name"] for phase in found.manifest["phases"]][2] == "scores"
     assert len(completed) == 6
@@ -170,7 +170,7 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
         left.append(sum(reference() is not None for reference in alive))
         return original(*rest, **options)
 
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", Watched)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", Watched)
     monkeypatch.setattr(passes, "gradient_pass", looking)
     totals = torch.zeros_like
 
@@ -195,7 +195,7 @@ def test_a_second_shortage_stops_the_run(inputs: Inputs, tmp_path: Path, monkeyp
     for name, times in (("a", (2, 3)), ("b", (1, 4))):
         trap = Shortage(SHORTAGES["accelerator"], *times)
         with monkeypatch.context() as patch:
-            patch.setattr("tests.selection.runs.SelectionModule", trap.module())
+            patch.setattr("tests.world.jobs.SelectionModule", trap.module())
             with pytest.raises(
                 UserError,
                 match=r"in the scores \(at a request for 2.00 GiB\) with batches of 50 tokens, halved already; set "
@@ -212,7 +212,7 @@ def test_a_shortage_where_half_is_too_small_stops_at_once(
 ) -> None:
     """If the longest example of all does not fit into half a batch there is nothing to try."""
     trap = Shortage(SHORTAGES["host"], run)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
     longest = max(len(ids) for which in ("train", "validation") for ids, _ in inputs.examples(which).values())
     told = f"with batches of {2 * longest - 1} tokens, and the longest example has {longest}, more than half; set model"
     with pytest.raises(UserError, match=told):
@@ -226,7 +226,7 @@ def test_other_errors_are_not_taken_for_a_shortage(
 ) -> None:
     """They end the run as they are."""
     trap = Shortage(RuntimeError("CUDA error: device-side assert triggered"), 2)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
     with pytest.raises(RuntimeError, match="device-side assert"):
         select(inputs, tmp_path, SGD)
 
@@ -241,7 +241,7 @@ def test_halves_are_kept_to_after_a_kill(
     found = []
     for kill in (False, True):
         trap = Shortage(SHORTAGES["host"], run)  # counts the runs of the model over all parts of the run
-        monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+        monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
         folder = tmp_path / str(kill)
         if kill:
             place, calls = "as soon as the state is kept", itertools.repeat(3)
@@ -266,7 +266,7 @@ def test_a_kill_while_the_batches_are_halved(
 ) -> None:
     """The state of larger batches never meets smaller ones: the run goes on with them, or begins the pass again."""
     trap = Shortage(SHORTAGES["host"], 5)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
     killed_run(inputs, tmp_path / "killed", {**SGD, **ALWAYS}, *place)
     found = select(inputs, tmp_path / "killed", {**SGD, **ALWAYS}, resume=True)
     assert found.manifest["scoring_batch_tokens"] == batch_tokens
@@ -278,7 +278,7 @@ def test_a_kill_while_the_batches_are_halved(
 def test_what_a_failed_attempt_cost_is_told(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time counts in its phase, its examples do not: they are passed again."""
     trap = Shortage(SHORTAGES["host"], 5)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", trap.module())
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
     begun: list[float] = []
     original = PhaseKeeper.begin_again
 

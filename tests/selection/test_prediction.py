@@ -19,8 +19,9 @@ from dualsft.objectives import example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection.directions import Statistics, column_totals, directions, preconditioner
 from dualsft.selection.step import along_pool_step, settle
-from tests.selection.runs import SGD, Inputs, select
-from tests.selection.tiny import given
+from tests.cases import given
+from tests.world.data import write_jsonl
+from tests.world.jobs import SGD, Inputs, select
 
 DIMENSIONS = 5
 
@@ -92,20 +93,18 @@ def test_second_order_is_exact_on_a_quadratic(step_size: Any, adam: bool) -> Non
         assert min(around) == around[1]
 
 
-def rows(path: Path, kind: str | None, count: int) -> str:
+def rows(path: Path, kind: str | None, count: int) -> list[dict[str, Any]]:
     """The first rows of an embedded file, of one source if asked."""
     records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    found = [record for record in records if kind is None or record["source"] == kind]
-    return "".join(f"{json.dumps(record)}\n" for record in found[:count])
+    return [record for record in records if kind is None or record["source"] == kind][:count]
 
 
 @pytest.mark.slow
 def test_second_order_is_nearer_on_a_language_model(tmp_path: Path) -> None:
     """On the embedded Llama and real text the measured fall of the loss is nearer to the prediction with the term."""
-    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
-    train.write_text(rows(POOL, "target", 16), encoding="utf-8")
-    validation.write_text(rows(ASSETS / "data" / "validation.jsonl", None, 8), encoding="utf-8")
-    inputs = Inputs(str(ASSETS / "model"), str(train), str(validation))
+    train = write_jsonl(tmp_path / "train.jsonl", rows(POOL, "target", 16))
+    validation = write_jsonl(tmp_path / "validation.jsonl", rows(ASSETS / "data" / "validation.jsonl", None, 8))
+    inputs = Inputs(str(ASSETS / "model"), train, validation)
     options = {**SGD, "scorer": HessianVector(), "step_size": "auto", "dtype": "float32"}
     data = {"max_length": 128, "batch_tokens": 1024}
     told = select(inputs, tmp_path / "out", options, data).manifest["prediction"]

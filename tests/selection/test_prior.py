@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,21 +25,12 @@ from dualsft.selection import Selection, Warmup, load_selection, passes
 from dualsft.selection.prior import Prior
 from dualsft.selection.warmup import EPS
 from dualsft.sharding import strategy
-from tests.cases import save_tiny_model
-from tests.objectives.slow_prior import slow_prior
-from tests.selection.kills import kill_at, killed_run
-from tests.selection.runs import OK, Inputs, contents, select
-from tests.selection.tiny import (
-    Example,
-    Gradients,
-    assert_same_gradients,
-    collate,
-    float64_throughout,
-    gradient_loop,
-    inner,
-    total,
-)
-from tests.selection.traps import poisoned_by
+from tests.cases import Example, Gradients, collate
+from tests.references import assert_same_gradients, float64_throughout, gradient_loop, inner, slow_prior, total
+from tests.world.data import OK
+from tests.world.faults import kill_at, killed_run, poisoned_by
+from tests.world.jobs import Inputs, contents, select, write_job
+from tests.world.models import save_tiny_model
 
 PRIOR = Prior(weight=5.0, fraction=0.4)
 """Heavy, as a random model is sure of nothing."""
@@ -309,7 +299,7 @@ def teachers_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any
 
     monkeypatch.setattr(strategy, "load_model", watched_load)
     monkeypatch.setattr(passes, "gradient_pass", watched_pass)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", Watched)
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", Watched)
     return loaded, alive, made
 
 
@@ -361,8 +351,8 @@ def test_the_manifest_tells_of_the_prior(inputs: Inputs, tmp_path: Path, checkpo
 def test_validation_sets_share_the_prior(inputs: Inputs, tmp_path: Path, checkpoint: str) -> None:
     """With several sets it is passed over once, and is in the objective of each."""
     one = select(inputs, tmp_path / "one", at(checkpoint, scorer=HessianVector()))
-    twice: Any = {"a": inputs.validation, "b": inputs.validation}
-    named = select(Inputs(inputs.model, inputs.train, twice), tmp_path / "two", at(checkpoint, scorer=HessianVector()))
+    twice = {"a": inputs.validation, "b": inputs.validation}
+    named = select(inputs, tmp_path / "two", at(checkpoint, scorer=HessianVector()), {"validation": twice})
     assert_scores(named, scores_of(one))
     for name in twice:
         scores = [s for s in named.examples[f"score_{name}"].to_pylist() if s is not None]
@@ -403,7 +393,7 @@ def test_anchors_that_are_not_finite_are_left_out(
     start = checkpoint if where == "checkpoint" else inputs.model
     good = [i for i in OK if i not in BAD]
     expected = reference(inputs, HessianVector(), start, [prior_of(inputs, prior, good)], pool=good)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
     options = at(checkpoint) if where == "checkpoint" else BASE
     found = select(inputs, tmp_path, {**options, "prior": prior, "scorer": HessianVector()}, {"packing": packing})
     assert set(rows_of(found)) == set(good)
@@ -416,7 +406,7 @@ def test_a_prior_without_a_finite_anchor_is_an_error(
     """It is the prior that is named."""
     only_bad = Prior(weight=1.0, fraction=0.01)
     seed = next(seed for seed in range(100) if set(anchors_of(only_bad, seed)) <= BAD)
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
     with pytest.raises(UserError, match="No prior example has a finite loss and gradient"):
         select(inputs, tmp_path, at(checkpoint, prior=only_bad), seed=seed)
 
@@ -577,23 +567,18 @@ def test_a_term_without_weight_is_left_out(inputs: Inputs, tmp_path: Path, check
 @pytest.mark.usefixtures("wide")
 def test_yaml_names_terms_by_class_path(inputs: Inputs, tmp_path: Path, checkpoint: str) -> None:
     """The command line takes the prior's settings and a list of further terms, and its own configuration replays it."""
-    config = {
-        "model": {
-            "model_name_or_path": inputs.model,
-            "dtype": "float64",
-            "preconditioner": "none",
-            "step_size": STEP,
-            "warmup": {"checkpoint": checkpoint},
-            "prior": {"weight": 5.0, "fraction": 0.4},
-            "objectives": [
-                {"class_path": "tests.selection.test_prior.Ridge", "init_args": {"weight": 0.05}},
-                {"class_path": "tests.selection.test_prior.Calm"},
-            ],
-        },
-        "data": {"train": inputs.train, "validation": inputs.validation, "max_length": 48, "batch_tokens": 100},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    model = {
+        "dtype": "float64",
+        "preconditioner": "none",
+        "step_size": STEP,
+        "warmup": {"checkpoint": checkpoint},
+        "prior": {"weight": 5.0, "fraction": 0.4},
+        "objectives": [
+            {"class_path": "tests.selection.test_prior.Ridge", "init_args": {"weight": 0.05}},
+            {"class_path": "tests.selection.test_prior.Calm"},
+        ],
     }
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    write_job(tmp_path, inputs, model=model, data={"max_length": 48, "batch_tokens": 100})
     run(["select", "--config", str(tmp_path / "job.yaml"), "--output_dir", str(tmp_path / "out")])
     found = load_selection(tmp_path / "out")
     terms = [prior_of(inputs, PRIOR, anchors_of(PRIOR)), slow_term(inputs, Ridge(0.05)), slow_term(inputs, Calm())]

@@ -20,8 +20,9 @@ from dualsft.selection import Selection, artifact, reallocation
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
-from tests.selection.runs import LINES, SGD, Inputs, contents, select
-from tests.selection.traps import poisoned_by
+from tests.world.data import LINES
+from tests.world.faults import poisoned_by
+from tests.world.jobs import SGD, Inputs, contents, select
 
 OPTIONS: dict[str, Any] = {**SGD, "data_budget": 4, "parameter_budget": 777, "token_scores": True}
 AS_BEFORE: dict[str, Any] = {
@@ -82,7 +83,7 @@ def test_budgets_count_what_select_counts(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any
 ) -> None:
     """A fraction is one of the examples with a response, those that were not finite included, as in a run."""
-    monkeypatch.setattr("tests.selection.runs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
     select(inputs, tmp_path / "source", {**SGD, "data_budget": 1})
     select(inputs, tmp_path / "selected", {**SGD, "data_budget": budget})
     reallocate(tmp_path / "source", tmp_path / "out", **{**AS_BEFORE, "data_budget": budget, "parameter_budget": 0.1})

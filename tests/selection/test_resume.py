@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Warmup, passes, scoring_checkpoint
 from dualsft.selection import run as method
-from tests.selection.kills import kill_at, killed_run
-from tests.selection.runs import ADAM, SGD, Inputs, contents, select, write_inputs
-from tests.selection.traps import PoolAware
+from tests.world.faults import PoolAware, kill_at, killed_run
+from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 OPTIONS: dict[str, Any] = {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)}
 
@@ -138,16 +138,14 @@ def test_the_step_size_may_change_until_scores_depend_on_it(inputs: Inputs, tmp_
 
 def test_other_inputs_do_not_resume(tmp_path: Path) -> None:
     """The same paths with other contents are other inputs."""
-    (tmp_path / "in").mkdir()
     inputs = write_inputs(tmp_path / "in")
     killed_run(inputs, tmp_path / "out", SGD, passes, "gradient_pass")
     with open(inputs.train, "a", encoding="utf-8") as stream:
         stream.write('{"prompt": "one", "response": "more"}\n')
-    (tmp_path / "other").mkdir()
     model = write_inputs(tmp_path / "other", seed=1).model
     with pytest.raises(UserError, match=r"other settings \(data\)"):
         select(inputs, tmp_path / "out", SGD, resume=True)
-    other = Inputs(model, inputs.train, inputs.validation)
+    other = replace(inputs, model=model)
     with pytest.raises(UserError, match=r"other settings \(data, model\)"):
         select(other, tmp_path / "out", SGD, resume=True)
 
@@ -188,7 +186,7 @@ def run_in_child(inputs: Inputs, folder: Path, started: Path, options: dict[str,
 def child(inputs: Inputs, folder: Path, *settings: dict[str, Any]) -> Any:
     """The process, to be started."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.selection.runs"])
+    processes.set_forkserver_preload(["tests.world.jobs"])
     return processes.Process(target=run_in_child, args=(inputs, folder, folder.with_suffix(".started"), *settings))
 
 

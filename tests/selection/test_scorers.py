@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,9 +11,10 @@ from dualsft.matrix import curvature
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.step import StepSize
-from tests.selection.dense import Dense, save_dense_model
-from tests.selection.runs import LINES, Inputs, select, write_inputs
-from tests.selection.tiny import float64_throughout
+from tests.references import Dense, float64_throughout
+from tests.world.data import LINES
+from tests.world.jobs import Inputs, select, write_inputs
+from tests.world.models import DENSE
 
 SCORERS: dict[str, tuple[Scorer, str, float]] = {
     "first order": (FirstOrder(), "none", 1e-10),
@@ -30,10 +30,8 @@ PRECONDITIONERS = ("none", "adam")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """The usual pool, three rows of it to validate on, and a model that has room for its Hessian."""
-    folder = tmp_path_factory.mktemp("dense")
-    (folder / "some.jsonl").write_text("\n".join(LINES[i] for i in (0, 7, 9)), encoding="utf-8")
-    model, validation = save_dense_model(folder / "small"), str(folder / "some.jsonl")
-    return replace(write_inputs(folder), model=model, validation=validation)
+    some = [LINES[i] for i in (0, 7, 9)]
+    return write_inputs(tmp_path_factory.mktemp("dense"), validation=some, noise=0.1, **DENSE)
 
 
 @pytest.fixture(scope="module")

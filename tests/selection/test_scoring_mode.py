@@ -2,17 +2,8 @@ import pytest
 
 from dualsft.matrix.passes import gradient_pass
 from dualsft.selection.passes import scoring_mode
-from tests.selection.tiny import (
-    assert_same_gradients,
-    collate,
-    given,
-    gradient_loop,
-    inner,
-    make,
-    make_examples,
-    random_direction,
-    total,
-)
+from tests.cases import collate, given, make, make_examples, random_direction
+from tests.references import assert_same_gradients, gradient_loop, inner, total
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dualsft import load_selection
 from dualsft.cli import run
-from tests.cases import sums, tiny_tokenizer, write_jsonl
+from tests.world.data import sums
+from tests.world.jobs import write_inputs, write_job
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,18 +34,8 @@ class Job:
 
     def command(self, name: str, batch_tokens: int) -> list[str]:
         """What `dualsft` is told."""
-        options = {
-            "model.model_name_or_path": self.folder / "model",
-            "data.train": self.folder / "pool.jsonl",
-            "data.validation": self.folder / "validation.jsonl",
-            "model.preconditioner": "none",
-            "model.warmup.fraction": 0,
-            "trainer.accelerator": "cpu",
-            "trainer.enable_progress_bar": "false",
-            "data.batch_tokens": batch_tokens,
-            "output_dir": self.folder / name,
-        }
-        return ["select", *(f"--{key}={value}" for key, value in options.items())]
+        options = [f"--data.batch_tokens={batch_tokens}", f"--output_dir={self.folder / name}"]
+        return ["select", "--config", str(self.folder / "job.yaml"), *options]
 
     def process(self, name: str, batch_tokens: int, limit: int = 0) -> subprocess.CompletedProcess[str]:
         """The command under a limit of its address space in bytes; without one, it tells of its peak in the end."""
@@ -71,25 +60,10 @@ class Job:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A tiny model with a large vocabulary, and a pool that fills a batch of 2,048 tokens."""
     folder = tmp_path_factory.mktemp("job")
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=40_000,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    write_jsonl(folder / "pool.jsonl", sums(80))
-    write_jsonl(folder / "validation.jsonl", sums(2))
+    sizes = {"vocab_size": 40_000, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.02}
+    inputs = write_inputs(folder, sums(80), sums(2), **sizes, **heads)
+    write_job(folder, inputs, model={"preconditioner": "none", "warmup": {"fraction": 0.0}})
     return Job(folder)
 
 

@@ -11,8 +11,8 @@ from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, 
 from dualsft.selection import Warmup, passes
 from dualsft.selection.checks import check_step_size
 from dualsft.selection.step import Along, describe, settle, warning
-from tests.selection.kills import kill_at
-from tests.selection.runs import SGD, Inputs, contents, select
+from tests.world.faults import kill_at
+from tests.world.jobs import SGD, Inputs, contents, select
 
 
 def test_a_number_is_taken_as_it_is() -> None:

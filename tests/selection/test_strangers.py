@@ -13,8 +13,8 @@ from dualsft.allocators import ScoredExamples
 from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
 from dualsft.selection import passes
-from tests.selection.kills import killed_run
-from tests.selection.runs import ADAM, SGD, Inputs, select
+from tests.world.faults import killed_run
+from tests.world.jobs import ADAM, SGD, Inputs, select
 
 FIRST = r"model\.embed_tokens\.weight"
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from dualsft.scorers import DiagonalFisher
 from dualsft.selection.summary import summary
-from tests.selection.runs import SGD, Inputs, select
+from tests.world.jobs import SGD, Inputs, select
 
 
 def test_summary_tells_what_happened(inputs: Inputs, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
 from dualsft.selection.prior import Prior
 from dualsft.selection.teacher import Teacher
-from tests.cases import random_batch
+from tests.cases import llama, random_direction
 from tests.matrix.test_memory import peak, weight_bytes
-from tests.selection.tiny import llama, random_direction
+from tests.world.data import random_batch
 
 SIZES = {"weights": (2, 6, 64), "logits": (10, 24, 1000)}
 """Examples of a batch, their tokens, and the vocabulary: what takes most of the memory."""

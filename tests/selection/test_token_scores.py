@@ -6,8 +6,9 @@ import pytest
 
 from dualsft.selection import Selection
 from dualsft.selection.summary import summary
-from tests.cases import tiny_tokenizer
-from tests.selection.runs import OK, SGD, Inputs, select
+from tests.world.data import OK
+from tests.world.jobs import SGD, Inputs, select
+from tests.world.models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,10 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import gradient_pass
 from dualsft.scorers import DiagonalFisher, HessianVector, Scorer
 from dualsft.selection import Selection
-from tests.selection.runs import OK, SGD, Inputs, select
-from tests.selection.tiny import (
-    Gradients,
-    assert_same_gradients,
-    collate,
-    given,
-    make,
-    make_examples,
-    pack,
-    random_direction,
-)
+from tests.cases import Gradients, collate, given, make, make_examples, pack, random_direction
+from tests.references import assert_same_gradients
+from tests.world.data import OK, write_jsonl
+from tests.world.jobs import SGD, Inputs, select
 
 SETS = {
     "sums": ['{"prompt": "What is 1 + 1?", "response": "2, of course."}', '{"prompt": "1, 2,", "response": "3, 4"}'],
@@ -50,30 +42,23 @@ STORED = 1e-6
 OPTIONS: dict[str, Any] = {**SGD, "dtype": "float64", "step_size": 0.5, "token_scores": True}
 
 
-def write_set(folder: Path, name: str, lines: list[str]) -> str:
-    """A file of these lines."""
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return str(path)
-
-
-def validated_on(inputs: Inputs, validation: Any) -> Inputs:
-    """The same model and pool with another source, or a mapping of several."""
-    return replace(inputs, validation=validation)
+def select_on(inputs: Inputs, validation: str | dict[str, str], folder: Path, options: dict[str, Any]) -> Selection:
+    """A selection by another validation set, or by several by name."""
+    return select(inputs, folder, options, {"validation": validation})
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Set name -> its file."""
     folder = tmp_path_factory.mktemp("sets")
-    return {name: write_set(folder, name, lines) for name, lines in SETS.items()}
+    return {name: write_jsonl(folder / f"{name}.jsonl", lines) for name, lines in SETS.items()}
 
 
 @pytest.fixture(scope="module")
 def apart(inputs: Inputs, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Selection]:
     """Set name -> a selection by that set alone."""
     folder = tmp_path_factory.mktemp("apart")
-    return {name: select(validated_on(inputs, path), folder / name, OPTIONS) for name, path in sources.items()}
+    return {name: select_on(inputs, path, folder / name, OPTIONS) for name, path in sources.items()}
 
 
 Together = Callable[[str], Selection]
@@ -86,7 +71,7 @@ def together(inputs: Inputs, sources: dict[str, str], tmp_path_factory: pytest.T
     @cache
     def run(combination: str) -> Selection:
         folder = tmp_path_factory.mktemp("together") / combination
-        return select(validated_on(inputs, sources), folder, {**OPTIONS, "combination": combination})
+        return select_on(inputs, sources, folder, {**OPTIONS, "combination": combination})
 
     return run
 
@@ -142,7 +127,7 @@ def test_a_mapping_of_one_set_has_a_column_of_its_own(
     inputs: Inputs, sources: dict[str, str], apart: dict[str, Selection], tmp_path: Path
 ) -> None:
     """It is the ``score``, which is that of the same source without a name; that has no further column."""
-    named = select(validated_on(inputs, {"towns": sources["towns"]}), tmp_path / "out", OPTIONS)
+    named = select_on(inputs, {"towns": sources["towns"]}, tmp_path / "out", OPTIONS)
     columns = apart["towns"].examples.column_names
     assert not any(name.startswith("score_") for name in columns)
     assert named.examples.column_names == [*columns, "score_towns"]
@@ -220,8 +205,8 @@ def test_second_order_sets_have_the_scores_that_they_have_alone(
     """Each set has its own curvature; the manifest's prediction is of each, and the mean of them."""
     scorer, step_size = SECOND_ORDER[kind]
     options = {**OPTIONS, "scorer": scorer, "step_size": step_size, "token_scores": False}
-    both = select(validated_on(inputs, sources), tmp_path / "both", options)
-    alone = {name: select(validated_on(inputs, path), tmp_path / name, options) for name, path in sources.items()}
+    both = select_on(inputs, sources, tmp_path / "both", options)
+    alone = {name: select_on(inputs, path, tmp_path / name, options) for name, path in sources.items()}
     for name, selection in alone.items():
         assert_same(column(both, f"score_{name}"), column(selection))
         told, expected = both.manifest["prediction"]["sets"][name], selection.manifest["prediction"]
@@ -242,17 +227,14 @@ def test_the_auto_step_minimises_the_mean_of_the_quadratics(
     """It is mean slope over mean curvature, and every score is that of a run with this number."""
     scorer = DiagonalFisher("empirical_fisher")
     options = {**OPTIONS, "scorer": scorer, "token_scores": False}
-    auto = select(validated_on(inputs, sources), tmp_path / "auto", {**options, "step_size": "auto"})
-    alone = [
-        select(validated_on(inputs, path), tmp_path / name, options).manifest["prediction"]
-        for name, path in sources.items()
-    ]
+    auto = select_on(inputs, sources, tmp_path / "auto", {**options, "step_size": "auto"})
+    alone = [select_on(inputs, path, tmp_path / name, options).manifest["prediction"] for name, path in sources.items()]
     step_size = sum(of["slope"] for of in alone) / sum(of["curvature"] for of in alone)
     own = [of["slope"] / of["curvature"] for of in alone]
     assert min(own) < 0.99 * step_size < 0.98 * max(own)  # the sets would have it otherwise each
     assert auto.manifest["step_size"] == "auto"
     assert auto.manifest["prediction"]["step_size"] == pytest.approx(step_size, rel=1e-6)
-    by_number = select(validated_on(inputs, sources), tmp_path / "number", {**options, "step_size": step_size})
+    by_number = select_on(inputs, sources, tmp_path / "number", {**options, "step_size": step_size})
     for name in ("score", *(f"score_{name}" for name in sources)):
         assert_same(column(auto, name), column(by_number, name), 1e-6)
 
@@ -261,8 +243,8 @@ def test_the_auto_step_minimises_the_mean_of_the_quadratics(
 def test_a_fixed_side_is_one_for_all_sets(inputs: Inputs, sources: dict[str, str], tmp_path: Path, order: str) -> None:
     """The combined scores choose it, each set re-scores by it, and the sums of each set agree over it."""
     options = {**OPTIONS, "token_scores": False, "order": order, "data_budget": 3, "parameter_budget": 500}
-    selection = select(validated_on(inputs, sources), tmp_path / "out", options)
-    first_side = select(validated_on(inputs, sources), tmp_path / "both", {**options, "order": "both"})
+    selection = select_on(inputs, sources, tmp_path / "out", options)
+    first_side = select_on(inputs, sources, tmp_path / "both", {**options, "order": "both"})
     columns = {name: column(selection, f"score_{name}") for name in sources}
     if order == "parameters_then_data":
         assert all(torch.equal(mask, first_side.mask()[name]) for name, mask in selection.mask().items())
@@ -280,11 +262,13 @@ def test_a_fixed_side_is_one_for_all_sets(inputs: Inputs, sources: dict[str, str
 @pytest.mark.parametrize("empty", SETS)
 def test_an_empty_set_is_named(inputs: Inputs, sources: dict[str, str], tmp_path: Path, empty: str) -> None:
     """One set without a response to validate on is enough to refuse, and no folder is made."""
-    path = write_set(tmp_path, "empty", ['{"prompt": "a", "response": ""}', '{"prompt": "b", "response": " "}'])
+    path = write_jsonl(
+        tmp_path / "empty.jsonl", ['{"prompt": "a", "response": ""}', '{"prompt": "b", "response": " "}']
+    )
     with pytest.raises(
         UserError, match=rf"No example of data\.validation\.{empty} has a response .*0 ok, 2 empty, 0 truncated"
     ):
-        select(validated_on(inputs, {**sources, empty: path}), tmp_path / "out", SGD)
+        select_on(inputs, {**sources, empty: path}, tmp_path / "out", SGD)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,10 +8,10 @@ from torch.optim import AdamW
 from dualsft.errors import UserError
 from dualsft.objectives import example_losses
 from dualsft.selection.warmup import BETAS, EPS, Warmup, warm_up
-from tests.selection.kills import kill_at
-from tests.selection.runs import ADAM, Inputs, select
-from tests.selection.tiny import Example, assert_same_gradients, collate, make, make_examples, pack
-from tests.selection.traps import SHORTAGES, Kind, Shortage, poison
+from tests.cases import Example, collate, make, make_examples, pack
+from tests.references import assert_same_gradients
+from tests.world.faults import SHORTAGES, Kind, Shortage, kill_at, poison
+from tests.world.jobs import ADAM, Inputs, select
 
 
 def batches() -> list[Any]:

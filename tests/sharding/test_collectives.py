@@ -4,7 +4,7 @@ from torch import distributed
 
 from dualsft.errors import UserError
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, local_shard
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.compact import CompactParameters
-from tests.cases import random_batch, random_mask, tiny_llama
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.data import random_batch, random_mask
+from tests.world.models import tiny_llama
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

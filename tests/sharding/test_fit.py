@@ -16,11 +16,11 @@ from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import world_size
 from dualsft.sharding.strategy import FSDP2, launch_ranks
-from tests.cases import random_mask
-from tests.finetune.runs import CHOSEN, SaveOften, Workspace, make_workspace, select, trainer
-from tests.sharding.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, whole_weights
-from tests.sharding.ranks import run_on_ranks
 from tests.sharding.test_save import assert_same_files
+from tests.world.data import random_mask
+from tests.world.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, weights
+from tests.world.jobs import CHOSEN, SaveOften, Workspace, make_workspace, save_selection, trainer
+from tests.world.ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def check(workspace: Workspace, folder: Path, cases: dict[str, Case], count: int) -> None:
     """Fit on ranks and on one process, and compare."""
     found = run_on_ranks(count, all_fitted, workspace, folder / "found", cases)[0]
-    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    base, mask = load_model(workspace.model).state_dict(), load_selection(workspace.selection).mask()
     for name, case in cases.items():
         assert_same_fit(found[name], fitted(workspace, folder / "expected" / name, case))
         for weight, chosen in mask.items() if "selection" not in case.module else ():
@@ -100,7 +100,7 @@ def test_bfloat16(tmp_path: Path, precision: str) -> None:
     workspace, case = make_workspace(tmp_path, dtype), Case(trainer={"precision": precision})
     found = run_on_ranks(2, fitted, workspace, tmp_path / "found", case)[0]
     assert_same_fit(found, fitted(workspace, tmp_path / "expected", case), 2e-2)
-    base, mask = load_model(workspace.base).state_dict(), load_selection(workspace.selection).mask()
+    base, mask = load_model(workspace.model).state_dict(), load_selection(workspace.selection).mask()
     for name, chosen in mask.items():
         assert found.weights[name].dtype == dtype
         assert torch.equal(found.weights[name][~chosen], base[name][~chosen])
@@ -115,7 +115,7 @@ def joined_first(workspace: Workspace, folder: Path) -> Fitted:
     mesh = module.device_mesh
     run.fit(module, datamodule=workspace.data())
     assert module.device_mesh is mesh
-    return Fitted([], whole_weights(module), {}, {})
+    return Fitted([], weights(module), {}, {})
 
 
 def test_ranks_may_join_before_the_trainer_runs(workspace: Workspace, tmp_path: Path) -> None:
@@ -231,9 +231,9 @@ def export(folder: Path) -> ExportModel:
 def unprefixed(folder: Path) -> Workspace:
     """One whose base model's files have other names than its parameters."""
     made = make_workspace(folder)
-    model: Any = load_model(made.base)
-    model.model.save_pretrained(made.base)
-    again = select(folder / "again", made.base, made.pool, random_mask(model, 0.3), CHOSEN)
+    model: Any = load_model(made.model)
+    model.model.save_pretrained(made.model)
+    again = save_selection(folder / "again", made, random_mask(model, 0.3), CHOSEN)
     return replace(made, selection=again)
 
 

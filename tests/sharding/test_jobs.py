@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.cases import save_tiny_model, sums, write_jsonl
+from tests.world.data import sums
+from tests.world.jobs import write_inputs, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -30,28 +30,13 @@ wait
 """
 
 
-def write_job(folder: Path, examples: int) -> Path:
+def job_of(folder: Path, examples: int) -> Path:
     """A configuration for a selection from so many short examples, and all that it names."""
     rows = sums(examples)
-    config = {
-        "model": {
-            "model_name_or_path": save_tiny_model(folder / "model"),
-            "preconditioner": "none",
-            "warmup": {"fraction": 0.0},
-            "parameter_budget": 0.1,
-            "data_budget": 0.1,
-            "save_minutes": 0.005,
-        },
-        "data": {
-            "train": write_jsonl(folder / "pool.jsonl", rows),
-            "validation": write_jsonl(folder / "validation.jsonl", rows[-20:]),
-            "max_length": 64,
-            "batch_tokens": 400,
-        },
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-    }
-    (folder / "job.yaml").write_text(yaml.safe_dump(config))
-    return folder / "job.yaml"
+    plain = {"preconditioner": "none", "warmup": {"fraction": 0.0}}
+    model = {**plain, "parameter_budget": 0.1, "data_budget": 0.1, "save_minutes": 0.005}
+    data = {"max_length": 64, "batch_tokens": 400}
+    return write_job(folder, write_inputs(folder, rows, rows[-20:]), model=model, data=data)
 
 
 def select(job: Path, output: Path) -> list[str]:
@@ -125,7 +110,7 @@ def free_port() -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job, and what one process selects."""
     folder = tmp_path_factory.mktemp("alone")
-    run(dualsft(select(write_job(folder, 60), folder / "selection")), folder / "log")
+    run(dualsft(select(job_of(folder, 60), folder / "selection")), folder / "log")
     return folder
 
 
@@ -156,7 +141,7 @@ def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) 
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job that takes a while, and what two ranks select unless they are killed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run(dualsft([*select(write_job(folder, 600), folder / "selection"), *ON_TWO]), folder / "log")
+    run(dualsft([*select(job_of(folder, 600), folder / "selection"), *ON_TWO]), folder / "log")
     return folder
 
 

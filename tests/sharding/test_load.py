@@ -16,10 +16,10 @@ from dualsft.models.loading import Dtype, load_model, weight_files
 from dualsft.sharding import load as loading
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shards import local_shard
-from tests.cases import save_tiny_model
+from tests.cases import ARCHITECTURES, make
 from tests.models.test_loading import DAMAGES, change_weights, shard
-from tests.selection.tiny import ARCHITECTURES, make
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.models import save_tiny_model
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

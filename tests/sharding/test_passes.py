@@ -16,8 +16,8 @@ from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, shard_of
-from tests.selection.tiny import ARCHITECTURES, collate, make, make_examples, pack, random_direction
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.cases import ARCHITECTURES, collate, make, make_examples, pack, random_direction
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

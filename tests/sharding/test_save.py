@@ -19,9 +19,9 @@ from dualsft.sharding.files import write_full_tensors
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.save import write_shards
 from dualsft.sharding.shards import local_shard
-from tests.cases import save_tiny_model
-from tests.selection.tiny import ARCHITECTURES, make
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.cases import ARCHITECTURES, make
+from tests.world.models import save_tiny_model
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

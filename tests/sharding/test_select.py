@@ -1,6 +1,5 @@
 """A selection on several ranks is the one that a single process makes."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, 
 from dualsft.selection import Selection, Warmup, load_selection
 from dualsft.selection.prior import Prior
 from dualsft.sharding.strategy import FSDP2
-from tests.selection.runs import ADAM, SGD, Inputs, select, write_inputs
-from tests.sharding.ranks import run_on_ranks
+from tests.world.jobs import ADAM, SGD, Inputs, select, write_inputs
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -68,15 +67,13 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def select_all(inputs: Inputs, folder: Path, runs: dict[str, dict[str, Any]], count: int, **data: Any) -> None:
-    """Each of these selections, in a folder of its name."""
+Runs = dict[str, dict[str, Any]]
+
+
+def select_all(inputs: Inputs, folder: Path, runs: Runs, count: int, data: dict[str, Any] | None = None) -> None:
+    """Each of these selections, in a folder of its name; data options may be given."""
     for name, options in runs.items():
         select(inputs, folder / name, options, data, ranks={"strategy": FSDP2(), "devices": count})
-
-
-def select_packed(inputs: Inputs, folder: Path, runs: dict[str, dict[str, Any]], count: int) -> None:
-    """The same of packed examples."""
-    select_all(inputs, folder, runs, count, packing=True)
 
 
 def assert_same(found: Selection, expected: Selection) -> None:
@@ -109,10 +106,10 @@ def pairs(ours: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, A
 def test_whatever_is_chosen_by_is_chosen_on_ranks(tmp_path: Path) -> None:
     """A stranger's scorer, every allocator, several validation sets, packed and recomputed."""
     inputs = write_inputs(tmp_path)
-    inputs = replace(inputs, validation={"a": inputs.validation, "b": inputs.train})
-    run_on_ranks(2, select_packed, inputs, tmp_path / "ranks", OTHERS, 2)
+    data = {"packing": True, "validation": {"a": inputs.validation, "b": inputs.train}}
+    run_on_ranks(2, select_all, inputs, tmp_path / "ranks", OTHERS, 2, data)
     for name, options in OTHERS.items():
-        expected = select(inputs, tmp_path / "alone" / name, options, {"packing": True})
+        expected = select(inputs, tmp_path / "alone" / name, options, data)
         assert_same(load_selection(tmp_path / "ranks" / name), expected)
 
 

@@ -12,8 +12,8 @@ from dualsft.errors import UserError
 from dualsft.models.loading import checkpoint_activations
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import local_shard, shard_offset
-from tests.selection.tiny import ARCHITECTURES, make
-from tests.sharding.ranks import data_parallel_mesh, run_on_ranks
+from tests.cases import ARCHITECTURES, make
+from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,12 @@ from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.strategy import FSDP2
-from tests.cases import VOCABULARY, random_batch, write_jsonl
-from tests.finetune.runs import Workspace, make_workspace, trainer
-from tests.selection.tiny import make_examples, pack
-from tests.sharding.fits import Case, fitted
-from tests.sharding.ranks import run_on_ranks
+from tests.cases import make_examples, pack
+from tests.world.data import random_batch, write_jsonl
+from tests.world.fits import Case, fitted
+from tests.world.jobs import Workspace, make_workspace, trainer
+from tests.world.models import VOCABULARY
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A base model, which ends an answer at every fourth token on average, and validation data."""
     made = make_workspace(tmp_path_factory.mktemp("workspace"))
     settings = json.dumps({"eos_token_id": list(range(0, VOCABULARY, 4))})
-    (Path(made.base) / "generation_config.json").write_text(settings)
+    (Path(made.model) / "generation_config.json").write_text(settings)
     return made
 
 
@@ -36,7 +37,7 @@ def validated(workspace: Workspace, folder: Path, sets: dict[str, str], **option
     """The metrics of the base model on named sets, on all ranks that there are."""
     if distributed.is_initialized():
         options |= {"strategy": FSDP2(), "devices": distributed.get_world_size()}
-    module = EvaluationModule(workspace.base, Generation(6))
+    module = EvaluationModule(workspace.model, Generation(6))
     run = trainer(folder, **options)
     run.validate(module, datamodule=workspace.data(train=None, selection=None, validation=sets), verbose=False)
     return {name: float(value) for name, value in run.callback_metrics.items()}
@@ -48,7 +49,7 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     given = [{**row, "response": "?"} for row in rows]
     source = write_jsonl(folder / "asked.jsonl", given)
     data = workspace.data(train=None, selection=None, validation=source)
-    module = EvaluationModule(workspace.base)
+    module = EvaluationModule(workspace.model)
     module.configure_model()
     right = []
     for batch in data.val_dataloader():

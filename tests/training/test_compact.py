@@ -9,7 +9,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from dualsft.objectives import example_losses
 from dualsft.training.compact import CompactParameters
-from tests.cases import random_batch, random_mask, tiny_llama
+from tests.world.data import random_batch, random_mask
+from tests.world.models import tiny_llama
 
 STEPS, ACCUMULATED = 6, 2
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

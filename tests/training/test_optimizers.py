@@ -12,7 +12,8 @@ from dualsft.errors import UserError
 from dualsft.finetune.optimizers import make_optimizer
 from dualsft.objectives import example_losses
 from dualsft.training.compact import CompactParameters
-from tests.cases import random_batch, random_mask, tiny_llama
+from tests.world.data import random_batch, random_mask
+from tests.world.models import tiny_llama
 
 STEPS = 4
 REFUSED = {"Muon": "only supports 2D parameters.* one vector", "SparseAdam": "sparse gradients alone.*give Adam"}

@@ -1,4 +1,4 @@
-"""Fits of the tiny workspace on any number of ranks, and what they leave."""
+"""Fits of the tiny workspace on any number of ranks, and what they leave to compare."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,13 @@ from torch import Tensor, distributed
 from dualsft.finetune import FitReport, MaskedFinetuneModule
 from dualsft.sharding.shards import full_tensor, local_shard
 from dualsft.sharding.strategy import FSDP2
-from tests.finetune.runs import Workspace, trainer
+from tests.world.jobs import Workspace, trainer
+
+
+def weights(module: MaskedFinetuneModule) -> dict[str, Tensor]:
+    """A copy of the model's weights, all of each on every rank."""
+    named = dict(module.model.named_parameters())
+    return {name: full_tensor(local_shard(weight.detach()), weight).clone() for name, weight in named.items()}
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,7 @@ def fitted(workspace: Workspace, folder: Path, case: Case) -> Fitted:
     run = trainer(folder, **options)
     run.fit(module, datamodule=workspace.data(**case.data), ckpt_path=case.resume, weights_only=True)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    return Fitted(losses.found, whole_weights(module), metrics, report.figures(run, module))
-
-
-def whole_weights(module: MaskedFinetuneModule) -> dict[str, Tensor]:
-    """A copy of the model's weights."""
-    named = dict(module.model.named_parameters())
-    return {name: full_tensor(local_shard(weight.detach()), weight).clone() for name, weight in named.items()}
+    return Fitted(losses.found, weights(module), metrics, report.figures(run, module))
 
 
 def all_fitted(workspace: Workspace, folder: Path, cases: dict[str, Case]) -> dict[str, Fitted]:

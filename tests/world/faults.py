@@ -1,15 +1,18 @@
-"""Models with a trap in them: texts that are not finite, and memory that runs out."""
+"""Runs that die at a chosen place, and models with a trap: values that are not finite, and memory that runs out."""
 
 from copy import copy
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft import SelectionModule
 from dualsft.scorers import ParameterStatistics, Scorer
-from tests.cases import tiny_tokenizer
+from tests.world.jobs import Inputs, select
+from tests.world.models import tiny_tokenizer
 
 Kind = Literal["loss", "gradient"]
 
@@ -125,3 +128,38 @@ class PoolAware(Scorer):
         s = statistics
         assert s.pool_gradient is not None
         return (s.step_size / s.num_examples) * s.preconditioner * (s.validation_gradient - s.pool_gradient)
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def kill_at(
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    name: str,
+    call: int = 1,
+    after: bool = False,
+    error: Exception | None = None,
+) -> list[int]:
+    """Makes the n-th call of a function die, before or after its work; the list counts the calls."""
+    function, calls = getattr(place, name), []
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) != call:
+            return function(*args, **kwargs)
+        if after:
+            function(*args, **kwargs)
+        raise copy(error) if error else KilledError
+
+    monkeypatch.setattr(place, name, deadly)
+    return calls
+
+
+def killed_run(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> None:
+    """A run that dies at a place (see `kill_at`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, *place)
+        with pytest.raises(KilledError):
+            select(inputs, folder, options, **run)
