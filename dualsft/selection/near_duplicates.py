@@ -17,7 +17,7 @@ Source: Broder, On the Resemblance and Containment of Documents (1997).
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,30 +56,25 @@ class NearDuplicates:
 
 
 def collapse(
-    settings: NearDuplicates,
-    ids: Sequence[int],
-    scores: Mapping[int, float],
-    records: Records,
-    options: FormatOptions,
+    settings: NearDuplicates, scores: Mapping[int, float], records: Records, options: FormatOptions
 ) -> list[int]:
-    """The examples that stay, ascending.
+    """The ids of the examples that stay, ascending.
 
     From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is like one
     that stays already. Equal texts always collapse.
 
     Args:
         settings: From which similarity on two texts are alike.
-        ids: Row numbers of the examples.
-        scores: φ_i of each.
+        scores: Row number of each example -> φ_i.
         records: The pool.
         options: How its records are read; only the columns that the format reads count.
     """
     if settings.threshold is None:
-        return sorted(ids)
+        return sorted(scores)
     columns = options.text_columns(records.columns)
     seen: set[bytes] = set()
     kept, index = [], _Index(settings.threshold)
-    for i in sorted(ids, key=lambda i: (-scores[i], i)):
+    for i in sorted(scores, key=lambda i: (-scores[i], i)):
         shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
         same = shingles.tobytes()
         if same not in seen and index.add_unless_like_another(shingles):

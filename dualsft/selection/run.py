@@ -14,7 +14,7 @@ Source: arXiv 2605.06166.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -101,23 +101,7 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    _write(module, data, run, scoring, chosen, inputs, cost, config)
-    return load_selection(run.path)
-
-
-def _write(
-    module: "SelectionModule",
-    data: InstructionDataModule,
-    run: RunFolder,
-    scoring: Scoring,
-    chosen: Chosen,
-    inputs: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    config: str,
-) -> None:
-    """Write every part of the selection into a staging folder, and publish it in one step."""
-    model, pool, named = module.model, data.train_examples, data.named_validation
-    outcome = describe_outcome(pool, chosen, scoring, named)
+    manifest = {**inputs, **describe_outcome(data, chosen, scoring), "coverage": _coverage(model, chosen.mask), **cost}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
@@ -125,19 +109,20 @@ def _write(
     def write() -> None:
         write_selection(
             staged,
-            manifest={**inputs, **outcome, "coverage": _coverage(model, chosen.mask), **cost},
-            examples=example_table(pool, chosen, scoring, named),
+            manifest=manifest,
+            examples=example_table(data, chosen, scoring),
             parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
             mask=chosen.mask,
             selected_lines=[pool.records.line(i) for i in sorted(chosen.examples)],
             config=config,
-            token_scores=token_table(pool, chosen.example_scores) if module.settings.token_scores else None,
+            token_scores=token_table(data, chosen) if settings.token_scores else None,
             sketches=scoring.measured.get(SKETCH),
         )
         publish(staged, run.path)
 
     on_rank_zero(write)
     run.finish()
+    return load_selection(run.path)
 
 
 def _coverage(model: PreTrainedModel, scored: Mapping[str, Tensor]) -> float:

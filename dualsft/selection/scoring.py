@@ -184,12 +184,12 @@ class Scoring:
         self._check()
         return examples
 
-    def prediction(self, named: bool) -> dict[str, object]:
+    def prediction(self) -> dict[str, object]:
         """Describe what the quadratic predicts along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
             self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
-        description = describe(self._step, self._along, named)
+        description = describe(self._step, self._along, self._data.named_validation)
         if message := warning(description):
             say(message)
         return description
