@@ -134,26 +134,26 @@ def write_selection(
     folder: Path,
     *,
     manifest: Mapping[str, Any],
-    examples: Mapping[str, Sequence[Any]],
-    parameter_scores: Mapping[str, Tensor] | None,
+    examples: Mapping[str, Sequence[Any]] | pa.Table,
     mask: Mapping[str, Tensor],
     selected_lines: Sequence[str],
     config: str,
+    parameter_scores: Mapping[str, Tensor] | None = None,
     token_scores: Mapping[str, Sequence[Any]] | None = None,
     sketches: Mapping[int, Tensor] | None = None,
 ) -> None:
-    """Write every part of a selection into a folder of its own; see `publish` for the step that makes it visible.
+    """Write the parts of a selection into a folder of its own; see `publish` for the step that makes it visible.
 
     Args:
-        folder: An empty folder.
+        folder: A folder that is empty, or holds the files of those scores that are not given.
         manifest: All but the schema version.
         examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
-        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape; None if they are there already.
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
-        token_scores: Column name -> one value per scored example, if scores by token were asked for.
-        sketches: Example id -> its gradient's sketch, if the data allocator needs it.
+        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
+        token_scores: Column name -> one value per scored example.
+        sketches: Example id -> its gradient's sketch.
     """
     if sketches is not None:
         ids = sorted(sketches)
@@ -164,21 +164,9 @@ def write_selection(
     if parameter_scores is not None:
         pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
         save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
-    sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
-    table = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
-    write_choice(folder, manifest=manifest, examples=table, mask=mask, selected_lines=selected_lines, config=config)
-
-
-def write_choice(
-    folder: Path,
-    *,
-    manifest: Mapping[str, Any],
-    examples: pa.Table,
-    mask: Mapping[str, Tensor],
-    selected_lines: Sequence[str],
-    config: str,
-) -> None:
-    """Write the parts of a selection that follow from its scores and budgets, all but the scores; see above."""
+    if not isinstance(examples, pa.Table):
+        sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
+        examples = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
     pq.write_table(examples, folder / _EXAMPLES)
     write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")

@@ -19,12 +19,7 @@ Measured = Mapping[str, Mapping[int, Tensor]]
 
 
 class ChosenExamples(NamedTuple):
-    """The result of a choice of examples.
-
-    Attributes:
-        ids: The ids of the chosen examples.
-        collapsed: How many others could not be chosen, being near-duplicates of one with a higher score.
-    """
+    """The ids of the chosen examples, and how many others collapsed: near-duplicates of one with a higher score."""
 
     ids: set[int]
     collapsed: int
@@ -58,7 +53,7 @@ def choose_data(
         settings: The allocator, the budget, and which texts count as the same.
         due: How many examples, or supervised tokens, the budget is.
         scores: Example id -> φ_i, of the examples that could be scored.
-        pool: The examples.
+        pool: All examples, apart from their scores.
         measured: What else the allocator needs.
 
     Raises:
@@ -120,11 +115,7 @@ class _LazyRecords(Sequence[Mapping[str, Any]]):
 
 
 def integers(allocator: str, chosen: object) -> list[int]:
-    """Read the ids that a data allocator returned: a one-dimensional tensor of integers or any iterable of them.
-
-    Raises:
-        UserError: naming the allocator and what it gave.
-    """
+    """Read the ids that a data allocator returned: a one-dimensional tensor of integers or any iterable of them."""
     if isinstance(chosen, Tensor):
         if chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool):
             return [int(i) for i in chosen.tolist()]

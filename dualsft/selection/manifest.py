@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
@@ -249,8 +249,12 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
     }
 
 
-def describe_outcome(data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
-    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions."""
+def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
+    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
+
+    The scores cover all of the model's weights but the frozen ones.
+    """
+    weights = _count_weights(chosen.mask)
     worst = max(scoring.identity.values(), key=lambda of: of["relative_difference"])
     examples = ExampleCounts(
         selected=len(chosen.examples),
@@ -259,7 +263,7 @@ def describe_outcome(data: InstructionDataModule, chosen: Chosen, scoring: Scori
         rows=len(data.train_examples.status),
     )
     return {
-        "counts": {"examples": asdict(examples), "parameters": asdict(_count_weights(chosen.mask))},
+        "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
         "sum_identity": {**worst, "sets": scoring.identity} if data.named_validation else worst,
         "prediction": scoring.prediction(),
         "rounds": chosen.rounds,
@@ -267,6 +271,7 @@ def describe_outcome(data: InstructionDataModule, chosen: Chosen, scoring: Scori
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
+        "coverage": weights.scored / sum(p.numel() for p in model.parameters()),
     }
 
 

@@ -90,11 +90,8 @@ def choose_sharded_parameters(
         settings: The allocator and its budget.
         scores: Parameter name -> this rank's shard of φ_j, float32.
         base: Loads the base model.
-        model: The sharded model.
+        model: The sharded model; the masks are of its parameters' full shapes.
         folder: An empty folder that the ranks share.
-
-    Returns:
-        Parameter name -> which weights are chosen, of the parameter's full shape; on every rank.
     """
     write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
 

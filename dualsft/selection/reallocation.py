@@ -19,7 +19,7 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
+from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
 from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
 from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
@@ -93,7 +93,7 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
         staged = run.staging()
         for file in source.score_files:
             _link(file, staged / file.name)
-        write_choice(staged, **parts)
+        write_selection(staged, **parts)
         publish(staged, run.path)
     except BaseException:  # nothing of seconds' work is worth resuming
         run.release()

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from dualsft.errors import UserError
-from dualsft.selection.mask import stored_masks, pack_bits, unpack_bits
+from dualsft.selection.mask import pack_bits, stored_masks, unpack_bits
 
 
 def test_bits_are_little_endian() -> None:
