@@ -21,14 +21,7 @@ from dualsft.sharding.shard_model import is_sharded
 
 
 class Budgets:
-    """Chooses weights and examples by their scores, under the budgets of one run.
-
-    Args:
-        settings: The budgets and their allocators.
-        model: The model that is scored.
-        data: The pool.
-        run: Has room for the scores of a sharded model.
-        base: Loads the base model's weights, if the parameter allocator needs them.
+    """Chooses weights and examples by their scores, under the budgets of one run, whose folder has room for shards.
 
     Raises:
         UserError: if a count is above what there is, or a pattern matches no parameter.

@@ -53,8 +53,7 @@ class Statistics:
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
         """Yield what a scorer is given, one trainable parameter after another, as full tensors.
 
-        Raises:
-            UserError: if the scorer modifies the weights; all else is a copy of its own.
+        A scorer that modifies the weights is refused; all else is a copy of its own.
         """
         optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
         for name, weight in trainable_parameters(self.model).items():

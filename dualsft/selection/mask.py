@@ -22,11 +22,7 @@ def pack_bits(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " byte"]:
 
 
 def unpack_bits(packed: UInt8[Tensor, " byte"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """The inverse of `pack_bits` for a parameter of this shape.
-
-    Raises:
-        ValueError: if the bits are of another number.
-    """
+    """The inverse of `pack_bits` for a parameter of this shape; a ValueError if that has another number of bits."""
     count = int(np.prod(shape, dtype=np.int64))
     if len(packed) != -(-count // 8):
         raise ValueError(f"{len(packed)} bytes hold no {count} bits")

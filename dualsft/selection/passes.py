@@ -33,7 +33,7 @@ _HALVED = "halved"
 
 
 class Passes:
-    """Runs gradient passes as phases of a run.
+    """Runs gradient passes at the scoring checkpoint as phases of a run.
 
     Args:
         model: The model at the scoring checkpoint.

@@ -188,8 +188,8 @@ def _base_weights(source: Selection) -> dict[str, Tensor]:
 
 def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
     """What another choice leaves true; a control that chose otherwise than by its scores is none any more."""
-    data = manifest["data"]
-    kept = {**manifest, "data": {**data, "train": {**data["train"], "path": path, "split": split}}}
+    train = {**manifest["data"]["train"], "path": path, "split": split}
+    kept = {**manifest, "data": {**manifest["data"], "train": train}}
     return {key: value for key, value in kept.items() if key != "control"}
 
 

@@ -106,11 +106,7 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
-    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used.
-
-    Raises:
-        UserError: if there is none, it cannot be read, or it belongs to another model.
-    """
+    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used."""
     path = second_moment_file(checkpoint)
     weights = trainable_parameters(model)
     try:

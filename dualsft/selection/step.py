@@ -98,11 +98,7 @@ def is_bound(run: RunFolder) -> bool:
 
 
 def bind(run: RunFolder, setting: StepSize) -> None:
-    """Record that the run's scores depend on this step size from here on.
-
-    Raises:
-        UserError: if the run that is resumed was bound to another one.
-    """
+    """Record that the run's scores depend on this step size from here on; refuse it if they depend on another."""
     kept = run.load(_PHASE)
     if kept is None:
         run.save(_PHASE, {}, {"step_size": setting})

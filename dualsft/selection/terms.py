@@ -114,11 +114,7 @@ def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
 
 
 def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:
-    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out.
-
-    Raises:
-        UserError: if an objective draws no example, or one that has no response.
-    """
+    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out."""
     settings = module.settings
     untouched = settings.warmup.checkpoint is None and settings.warmup.fraction == 0
     teacher = Teacher(module.model, module.load_base, untouched)
