@@ -9,19 +9,18 @@ from transformers import PreTrainedModel
 from dualsft.data.module import InstructionDataModule
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, choose_data, data_budget
-from dualsft.selection.parameter_choice import (
-    Base,
-    choose_parameters,
-    choose_sharded_parameters,
-    parameter_budget,
-)
+from dualsft.selection.mask import stored_masks, write_masks
+from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.files import read_full_tensors, write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
 
 
 class Budgets:
-    """Chooses weights and examples by their scores, under the budgets of one run, whose folder has room for shards.
+    """Chooses weights and examples by their scores, under the budgets of one run.
+
+    The ranks of a sharded model share a folder of the run.
 
     Raises:
         UserError: if a count is above what there is, or a pattern matches no parameter.
@@ -43,11 +42,22 @@ class Budgets:
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Choose weights by φ_j (of a sharded model this rank's shard): parameter name -> bool, of its full shape."""
+        """Choose weights by φ_j, of a sharded model this rank's shard: parameter name -> bool, of its full shape.
+
+        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator is
+        given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
+        """
         if not is_sharded(self._model):
             return choose_parameters(self._settings, scores, self._base)
         folder = self._run.scratch(f"choice-{next(self._round)}")
-        return choose_sharded_parameters(self._settings, scores, self._base, self._model, folder)
+        write_full_tensors(scores, dict(self._model.named_parameters()), folder, "scores")
+
+        def choose() -> None:
+            full = read_full_tensors(folder, "scores")
+            write_masks(folder / "mask.safetensors", choose_parameters(self._settings, full, self._base))
+
+        on_rank_zero(choose)
+        return stored_masks(folder / "mask.safetensors")
 
     def examples(self, scores: Mapping[int, float], measured: Measured) -> ChosenExamples:
         """Choose examples by φ_i and by what else was measured of each, both by example id."""

@@ -119,12 +119,12 @@ def integers(allocator: str, chosen: object) -> list[int]:
     if isinstance(chosen, Tensor):
         if chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool):
             return [int(i) for i in chosen.tolist()]
-        told = f"a tensor of {chosen.dtype} and shape {list(chosen.shape)}"
+        what = f"a tensor of {chosen.dtype} and shape {list(chosen.shape)}"
     elif isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes, Mapping)):
         found = list(chosen)
         if all(hasattr(i, "__index__") and not isinstance(i, bool) for i in found):
             return [int(i) for i in found]
-        told = f"a {type(chosen).__name__} that holds more than integers"
+        what = f"a {type(chosen).__name__} that holds more than integers"
     else:
-        told = f"a {type(chosen).__name__}"
-    raise UserError(f"{allocator} gave back {told}, where a tensor of example ids is due, (chosen); mend it.")
+        what = f"a {type(chosen).__name__}"
+    raise UserError(f"{allocator} gave back {what}, where a tensor of example ids is due, (chosen); mend it.")

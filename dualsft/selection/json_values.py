@@ -1,4 +1,8 @@
-"""JSON values as values of Python types, with the place of what does not fit; and parts that a user chose as JSON."""
+"""JSON values read as values of Python types, with the key of one that does not fit, and descriptions of parts as JSON.
+
+A reader of its own, as a library's (pydantic's) would give a value that fits none of several types one error for each
+type, with the types' names in the key, and would need a schema for every class of a part.
+"""
 
 import json
 import re
@@ -23,7 +27,7 @@ class Mismatch(Exception):  # noqa: N818 (of a value with its type)
 
 @dataclass(frozen=True)
 class Part:
-    """A scorer, an allocator or a term of the objective: its class, and its options as `describe_part` tells them."""
+    """A scorer, an allocator or a term of the objective: its class, and its options as `describe_part` gives them."""
 
     class_path: str
     options: dict[str, Any]
@@ -31,9 +35,9 @@ class Part:
 
 
 def describe_part(part: object) -> dict[str, Any]:
-    """The ``class_path`` of a part and its ``options``: all that it keeps under a public name, but a scorer's needs.
+    """Describe a part by its ``class_path`` and its ``options``: all public attributes except ``needs``.
 
-    What it keeps under a private name is there as ``private``, as far as it is plain: it may decide the outcome too.
+    Private attributes that are plain JSON values are given as ``private``: they may decide the outcome too.
     """
     kept = {name: value for name, value in vars(part).items() if name != "needs"}
     options = {name: _plain(value) for name, value in kept.items() if not name.startswith("_")}
@@ -112,7 +116,7 @@ def _due(kind: Any) -> str:
 
 
 def _plain(value: object) -> Any:
-    """A value as JSON holds it, or what it looks like, but for its place in memory."""
+    """A value as JSON holds it, or else its text without the address in memory."""
     return json.loads(json.dumps(value)) if _is_plain(value) else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 

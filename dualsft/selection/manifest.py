@@ -158,7 +158,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest with types; ``settings`` holds the options by name, parts as `Part`, from wherever they are kept."""
+    """A manifest with types; ``settings`` has the options by name, wherever the file has them, and parts as `Part`."""
 
     settings: dict[str, Any]
     model: ModelSection

@@ -1,4 +1,4 @@
-"""Near-duplicates collapsed before the data budget is spent: of texts that say the same, the best one stays.
+"""The collapse of near-duplicates before examples are chosen: of texts that say the same, the best one stays.
 
     J(A, B) = |A ∩ B| / |A ∪ B|
 
@@ -119,17 +119,13 @@ class _Index:
         self._sets: list[np.ndarray] = []
 
     def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> bool:
-        """Adds a text, and tells whether it did: not if one that is here already is like it."""
+        """Add a text unless one that was added before is like it; return whether it was added."""
         signature = self._blank.copy()
         hashes = shingles & np.uint64(0xFFFFFFFF)
         for first in range(0, len(hashes), _AT_ONCE):  # each takes a place for every permutation
             signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
-        if any(self._alike(shingles, self._sets[k]) for k in self._lsh.query(signature)):
+        if any(jaccard(shingles, self._sets[k]) >= self._threshold for k in self._lsh.query(signature)):
             return False
         self._lsh.insert(len(self._sets), signature)
         self._sets.append(shingles)
         return True
-
-    def _alike(self, one: UInt64[np.ndarray, " one"], other: UInt64[np.ndarray, " other"]) -> bool:
-        fewer, more = sorted((len(one), len(other)))
-        return fewer / more >= self._threshold and jaccard(one, other) >= self._threshold

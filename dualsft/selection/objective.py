@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.matrix.curvature import (
     HessianVectorProduct,
-    check_differences,
     check_smooth,
     difference_step,
     displaced,
@@ -142,7 +141,6 @@ class ValidationObjective:
 
     def _difference(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[WeightedSum]:
         """A term's share of H d, as the central difference of two gradients; refused where the gradient jumps."""
-        check_differences(self._model)
         step = difference_step(self._model, direction)
         (weight, forward), (other, backward) = (
             self._pass(

@@ -25,6 +25,7 @@ class Chosen:
 
     Attributes:
         parameter_scores: φ_j by parameter name, float32.
+        mask: Parameter name -> bool, of the parameter's full shape.
         example_scores: φ_i.
         examples: Ids of the chosen examples.
         collapsed: How many examples could not be chosen, being near-duplicates of others.

@@ -2,24 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualsft.allocators import ScoredParameters, count_of
 from dualsft.errors import UserError, blaming
-from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.files import read_full_tensors, write_full_tensors
 
 Base = Callable[[], Mapping[str, Tensor]]
 """Loads the base model's weights by parameter name, if the allocator needs them."""
 
 _COMPONENTS = 1021
-_SCORES, _MASK = "scores", "mask.safetensors"
 
 
 def parameter_budget(settings: SelectionSettings, sizes: Mapping[str, int]) -> int:
@@ -77,29 +72,6 @@ def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor],
         raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
     check_mask(type(allocator).__name__, chosen, offered, budget)
     return {n: chosen[n] if n in names else torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
-
-
-def choose_sharded_parameters(
-    settings: SelectionSettings, scores: Mapping[str, Tensor], base: Base, model: nn.Module, folder: Path
-) -> Mapping[str, Tensor]:
-    """Choose weights of a sharded model: its ranks write the scores, rank zero chooses, and all ranks read the masks.
-
-    An allocator is given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
-
-    Args:
-        settings: The allocator and its budget.
-        scores: Parameter name -> this rank's shard of φ_j, float32.
-        base: Loads the base model.
-        model: The sharded model; the masks are of its parameters' full shapes.
-        folder: An empty folder that the ranks share.
-    """
-    write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
-
-    def choose() -> None:
-        write_masks(folder / _MASK, choose_parameters(settings, read_full_tensors(folder, _SCORES), base))
-
-    on_rank_zero(choose)
-    return stored_masks(folder / _MASK)
 
 
 def checksum(score: Tensor) -> Int[Tensor, " component"]:

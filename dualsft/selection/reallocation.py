@@ -1,4 +1,4 @@
-"""Budgets spent anew on the scores of a finished selection: without a model, and without scoring again."""
+"""Other budgets and allocators on the scores of a finished selection: without a model, and without scoring again."""
 
 import hashlib
 import os
@@ -61,8 +61,8 @@ def reallocate(
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
     described = describe_settings(settings)
-    spent = {key: described[key] for key in keys("parameters", "data")}
-    _check_order(source, spent)
+    options = {key: described[key] for key in keys("parameters", "data")}
+    _check_order(source, options)
     made_from = source.about.data.train
     path, split = train or made_from.path, train_split or made_from.split
     run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path), resumable=False)
@@ -72,13 +72,13 @@ def reallocate(
         chosen = _examples(source, records, settings)
         mask = _weights(source, settings)
     digest = hashlib.sha256((source.folder / "manifest.json").read_bytes()).hexdigest()
-    spent["allocated_from"] = {"folder": os.fspath(selection), "manifest": digest}
+    options["allocated_from"] = {"folder": os.fspath(selection), "manifest": digest}
     counts = recounted(source.manifest, mask, selected=len(chosen.ids), near_duplicates=chosen.collapsed)
-    run.claim({"command": "allocate", **spent})
+    run.claim({"command": "allocate", **options})
     _publish(
         run,
         source,
-        manifest={**_kept(source.manifest, path, split), **spent, "counts": counts, "phases": log.as_json()},
+        manifest={**_kept(source.manifest, path, split), **options, "counts": counts, "phases": log.as_json()},
         examples=_with_selected(source.examples, chosen.ids),
         mask=mask,
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
@@ -101,9 +101,9 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     run.finish()
 
 
-def _check_order(source: Selection, spent: dict[str, Any]) -> None:
+def _check_order(source: Selection, options: dict[str, Any]) -> None:
     """Refuse to change a side that the other was scored by: with that, the scores would be others."""
-    before, now = source.about.settings, stored_settings({**source.manifest, **spent})
+    before, now = source.about.settings, stored_settings({**source.manifest, **options})
     changed = {option.role for option in recorded() if before[option.name] != now[option.name]}
     order, rounds = before["order"], before["rounds"]
     first, _, second = order.partition("_then_")
@@ -140,7 +140,7 @@ def _records(source: Selection, path: str, split: str) -> Records:
 def _examples(source: Selection, records: Records, settings: SelectionSettings) -> ChosenExamples:
     table = source.examples.to_pydict()
     ids, num_tokens = table["example_id"], table["num_tokens"]
-    # select spends its budget before it knows which are finite
+    # select computes its budget before it knows which are finite
     with_response = [i for i, status in zip(ids, table["status"], strict=True) if status in ("ok", "nonfinite")]
     scored = {i: score for i, score in zip(ids, table["score"], strict=True) if score is not None}
     due = data_budget(settings, [num_tokens[i] for i in with_response])

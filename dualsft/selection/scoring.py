@@ -227,7 +227,10 @@ class Scoring:
         return parameter_scores(self._latest.directions, self._latest.sums, self._settings.combination)
 
     def _check(self) -> None:
-        """Check Σ_i <u, g_i> = <u, Σ_i g_i> for the latest direction and sum, and that rows cover each weight."""
+        """Check Σ_i <u, g_i> = <u, Σ_i g_i> for the latest direction and the latest sum, once both are known.
+
+        Check too that the rows cover every parameter with a gradient.
+        """
         latest = self._latest
         if not latest.rows or not latest.sums:
             return

@@ -131,7 +131,7 @@ class _WarmUp:
         self._parts = 1
 
     def all_steps(self, batches: Iterable[Batch], epochs: int, watch: Watch, keeper: Keeper | None) -> None:
-        """Every step that an earlier run has not done."""
+        """Take every step that an earlier run has not taken."""
         first, done = self._take_up(keeper.load() if keeper else None)
         self._model.train()
         for epoch in range(first, epochs):
@@ -253,7 +253,7 @@ class _WarmUp:
 
 
 def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch]:
-    """The epoch's batches but for the first ones, which are done."""
+    """The epoch's batches without the first ones, which are done."""
     if not isinstance(batches, ResumableLoader):
         return islice(batches, done, None)
     batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
