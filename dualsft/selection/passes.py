@@ -113,8 +113,7 @@ class Passes:
         """Prepare to begin the pass again with half the batch, once, if that has room for the longest example."""
         for parameter in self._model.parameters():
             parameter.grad = None  # what the failed backward pass left
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         before, half = self.batch_tokens, self.batch_tokens // 2
         if self._halved or half < self._longest:
             why = "halved already" if self._halved else f"and the longest example has {self._longest}, more than half"

@@ -216,8 +216,7 @@ class _WarmUp:
         say(f"memory ran out in the warm-up ({reason}); it goes on in half batches.")
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def second_moment(self) -> dict[str, Tensor]:
         """ĉ of every parameter, zero for one that takes no part; nothing is left of the optimizer's state."""
