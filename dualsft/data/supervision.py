@@ -43,10 +43,8 @@ class Chunk:
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
     """Tokenises prompt and response together and labels the tokens that overlap a supervised span.
 
-    Args:
-        rendered: Examples of one format.
-        tokenizer: A fast tokenizer.
-        max_length: Tokens to keep of each example, from its start.
+    The examples are of one format, and the tokenizer is a fast one; of each example the first ``max_length`` tokens
+    are kept.
     """
     ids, offsets = _tokenise(rendered, tokenizer)
     sizes = np.array([len(row) for row in ids], dtype=np.int64)
@@ -55,7 +53,8 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
     content, closing = _supervised(rendered, offsets, sizes)
     learnable = (content | closing) & (position > 0)  # nothing predicts the first token
     kept = position < max_length
-    status = _status(_row_sums(content, sizes), _row_sums(learnable, sizes), _row_sums(learnable & kept, sizes))
+    is_empty = (_row_sums(content, sizes) == 0) | (_row_sums(learnable, sizes) == 0)
+    status = np.where(is_empty, "empty", np.where(_row_sums(learnable & kept, sizes) == 0, "truncated", "ok"))
     learnable &= np.repeat(status == "ok", sizes)
     return Chunk(
         input_ids=flat[kept],
@@ -82,17 +81,13 @@ def _tokenise(
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if with_special and tokenizer.eos_token_id is not None:
         for row, example in enumerate(rendered):
-            _close(ids[row], offsets[row], tokenizer.eos_token_id, len(example.text))
+            # the tokenizer, or the text itself, may have put it there
+            if ids[row][-1:] == [tokenizer.eos_token_id]:
+                offsets[row].pop()
+            else:
+                ids[row].append(tokenizer.eos_token_id)
+            offsets[row].append((len(example.text), len(example.text) + 1))
     return ids, offsets
-
-
-def _close(ids: list[int], offsets: _Offsets, eos: int, end: int) -> None:
-    """Appends the end-of-sequence token unless the tokenizer, or the text itself, has put it there."""
-    if ids and ids[-1] == eos:
-        offsets[-1] = (end, end + 1)
-    else:
-        ids.append(eos)
-        offsets.append((end, end + 1))
 
 
 def _supervised(
@@ -138,12 +133,6 @@ def _overlaps(
     begun = np.searchsorted(np.sort(spans[:, 0]), end, side="left")
     over = np.searchsorted(np.sort(spans[:, 1]), start, side="right")
     return (begun > over) & (end > start)
-
-
-def _status(
-    content: Int[np.ndarray, "example"], learnable: Int[np.ndarray, "example"], kept: Int[np.ndarray, "example"]
-) -> np.ndarray:
-    return np.where((content == 0) | (learnable == 0), "empty", np.where(kept == 0, "truncated", "ok"))
 
 
 def _positions(sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "token"]:
