@@ -65,15 +65,14 @@ class Conversation:
             return len(alone)
         # The template writes this turn differently once others follow (Qwen3 drops its reasoning): find its content,
         # then include as much of the end-of-turn marker behind it as both renderings share.
-        content = self._visible(text, turn, start)
+        content = self._visible(text, alone, turn, start)
         end = text.index(content, start) + len(content)
         marker = alone[alone.rindex(content) + len(content) :]
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(marker, text[end:], strict=False))
         return end + len(list(shared))
 
-    def _visible(self, text: str, turn: int, start: int) -> str:
+    def _visible(self, text: str, alone: str, turn: int, start: int) -> str:
         content = self.messages[turn]["content"]
-        alone = self.render(turn + 1)
         for candidate in (content.strip(), content.rsplit(_END_OF_THOUGHT, 1)[-1].strip()):
             if candidate and candidate in alone and text.find(candidate, start) >= 0:
                 return candidate

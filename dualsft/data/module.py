@@ -53,8 +53,7 @@ class InstructionDataModule(LightningDataModule):
         named_validation: Whether ``validation`` is a mapping.
 
     Raises:
-        UserError: If an option is out of range, two contradict each other, or ``validation`` is a mapping that is empty
-            or has a name that is not made of letters, digits, ``_`` and ``-``.
+        UserError: If an option is out of range, two contradict each other, or `validation_sources` refuses a name.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Rendered text -> token ids and labels, for a chunk of examples at once.
 
-All tokens of a chunk lie on one axis ``token`` and all characters on one line, the texts laid end to end, so that
-"does this token overlap a supervised span" is two binary searches for the whole chunk:
+All tokens of a chunk are on one axis ``token`` and all characters on one line, the texts laid end to end, so that two
+binary searches say for each token of the chunk whether it overlaps a supervised span:
 
     overlaps(token) = #{spans that start before its end} - #{spans that end at or before its start}
 """
@@ -23,15 +23,7 @@ _Offsets = list[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Encoded examples laid end to end.
-
-    Attributes:
-        input_ids: Token ids, already truncated.
-        labels: The same where supervised, else -100.
-        lengths: Tokens per example.
-        num_tokens: Supervised tokens per example.
-        status: ``ok``, ``empty`` or ``truncated`` per example.
-    """
+    """Encoded and truncated examples laid end to end, with the columns of `Examples`."""
 
     input_ids: Int[np.ndarray, "token"]
     labels: Int[np.ndarray, "token"]
@@ -68,7 +60,7 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
 def _tokenise(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[_Offsets]]:
-    """Ids and character ranges; an end-of-sequence token stands at one character past the end of its text."""
+    """Ids and character ranges; an end-of-sequence token is one character past the end of its text."""
     with_special = rendered[0].add_eos
     encoding = tokenizer(
         [example.text for example in rendered],
@@ -107,7 +99,9 @@ def _supervised(
         ],
         dtype=np.int64,
     ).reshape(-1, 2)
-    content = _overlaps(start + shift, end + shift, spans) & ~is_closing
+    begun = np.searchsorted(np.sort(spans[:, 0]), end + shift, side="left")
+    over = np.searchsorted(np.sort(spans[:, 1]), start + shift, side="right")
+    content = (begun > over) & (end > start) & ~is_closing
     has_spans = np.array([bool(example.spans) for example in rendered], dtype=bool)
     return content, is_closing & (end > start) & np.repeat(has_spans, sizes)
 
@@ -125,14 +119,6 @@ def _token_ranges(
     previous = np.concatenate([np.zeros(1, np.int64), end[:-1]])[: len(end)]
     previous[_positions(sizes) == 0] = 0
     return np.where(start == end, np.minimum(previous, start), start), end
-
-
-def _overlaps(
-    start: Int[np.ndarray, "token"], end: Int[np.ndarray, "token"], spans: Int[np.ndarray, "span 2"]
-) -> Bool[np.ndarray, "token"]:
-    begun = np.searchsorted(np.sort(spans[:, 0]), end, side="left")
-    over = np.searchsorted(np.sort(spans[:, 1]), start, side="right")
-    return (begun > over) & (end > start)
 
 
 def _positions(sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "token"]:

@@ -39,9 +39,6 @@ class TaskOptions:
         few_shot: Examples to show before each question, if not as many as the task says; a task that says 0 stays so.
         limit: Largest number of questions of each task, from its start.
         chat_template: Whether questions are put through the tokenizer's chat template.
-
-    Raises:
-        UserError: If a value is out of range, the folder is missing, or an option has no tasks to be about.
     """
 
     tasks: str | list[str] | None = None
