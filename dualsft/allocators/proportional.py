@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import Choice
-from dualsft.allocators.ranking import By, check_by
+from dualsft.allocators.choice import By, Choice, check_by
 from dualsft.errors import UserError
 
 
