@@ -10,9 +10,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dualsft.errors import UserError
+from dualsft.export.checkpoints import copy_companions, save_weights
 from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
-from dualsft.export.pretrained import copy_companions, save_weights
 from dualsft.export.provenance import describe_base, describe_selection, describe_training, versions
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
