@@ -17,9 +17,8 @@ _METRICS = ("loss", "perplexity", "token_accuracy")
 def check_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that this fine-tune cannot run under.
 
-    Raises:
-        UserError: if its precision would convert the masters, it has several processes that do not share the weights,
-            it trains on nothing, or a callback would choose other weights or mix them up.
+    Its precision would convert the masters, it has several processes that do not share the weights, it trains on
+    nothing, or a callback would choose other weights or mix them up.
     """
     precisions = _SHARDED_PRECISIONS if isinstance(trainer.strategy, FSDP2) else _PRECISIONS
     if trainer.precision not in precisions:
@@ -79,12 +78,7 @@ def is_validated(trainer: Trainer) -> bool:
 
 
 def metric_names(sets: Sequence[str | None], validated: bool) -> list[str]:
-    """The metrics that a fit logs.
-
-    Args:
-        sets: Names of the validation sets; a single source has none: [None].
-        validated: Whether there is any.
-    """
+    """The metrics that a fit logs, given the names of its validation sets; a single source has none: [None]."""
     names = ["train_loss"]
     for metric in _METRICS if validated else ():
         names += [f"val_{metric}", *(f"val_{metric}/{name}" for name in sets if name is not None)]
@@ -92,27 +86,13 @@ def metric_names(sets: Sequence[str | None], validated: bool) -> list[str]:
 
 
 def check_monitors(trainer: Trainer, known: Sequence[str]) -> None:
-    """Refuse a callback that depends on a metric that is not logged: it would fail only after an epoch.
-
-    Raises:
-        UserError: naming it, and the metrics that there are.
-    """
+    """Refuse a callback that depends on a metric that is not logged: it would fail only after an epoch."""
     for callback in _callbacks(trainer):
         check_monitor(trainer, f"{type(callback).__name__} in trainer.callbacks", callback, known)
 
 
 def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[str]) -> None:
-    """Refuse a part that depends on a metric that is not logged.
-
-    Args:
-        trainer: Its callbacks may log further metrics.
-        where: What to call the part.
-        part: An object that may have a ``monitor``.
-        known: The metrics that the module logs.
-
-    Raises:
-        UserError: naming it, and the metrics that there are.
-    """
+    """Refuse an object whose ``monitor``, if it has one, is neither a known metric nor may come from a callback."""
     monitor = getattr(part, "monitor", None)
     if monitor is None or monitor in (*known, "epoch", "step") or any(map(_may_log, _callbacks(trainer))):
         return
@@ -121,10 +101,8 @@ def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[st
 
 def _may_log(callback: Callback) -> bool:
     """Whether a callback may log metrics of its own: any foreign one, and Lightning's LearningRateMonitor."""
-    return isinstance(callback, LearningRateMonitor) or type(callback).__module__.split(".")[0] not in (
-        "lightning",
-        "dualsft",
-    )
+    foreign = type(callback).__module__.split(".")[0] not in ("lightning", "dualsft")
+    return foreign or isinstance(callback, LearningRateMonitor)
 
 
 def _callbacks(trainer: Trainer) -> Iterable[Callback]:
