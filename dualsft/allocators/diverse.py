@@ -30,11 +30,7 @@ class Diverse(DataAllocator):
     needs = ("sketch",)
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Exactly ``budget`` examples; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if a sketch is not finite.
-        """
+        """Exactly ``budget`` examples (see `DataAllocator.allocate`); refuses a sketch that is not finite."""
         assert examples.sketch is not None
         if not bool(examples.sketch.isfinite().all()):
             raise UserError("The sketches hold NaN or infinity, which diverse cannot compare; take another allocator.")

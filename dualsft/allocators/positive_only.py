@@ -13,10 +13,6 @@ class PositiveOnly(DataAllocator):
     exact = False
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """At most ``budget`` examples; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if no score is positive.
-        """
+        """At most ``budget`` examples (see `DataAllocator.allocate`); refuses scores of which none is positive."""
         check_any_positive("positive_only", examples.score)
         return TopK().allocate(examples, min(budget, int((examples.score > 0).sum())))

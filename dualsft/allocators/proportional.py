@@ -29,11 +29,7 @@ class Proportional(ParameterAllocator):
         self.by = by
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
-        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
-
-        Raises:
-            UserError: if a score is NaN or infinite.
-        """
+        """Exactly ``budget`` entries (see `ParameterAllocator.allocate`); refuses a score that is not finite."""
         names = sorted(scores)
         gains = [_gain(name, scores[name]) for name in names]
         if not any(gains):

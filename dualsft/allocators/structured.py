@@ -113,11 +113,7 @@ class Structured(ParameterAllocator):
         self.unit, self.block_size, self.by = unit, block_size, by
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
-        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
-
-        Raises:
-            UserError: if the scores of a unit do not add up to a number.
-        """
+        """Exactly ``budget`` entries (see `ParameterAllocator.allocate`); refuses a unit whose sum is not a number."""
         height, width = {"row": (1, None), "column": (None, 1), "block": (self.block_size,) * 2}[self.unit]
         tilings = {name: Tiling.of(scores[name].shape, height, width) for name in sorted(scores)}
         sums = torch.cat([self._sums(name, scores[name], tiling) for name, tiling in tilings.items()])

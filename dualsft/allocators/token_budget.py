@@ -43,11 +43,7 @@ class TokenBudget(DataAllocator):
     exact = False
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Examples of at most ``budget`` supervised tokens; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if no score is positive, or no example with a positive score fits.
-        """
+        """Examples of at most ``budget`` supervised tokens; refuses a pool where no positive score fits into them."""
         score, tokens = examples.score.double().numpy(), examples.num_tokens.numpy().astype(np.int64)
         check_any_positive("token_budget", examples.score)
         positive = score > 0

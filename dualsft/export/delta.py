@@ -149,7 +149,7 @@ def open_delta(path: Path) -> Delta:
     if any(len(shape) != 1 for shape in shapes.values()):
         raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
     counts = {name: shapes[name + _INDEX][0] for name in names}
-    # a file's metadata may have been written by anybody: sections of a wrong type are left out
+    # metadata can be edited with other tools: sections of a wrong type are left out
     sections = about.items() if isinstance(about, dict) else ()
     sound = {key: part for key, part in sections if key not in _SECTIONS or isinstance(part, dict)}
     return Delta(path, metadata[_BASE], sound, counts, {name: dtypes[name + _VALUE] for name in names})

@@ -1,7 +1,7 @@
 """The record of how a delta was made: base, selection, training and versions, for the delta's metadata and model card.
 
 It holds nothing that differs between two runs of one configuration, and only the last names of files and folders: what
-is published should not show anybody's disk.
+is published should not show local paths.
 """
 
 import importlib.metadata

@@ -79,8 +79,7 @@ class EndOfTraining(Callback):
     weights when the fit ends.
     """
 
-    def __init__(self) -> None:
-        self._ended = False
+    _ended = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning has called it."""

@@ -22,13 +22,7 @@ from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
-from dualsft.finetune.trainer_checks import (
-    check_monitor,
-    check_monitors,
-    check_trainer,
-    is_validated,
-    metric_names,
-)
+from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
@@ -101,7 +95,7 @@ class MaskedFinetuneModule(LightningModule):
         check_validation_data(self.trainer)
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)
-        self._logged = metric_names(sets, is_validated(self.trainer))
+        self._logged = metric_names(self.trainer, sets)
         check_monitors(self.trainer, self._logged)
 
     def configure_model(self) -> None:
@@ -136,9 +130,7 @@ class MaskedFinetuneModule(LightningModule):
         accumulated = self.trainer.accumulate_grad_batches
         optimizer = make_optimizer(self.optimizer, self.compact.parameters(), accumulated)
         self.compact.write_back_after(optimizer)
-        if self.lr_scheduler is None:
-            return optimizer
-        return make_schedule(self.lr_scheduler, optimizer)
+        return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule; some fail only now on settings that they cannot work with."""
@@ -180,10 +172,7 @@ class MaskedFinetuneModule(LightningModule):
         self._step_loss.finish(self.compact.masters, self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by value, or by the norm over all ranks."""
         if world_size() > 1 and gradient_clip_val and gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM):
