@@ -1,6 +1,6 @@
 """Whole rows, columns or blocks of matrices, by their summed score: Σ_{j in unit} φ_j, or Σ |φ_j|.
 
-Units of all tensors go into one ranking. They are taken from its top for as long as they fit as a whole, and of the
+Units of all tensors go into one ranking. They are taken from its top for as long as all of a unit fits, and of the
 first that does not fit, the best entries.
 """
 
@@ -123,7 +123,10 @@ class Structured(ParameterAllocator):
         mask = _unit_masks(tilings, order[:whole])
         if left := budget - (int(filled[whole - 1]) if whole else 0):
             name, unit = _locate(tilings, int(order[whole]))
-            self._take_part(mask[name], scores[name], tilings[name], unit, left)
+            shape, where = tilings[name].shape, tilings[name].slices(unit)
+            best = Choice({"unit": scores[name].reshape(shape)[where]}, self.by)
+            best.take(["unit"], left)
+            mask[name].view(shape)[where] = best.mask["unit"].cpu()
         return {name: mask[name].view(score.shape).to(score.device) for name, score in scores.items()}
 
     def _sums(self, name: str, score: Float[Tensor, "..."], tiling: Tiling) -> Float[Tensor, " unit"]:
@@ -133,15 +136,6 @@ class Structured(ParameterAllocator):
                 f"The scores of {name} hold NaN or infinities of both signs, which have no sum; score again."
             )
         return sums
-
-    def _take_part(
-        self, mask: Bool[Tensor, " entry"], score: Float[Tensor, "..."], tiling: Tiling, unit: int, count: int
-    ) -> None:
-        """Add the best entries of one unit to its tensor's mask."""
-        where = tiling.slices(unit)
-        best = Choice({"unit": score.reshape(tiling.shape)[where]}, self.by)
-        best.take(["unit"], count)
-        mask.view(tiling.shape)[where] = best.mask["unit"].cpu()
 
 
 def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
