@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.models.loading import model_folder
-from dualsft.sharding import is_sharded
 from dualsft.sharding.save import save_sharded
+from dualsft.sharding.shard_model import is_sharded
 
 GENERATION = "generation_config.json"
 

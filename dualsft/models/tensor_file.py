@@ -62,14 +62,7 @@ def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 def write_tensors(
     path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; memory holds one tensor at a time.
-
-    Args:
-        path: The file.
-        specs: Name -> type and shape of each tensor.
-        read: Returns the tensor of a name, of that type and shape.
-        metadata: Strings for the header.
-    """
+    """Write a safetensors file; ``read`` returns the tensor of a name, and memory holds one at a time."""
     names = file_order(specs)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0

@@ -55,7 +55,7 @@ class Budgets:
         """
         if not is_sharded(self._model):
             return choose_parameters(self._parameters, scores)
-        folder = self._run.scratch(f"choice-{next(self._round)}")
+        folder = self._run.staging(f"choice-{next(self._round)}")
         return choose_sharded_parameters(self._parameters, scores, self._model, folder)
 
     def examples(self, scores: Mapping[int, float], measured: Measured) -> ChosenExamples:

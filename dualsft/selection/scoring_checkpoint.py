@@ -12,7 +12,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
