@@ -29,11 +29,7 @@ HELD_OUT = {"target": ASSETS / "data" / "test_target.jsonl", "general": ASSETS /
 
 
 def quickstart_command(arguments: Sequence[str]) -> None:
-    """Run the quick start.
-
-    Raises:
-        UserError: if the output folder is taken.
-    """
+    """Run the quick start."""
     parser = argparse.ArgumentParser("dualsft quickstart", description=__doc__)
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every step (default: %(default)s)")
@@ -53,12 +49,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
 
 
 class QuickStart:
-    """The steps, in order.
-
-    Args:
-        folder: Where each step's results go, in a folder of their own.
-        seed: Seed of every step.
-    """
+    """The steps, in order, all with one seed; each writes into a folder of its own."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._seed = folder, seed
@@ -116,10 +107,8 @@ class QuickStart:
         }
         if verb == "validate":
             del places["--data.train"]
-        given = [str(argument) for argument in arguments]
-        for option, value in places.items():
-            if option not in given:
-                given += [option, str(value)]
+        missing = [part for option, value in places.items() if option not in arguments for part in (option, value)]
+        given = [str(argument) for argument in (*arguments, *missing)]
         command = [verb, "--config", str(CONFIG), *given]
         print(f"\n$ dualsft {shlex.join(command)}", flush=True)
         resolve_name(JOB[verb]).command(command[1:])
