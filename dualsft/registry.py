@@ -24,8 +24,6 @@ class Registered:
     """One registered name, for `dualsft plugins`.
 
     Attributes:
-        group: The entry-point group.
-        name: The name to write in a configuration.
         package: The distribution that has it, with its version.
         target: ``module:Class``.
         description: First line of the class's docstring; empty if it failed to load.

@@ -53,7 +53,11 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` goes on from the last finished phase.
         """
-        _check_strategy(self)
+        if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
+            raise UserError(
+                f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
+                "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
+            )
         validation = validation_sources(datamodule.validation).values()
         inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
@@ -72,15 +76,6 @@ class Trainer(LightningTrainer):
             raise
         finally:
             self.predict_loop = usual
-
-
-def _check_strategy(trainer: LightningTrainer) -> None:
-    """Refuse a strategy that the phases cannot run under."""
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, FSDP2)):
-        raise UserError(
-            f"select cannot run under {type(trainer.strategy).__name__} on {trainer.world_size} processes; set "
-            "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
-        )
 
 
 class _SelectionLoop(_PredictionLoop):

@@ -27,11 +27,7 @@ NAMED = {
     "model.data_allocator": "dualsft.data_allocators",
 }
 """Option -> the group in which the names that it takes are registered."""
-JOB = {
-    "select": "dualsft.commands.select:SelectCLI",
-    "fit": "dualsft.commands.fit:FitCLI",
-    "validate": "dualsft.commands.validate:ValidateCLI",
-}
+JOB = {verb: f"dualsft.commands.{verb}:{verb.capitalize()}CLI" for verb in ("select", "fit", "validate")}
 """The verbs whose keys one configuration may hold; each one's module is imported only if a key is looked for in it."""
 MOVED = {"dualsft.distributed.strategy.FSDP2": "dualsft.sharding.strategy.FSDP2"}
 """Class path that configurations may give from before its module moved -> the one it has now."""
@@ -48,11 +44,10 @@ _ADD_UP = "--tasks"
 def add_folder_options(parser: ArgumentParser, resumable: bool) -> None:
     """Add the options about a run's output folder."""
     parser.add_argument("--output_dir", type=str, default="", help="Folder that the results are written to.")
-    flags = {"overwrite": "Replace the run that --output_dir holds."}
+    flag: Any = {"action": ActionYesNo, "default": False}
     if resumable:
-        flags = {"resume": "Go on from what a killed run left in --output_dir.", **flags}
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=text)
+        parser.add_argument("--resume", **flag, help="Go on from what a killed run left in --output_dir.")
+    parser.add_argument("--overwrite", **flag, help="Replace the run that --output_dir holds.")
 
 
 def check_output_dir(config: Namespace) -> None:
@@ -77,11 +72,7 @@ def plain_values(value: Any) -> Any:
 
 
 def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
-    """The arguments after a verb with configuration files narrowed to it, and names replaced by class paths.
-
-    Raises:
-        UserError: if a configuration file cannot be read, or a name is not registered.
-    """
+    """The arguments after a verb with configuration files narrowed to it, and names replaced by class paths."""
     prepared: list[str] = []
     split = _added_up([part for a in arguments for part in _split(_moved(a))])
     for option in split:

@@ -10,11 +10,10 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from dualsft import quickstart
-from dualsft.commands.parsing import JOB
+from dualsft.cli import run
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
@@ -111,7 +110,7 @@ class QuickStart:
         given = [str(argument) for argument in (*arguments, *missing)]
         command = [verb, "--config", str(CONFIG), *given]
         print(f"\n$ dualsft {shlex.join(command)}", flush=True)
-        resolve_name(JOB[verb]).command(command[1:])
+        run(command)
 
 
 def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:

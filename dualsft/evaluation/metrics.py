@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import token_losses
 from dualsft.sharding.local_batch import local_rows
 

@@ -3,9 +3,8 @@
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from dualsft.data.tokenizer import load_tokenizer
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import model_folder
 from dualsft.sharding.save import save_sharded
 from dualsft.sharding.shard_model import is_sharded

@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -126,11 +127,7 @@ def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
 
 
 def empty_model(name_or_path: str) -> PreTrainedModel:
-    """A model on the meta device, without weights, from its configuration.
-
-    Raises:
-        UserError: if the configuration is not that of a causal language model.
-    """
+    """A causal language model on the meta device, without weights, from its configuration."""
     folder = model_folder(name_or_path)
     try:
         with torch.device("meta"):
@@ -141,11 +138,7 @@ def empty_model(name_or_path: str) -> PreTrainedModel:
 
 
 def model_fingerprint(name_or_path: str) -> str:
-    """SHA-256 over a model's stored weights in the order of their names; independent of how the files are sharded.
-
-    Raises:
-        UserError: if the weights cannot be read.
-    """
+    """SHA-256 over a model's stored weights in the order of their names; independent of how the files are sharded."""
     folder, digest = model_folder(name_or_path), hashlib.sha256()
     with reading_weights(folder):
         for name, path in sorted(weight_files(folder).items()):

@@ -34,11 +34,7 @@ class Weights:
 
 
 def stored_weights(folder: Path) -> Weights:
-    """The tensors of a model's files, under the names in the files.
-
-    Raises:
-        UserError: if they cannot be read, or have a type that is not known here.
-    """
+    """The tensors of a model's files, under the names in the files; they must be of a type that is known here."""
     with reading_weights(folder):
         files = weight_files(folder)
         specs = {name: _spec(name, path) for name, path in files.items()}

@@ -48,11 +48,6 @@ class TensorSpec:
         """The type and shape of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of its data in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
 
 def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
     """The names of a file's tensors in the order in which `write_tensors` reads and writes them."""
@@ -67,9 +62,9 @@ def write_tensors(
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
-        begin, end = end, end + specs[name].num_bytes
-        offsets = {"shape": list(specs[name].shape), "data_offsets": [begin, end]}
-        header[name] = {"dtype": _NAMES[specs[name].dtype], **offsets}
+        dtype, shape = specs[name].dtype, specs[name].shape
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as stream:

@@ -111,12 +111,7 @@ class RunFolder(PhaseStore):
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Check that the finished selection in the folder is the one that was asked for.
-
-        Args:
-            identity: What determines the outcome of the run that was asked for.
-            manifest: The manifest of the selection.
-        """
+        """Check by its manifest that the finished selection in the folder is the one that was asked for."""
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 

@@ -84,11 +84,6 @@ class PhaseStore:
 class PhaseKeeper:
     """Saves the state of a phase in progress every so many minutes; implements `dualsft.matrix.passes.Keeper`.
 
-    Args:
-        store: Where it is saved.
-        phase: The phase's name there.
-        minutes: The time between two saves.
-
     Attributes:
         earlier: What the phase cost before its present start, in a killed run or in a discarded attempt; empty for a
             new phase.

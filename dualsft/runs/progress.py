@@ -46,13 +46,10 @@ class PhaseLog:
     def phase(
         self, name: str, examples: int, earlier: dict[str, Any] | None = None, dealt: bool = True
     ) -> Iterator["Meter"]:
-        """Measure a phase; its batches go through the meter.
+        """Measure a phase of so many examples; its batches go through the meter.
 
-        Args:
-            name: The phase's name.
-            examples: The number of examples to process.
-            earlier: The cost of the part that a killed run finished (`Meter.so_far`).
-            dealt: Whether each rank processes examples of its own.
+        The cost of the part that a killed run finished (`Meter.so_far`) is ``earlier``; the examples are ``dealt`` if
+        each rank processes its own.
         """
         examples = -(-examples // world_size()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)

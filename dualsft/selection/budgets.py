@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, DataChoice, Measured, Pool, choose_data
 from dualsft.selection.parameter_choice import ParameterChoice, choose_parameters, choose_sharded_parameters

@@ -1,13 +1,13 @@
 """What is checked of a selection's input once model and data are loaded, before anything is written."""
 
 import torch
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.matrix.curvature import check_differences
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import check_vocabulary
 from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings

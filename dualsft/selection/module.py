@@ -4,10 +4,10 @@ from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
 from dualsft.selection.settings import SelectionSettings

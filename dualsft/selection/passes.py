@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper

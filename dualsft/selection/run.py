@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog

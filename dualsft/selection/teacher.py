@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from itertools import chain
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dualsft.errors import advising
+from dualsft.models import PreTrainedModel
 from dualsft.sharding.shard_model import is_sharded
 
 ADVICE = (

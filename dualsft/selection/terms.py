@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, blaming
 from dualsft.matrix.passes import Losses
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import Objective, example_losses
 from dualsft.runs.progress import say
 from dualsft.scorers import Scorer

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, load_model, model_folder, reading_weights
 from dualsft.sharding.collectives import on_all_ranks
 from dualsft.sharding.lazy_tensor import LazyTensor, rows_of
@@ -28,10 +28,7 @@ def load_sharded(
 ) -> PreTrainedModel:
     """Load the model of `load_model`, sharded as by `shard_model`; no rank ever holds all of it.
 
-    Every rank calls this, with the arguments of those two functions.
-
-    Raises:
-        UserError: on every rank alike, as `load_model` and `shard_model` do.
+    Every rank calls this, with the arguments of those two functions; every rank alike raises as they do.
     """
     folder = on_all_ranks(lambda: model_folder(name_or_path))
     model, weights = on_all_ranks(lambda: _lazy_model(folder, dtype))

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, rank, world_size
 from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files, writing_to

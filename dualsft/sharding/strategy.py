@@ -16,8 +16,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, load_model
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.vectors import gather_vectors, split_vectors
@@ -121,10 +121,7 @@ def _replaced(state: dict[str, Any], tensors: Iterable[tuple[_Key, Tensor]]) -> 
 
 
 def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
-    """Launch the other ranks, if no launcher has, and create the process group before the trainer runs the module.
-
-    Under any other strategy than `FSDP2` nothing is done.
-    """
+    """Under `FSDP2`, launch the ranks that no launcher has, and create the process group before the trainer runs."""
     strategy = trainer.strategy
     if not isinstance(strategy, FSDP2):
         return
@@ -136,11 +133,7 @@ def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
 
 
 def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTrainedModel:
-    """Load a module's model, sharded if its trainer runs it under `FSDP2`, else as `load_model` does.
-
-    Raises:
-        UserError: as `load_model` and `load_sharded` do.
-    """
+    """Load a module's model, by `load_sharded` if its trainer runs it under `FSDP2`, else by `load_model`."""
     mesh = module.device_mesh
     if mesh is None:
         return load_model(name_or_path, dtype)
