@@ -35,7 +35,7 @@ from dualsft.models.dtypes import accumulator_dtype
 from dualsft.objectives import SelfDistillation, example_losses
 from dualsft.selection.passes import scoring_mode
 from dualsft.selection.prior import Prior
-from dualsft.selection.teacher import Teacher
+from dualsft.selection.terms import Teacher
 
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For the C library: what is freed goes back to the system at once, so that the resident set is what is in use."""

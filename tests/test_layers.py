@@ -24,7 +24,7 @@ LAYERS = (
 """From the ground up: a layer imports those below it, and its own."""
 RANK = {name: k for k, layer in enumerate(LAYERS) for name in layer}
 MATHEMATICS = ("allocators", "matrix", "objectives", "scorers", "training")
-KEYLESS = ("matrix", "objectives", "scorers", "training")
+KEYLESS = ("allocators", "matrix", "objectives", "scorers", "training")
 """The rooms whose messages name no configuration key."""
 KEY = re.compile(r"(?<!dualsft\.)\b(model|data|trainer)\.[a-z_]+")
 

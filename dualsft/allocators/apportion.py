@@ -40,9 +40,7 @@ def apportion(budget: int, shares: Sequence[int | float], capacities: Sequence[i
 
 
 def _ideal(budget: int, shares: Sequence[int | float]) -> list[Fraction]:
-    weights = [Fraction(share) for share in shares]
-    if not any(weights):
-        weights = [Fraction(1)] * len(shares)
+    weights = list(map(Fraction, shares)) if any(shares) else [Fraction(1)] * len(shares)
     total = sum(weights)
     return [budget * weight / total for weight in weights]
 

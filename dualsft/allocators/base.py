@@ -17,20 +17,14 @@ Budget = int | float | None
 
 
 def check_budget(key: str, budget: Budget) -> None:
-    """Refuse a budget that no pool could satisfy.
-
-    Raises:
-        UserError: naming the key and the value.
-    """
-    if budget is None:
-        return
-    is_count = isinstance(budget, int) and not isinstance(budget, bool)
-    if (is_count and budget >= 1) or (isinstance(budget, float) and 0 < budget <= 1):
-        return
-    raise UserError(
-        f"{key} is {budget}; give a fraction above 0 and up to 1 (0.1 is a tenth), a count of at least 1 as an "
-        "integer, or null for everything."
-    )
+    """Refuse a budget that no pool could satisfy."""
+    is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    is_fraction = isinstance(budget, float) and 0 < budget <= 1
+    if not (budget is None or is_count or is_fraction):
+        raise UserError(
+            f"{key} is {budget}; give a fraction above 0 and up to 1 (0.1 is a tenth), a count of at least 1 as an "
+            "integer, or null for everything."
+        )
 
 
 def count_of(key: str, budget: Budget, available: int, of: str) -> int:
@@ -38,12 +32,9 @@ def count_of(key: str, budget: Budget, available: int, of: str) -> int:
 
     Args:
         key: The option that gives the budget.
-        budget: The budget.
+        budget: A checked budget; a count above what is available raises a UserError.
         available: How many items there are.
         of: What they are, in the plural.
-
-    Raises:
-        UserError: if the budget is a count above what there is.
     """
     if budget is None:
         return available
@@ -114,11 +105,7 @@ class ScoredParameters(Mapping[str, Tensor]):
 
 
 def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None:
-    """Refuse scores of which none is positive, for an allocator that chooses no others.
-
-    Raises:
-        UserError: naming the allocator.
-    """
+    """Refuse scores of which none is positive, for an allocator that chooses no others."""
     if not bool((score > 0).any()):
         raise UserError(
             f"None of the {len(score):,} scored examples has a positive score, and {allocator} takes no others; choose "

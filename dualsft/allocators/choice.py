@@ -1,18 +1,36 @@
 """A choice of entries built up in steps: the best of some tensors, then the best of others, until the budget is used.
 
-Besides the scores it holds one mask; everything else is computed for one tensor at a time.
+Entries are not sorted. A float32 maps to an integer of the same order (its key), so the k-th largest entry of many
+tensors is found exactly by two histograms of 65,536 bins, over the upper and then the lower half of the keys' bits.
+Each is one sweep over the tensors. Memory holds the scores, one mask, and what is computed for one tensor at a time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualsft.allocators.apportion import apportion
-from dualsft.allocators.ranking import By, kth_largest, ordered_keys, ranked
+from dualsft.errors import UserError
 
+By = Literal["magnitude", "signed"]
+"""Rank by |φ|, or by φ itself."""
+
+_BINS = 1 << 16
 _LAST = torch.iinfo(torch.int32).min  # below the key of every float
+
+
+def check_by(allocator: str, by: str) -> None:
+    """Refuse an unknown ranking."""
+    if by not in get_args(By):
+        raise UserError(f"{allocator} ranks by 'magnitude' or 'signed', not by {by!r}.")
+
+
+def ranked(score: Float[Tensor, "..."], by: By) -> Float[Tensor, "..."]:
+    """|φ|, or φ itself (no copy)."""
+    return score.abs() if by == "magnitude" else score
 
 
 class Choice:
@@ -34,7 +52,7 @@ class Choice:
         }
 
     def free(self, names: Iterable[str]) -> int:
-        """How many entries of these tensors are not chosen."""
+        """The number of entries of these tensors that are not chosen."""
         return sum(self.mask[name].numel() - int(self.mask[name].sum()) for name in names)
 
     def take(self, names: Iterable[str], k: int) -> None:
@@ -58,10 +76,10 @@ class Choice:
             self.mask[name] |= chosen.view(self.mask[name].shape)
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
-        """Split a budget over groups of tensors in proportion to their shares, and take the best within each.
+        """Split a budget over groups of tensors, none in two of them, by their shares, and take the best of each group.
 
         Args:
-            groups: Names of tensors; a tensor is in one group at most.
+            groups: Names of tensors.
             shares: Finite and not negative. A group that is too small is filled, and leaves the rest to the others.
             budget: How many to choose.
 
@@ -79,3 +97,41 @@ class Choice:
         values = ranked(self._scores[name], self._by)
         keys = ordered_keys(-values if self._reverse else values)
         return keys.masked_fill_(self.mask[name].flatten(), _LAST)
+
+
+def ordered_keys(values: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
+    """int32 keys, flat, in the order of the float32 values; -0.0 and 0.0 share one key, and no value has the key -2³¹.
+
+    Raises:
+        ValueError: if a value is NaN, which has no place in an order.
+    """
+    if bool(values.isnan().any()):
+        raise ValueError("scores hold NaN")
+    bits = (values.float() + 0.0).flatten().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) -> tuple[int, int]:
+    """The k-th largest int32 key of all tensors, and how many entries equal to it are still needed to make k.
+
+    Args:
+        sweep: Yields the keys of one tensor after another whenever it is called, which is twice.
+        k: From 1 to the number of entries.
+
+    Raises:
+        ValueError: if there is no such entry.
+    """
+    half = _BINS // 2
+    upper, k = _kth_bin(((keys >> 16) + half for keys in sweep()), k)
+    lower, k = _kth_bin((keys[(keys >> 16) == upper - half] & (_BINS - 1) for keys in sweep()), k)
+    return (upper - half) * _BINS + lower, k
+
+
+def _kth_bin(digits: Iterable[Int[Tensor, " entry"]], k: int) -> tuple[int, int]:
+    """The bin of the k-th largest digit, and its rank among that bin's entries."""
+    counts = torch.as_tensor(sum(torch.bincount(part, minlength=_BINS).cpu() for part in digits))
+    at_least = counts.flip(0).cumsum(0).flip(0)
+    if k < 1 or k > int(at_least[0]):
+        raise ValueError(f"cannot choose {k} of {int(at_least[0])}")
+    bin_ = int((at_least >= k).nonzero()[-1])
+    return bin_, k - int(at_least[bin_] - counts[bin_])

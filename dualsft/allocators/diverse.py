@@ -12,12 +12,12 @@ last known gain is a bound, and most gains are never computed again (Minoux 1978
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dualsft.allocators.base import DataAllocator, ScoredExamples
 from dualsft.errors import UserError
 
-_BLOCK = 32
-"""Number of gains that are computed at once."""
+_BLOCK = 32  # gains that are computed at once
 
 
 class Diverse(DataAllocator):
@@ -30,16 +30,14 @@ class Diverse(DataAllocator):
     needs = ("sketch",)
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Exactly ``budget`` examples; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if a sketch is not finite.
-        """
+        """Exactly ``budget`` examples (see `DataAllocator.allocate`); refuses a sketch that is not finite."""
         assert examples.sketch is not None
         if not bool(examples.sketch.isfinite().all()):
             raise UserError("The sketches hold NaN or infinity, which diverse cannot compare; take another allocator.")
         positive = (examples.score > 0).nonzero().squeeze(1)
-        picked = positive[greedy(unit_rows(examples.sketch[positive]), examples.score[positive].double(), budget)]
+        # a row of zeros stays one, and is like no other
+        units = normalize(examples.sketch[positive].double(), eps=torch.finfo(torch.float64).tiny).float()
+        picked = positive[_greedy(units, examples.score[positive].double(), budget)]
         left = torch.ones(len(examples.score), dtype=torch.bool)
         left[picked] = False
         by_score = torch.sort(examples.score, descending=True, stable=True).indices
@@ -47,22 +45,10 @@ class Diverse(DataAllocator):
         return examples.example_id[chosen].sort().values
 
 
-def unit_rows(sketch: Float[Tensor, "example sketch"]) -> Float[Tensor, "example sketch"]:
-    """Rows of length one, float32; a row of zeros stays one, and is like nothing."""
-    wide = sketch.double()
-    return (wide / wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)).float()
-
-
-def greedy(
+def _greedy(
     units: Float[Tensor, "example sketch"], worth: Float[Tensor, " example"], count: int
 ) -> Int[Tensor, " picked"]:
-    """The picked rows in order, until there are ``count`` or no further row adds anything.
-
-    Args:
-        units: Rows of length one.
-        worth: The weight w_i of each row; positive.
-        count: The largest number to pick.
-    """
+    """The picked rows of length one, in order, until there are ``count`` or none adds anything; worth is w_i > 0."""
     covered = torch.zeros_like(worth)
     bounds = torch.full_like(worth, torch.inf)
     picked: list[int] = []

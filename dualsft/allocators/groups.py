@@ -5,10 +5,7 @@ DeepSeek, ...), GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Bloom, Falcon, BERT, RWKV, Mam
 """
 
 import re
-from collections.abc import Iterable
-
-Layer = tuple[str, int]
-"""The name of a list of modules, and the place in it: ``("model.layers", 3)``."""
+from collections.abc import Collection, Iterable
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "other")
 """Projections to queries, keys, values, and out of attention or another mixer; the feed-forward's three; all else."""
@@ -38,8 +35,8 @@ _PARAMETER = re.compile(r"(\.weight|[._]bias|\.parametrizations\..*)$")
 """What follows a module's name; a biased expert's is ``down_proj_bias``."""
 
 
-def layer_of(name: str) -> Layer | None:
-    """The first numbered list of modules in a parameter's name, with the number; None if the name has none.
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The first numbered list of modules in a name, with the number: ``("transformer.h", 3)``; None if it has none.
 
     Experts of a layer are numbered too, but later in the name; the stacks of an encoder and a decoder differ in the
     list's name.
@@ -63,16 +60,14 @@ def kind_of(name: str) -> str:
 
 def layers(names: Iterable[str]) -> list[list[str]]:
     """The names of each layer's parameters, layers in order; names outside of all layers are left out."""
-    groups: dict[Layer, list[str]] = {}
+    groups: dict[tuple[str, int], list[str]] = {}
     for name in names:
         if layer := layer_of(name):
             groups.setdefault(layer, []).append(name)
     return [groups[layer] for layer in sorted(groups)]
 
 
-def kinds(names: Iterable[str]) -> list[list[str]]:
+def kinds(names: Collection[str]) -> list[list[str]]:
     """The names of each kind's parameters, in the order of `KINDS`; kinds that the model lacks are left out."""
-    groups: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for name in names:
-        groups[kind_of(name)].append(name)
-    return [group for group in groups.values() if group]
+    of_kind = [[name for name in names if kind_of(name) == kind] for kind in KINDS]
+    return [group for group in of_kind if group]

@@ -8,9 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import Choice
+from dualsft.allocators.choice import By, Choice, check_by
 from dualsft.allocators.groups import kinds, layers
-from dualsft.allocators.ranking import By, check_by
 from dualsft.errors import UserError
 
 
@@ -30,7 +29,14 @@ class LayerQuota(ParameterAllocator):
 
     def __init__(self, layer_share: float = 0.2, module_share: float = 0.2, by: By = "magnitude") -> None:
         check_by("layer_quota", by)
-        _check_shares(layer_share, module_share)
+        for key, share in (("layer_share", layer_share), ("module_share", module_share)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{key} of layer_quota is {share}; give a part of the budget from 0 to 1.")
+        if Decimal(str(layer_share)) + Decimal(str(module_share)) > 1:
+            raise UserError(
+                f"layer_share {layer_share} and module_share {module_share} of layer_quota add up to more than the "
+                "budget; lower them until they add up to at most 1."
+            )
         self.layer_share, self.module_share, self.by = layer_share, module_share, by
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
@@ -40,14 +46,3 @@ class LayerQuota(ParameterAllocator):
             left -= choice.spread(groups, [1] * len(groups), math.floor(Decimal(str(share)) * budget))
         choice.take(scores, left)
         return choice.mask
-
-
-def _check_shares(layer_share: float, module_share: float) -> None:
-    for key, share in (("layer_share", layer_share), ("module_share", module_share)):
-        if not 0 <= share <= 1:
-            raise UserError(f"{key} of layer_quota is {share}; give a part of the budget from 0 to 1.")
-    if Decimal(str(layer_share)) + Decimal(str(module_share)) > 1:
-        raise UserError(
-            f"layer_share {layer_share} and module_share {module_share} of layer_quota add up to more than the budget; "
-            "lower them until they add up to at most 1."
-        )

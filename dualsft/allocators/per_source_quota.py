@@ -75,13 +75,12 @@ class PerSourceQuota(DataAllocator):
         if not isinstance(self.shares, dict):
             return list(sizes.values()) if self.shares == "proportional" else [1] * len(sizes)
         named = {str(source): share for source, share in self.shares.items()}
-        for source in named:
-            if source not in sizes:
-                more = f" and {len(sizes) - _SHOWN:,} more" if len(sizes) > _SHOWN else ""
-                raise UserError(
-                    f"per_source_quota gives a share to {source!r}, but column {self.column!r} of the pool holds "
-                    f"{', '.join(map(repr, list(sizes)[:_SHOWN]))}{more}; name one of these."
-                )
+        if unknown := [source for source in named if source not in sizes]:
+            more = f" and {len(sizes) - _SHOWN:,} more" if len(sizes) > _SHOWN else ""
+            raise UserError(
+                f"per_source_quota gives a share to {unknown[0]!r}, but column {self.column!r} of the pool holds "
+                f"{', '.join(map(repr, list(sizes)[:_SHOWN]))}{more}; name one of these."
+            )
         return [named.get(source, 0) for source in sizes]
 
 

@@ -1,10 +1,10 @@
 """As many examples as the budget allows, all with a positive score."""
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from dualsft.allocators.base import DataAllocator, ScoredExamples, check_any_positive
+from dualsft.allocators.top_k import TopK
 
 
 class PositiveOnly(DataAllocator):
@@ -13,13 +13,6 @@ class PositiveOnly(DataAllocator):
     exact = False
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """At most ``budget`` examples; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if no score is positive.
-        """
-        score = examples.score
-        check_any_positive("positive_only", score)
-        count = min(budget, int((score > 0).sum()))
-        order = torch.sort(score, descending=True, stable=True).indices
-        return examples.example_id[order[:count]].sort().values
+        """At most ``budget`` examples (see `DataAllocator.allocate`); refuses scores of which none is positive."""
+        check_any_positive("positive_only", examples.score)
+        return TopK().allocate(examples, min(budget, int((examples.score > 0).sum())))

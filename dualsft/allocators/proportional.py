@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import Choice
-from dualsft.allocators.ranking import By, check_by
+from dualsft.allocators.choice import By, Choice, check_by
 from dualsft.errors import UserError
 
 
@@ -30,11 +29,7 @@ class Proportional(ParameterAllocator):
         self.by = by
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
-        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
-
-        Raises:
-            UserError: if a score is NaN or infinite.
-        """
+        """Exactly ``budget`` entries (see `ParameterAllocator.allocate`); refuses a score that is not finite."""
         names = sorted(scores)
         gains = [_gain(name, scores[name]) for name in names]
         if not any(gains):

@@ -1,24 +1,89 @@
 """Whole rows, columns or blocks of matrices, by their summed score: Σ_{j in unit} φ_j, or Σ |φ_j|.
 
-Units of all tensors go into one ranking. They are taken from its top for as long as they fit as a whole, and of the
+Units of all tensors go into one ranking. They are taken from its top for as long as all of a unit fits, and of the
 first that does not fit, the best entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import Choice
-from dualsft.allocators.ranking import By, check_by, ranked
-from dualsft.allocators.tiling import Tiling
+from dualsft.allocators.choice import By, Choice, check_by, ranked
 from dualsft.errors import UserError
 
 Unit = Literal["row", "column", "block"]
 _BLOCK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A tensor cut into equal tiles of its matrices, numbered row by row, matrix after matrix.
+
+    The tiles of the last row and of the last column may be smaller.
+
+    Attributes:
+        shape: The tensor's as a batch of matrices.
+        tile: Height and width of a tile.
+    """
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], height: int | None, width: int | None) -> "Tiling":
+        """Tiles of at most this height and width; None for those of the matrix."""
+        *batch, rows, columns = shape if len(shape) > 1 else (*shape, *[1] * (2 - len(shape)))
+        # at least one by one: an empty matrix has no tiles, whatever their size
+        tile = (max(1, min(height or rows, rows)), max(1, min(width or columns, columns)))
+        return cls((prod(batch), rows, columns), tile)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The number of tiles down and across a matrix."""
+        _, rows, columns = self.shape
+        return -(-rows // self.tile[0]), -(-columns // self.tile[1])
+
+    @property
+    def count(self) -> int:
+        """The number of tiles."""
+        return self.shape[0] * prod(self.grid)
+
+    def sums(self, values: Float[Tensor, "..."]) -> Float[Tensor, " unit"]:
+        """Each tile's sum, added in float64."""
+        (down, across), (height, width) = self.grid, self.tile
+        matrices, (batch, rows, columns) = values.reshape(self.shape), self.shape
+        padding = (0, across * width - columns, 0, down * height - rows)
+        padded = pad(matrices, padding) if any(padding) else matrices
+        return padded.reshape(batch, down, height, across, width).sum((2, 4), dtype=torch.float64).flatten()
+
+    def sizes(self) -> Int[Tensor, " unit"]:
+        """The number of entries of each tile."""
+        heights, widths = (
+            torch.arange(0, length, step).neg().add(length).clamp(max=step)
+            for length, step in zip(self.shape[1:], self.tile, strict=True)
+        )
+        return torch.outer(heights, widths).expand(self.shape[0], -1, -1).flatten()
+
+    def entries(self, units: Bool[Tensor, " unit"]) -> Bool[Tensor, " entry"]:
+        """Which entries of the tensor, flat, are in these tiles."""
+        (down, across), (height, width) = self.grid, self.tile
+        batch, rows, columns = self.shape
+        padded = units.view(batch, down, 1, across, 1).expand(-1, -1, height, -1, width)
+        return padded.reshape(batch, down * height, across * width)[:, :rows, :columns].flatten().contiguous()
+
+    def slices(self, unit: int) -> tuple[int, slice, slice]:
+        """The place of a tile in the batch of matrices."""
+        (down, across), (height, width) = self.grid, self.tile
+        place, column = divmod(unit, across)
+        matrix, row = divmod(place, down)
+        return matrix, slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
 
 
 class Structured(ParameterAllocator):
@@ -48,11 +113,7 @@ class Structured(ParameterAllocator):
         self.unit, self.block_size, self.by = unit, block_size, by
 
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
-        """Exactly ``budget`` entries; see `ParameterAllocator.allocate`.
-
-        Raises:
-            UserError: if the scores of a unit do not add up to a number.
-        """
+        """Exactly ``budget`` entries (see `ParameterAllocator.allocate`); refuses a unit whose sum is not a number."""
         height, width = {"row": (1, None), "column": (None, 1), "block": (self.block_size,) * 2}[self.unit]
         tilings = {name: Tiling.of(scores[name].shape, height, width) for name in sorted(scores)}
         sums = torch.cat([self._sums(name, scores[name], tiling) for name, tiling in tilings.items()])
@@ -62,7 +123,10 @@ class Structured(ParameterAllocator):
         mask = _unit_masks(tilings, order[:whole])
         if left := budget - (int(filled[whole - 1]) if whole else 0):
             name, unit = _locate(tilings, int(order[whole]))
-            self._take_part(mask[name], scores[name], tilings[name], unit, left)
+            shape, where = tilings[name].shape, tilings[name].slices(unit)
+            best = Choice({"unit": scores[name].reshape(shape)[where]}, self.by)
+            best.take(["unit"], left)
+            mask[name].view(shape)[where] = best.mask["unit"].cpu()
         return {name: mask[name].view(score.shape).to(score.device) for name, score in scores.items()}
 
     def _sums(self, name: str, score: Float[Tensor, "..."], tiling: Tiling) -> Float[Tensor, " unit"]:
@@ -72,15 +136,6 @@ class Structured(ParameterAllocator):
                 f"The scores of {name} hold NaN or infinities of both signs, which have no sum; score again."
             )
         return sums
-
-    def _take_part(
-        self, mask: Bool[Tensor, " entry"], score: Float[Tensor, "..."], tiling: Tiling, unit: int, count: int
-    ) -> None:
-        """Add the best entries of one unit to its tensor's mask."""
-        where = tiling.slices(unit)
-        best = Choice({"unit": score.reshape(tiling.shape)[where]}, self.by)
-        best.take(["unit"], count)
-        mask.view(tiling.shape)[where] = best.mask["unit"].cpu()
 
 
 def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:

@@ -23,6 +23,10 @@ from torch import Tensor
 from dualsft.allocators.base import DataAllocator, ScoredExamples, check_any_positive
 from dualsft.errors import UserError
 
+Scores = Float[np.ndarray, " item"]
+Tokens = Int[np.ndarray, " item"]
+Taken = Bool[np.ndarray, " item"]
+
 _CELLS = 20_000_000
 """Largest size of the dynamic programme, core examples times tokens: a byte of memory each, about 0.2 s in all."""
 
@@ -39,11 +43,7 @@ class TokenBudget(DataAllocator):
     exact = False
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """Examples of at most ``budget`` supervised tokens; see `DataAllocator.allocate`.
-
-        Raises:
-            UserError: if no score is positive, or no example with a positive score fits.
-        """
+        """Examples of at most ``budget`` supervised tokens; refuses a pool where no positive score fits into them."""
         score, tokens = examples.score.double().numpy(), examples.num_tokens.numpy().astype(np.int64)
         check_any_positive("token_budget", examples.score)
         positive = score > 0
@@ -57,26 +57,15 @@ class TokenBudget(DataAllocator):
         return examples.example_id[torch.from_numpy(chosen)]
 
 
-def knapsack(
-    score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int, cells: int = _CELLS
-) -> Bool[np.ndarray, " item"]:
-    """Which items to take.
-
-    Args:
-        score: Of each item, positive.
-        tokens: Of each item, at most the budget.
-        budget: The most tokens.
-        cells: The most entries of the dynamic programme.
-    """
+def knapsack(score: Scores, tokens: Tokens, budget: int, cells: int = _CELLS) -> Taken:
+    """Which items to take, all of positive score and of at most the budget of tokens; see `_CELLS`."""
     order = np.argsort(-score / np.maximum(tokens, 1), kind="stable")
     taken = np.zeros(len(order), dtype=bool)
     taken[order] = _best(score[order], tokens[order], budget, cells)
     return _earliest(taken, score, tokens)
 
 
-def _best(
-    score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int, cells: int
-) -> Bool[np.ndarray, " item"]:
+def _best(score: Scores, tokens: Tokens, budget: int, cells: int) -> Taken:
     """The best of three choices, each filled up with what still fits; items are in order of score per token."""
     nothing, highest = np.zeros((2, len(score)), dtype=bool)
     highest[score.argmax()] = True
@@ -84,9 +73,7 @@ def _best(
     return max((_filled(start, tokens, budget) for start in starts), key=lambda taken: score[taken].sum())
 
 
-def _with_core(
-    score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int, cells: int
-) -> Bool[np.ndarray, " item"]:
+def _with_core(score: Scores, tokens: Tokens, budget: int, cells: int) -> Taken:
     """Items up to the break item, with the core around it decided exactly; items are in order of score per token."""
     taken = tokens.cumsum() <= budget
     if taken.all():
@@ -101,9 +88,7 @@ def _with_core(
     return taken
 
 
-def _solved(
-    score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int
-) -> Bool[np.ndarray, " item"]:
+def _solved(score: Scores, tokens: Tokens, budget: int) -> Taken:
     """The optimal choice; ``best[w]`` is the largest total score of the items so far within w tokens."""
     best = np.zeros(budget + 1)
     improves = np.zeros((len(score), budget + 1), dtype=bool)
@@ -119,9 +104,7 @@ def _solved(
     return taken
 
 
-def _filled(
-    taken: Bool[np.ndarray, " item"], tokens: Int[np.ndarray, " item"], budget: int
-) -> Bool[np.ndarray, " item"]:
+def _filled(taken: Taken, tokens: Tokens, budget: int) -> Taken:
     """The choice with every further item, first to last, that still fits."""
     filled = taken.copy()
     left = budget - int(tokens[taken].sum())
@@ -132,9 +115,7 @@ def _filled(
     return filled
 
 
-def _earliest(
-    taken: Bool[np.ndarray, " item"], score: Float[np.ndarray, " item"], tokens: Int[np.ndarray, " item"]
-) -> Bool[np.ndarray, " item"]:
+def _earliest(taken: Taken, score: Scores, tokens: Tokens) -> Taken:
     """As many items of each score and number of tokens, but the first of them."""
     order = np.lexsort((tokens, score))
     new_kind = (np.diff(score[order], prepend=-1) != 0) | (np.diff(tokens[order], prepend=-1) != 0)

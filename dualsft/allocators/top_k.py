@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualsft.allocators.base import DataAllocator, ParameterAllocator, ScoredExamples
-from dualsft.allocators.choice import Choice
-from dualsft.allocators.ranking import By, check_by
+from dualsft.allocators.choice import By, Choice, check_by
 
 
 class GlobalTopK(ParameterAllocator):

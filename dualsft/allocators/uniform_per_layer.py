@@ -6,9 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import Choice
+from dualsft.allocators.choice import By, Choice, check_by
 from dualsft.allocators.groups import layer_of, layers
-from dualsft.allocators.ranking import By, check_by
 
 
 class UniformPerLayer(ParameterAllocator):

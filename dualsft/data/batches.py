@@ -1,8 +1,8 @@
 """Examples -> batches: padding, and which examples share a batch.
 
-A batch of b examples whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that
-within a budget and keep padding low by putting examples of similar length together. Where examples are packed, a row
-holds several of them.
+A batch of b rows whose longest has t tokens costs b·t tokens, padding included. Both ways of batching keep that within
+a budget and keep padding low by putting examples of similar length together. Where examples are packed, a row holds
+several of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from dualsft.data.layout import Batch
-from dualsft.data.packing import Row, few_packed_batches, longest_first
+from dualsft.data.packing import Lengths, Row, few_packed_batches, longest_first
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 
@@ -39,21 +38,15 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
 
 
 def length_batches(
-    lengths: Sequence[int] | Int[np.ndarray, "example"],
-    batch_tokens: int,
-    batch_size: int | None = None,
-    ids: Sequence[int] | None = None,
+    lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Cuts examples into batches by length, the longest first: what does not fit into memory shows at once.
 
     Args:
-        lengths: Tokens of every example, indexed by example id.
+        lengths: Tokens of every example.
         batch_tokens: Largest (examples x longest) of a batch.
         batch_size: Largest number of examples of a batch, if there is to be one.
-        ids: Examples to batch; all of them by default.
-
-    Returns:
-        Batches of example ids; each id occurs once, ties in length are in order of id.
+        ids: Examples to batch; all of them by default. Ties in length are in order of id.
 
     Raises:
         UserError: If an example is longer than ``batch_tokens``.
@@ -63,24 +56,20 @@ def length_batches(
     batches: list[list[int]] = []
     first = 0
     while first < len(order):
-        count = _capacity(int(lengths[order[first]]), order[first], batch_tokens, batch_size)
+        longest = int(lengths[order[first]])
+        if longest > batch_tokens:
+            raise UserError(
+                f"Example {order[first]} has {longest} tokens, more than data.batch_tokens={batch_tokens}: "
+                "raise data.batch_tokens or lower data.max_length."
+            )
+        fitting = batch_tokens // max(longest, 1)
+        count = fitting if batch_size is None else min(fitting, batch_size)
         batches.append(order[first : first + count])
         first += count
     return batches
 
 
-def _capacity(length: int, example_id: int, batch_tokens: int, batch_size: int | None) -> int:
-    """Number of examples that fit into a batch whose longest has ``length`` tokens."""
-    if length > batch_tokens:
-        raise UserError(
-            f"Example {example_id} has {length} tokens, more than data.batch_tokens={batch_tokens}: "
-            "raise data.batch_tokens or lower data.max_length."
-        )
-    fitting = batch_tokens // max(length, 1)
-    return fitting if batch_size is None else min(fitting, batch_size)
-
-
-def padding_share(lengths: Sequence[int] | Int[np.ndarray, "example"], batches: Iterable[BatchIds]) -> float:
+def padding_share(lengths: Lengths, batches: Iterable[BatchIds]) -> float:
     """Share of the batches' token slots (rows x fullest row) that hold padding; 0 without any batch."""
     slots = tokens = 0
     for batch in batches:
@@ -97,9 +86,9 @@ class TrainingBatches(Sampler[BatchIds]):
     packed, under both limits. The number of steps per epoch is thus known and constant.
 
     Args:
-        lengths: Tokens of every example, indexed by example id.
+        lengths: Tokens of every example.
         ids: Examples to train on.
-        batch_tokens: Largest (examples x longest) of a batch.
+        batch_tokens: Largest (rows x longest row) of a batch.
         batch_size: Largest number of examples of a batch.
         seed: Decides which examples meet in a batch and, with the epoch, the order of the batches.
         row_tokens: Largest row in tokens if examples are to be packed; else each has a row of its own.
@@ -110,7 +99,7 @@ class TrainingBatches(Sampler[BatchIds]):
 
     def __init__(
         self,
-        lengths: Sequence[int] | Int[np.ndarray, "example"],
+        lengths: Lengths,
         ids: Sequence[int],
         batch_tokens: int,
         batch_size: int,

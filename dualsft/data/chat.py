@@ -16,13 +16,7 @@ _END_OF_THOUGHT = "</think>"
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation and the means to render it.
-
-    Attributes:
-        messages: Turns, each with at least ``role`` and ``content``.
-        tokenizer: Its chat template writes the text.
-        where: Location of the record, for errors.
-    """
+    """One conversation, the tokenizer whose chat template renders it, and its location for errors."""
 
     messages: Sequence[Message]
     tokenizer: PreTrainedTokenizerBase
@@ -31,14 +25,11 @@ class Conversation:
     def spans(self, text: str, first: int) -> Iterator[tuple[int, int]]:
         """Yields the character range of every assistant turn from turn ``first`` on that says something.
 
-        A range starts where generation would start and includes the template's end-of-turn marker.
-
-        Args:
-            text: The whole conversation, rendered.
-            first: Turns before this one are prompt, whoever speaks.
+        A range of ``text``, the rendered conversation, starts where generation would start and includes the template's
+        end-of-turn marker.
 
         Raises:
-            UserError: If the template writes a turn in a way that leaves it nowhere to be found.
+            UserError: If the template writes a turn in a way that it cannot be found in the text.
         """
         for turn, message in enumerate(self.messages):
             if turn >= first and message["role"] == "assistant" and message["content"].strip():
@@ -46,11 +37,7 @@ class Conversation:
                 yield start, self._end(text, turn, start)
 
     def render(self, turns: int, add_generation_prompt: bool = False) -> str:
-        """Renders the first ``turns`` turns.
-
-        Raises:
-            UserError: If the template refuses them.
-        """
+        """Renders the first ``turns`` turns."""
         try:
             text = self.tokenizer.apply_chat_template(
                 list(self.messages[:turns]), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -78,31 +65,22 @@ class Conversation:
             return len(alone)
         # The template writes this turn differently once others follow (Qwen3 drops its reasoning): find its content,
         # then include as much of the end-of-turn marker behind it as both renderings share.
-        content = self._visible(text, turn, start)
+        content = self._visible(text, alone, turn, start)
         end = text.index(content, start) + len(content)
         marker = alone[alone.rindex(content) + len(content) :]
-        return end + _common_length(marker, text[end:])
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(marker, text[end:], strict=False))
+        return end + len(list(shared))
 
-    def _visible(self, text: str, turn: int, start: int) -> str:
+    def _visible(self, text: str, alone: str, turn: int, start: int) -> str:
         content = self.messages[turn]["content"]
-        alone = self.render(turn + 1)
         for candidate in (content.strip(), content.rsplit(_END_OF_THOUGHT, 1)[-1].strip()):
             if candidate and candidate in alone and text.find(candidate, start) >= 0:
                 return candidate
         raise UserError(f"{self.where}: the tokenizer's chat template rewrites turn {turn} beyond recognition.")
 
 
-def _common_length(one: str, other: str) -> int:
-    """Number of leading characters that both share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def check_messages(value: Any, where: str) -> list[Message]:
-    """Checks a list of ``{role, content}``; an assistant's null content becomes empty.
-
-    Raises:
-        UserError: If it is anything else.
-    """
+    """Refuses anything but a list of ``{role, content}``; an assistant's null content becomes empty."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the conversation must be a list of {{role, content}}.")
     return [_check_message(message, f"{where}, turn {turn}") for turn, message in enumerate(value)]

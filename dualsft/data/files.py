@@ -48,28 +48,20 @@ def source_lines(path: str, split: str) -> Iterator[SourceLine]:
     """
     place = Path(path)
     if place.is_dir():
-        for file in _supported_files(place):
+        names = sorted(file for file in place.iterdir() if not file.name.startswith("."))
+        files = [file for file in names if file.suffix.lower() in _READERS and file.is_file()]
+        if not files:
+            raise UserError(f"The folder {place} holds no {_KINDS} file.")
+        for file in files:
             yield from _READERS[file.suffix.lower()](file)
     elif place.exists():
-        yield from _reader(place)(place)
+        if place.suffix.lower() not in _READERS:
+            raise UserError(f"{place} is not a kind of file that can be read: give a {_KINDS} file.")
+        yield from _READERS[place.suffix.lower()](place)
     elif _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
         yield from _hub_lines(path, split)
     else:
         raise UserError(f"{path} does not exist: give a {_KINDS} file, a folder of them or a Hugging Face dataset id.")
-
-
-def _supported_files(folder: Path) -> list[Path]:
-    names = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    files = [file for file in names if file.suffix.lower() in _READERS and file.is_file()]
-    if not files:
-        raise UserError(f"The folder {folder} holds no {_KINDS} file.")
-    return files
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[SourceLine]]:
-    if file.suffix.lower() not in _READERS:
-        raise UserError(f"{file} is not a kind of file that can be read: give a {_KINDS} file.")
-    return _READERS[file.suffix.lower()]
 
 
 def _dump(record: Any) -> str:
@@ -108,17 +100,13 @@ def _json_lines(file: Path) -> Iterator[SourceLine]:
             yield from _jsonl_lines(file)  # which tells the broken line from the sound ones
             return
         raise UserError(f"{file.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    for record in _records_of(content):
+    records = content if isinstance(content, list) else [content]
+    if isinstance(content, dict) and len(content) == 1:
+        (inner,) = content.values()
+        if isinstance(inner, list) and not _is_conversation(inner):
+            records = inner
+    for record in records:
         yield SourceLine(_dump(record), file.name, None)
-
-
-def _records_of(content: Any) -> list[Any]:
-    if isinstance(content, list):
-        return content
-    values = list(content.values()) if isinstance(content, dict) else []
-    if len(values) == 1 and isinstance(values[0], list) and not _is_conversation(values[0]):
-        return values[0]
-    return [content]
 
 
 def _is_conversation(items: list[Any]) -> bool:
@@ -131,22 +119,16 @@ def _csv_lines(file: Path) -> Iterator[SourceLine]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     rows = csv.reader((line for _, line in _text_lines(file)), delimiter=delimiter, strict=True)
     try:
-        header: list[str] | None = None
-        start = 1
+        header = next(filter(None, rows), [])
+        start = rows.line_num + 1
         for row in rows:
-            if header is None:
-                header = row or None
-            elif row:
-                yield SourceLine(_dump(_named(row, header, file, start)), file.name, start)
+            if row and len(row) != len(header):
+                raise UserError(f"{file.name}, line {start}: {len(row)} fields where the header names {len(header)}.")
+            if row:
+                yield SourceLine(_dump(dict(zip(header, row, strict=True))), file.name, start)
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file.name}, line {rows.line_num}: not valid CSV ({error}).") from error
-
-
-def _named(row: list[str], header: list[str], file: Path, number: int) -> dict[str, str]:
-    if len(row) != len(header):
-        raise UserError(f"{file.name}, line {number}: {len(row)} fields where the header names {len(header)}.")
-    return dict(zip(header, row, strict=True))
 
 
 def _parquet_lines(file: Path) -> Iterator[SourceLine]:

@@ -48,33 +48,27 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
     prompt, response = options.text_columns(records.columns)
     if isinstance(records[0].get(prompt), list):
         return _chat_renderer(tokenizer, prompt, response)
-    return _prompt_renderer(prompt, response, options.prompt_template)
 
-
-def _prompt_renderer(prompt: str, response: str, template: str) -> Renderer:
     def render(record: Mapping[str, Any], where: str) -> Rendered:
         # replace, not format: prompts contain braces
-        return _answer_to(template.replace("{prompt}", _text(record, prompt, where)), _answer(record, response, where))
+        before = options.prompt_template.replace("{prompt}", _text(record, prompt, where))
+        return _answer_to(before, _answer(record, response, where))
 
     return render
 
 
 def _render_alpaca(record: Mapping[str, Any], where: str) -> Rendered:
+    """Renders the two prompts that the Alpaca data came with, which models tuned on such data expect to the letter."""
     context = _text(record, "input", where) if record.get("input") is not None else ""
-    prompt = _alpaca_prompt(_text(record, "instruction", where), context)
-    return _answer_to(prompt, _answer(record, "output", where))
-
-
-def _alpaca_prompt(instruction: str, context: str) -> str:
-    """The two prompts that the Alpaca data came with, which models tuned on such data expect to the letter."""
     pairing, section = "", ""
     if context.strip():
         pairing, section = ", paired with an input that provides further context", f"### Input:\n{context}\n\n"
-    return (
+    prompt = (
         f"Below is an instruction that describes a task{pairing}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
+        f"### Instruction:\n{_text(record, 'instruction', where)}\n\n{section}### Response:\n"
     )
+    return _answer_to(prompt, _answer(record, "output", where))
 
 
 def _chat_renderer(tokenizer: PreTrainedTokenizerBase, *columns: str) -> Renderer:

@@ -1,8 +1,8 @@
 """A batch of examples, how it is sliced, and which of its tokens belong to which example.
 
 A batch is a rectangle of rows and tokens. An example is a span of one row: (row, first token, length). Rows are either
-padded, with one example each, or packed, with several. Whatever has a value for each token, such as a loss or a
-module's output, is split into examples here and nowhere else.
+padded, with one example each, or packed, with several. Values of tokens, such as losses or a module's output, are split
+into examples here and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -101,31 +101,25 @@ class Layout:
             AmbiguousShapeError: if two axes are as long as a row, or the first may count either.
             UserError: if the output has neither rows and tokens nor flattened tokens.
         """
-        self._check_square(shape, where)
+        self.check_rows(shape, where)
         axes = self.token_axes(shape)
-        if axes:
-            if len(axes) > 1:
-                raise AmbiguousShapeError(where)
-            return axes[0]
-        if shape and shape[0] == self.rows * self.tokens:
-            return 0
-        raise self._cannot_split(shape, where)
+        if len(axes) > 1:
+            raise AmbiguousShapeError(where)
+        if not axes and shape[0] != self.rows * self.tokens:
+            raise self._cannot_split(shape, where)
+        return axes[0] if axes else 0
 
     def check_rows(self, shape: Sequence[int], where: str) -> None:
         """Check that a module's output splits into rows, whichever axis counts tokens, if any does.
 
         Raises:
-            AmbiguousShapeError: if its first axis may count either.
+            AmbiguousShapeError: if its first axis may count tokens of an output without rows (learned positions).
             UserError: if it does not split.
         """
-        self._check_square(shape, where)
-        if not shape or shape[0] not in (self.rows, self.rows * self.tokens):
-            raise self._cannot_split(shape, where)
-
-    def _check_square(self, shape: Sequence[int], where: str) -> None:
-        """Check that the first axis counts rows, and not tokens of an output without rows (learned positions)."""
         if shape and shape[0] == self.rows == self.tokens:
             raise AmbiguousShapeError(where)
+        if not shape or shape[0] not in (self.rows, self.rows * self.tokens):
+            raise self._cannot_split(shape, where)
 
     def _cannot_split(self, shape: Sequence[int], where: str) -> UserError:
         held = f"{self.rows} {'examples' if self.one_per_row else 'rows'} of {self.tokens} tokens"
@@ -157,13 +151,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) -> Batch:
-    """Some rows of a batch with the examples in them.
-
-    Args:
-        batch: Padded or packed.
-        rows: Which rows, ascending.
-        tokens: Which tokens of each; they must include the rows' examples.
-    """
+    """Some rows of a batch, ascending, with the examples in them; ``tokens`` must include these examples."""
     index = torch.tensor(rows, dtype=torch.int64, device=batch["input_ids"].device)
     part = {name: values[index, tokens] for name, values in batch.items() if name not in BY_EXAMPLE}
     if "spans" not in batch:
@@ -190,10 +178,7 @@ def one_example(batch: Batch, k: int) -> Batch:
 
 
 def keep_examples(batch: Batch, keep: Bool[Tensor, " example"]) -> Batch:
-    """The batch without some of its examples.
-
-    The row of a padded example is dropped. The tokens of a packed one become padding, as it shares its row.
-    """
+    """The batch without some of its examples: padded ones are dropped, and the tokens of packed ones become padding."""
     if bool(keep.all()):
         return batch
     if "spans" not in batch:

@@ -1,25 +1,22 @@
-"""Batches of ids -> a loader, and one that can resume in the middle of an epoch."""
+"""Batches of ids -> examples, and a loader that can resume in the middle of an epoch."""
 
 from collections.abc import Iterator
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import TrainingBatches, collate
-from dualsft.data.packing import Row, collate_packed
+from dualsft.data.batches import TrainingBatches
+from dualsft.data.packing import Row
 from dualsft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-Example = dict[str, Any]
 
-
-class RowLists(Dataset[list[Example]]):
-    """Gives several rows for a list of ids, so that a sampler can name whole batches.
+class RowLists(Dataset[list[Any]]):
+    """Gives the examples of a batch for their ids.
 
     With ``batch_size=None`` a loader asks for what the sampler yields; a sampler, unlike a batch sampler, is where
     Lightning looks for ``set_epoch``.
@@ -31,22 +28,16 @@ class RowLists(Dataset[list[Example]]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, ids: list[int]) -> list[Example]:
+    def __getitem__(self, ids: list[Any]) -> list[Any]:
         return self._examples.__getitems__(ids)
 
 
-class PackedRowLists(Dataset[list[list[Example]]]):
+class PackedRowLists(RowLists):
     """Gives a list of examples for each packed row of a batch; the examples of all rows are read at once."""
 
-    def __init__(self, examples: "datasets.Dataset") -> None:
-        self._examples = RowLists(examples)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, rows: list[Row]) -> list[list[Example]]:
-        examples = iter(self._examples[[example_id for row in rows for example_id in row]])
-        return [list(islice(examples, len(row))) for row in rows]
+    def __getitem__(self, ids: list[Row]) -> list[Any]:
+        examples = iter(super().__getitem__(list(chain.from_iterable(ids))))
+        return [list(islice(examples, len(row))) for row in ids]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -79,28 +70,21 @@ class ResumableLoader(DataLoader[Any]):
         self._epoch, self._yielded, self._restored = state["epoch"], state["yielded"], True
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = list(self.sampler)
-        for batch in self._over(batches[self._start(len(batches)) :]):
-            self._yielded += 1
-            yield batch
-
-    def _start(self, count: int) -> int:
-        epoch = cast(TrainingBatches, self.sampler).epoch
-        resumes = self._restored and epoch == self._epoch and self._yielded < count
-        self._restored = False
-        self._epoch, self._yielded = epoch, self._yielded if resumes else 0
-        return self._yielded
-
-    def _over(self, batches: list[Any]) -> DataLoader[Any]:
-        """A plain loader over the remaining batches: those already seen are not even read."""
-        return DataLoader(
+        batches, epoch = list(self.sampler), cast(TrainingBatches, self.sampler).epoch
+        if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
+            self._yielded = 0
+        self._epoch, self._restored = epoch, False
+        remaining = DataLoader(  # a plain loader: the batches already seen are not even read
             self.dataset,
             batch_size=None,
-            sampler=batches,
+            sampler=batches[self._yielded :],
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             worker_init_fn=self.worker_init_fn,
         )
+        for batch in remaining:
+            self._yielded += 1
+            yield batch
 
 
 class KeepEpochCount(Callback):
@@ -116,15 +100,3 @@ class KeepEpochCount(Callback):
         trackers: tuple[Any, ...] = (epochs.total, epochs.current)
         for tracker in trackers:
             tracker.ready = tracker.started = tracker.processed + 1
-
-
-def loader_options(
-    examples: "datasets.Dataset", pad_token_id: int, num_workers: int, packed: bool = False
-) -> dict[str, Any]:
-    """The arguments of a `DataLoader`, but its sampler, over a dataset whose row numbers are the ids in its batches."""
-    return {
-        "dataset": PackedRowLists(examples) if packed else RowLists(examples),
-        "batch_size": None,
-        "collate_fn": partial(collate_packed if packed else collate, pad_token_id=pad_token_id),
-        "num_workers": num_workers,
-    }

@@ -3,18 +3,19 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.batches import BatchIds, TrainingBatches, length_batches, padding_share
+from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch
-from dualsft.data.loaders import ResumableLoader, loader_options
+from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists
 from dualsft.data.options import Format, FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import packed_batches
+from dualsft.data.packing import collate_packed, packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer, pad_id
@@ -52,8 +53,7 @@ class InstructionDataModule(LightningDataModule):
         named_validation: Whether ``validation`` is a mapping.
 
     Raises:
-        UserError: If an option is out of range, two contradict each other, or ``validation`` is a mapping that is empty
-            or has a name that is not made of letters, digits, ``_`` and ``-``.
+        UserError: If an option is out of range, two contradict each other, or `validation_sources` refuses a name.
     """
 
     def __init__(
@@ -85,10 +85,8 @@ class InstructionDataModule(LightningDataModule):
             format, prompt_column, response_column, messages_column, text_column, prompt_template
         )
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
-        self.packing = packing
-        self.selection, self.seed, self.num_workers = selection, seed, num_workers
-        self.train_split = train_split
-        self.train, self.validation = train, validation
+        self.packing, self.selection, self.seed, self.num_workers = packing, selection, seed, num_workers
+        self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
         self._keys = {name: validation_key(name if self.named_validation else None) for name in paths}
@@ -102,11 +100,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
-
-        Raises:
-            UserError: If none is given or it cannot be loaded.
-        """
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             raise UserError("data.tokenizer is not given: name a model or a tokenizer.")
         self._tokenizer = load_tokenizer(self._tokenizer)
@@ -114,11 +108,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def train_examples(self) -> Examples:
-        """The pool, encoded on first use.
-
-        Raises:
-            UserError: If ``data.train`` is not given or cannot be used.
-        """
+        """The pool, encoded on first use."""
         return self._encoded(_TRAIN)
 
     @property
@@ -126,9 +116,6 @@ class InstructionDataModule(LightningDataModule):
         """The validation sets by name, in the order given, each encoded on first use.
 
         A single source has the name ``validation``; without a source there is no set.
-
-        Raises:
-            UserError: If a source cannot be used.
         """
         return {name: self._encoded(key) for name, key in self._keys.items()}
 
@@ -142,28 +129,24 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: If a source cannot be used, or a fit would have nothing to train on.
         """
-        self._spare_misplaced_warnings()
+        # Batches come from memory and cost about a millisecond: Lightning's advice on workers does not apply.
+        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+        if not self._keys:  # Lightning knows no quieter way of having no validation loader
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         validation = list(self._keys.values())
         if not validation and stage != "fit":
             validation = [_VALIDATION]  # which is refused as not given
         needed = validation if stage == "validate" else [_TRAIN, *validation]
         for key in sorted(needed, key=lambda key: self._sources[key][0] is not None):  # missing ones cost no reading
             self._encoded(key)
-        self._make_batches(fit=stage == "fit")
-
-    def _make_batches(self, fit: bool) -> None:
-        """Cuts the batches once for the sake of the mistakes that show when they are cut."""
+        # some mistakes show only when batches are cut
         if _TRAIN in self._examples:
-            _ = self.train_dataloader() if fit else self.pool_loader()
+            _ = self.train_dataloader() if stage == "fit" else self.pool_loader()
         for name in self._keys:
             self.validation_loader(name)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Training batches over the examples that have labels, of the selection where one is given.
-
-        Raises:
-            UserError: If none is left.
-        """
+        """Training batches over the examples of `training_ids`."""
         return self.training_loader(self.training_ids(), self.seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -172,9 +155,6 @@ class InstructionDataModule(LightningDataModule):
         Returns:
             A loader, or a list with one for each set in the order of `validation_sets` if there are several; an empty
             list, which Lightning passes over, without a validation set.
-
-        Raises:
-            UserError: If a source cannot be used.
         """
         loaders = [self._scoring_loader(key, packing=False) for key in self._keys.values()]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
@@ -202,39 +182,18 @@ class InstructionDataModule(LightningDataModule):
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch]:
-        """Batches for scoring over the examples of one validation set that have labels, the longest first.
-
-        Args:
-            name: The set's name in `validation_sets`.
-            start: How many of the first batches to leave out; they are not even read.
-            batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
-            step: Of how many batches from there on to take one, the first.
-
-        Raises:
-            KeyError: If there is no set of that name.
-            UserError: If its source cannot be used, or one of its examples is too long for a batch.
-        """
+        """Batches for scoring over the examples with labels of a set in `validation_sets`, as of `pool_loader`."""
         return self._scoring_loader(self._keys[name], self.packing, None, start, batch_tokens, step)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""
-        examples = self.train_examples
-        return padding_share(examples.lengths, self._scoring_batches(examples, None, None, self.packing))
-
-    def training_padding_share(self) -> float:
-        """Share of the token slots of the training batches that hold padding; no batch is made for it.
-
-        Raises:
-            UserError: If no example is left to train on.
-        """
-        batches = cast(TrainingBatches, self.train_dataloader().sampler)
+        batches = cast(Sequence[BatchIds], self.pool_loader().sampler)
         return padding_share(self.train_examples.lengths, batches)
 
-    def _spare_misplaced_warnings(self) -> None:
-        # Batches come from memory and cost about a millisecond: Lightning's advice on workers does not apply.
-        warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-        if not self._keys:  # Lightning knows no quieter way of having no validation loader
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    def training_padding_share(self) -> float:
+        """Share of the token slots of the training batches that hold padding; no batch is made for it."""
+        batches = cast(TrainingBatches, self.train_dataloader().sampler)
+        return padding_share(self.train_examples.lengths, batches)
 
     def _encoded(self, key: str) -> Examples:
         if key not in self._examples:
@@ -242,15 +201,11 @@ class InstructionDataModule(LightningDataModule):
             if path is None:
                 raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
             tokenizer = self.tokenizer  # whose mistakes are not the source's
-            with self._naming(key):
+            with _naming_set(key):
                 self._examples[key] = encode_examples(
                     read_records(path, split), tokenizer, self.options, self.max_length
                 )
         return self._examples[key]
-
-    def _naming(self, key: str) -> AbstractContextManager[None]:
-        """Says which of several validation sets a mistake is in."""
-        return nullcontext() if key in (_TRAIN, _VALIDATION) else naming(key)
 
     def _scoring_loader(
         self,
@@ -262,21 +217,24 @@ class InstructionDataModule(LightningDataModule):
         step: int = 1,
     ) -> DataLoader[Batch]:
         examples = self._encoded(key)
-        with self._naming(key):
-            batches = self._scoring_batches(examples, ids, batch_tokens, packing)
-        return DataLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
-
-    def _scoring_batches(
-        self, examples: Examples, ids: Sequence[int] | None, batch_tokens: int | None, packing: bool
-    ) -> Sequence[BatchIds]:
         chosen = examples.ok_ids() if ids is None else ids
         most = self.batch_tokens if batch_tokens is None else batch_tokens
-        if packing:
-            return packed_batches(examples.lengths, most, self.max_length, ids=chosen)
-        return length_batches(examples.lengths, most, ids=chosen)
+        batches: Sequence[BatchIds]
+        with _naming_set(key):
+            if packing:
+                batches = packed_batches(examples.lengths, most, self.max_length, ids=chosen)
+            else:
+                batches = length_batches(examples.lengths, most, ids=chosen)
+        return DataLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
 
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
-        return loader_options(examples.dataset, pad_id(self.tokenizer), self.num_workers, packing)
+        """The arguments of a `DataLoader`, but its sampler."""
+        return {
+            "dataset": (PackedRowLists if packing else RowLists)(examples.dataset),
+            "batch_size": None,
+            "collate_fn": partial(collate_packed if packing else collate, pad_token_id=pad_id(self.tokenizer)),
+            "num_workers": self.num_workers,
+        }
 
     def training_ids(self) -> list[int]:
         """Ids of the examples to train on: those with labels, of the selection where one is given.
@@ -292,6 +250,11 @@ class InstructionDataModule(LightningDataModule):
             counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
             raise UserError(f"No example of data.train is left to train on ({counts}, before any selection).")
         return ids
+
+
+def _naming_set(key: str) -> AbstractContextManager[None]:
+    """Says which of several validation sets a mistake is in."""
+    return nullcontext() if key in (_TRAIN, _VALIDATION) else naming(key)
 
 
 def _at_least(least: int, **values: int) -> None:

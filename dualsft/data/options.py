@@ -14,19 +14,7 @@ Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """How records are read.
-
-    Args:
-        format: Format of the records; ``auto`` recognises it by their columns.
-        prompt_column: Column of the prompt, if not ``prompt``.
-        response_column: Column of the response, if neither ``response`` nor ``completion``.
-        messages_column: Column of the conversation.
-        text_column: Column of plain text.
-        prompt_template: Text around a prompt; must contain ``{prompt}``.
-
-    Raises:
-        UserError: If two options contradict each other.
-    """
+    """How records are read; see `InstructionDataModule` for each option. Two that contradict each other are refused."""
 
     format: Format = "auto"
     prompt_column: str | None = None
@@ -51,11 +39,7 @@ class FormatOptions:
         return self.prompt_column is not None or self.response_column is not None
 
     def recognise(self, columns: tuple[str, ...]) -> Format:
-        """The format of records with these columns.
-
-        Raises:
-            UserError: If no format fits.
-        """
+        """The format of records with these columns; refuses those that fit none."""
         if self.format != "auto":
             return self.format
         if self._names_columns:
@@ -76,11 +60,7 @@ class FormatOptions:
         )
 
     def text_columns(self, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """The columns that records with these columns are read from: prompt before response; no others are looked at.
-
-        Raises:
-            UserError: If no format fits.
-        """
+        """The columns that records with these columns are read from, and no others: prompt before response."""
         match self.recognise(columns):
             case "alpaca":
                 return ("instruction", "input", "output")
@@ -93,13 +73,7 @@ class FormatOptions:
 
 
 def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, str]:
-    """The source of each validation set.
-
-    Args:
-        validation: A source, a mapping of names to sources, or None; as configured, so its names may be anything.
-
-    Returns:
-        Name -> source, in the order given; a single source has the name ``validation``.
+    """The source of each validation set by name, in the order given; a single source has the name ``validation``.
 
     Raises:
         UserError: If a mapping is empty, or has a name that is not made of letters, digits, ``_`` and ``-``: names
@@ -120,9 +94,5 @@ def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, 
 
 
 def validation_key(name: str | None) -> str:
-    """The option that gives a validation set's source.
-
-    Args:
-        name: The set's name in a mapping, or None for a single source.
-    """
+    """The option that gives the source of a validation set, by its name in a mapping; None for a single source."""
     return "data.validation" if name is None else f"data.validation.{name}"

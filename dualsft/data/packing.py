@@ -1,6 +1,12 @@
 """Examples -> packed rows -> batches: several examples end to end in a row, instead of one each and padding behind it.
 
-A batch of r rows whose fullest has t tokens costs r·t tokens.
+A batch of r rows whose fullest has t tokens costs r·t tokens. The limits are the same throughout:
+
+    row_tokens                   largest row in tokens; no row is larger than a batch either
+    batch_tokens                 largest r·t of a batch
+    batch_size, max_examples     largest number of examples of a batch or row, if there is to be one
+
+An example that is longer than a row can be is a `UserError`. Each example occurs once in the result.
 """
 
 from bisect import bisect_left, insort
@@ -20,7 +26,9 @@ from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 
 Row = list[int]
-"""Ids of the examples that lie end to end in one row."""
+"""Ids of the examples that are end to end in one row."""
+Lengths = Sequence[int] | Int[np.ndarray, "example"]
+"""Tokens of every example, indexed by example id."""
 
 
 def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: int) -> Batch:
@@ -29,13 +37,19 @@ def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: in
     width = max(map(sum, lengths))
     positions = [_joined(range(length) for length in [*row, width - sum(row)]) for row in lengths]
     ids = [_joined(example["input_ids"] for example in row) for row in rows]
-    labels = [_joined(_without_first(example["labels"]) for example in row) for row in rows]
+    # the token before an example's first one belongs to another example, which does not predict it
+    labels = [_joined([IGNORED, *example["labels"][1:]] for example in row) for row in rows]
+    spans = [
+        (place, first, length)
+        for place, row in enumerate(lengths)
+        for first, length in zip(accumulate(row, initial=0), row, strict=False)
+    ]
     return {
         "example_id": torch.tensor([example["example_id"] for row in rows for example in row], dtype=torch.int64),
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         "position_ids": torch.stack(positions),
-        "spans": _spans(lengths),
+        "spans": torch.tensor(spans, dtype=torch.int64),
     }
 
 
@@ -43,49 +57,22 @@ def _joined(parts: Iterable[Iterable[int]]) -> Int[Tensor, " t"]:
     return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
 
 
-def _without_first(labels: Sequence[int]) -> list[int]:
-    """The labels of an example; the token before its first one in the row belongs to another example."""
-    return [IGNORED, *labels[1:]]
-
-
-def _spans(lengths: list[list[int]]) -> Int[Tensor, "n 3"]:
-    spans = [
-        (place, first, length)
-        for place, row in enumerate(lengths)
-        for first, length in zip(accumulate(row, initial=0), row, strict=False)
-    ]
-    return torch.tensor(spans, dtype=torch.int64)
-
-
-def pack_rows(
-    lengths: Sequence[int] | Int[np.ndarray, "example"],
-    ids: Sequence[int],
-    row_tokens: int,
-    max_examples: int | None = None,
-) -> list[list[int]]:
+def pack_rows(lengths: Lengths, ids: Sequence[int], row_tokens: int, max_examples: int | None = None) -> list[Row]:
     """Packs examples into few rows: the longest first, each into the fullest row that has room for it.
 
     This is best-fit decreasing, which needs at most 11/9 of the fewest rows there could be (and a row more); with the
-    lengths of real text it leaves next to nothing empty.
-
-    Args:
-        lengths: Tokens of every example, indexed by example id.
-        ids: Examples to pack.
-        row_tokens: Largest row in tokens.
-        max_examples: Largest number of examples in a row, if there is to be one.
-
-    Returns:
-        Rows of example ids, in the order in which they were begun; each id occurs once.
-
-    Raises:
-        UserError: If an example is longer than ``row_tokens``.
+    lengths of real text it leaves next to nothing empty. The rows are in the order in which they were begun.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    rows: list[list[int]] = []
+    rows: list[Row] = []
     open_rows = _OpenRows()
     for example_id in longest_first(lengths, ids):
         length = int(lengths[example_id])
-        _check_fits(example_id, length, row_tokens)
+        if length > row_tokens:
+            raise UserError(
+                f"Example {example_id} has {length} tokens, more than fit into a row of {row_tokens}: "
+                "raise data.batch_tokens or lower data.max_length."
+            )
         row, room = open_rows.take(length) or (len(rows), row_tokens)
         if row == len(rows):
             rows.append([])
@@ -102,14 +89,6 @@ def longest_first(lengths: Int[np.ndarray, "example"], ids: Sequence[int] | Int[
     return ordered
 
 
-def _check_fits(example_id: int, length: int, row_tokens: int) -> None:
-    if length > row_tokens:
-        raise UserError(
-            f"Example {example_id} has {length} tokens, more than fit into a row of {row_tokens}: "
-            "raise data.batch_tokens or lower data.max_length."
-        )
-
-
 class _OpenRows:
     """Rows that may take another example, found by their room; the earliest begun among those with equal room."""
 
@@ -118,7 +97,7 @@ class _OpenRows:
         self._rows: dict[int, list[int]] = {}  # room -> heap of rows
 
     def add(self, row: int, room: int) -> None:
-        """Takes in a row."""
+        """Adds a row."""
         if room not in self._rows:
             insort(self._rooms, room)
             self._rows[room] = []
@@ -137,27 +116,13 @@ class _OpenRows:
 
 
 def packed_batches(
-    lengths: Sequence[int] | Int[np.ndarray, "example"],
+    lengths: Lengths,
     batch_tokens: int,
     row_tokens: int,
     batch_size: int | None = None,
     ids: Sequence[int] | None = None,
 ) -> list[list[Row]]:
-    """Packs examples into rows and cuts the rows into batches, the fullest first: what is too large shows at once.
-
-    Args:
-        lengths: Tokens of every example, indexed by example id.
-        batch_tokens: Largest (rows x fullest row) of a batch.
-        row_tokens: Largest row in tokens; no row is larger than a batch either.
-        batch_size: Largest number of examples of a batch, if there is to be one.
-        ids: Examples to batch; all of them by default.
-
-    Returns:
-        Batches of rows of example ids; each id occurs once.
-
-    Raises:
-        UserError: If an example is longer than a row can be.
-    """
+    """Packs examples into rows and cuts the rows into batches, the fullest first: what is too large shows at once."""
     lengths = np.asarray(lengths, dtype=np.int64)
     rows = pack_rows(lengths, range(len(lengths)) if ids is None else ids, min(row_tokens, batch_tokens), batch_size)
     rows.sort(key=lambda row: -_tokens(lengths, row))
@@ -174,30 +139,13 @@ def packed_batches(
 
 
 def few_packed_batches(
-    lengths: Sequence[int] | Int[np.ndarray, "example"],
-    batch_tokens: int,
-    row_tokens: int,
-    batch_size: int,
-    ids: Sequence[int],
+    lengths: Lengths, batch_tokens: int, row_tokens: int, batch_size: int, ids: Sequence[int]
 ) -> list[list[Row]]:
     """Packs examples into as few batches as can be found, for training: every batch is an optimizer step.
 
     Full rows make few batches where tokens are the limit. Where the number of examples is, they make too many: with 11
     examples to a row and 16 to a batch, no second row fits. There the examples are first distributed over fewer batches
     and then laid into rows, which need not be full.
-
-    Args:
-        lengths: Tokens of every example, indexed by example id.
-        batch_tokens: Largest (rows x fullest row) of a batch.
-        row_tokens: Largest row in tokens; no row is larger than a batch either.
-        batch_size: Largest number of examples of a batch.
-        ids: Examples to batch.
-
-    Returns:
-        Batches of rows of example ids; each id occurs once.
-
-    Raises:
-        UserError: If an example is longer than a row can be.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     full = packed_batches(lengths, batch_tokens, row_tokens, batch_size, ids)

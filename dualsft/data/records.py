@@ -43,12 +43,7 @@ class Records:
 
 
 def read_records(path: str, split: str = "train") -> Records:
-    """Reads and checks every record.
-
-    Args:
-        path: A .jsonl, .ndjson, .json, .parquet, .csv or .tsv file, a folder of such files, or a Hugging Face
-            dataset id.
-        split: Split to load of a Hugging Face dataset.
+    """Reads and checks every record of a file, a folder or a Hugging Face dataset.
 
     Raises:
         UserError: If the source is missing, unreadable or holds no record, or if a row is not a JSON object.
@@ -60,11 +55,7 @@ def read_records(path: str, split: str = "train") -> Records:
 
 
 def build_records(lines: Iterable[SourceLine]) -> Records:
-    """Checks that each line is a JSON object and gathers the columns.
-
-    Raises:
-        UserError: If a line is not a JSON object, naming file, line and row.
-    """
+    """Refuses a line that is not a JSON object, and gathers the columns."""
     columns: dict[str, None] = {}
     digest = hashlib.sha256()
     kept: list[SourceLine] = []
@@ -89,9 +80,7 @@ def _parse(line: SourceLine, row: int) -> dict[str, Any]:
 def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
     """The text of a record: prompt before response, one line per text; of a conversation the contents of its turns.
 
-    Args:
-        record: The record.
-        columns: Those that its format reads, see `FormatOptions.text_columns`; absent and null ones add nothing.
+    The columns are those of `FormatOptions.text_columns`; absent and null ones add nothing.
     """
     return "\n".join(text for column in columns for text in _texts(record.get(column)))
 

@@ -17,16 +17,18 @@ SCHEMA_VERSION = 1
 def selected_ids(path: str | Path, records: Records) -> list[int]:
     """Reads the selected example ids, ascending, of a selection directory.
 
-    Args:
-        path: A directory that holds ``manifest.json`` and ``examples.parquet``.
-        records: The pool that is about to be trained on.
-
     Raises:
-        UserError: If the selection is unfinished, unreadable or was made for other data.
+        UserError: If the selection is unfinished, unreadable or was made for other data than ``records``.
     """
     folder = Path(path)
-    fingerprint = _train_fingerprint(folder)
-    table = _examples(folder)
+    try:
+        fingerprint = read_manifest(folder)["data"]["train"]["fingerprint"]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
+    try:
+        table = pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder}/examples.parquet cannot be read: {error}") from error
     if fingerprint != records.fingerprint:
         raise UserError(
             f"The selection in {folder} was made for other data: {table.num_rows} rows against {len(records)} in "
@@ -36,11 +38,7 @@ def selected_ids(path: str | Path, records: Records) -> list[int]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The JSON object in a selection's ``manifest.json``, of the schema version that is read here.
-
-    Raises:
-        UserError: if there is no such file, it is damaged, or another version wrote it.
-    """
+    """The JSON object in a selection's ``manifest.json``; refuses one that is damaged or of another schema version."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(
@@ -64,17 +62,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is not finite")
     return number
-
-
-def _train_fingerprint(folder: Path) -> str:
-    try:
-        return str(read_manifest(folder)["data"]["train"]["fingerprint"])
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
-
-
-def _examples(folder: Path) -> pa.Table:
-    try:
-        return pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"])
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder}/examples.parquet cannot be read: {error}") from error

@@ -1,7 +1,7 @@
 """Rendered text -> token ids and labels, for a chunk of examples at once.
 
-All tokens of a chunk lie on one axis ``token`` and all characters on one line, the texts laid end to end, so that
-"does this token overlap a supervised span" is two binary searches for the whole chunk:
+All tokens of a chunk are on one axis ``token`` and all characters on one line, the texts laid end to end, so that two
+binary searches say for each token of the chunk whether it overlaps a supervised span:
 
     overlaps(token) = #{spans that start before its end} - #{spans that end at or before its start}
 """
@@ -23,15 +23,7 @@ _Offsets = list[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Encoded examples laid end to end.
-
-    Attributes:
-        input_ids: Token ids, already truncated.
-        labels: The same where supervised, else -100.
-        lengths: Tokens per example.
-        num_tokens: Supervised tokens per example.
-        status: ``ok``, ``empty`` or ``truncated`` per example.
-    """
+    """Encoded and truncated examples laid end to end, with the columns of `Examples`."""
 
     input_ids: Int[np.ndarray, "token"]
     labels: Int[np.ndarray, "token"]
@@ -43,10 +35,8 @@ class Chunk:
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
     """Tokenises prompt and response together and labels the tokens that overlap a supervised span.
 
-    Args:
-        rendered: Examples of one format.
-        tokenizer: A fast tokenizer.
-        max_length: Tokens to keep of each example, from its start.
+    The examples are of one format, and the tokenizer is a fast one; of each example the first ``max_length`` tokens
+    are kept.
     """
     ids, offsets = _tokenise(rendered, tokenizer)
     sizes = np.array([len(row) for row in ids], dtype=np.int64)
@@ -55,7 +45,8 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
     content, closing = _supervised(rendered, offsets, sizes)
     learnable = (content | closing) & (position > 0)  # nothing predicts the first token
     kept = position < max_length
-    status = _status(_row_sums(content, sizes), _row_sums(learnable, sizes), _row_sums(learnable & kept, sizes))
+    is_empty = (_row_sums(content, sizes) == 0) | (_row_sums(learnable, sizes) == 0)
+    status = np.where(is_empty, "empty", np.where(_row_sums(learnable & kept, sizes) == 0, "truncated", "ok"))
     learnable &= np.repeat(status == "ok", sizes)
     return Chunk(
         input_ids=flat[kept],
@@ -69,7 +60,7 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
 def _tokenise(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[_Offsets]]:
-    """Ids and character ranges; an end-of-sequence token stands at one character past the end of its text."""
+    """Ids and character ranges; an end-of-sequence token is one character past the end of its text."""
     with_special = rendered[0].add_eos
     encoding = tokenizer(
         [example.text for example in rendered],
@@ -82,17 +73,13 @@ def _tokenise(
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if with_special and tokenizer.eos_token_id is not None:
         for row, example in enumerate(rendered):
-            _close(ids[row], offsets[row], tokenizer.eos_token_id, len(example.text))
+            # the tokenizer, or the text itself, may have put it there
+            if ids[row][-1:] == [tokenizer.eos_token_id]:
+                offsets[row].pop()
+            else:
+                ids[row].append(tokenizer.eos_token_id)
+            offsets[row].append((len(example.text), len(example.text) + 1))
     return ids, offsets
-
-
-def _close(ids: list[int], offsets: _Offsets, eos: int, end: int) -> None:
-    """Appends the end-of-sequence token unless the tokenizer, or the text itself, has put it there."""
-    if ids and ids[-1] == eos:
-        offsets[-1] = (end, end + 1)
-    else:
-        ids.append(eos)
-        offsets.append((end, end + 1))
 
 
 def _supervised(
@@ -112,7 +99,9 @@ def _supervised(
         ],
         dtype=np.int64,
     ).reshape(-1, 2)
-    content = _overlaps(start + shift, end + shift, spans) & ~is_closing
+    begun = np.searchsorted(np.sort(spans[:, 0]), end + shift, side="left")
+    over = np.searchsorted(np.sort(spans[:, 1]), start + shift, side="right")
+    content = (begun > over) & (end > start) & ~is_closing
     has_spans = np.array([bool(example.spans) for example in rendered], dtype=bool)
     return content, is_closing & (end > start) & np.repeat(has_spans, sizes)
 
@@ -130,20 +119,6 @@ def _token_ranges(
     previous = np.concatenate([np.zeros(1, np.int64), end[:-1]])[: len(end)]
     previous[_positions(sizes) == 0] = 0
     return np.where(start == end, np.minimum(previous, start), start), end
-
-
-def _overlaps(
-    start: Int[np.ndarray, "token"], end: Int[np.ndarray, "token"], spans: Int[np.ndarray, "span 2"]
-) -> Bool[np.ndarray, "token"]:
-    begun = np.searchsorted(np.sort(spans[:, 0]), end, side="left")
-    over = np.searchsorted(np.sort(spans[:, 1]), start, side="right")
-    return (begun > over) & (end > start)
-
-
-def _status(
-    content: Int[np.ndarray, "example"], learnable: Int[np.ndarray, "example"], kept: Int[np.ndarray, "example"]
-) -> np.ndarray:
-    return np.where((content == 0) | (learnable == 0), "empty", np.where(kept == 0, "truncated", "ok"))
 
 
 def _positions(sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "token"]:

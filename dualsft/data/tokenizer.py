@@ -1,4 +1,4 @@
-"""Tokenizers: loading one by name, and the two facts about it that batches and labels need."""
+"""Tokenizers: loading one by name, and the id that it pads with."""
 
 from pathlib import Path
 
@@ -24,10 +24,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: any will do, since padding is masked; the tokenizer's own where it has one."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _from_pretrained(name: str) -> PreTrainedTokenizerBase:

@@ -5,11 +5,16 @@ exact match of each set and their means, and the tasks' own metrics.
 """
 
 from dualsft.evaluation.generation import Generation
-from dualsft.evaluation.metrics import ExactMatch, LanguageModelMetrics
+from dualsft.evaluation.metrics import (
+    ExactMatch,
+    LanguageModelMetrics,
+    ValidationMetrics,
+    check_validation_data,
+    validation_names,
+)
 from dualsft.evaluation.module import EvaluationModule
 from dualsft.evaluation.task_scores import TaskScore, task_metrics, task_report, task_scores
 from dualsft.evaluation.tasks import TaskOptions, load_tasks
-from dualsft.evaluation.validation_sets import ValidationMetrics, check_validation_data, validation_names
 
 __all__ = [
     "EvaluationModule",

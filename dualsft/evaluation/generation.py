@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 from dualsft.sharding.collectives import all_gather, rank_slice, world_size
 
 
@@ -49,13 +51,8 @@ class Generation:
         return re.sub(r"(?<=\d),(?=\d{3})", "", answer.strip())
 
 
-def last_turn(input_ids: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
-    """One example's tokens before its last supervised stretch, and that stretch.
-
-    Args:
-        input_ids: (token,)
-        labels: (token,), -100 where unsupervised; at least one is supervised.
-    """
+def last_turn(input_ids: Int[Tensor, " token"], labels: Int[Tensor, " token"]) -> tuple[list[int], list[int]]:
+    """One example's tokens before its last supervised stretch, and that stretch; at least one token is supervised."""
     supervised = (labels != -100).nonzero().squeeze(1)
     end = int(supervised[-1]) + 1
     gaps = (labels[:end] == -100).nonzero().squeeze(1)
@@ -69,13 +66,8 @@ def generate_answers(
 ) -> tuple[list[str], list[str]]:
     """Greedy continuations of each example's last prompt, and the reference texts.
 
-    On many ranks each answers its share of the prompts, at least one, and all get all answers.
-
-    Args:
-        model: A causal language model; if it is sharded, all ranks call this with the same batch.
-        tokenizer: Its tokenizer.
-        batch: Examples, each with at least one supervised token.
-        max_new_tokens: Longest answer.
+    On many ranks, which call this with the same batch, each answers its share of the prompts, at least one, and all get
+    all answers.
 
     Returns:
         (answers, references), special tokens removed.
@@ -113,18 +105,13 @@ def _continuations(
     # on the left, so that every prompt ends in the last column
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
+    configured = model.generation_config.eos_token_id if model.generation_config else None
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=_end_of_answer(model, tokenizer),
+        eos_token_id=tokenizer.eos_token_id if configured is None else configured,
     )
     generate: Any = model.generate  # not part of the base class's type
     tokens = generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=world_size() > 1)
     return list(tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _end_of_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """The end-of-sequence tokens of the model's generation settings, else the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    return tokenizer.eos_token_id if configured is None else configured

@@ -7,8 +7,8 @@ from lightning import LightningModule, Trainer
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.evaluation.generation import Generation, generate_answers
+from dualsft.evaluation.metrics import ValidationMetrics, check_validation_data, validation_names
 from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
-from dualsft.evaluation.validation_sets import ValidationMetrics, check_validation_data, validation_names
 from dualsft.models.loading import Dtype
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
@@ -32,16 +32,11 @@ class EvaluationModule(LightningModule):
         dtype: Dtype = "auto",
     ) -> None:
         super().__init__()
-        self.model_name_or_path = model_name_or_path
-        self.generation = generation
+        self.model_name_or_path, self.generation = model_name_or_path, generation
         self.dtype_name: Dtype = dtype
 
     def setup(self, stage: str) -> None:
-        """Check the data before anything is loaded.
-
-        Raises:
-            UserError: if a validation set holds nothing to evaluate on.
-        """
+        """Check the data before anything is loaded."""
         check_validation_data(self.trainer)
         exact_match = self.generation.max_new_tokens > 0
         self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match)
@@ -68,8 +63,5 @@ class EvaluationModule(LightningModule):
     def evaluate_tasks(
         self, trainer: Trainer, tasks: dict[str, Any], options: TaskOptions, batch_size: int, seed: int
     ) -> dict[str, Any]:
-        """Evaluate the checkpoint, which `configure_model` has loaded, on tasks of the lm-evaluation-harness.
-
-        See `dualsft.evaluation.tasks.evaluate_tasks`.
-        """
+        """Evaluate the checkpoint, which `configure_model` has loaded, on tasks; see `evaluate_tasks`."""
         return evaluate_tasks(trainer, tasks, self.model, self.tokenizer, options, batch_size, seed)

@@ -6,6 +6,7 @@ data do not have, or a file without rows, is recognised by the exception.
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
@@ -17,58 +18,51 @@ from dualsft.errors import UserError
 _DEFINING = {"dataset_path", "custom_dataset", "include"}  # with one of these a group defines a task of its own
 
 
-def check_name(name: str, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
-    """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none.
+@dataclass(frozen=True)
+class TaskIndex:
+    """The names of tasks that can be asked for.
 
-    Args:
-        name: The name that was asked for.
-        index: The harness's entries by name.
+    Attributes:
+        entries: The harness's entries by name.
         folder: Where own task files are.
         unread: Files there that the harness skipped, and its message about each.
-
-    Raises:
-        UserError: naming the group, its file and the member, or names that are close.
     """
-    if name not in index:
-        raise UserError(f"There is no task {name!r} {_where(folder)}{_close(name, index)}{_hidden(name, unread)}.")
-    entry = index[name]
-    if entry.kind.name == "GROUP":
-        _Members(index, folder, unread).check(name, entry.cfg, entry.yaml_path, set(), ())
 
+    entries: Mapping[str, Any]
+    folder: Path | None
+    unread: Mapping[Path, str]
 
-def _where(folder: Path | None) -> str:
-    return f"in {folder} or among the harness's own" if folder else "among the harness's own (--task_folder adds more)"
+    def check(self, name: str) -> None:
+        """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none."""
+        if name not in self.entries:
+            raise UserError(f"There is no task {name!r} {self._where(name)}.")
+        entry = self.entries[name]
+        if entry.kind.name == "GROUP":
+            self._check_group(name, entry.cfg, entry.yaml_path, set(), ())
 
+    def _where(self, name: str) -> str:
+        """Where a task was looked for, names that are close, and the harness's message on a file that may define it."""
+        if self.folder:
+            where = f"in {self.folder} or among the harness's own"
+        else:
+            where = "among the harness's own (--task_folder adds more)"
+        if close := get_close_matches(name, sorted(self.entries), 3):
+            where += f"; close names are {', '.join(close)}"
+        word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+        for path, message in self.unread.items():
+            if word.search(path.stem) or word.search(path.read_text(encoding="utf-8", errors="replace")):
+                return f"{where}; the harness says: {' '.join(message.split())}"
+        return where
 
-def _close(name: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(name, sorted(known), 3)
-    return f"; close names are {', '.join(close)}" if close else ""
-
-
-def _hidden(name: str, unread: Mapping[Path, str]) -> str:
-    """The harness's message about a file that it could not read, if the task may be in it."""
-    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    for path, message in unread.items():
-        if word.search(path.stem) or word.search(path.read_text(encoding="utf-8", errors="replace")):
-            return f"; the harness says: {' '.join(message.split())}"
-    return ""
-
-
-class _Members:
-    """Walks through groups as the harness does when it loads them."""
-
-    def __init__(self, index: Mapping[str, Any], folder: Path | None, unread: Mapping[Path, str]) -> None:
-        self._index, self._folder, self._unread = index, folder, unread
-
-    def check(
+    def _check_group(
         self, name: str, config: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
     ) -> None:
-        """Refuse a group with a member that cannot be loaded.
+        """Check a group's members as the harness finds them when it loads it.
 
         Args:
             name: The group.
-            config: What its file says.
-            file: Which that is.
+            config: The content of its file.
+            file: Its file.
             inherited: Settings that the groups around it give to their members.
             above: Those groups.
         """
@@ -86,16 +80,15 @@ class _Members:
         self, group: str, member: Mapping[str, Any], file: Path, inherited: set[str], above: tuple[str, ...]
     ) -> None:
         name = member.get("group", member.get("task"))
-        if entry := self._index.get(name):
+        if entry := self.entries.get(name):
             if entry.kind.name == "GROUP":
-                self.check(name, entry.cfg, entry.yaml_path, inherited | member.keys(), above)
+                self._check_group(name, entry.cfg, entry.yaml_path, inherited | member.keys(), above)
         elif "group" in member:
-            self.check(name, member, file, inherited, above)
+            self._check_group(name, member, file, inherited, above)
         elif "task" in member and not _DEFINING & (inherited | member.keys()):
-            hints = f"{_close(name, self._index)}{_hidden(name, self._unread)}"
             raise UserError(
-                f"The group {group!r} ({file}) holds {name!r}, but there is no such task {_where(self._folder)}"
-                f"{hints}; correct the name there, or add the task."
+                f"The group {group!r} ({file}) holds {name!r}, but there is no such task {self._where(name)}; correct "
+                "the name there, or add the task."
             )
 
 
@@ -106,12 +99,7 @@ def task_at_fault(failure: BaseException) -> Any | None:
 
 
 def explanation(failure: BaseException, task: Any) -> str | None:
-    """What is wrong with a task's data, in a sentence; None if it is something else.
-
-    Args:
-        failure: What was raised while the task was made.
-        task: From `task_at_fault`.
-    """
+    """What is wrong with the data of the `task_at_fault`, in a sentence; None if it is something else."""
     source = (getattr(task.config, "metadata", None) or {}).get("config_source", "without a file")
     who, data = f"The task {task.config.task!r} ({source}) cannot be loaded", getattr(task, "dataset", None)
     if isinstance(data, Mapping):
@@ -144,11 +132,7 @@ def _files(data_files: Any) -> list[Path]:
 
 
 def check_same(name: str, one: Any, other: Any, sources: tuple[str, str]) -> None:
-    """Refuse a task that is in two of the names with different settings, as results are listed by its name.
-
-    Raises:
-        UserError: naming the task, who brings it, and what differs.
-    """
+    """Refuse a task that is in two of the names with different settings, as results are listed by its name."""
     first, second = one.dump_config(), other.dump_config()
     if differing := sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key)):
         raise UserError(

@@ -35,7 +35,8 @@ def task_scores(results: Mapping[str, Any]) -> list[TaskScore]:
             metric, _, answer_filter = key.partition(",")
             if answer_filter and not metric.endswith("_stderr"):
                 name = metric if answer_filter == "none" else key
-                stderr = _number(measured.get(f"{metric}_stderr,{answer_filter}"))
+                stderr = measured.get(f"{metric}_stderr,{answer_filter}")
+                stderr = float(stderr) if isinstance(stderr, (int, float)) else None
                 questions = int(of_group.get(key, measured["sample_len"]))
                 scores.append(TaskScore(task, name, float(value), stderr, questions, results["n-shot"].get(task)))
     return scores
@@ -71,7 +72,3 @@ def _row(score: TaskScore) -> tuple[str, ...]:
 def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     """Words to the left, numbers to the right."""
     return [f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None

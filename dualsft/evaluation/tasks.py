@@ -17,10 +17,11 @@ from sys import maxsize
 from typing import Any
 
 from lightning import Trainer, seed_everything
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dualsft.errors import UserError, advising, is_out_of_memory
-from dualsft.evaluation.task_errors import check_name, check_same, explanation, task_at_fault
+from dualsft.evaluation.task_errors import TaskIndex, check_same, explanation, task_at_fault
+from dualsft.models import PreTrainedModel
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"
@@ -39,9 +40,6 @@ class TaskOptions:
         few_shot: Examples to show before each question, if not as many as the task says; a task that says 0 stays so.
         limit: Largest number of questions of each task, from its start.
         chat_template: Whether questions are put through the tokenizer's chat template.
-
-    Raises:
-        UserError: If a value is out of range, the folder is missing, or an option has no tasks to be about.
     """
 
     tasks: str | list[str] | None = None
@@ -94,9 +92,19 @@ def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
             f"--tasks runs on one process, but the trainer has {trainer.world_size}; set trainer.devices to 1."
         )
     with _progress_bars(trainer):
-        loaded = _loaded(options)
+        manager, unread = _manager(options)
+        index = TaskIndex(manager.task_index, options.folder, unread)
+        for name in options.names:
+            index.check(name)
+        with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
+            loaded = _merged({name: _load(manager, name) for name in options.names})
     for name, task in loaded["tasks"].items():
-        _check(name, task)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"The task {name!r} runs code that the model writes, which is not offered here; leave it out."
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"The task {name!r} asks about more than text, which the model cannot read; leave it out.")
     return loaded
 
 
@@ -115,8 +123,8 @@ def evaluate_tasks(
         trainer: Its device and precision are used.
         loaded: From `load_tasks`.
         model: A causal language model.
-        tokenizer: Its tokenizer.
-        options: How to evaluate.
+        tokenizer: The model's.
+        options: Those that the tasks were loaded with.
         batch_size: Requests to a batch.
         seed: Decides which examples are shown before a question, and whatever else a task draws.
 
@@ -153,20 +161,8 @@ def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
     task.set_fewshot_seed(seed=seed)
 
 
-def _loaded(options: TaskOptions) -> dict[str, Any]:
-    manager, unread = _manager(options)
-    for name in options.names:
-        check_name(name, manager.task_index, options.folder, unread)
-    with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
-        return _merged({name: _load(manager, name) for name in options.names})
-
-
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    """The tasks of a name; an error that the harness logs is raised, as it says more than the exception that follows.
-
-    Raises:
-        UserError: if it cannot be loaded, naming the task; a group has many.
-    """
+    """The tasks of a name; raises an error that the harness logs, as it says more than the exception that follows."""
     loaded: dict[str, Any] = {}
     failure: Exception | None = None
     with _captured_log() as records:
@@ -227,13 +223,6 @@ def _manager(options: TaskOptions) -> tuple[Any, dict[Path, str]]:
         return own, unread
     with _captured_log():
         return manager_class(include_path=options.folder), unread
-
-
-def _check(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"The task {name!r} runs code that the model writes, which is not offered here; leave it out.")
-    if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"The task {name!r} asks about more than text, which the model cannot read; leave it out.")
 
 
 def _progress_bars(trainer: Trainer) -> AbstractContextManager[Any]:

@@ -1,10 +1,10 @@
 """From base and delta to the tuned checkpoint, back again, and from two checkpoints to their delta.
 
-Each function here checks everything that can be wrong, and returns what then writes the result into an empty folder.
-Where the files hold the parameters under the model's own names, both steps read one tensor at a time and write file by
-file, divided into files as the base is; memory holds one parameter, and in `prepare_extract` the delta. Where they do
-not (see `dualsft.models.stored`), or where the delta's values are of another type than the stored base, the whole model
-is loaded.
+Models are given as folders or hub ids, deltas as files. Each ``prepare_`` function checks everything that can be wrong,
+and returns what then writes the result into an empty folder. Where the files hold the parameters under the model's own
+names, both steps read one tensor at a time and write file by file, divided into files as the base is; memory holds one
+parameter, and in `prepare_extract` the delta. Where they do not (see `dualsft.models.stored`), or where the delta's
+values are of another type than the stored base, the model is loaded.
 """
 
 import shutil
@@ -19,30 +19,22 @@ from dualsft.errors import UserError
 from dualsft.export.compatibility import check_configurations, check_same_tensors, common_type, float_types
 from dualsft.export.delta import Delta, apply_delta, changes, dtype_name, open_delta, patched, write_delta
 from dualsft.export.model_card import write_card
-from dualsft.export.pretrained import copy_companions, save_weights
 from dualsft.export.provenance import describe_base, versions
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
-from dualsft.models.stored import (
-    Weights,
-    has_own_names,
-    loaded_weights,
-    parameter_weights,
-    stored_weights,
-)
+from dualsft.models.stored import Weights, has_own_names, loaded_weights, parameter_weights, stored_weights
 from dualsft.models.tensor_file import write_tensors
+from dualsft.sharding.save import save_sharded
+from dualsft.sharding.shard_model import is_sharded
 
 Writer = Callable[[Path], None]
 """Writes a result into an empty folder."""
 
-CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+CONFIG, GENERATION, _INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 
 
 def prepare_apply(base: str, delta: str) -> Writer:
     """The tuned model, as a Hugging Face folder.
-
-    Args:
-        base: The base model's folder or hub id.
-        delta: A ``delta.safetensors`` that belongs to it.
 
     Raises:
         UserError: if either cannot be read, they do not belong together, or the base has no tokenizer.
@@ -52,7 +44,11 @@ def prepare_apply(base: str, delta: str) -> Writer:
     about = check_pair(change, base)
     if has_own_names(stored) and _keeps_types(change, stored):
         change.check_entries(stored.specs, base)
-        read = _with_changes(stored, change)
+
+        def read(name: str) -> Tensor:
+            tensor = stored.read(name)
+            return patched(tensor, change.change(name)) if name in change.counts else tensor
+
         return _model_writer(lambda folder: _write_files(stored, read, folder), base, about)
     dtype = loaded_type(change)
     model = load_model(base, cast(Dtype, dtype) if dtype in get_args(Dtype) else "auto")
@@ -68,11 +64,7 @@ def _keeps_types(change: Delta, stored: Weights) -> bool:
 
 
 def check_pair(change: Delta, base: str) -> dict[str, Any]:
-    """Check that a change belongs to this base, and return what is known of how it was made.
-
-    Raises:
-        UserError: if it belongs to other weights.
-    """
+    """Refuse a change that belongs to another base, and return what is known of how it was made."""
     change.check_base(fingerprint := model_fingerprint(base), base)
     counts = {"changed": sum(change.counts.values()), "all": empty_model(base).num_parameters()}
     return {
@@ -83,18 +75,13 @@ def check_pair(change: Delta, base: str) -> dict[str, Any]:
 
 
 def loaded_type(change: Delta) -> str:
-    """The type that a delta wants its base loaded in: the one that it names, otherwise that of its values."""
-    names = {dtype_name(dtype) for dtype in change.dtypes}
+    """The type that a delta needs its base loaded in: the one that it names, otherwise that of its values."""
+    names = {dtype_name(dtype) for dtype in change.value_types.values()}
     return str(change.about.get("base", {}).get("dtype") or (names.pop() if len(names) == 1 else "auto"))
 
 
-def _with_changes(stored: Weights, change: Delta) -> Callable[[str], Tensor]:
-    names = set(change.names)
-    return lambda name: patched(stored.read(name), change.change(name)) if name in names else stored.read(name)
-
-
 def _model_writer(write_weights: Writer, base: str, about: Mapping[str, Any]) -> Writer:
-    """Writes the weights, what the base has beside them and, if anything is known of the change, a model card."""
+    """Writes the weights, the base's other files and, if anything is known of the change, a model card."""
 
     def write(folder: Path) -> None:
         write_weights(folder)
@@ -121,11 +108,6 @@ def _write_files(layout: Weights, read: Callable[[str], Tensor], folder: Path) -
 def prepare_revert(model: str, base: str, delta: str) -> Writer:
     """The base model again, from a tuned one: of the base only the changed entries' old values are taken.
 
-    Args:
-        model: The tuned model's folder or hub id.
-        base: The base model's folder or hub id.
-        delta: The ``delta.safetensors`` that led from one to the other.
-
     Raises:
         UserError: if one cannot be read, they do not belong together, or what comes out is not the base's weights: if
             the model differs from the base elsewhere too, or was rounded to a narrower type.
@@ -139,7 +121,15 @@ def prepare_revert(model: str, base: str, delta: str) -> Writer:
         old, tuned = loaded_weights(base), loaded_weights(model)  # the files hold other names than the delta
     check_same_tensors(old, tuned)
     change.check_entries(old.specs, base)
-    if any(changes(old.read, _with_old_values(old, tuned, change), old.specs)):
+
+    def read(name: str) -> Tensor:
+        tensor = tuned.read(name).to(old.specs[name].dtype)
+        if name not in change.counts:
+            return tensor
+        index, _ = change.change(name)
+        return patched(tensor, (index, old.read(name).flatten()[index]))
+
+    if any(changes(old.read, read, old.specs)):
         raise UserError(
             f"{model} without the delta's change does not have the weights of {base}: it was made from another model, "
             "trained further, or rounded to a narrower type; give the model that the delta led to."
@@ -147,25 +137,8 @@ def prepare_revert(model: str, base: str, delta: str) -> Writer:
     return _model_writer(lambda folder: _write_files(stored, stored.read, folder), base, {})
 
 
-def _with_old_values(old: Weights, tuned: Weights, change: Delta) -> Callable[[str], Tensor]:
-    names = set(change.names)
-
-    def read(name: str) -> Tensor:
-        tensor = tuned.read(name).to(old.specs[name].dtype)
-        if name not in names:
-            return tensor
-        index, _ = change.change(name)
-        return patched(tensor, (index, old.read(name).flatten()[index]))
-
-    return read
-
-
 def prepare_extract(base: str, model: str) -> Writer:
-    """A ``delta.safetensors`` that leads from one checkpoint to another.
-
-    Args:
-        base: The base model's folder or hub id.
-        model: The tuned model's folder or hub id.
+    """A ``delta.safetensors`` that makes the tuned model of the base.
 
     Raises:
         UserError: if one cannot be read, they do not make the same model of the same weights, nothing differs, or
@@ -191,3 +164,19 @@ def prepare_extract(base: str, model: str) -> Writer:
         "versions": versions(),
     }
     return lambda folder: write_delta(folder / "delta.safetensors", changed, fingerprint, about)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as a Hugging Face folder; of a sharded one every rank calls this."""
+    if is_sharded(model):
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def copy_companions(base: str, folder: Path) -> None:
+    """Write the base's tokenizer, and a copy of its generation settings; refuses a base without a tokenizer."""
+    load_tokenizer(base).save_pretrained(folder)
+    settings = model_folder(base) / GENERATION
+    if settings.is_file():
+        shutil.copyfile(settings, folder / GENERATION)

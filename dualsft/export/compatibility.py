@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from transformers import PreTrainedModel
-
 from dualsft.errors import UserError
 from dualsft.export.delta import dtype_name
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model
 from dualsft.models.stored import Weights
 
@@ -25,15 +24,7 @@ _IRRELEVANT = re.compile(
 
 
 def check_configurations(base: str, model: str) -> None:
-    """Refuse two models that compute different things from the same weights.
-
-    Args:
-        base: The base model's folder or hub id.
-        model: The tuned model's folder or hub id.
-
-    Raises:
-        UserError: naming the settings that differ, or if a configuration cannot be read.
-    """
+    """Refuse two models, folders or hub ids, that compute different things from the same weights."""
     if differing := _differing(empty_model(base), empty_model(model)):
         raise UserError(
             f"{model} and {base} have different settings in config.json ({', '.join(differing)}), and a delta holds "
@@ -70,11 +61,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def check_same_tensors(old: Weights, tuned: Weights) -> None:
-    """Refuse two checkpoints that do not hold the same tensors.
-
-    Raises:
-        UserError: naming the first that differs.
-    """
+    """Refuse two checkpoints that do not hold the same tensors, and name the first that differs."""
     for name in sorted(old.specs.keys() | tuned.specs.keys()):
         if name not in old.specs or name not in tuned.specs:
             has, lacks = (old, tuned) if name in old.specs else (tuned, old)
@@ -93,11 +80,7 @@ def float_types(weights: Weights) -> set[str]:
 
 
 def common_type(old: Weights, tuned: Weights) -> str:
-    """The type that the base is to be loaded in to differ from the tuned model by a delta alone.
-
-    Raises:
-        UserError: if there is no one such type.
-    """
+    """The type to load the base in so that it differs from the tuned model by a delta alone; refuses if none does."""
     names = float_types(tuned)
     same = all(old.specs[name].dtype == spec.dtype for name, spec in tuned.specs.items())
     if not same and not (len(names) == 1 and names <= set(get_args(Dtype))):

@@ -30,6 +30,7 @@ Change: TypeAlias = tuple[Int[Tensor, " changed"], Shaped[Tensor, " changed"]]
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEX, _VALUE, _BASE, _ABOUT = ".index", ".value", "base_fingerprint", "about"
+_SECTIONS = ("base", "counts", "selection", "training", "versions")
 
 
 def changed_entries(before: Shaped[Tensor, "..."], after: Shaped[Tensor, "..."]) -> Change:
@@ -56,10 +57,7 @@ def sharded_changes(
 ) -> dict[str, Change]:
     """The change of each tensor of a sharded model that has changed, on rank zero alone; every rank must call this.
 
-    Args:
-        before: Gives this rank's rows of a tensor.
-        after: The model's parameters.
-        names: Names of those that may have changed.
+    ``before`` gives this rank's rows of a tensor, ``after`` holds the model's sharded parameters.
     """
     indices, values = {}, []
     for name in names:
@@ -74,30 +72,23 @@ def sharded_changes(
 def write_delta(
     path: Path, changed: Mapping[str, Change], base_fingerprint: str, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a delta, the same bytes on every run.
-
-    Args:
-        path: Where to.
-        changed: Parameter name -> indices and new values.
-        base_fingerprint: The `model_fingerprint` of the base.
-        about: What is known of how it was made, for JSON; see `dualsft.export.provenance`.
-    """
+    """Write a delta, the same bytes on every run; ``about`` is its record for JSON (`dualsft.export.provenance`)."""
     tensors = {name + _INDEX: index for name, (index, _) in changed.items()}
     tensors |= {name + _VALUE: value for name, (_, value) in changed.items()}
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     metadata = {_BASE: base_fingerprint, _ABOUT: json.dumps(about or {})}
     write_tensors(path, specs, tensors.__getitem__, metadata)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta on disk, whose parts are read when they are asked for.
+    """A delta on disk; `change` reads the indices and values of one parameter.
 
     Attributes:
         path: Its file.
         base_fingerprint: The hash of the weights that it belongs to.
         about: What it says of how it was made; empty if nothing.
-        counts: Name of each changed parameter -> how many of its entries change.
+        counts: Name of each changed parameter, sorted -> how many of its entries change.
         value_types: Name of each changed parameter -> the type of its new values.
     """
 
@@ -107,17 +98,8 @@ class Delta:
     counts: dict[str, int]
     value_types: dict[str, torch.dtype]
 
-    @property
-    def names(self) -> list[str]:
-        """The changed parameters, sorted."""
-        return list(self.counts)
-
     def change(self, name: str) -> Change:
-        """Indices and new values of one parameter.
-
-        Raises:
-            UserError: if they do not belong together.
-        """
+        """Indices and new values of one parameter; refuses those that do not belong together."""
         with safe_open(self.path, framework="pt") as stored:
             index, value = stored.get_tensor(name + _INDEX), stored.get_tensor(name + _VALUE)
         if index.dtype != torch.int64 or index.ndim != 1 or value.shape != index.shape:
@@ -126,17 +108,8 @@ class Delta:
             raise UserError(f"{self.path} is damaged: the indices of {name} are not in ascending order.")
         return index, value
 
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The types of the new values."""
-        return set(self.value_types.values())
-
     def check_base(self, fingerprint: str, named: str) -> None:
-        """Refuse other base weights.
-
-        Raises:
-            UserError: telling both hashes.
-        """
+        """Refuse other base weights."""
         if self.base_fingerprint != fingerprint:
             raise UserError(
                 f"{self.path} belongs to base weights {self.base_fingerprint[:12]}, {named} has {fingerprint[:12]}; "
@@ -144,12 +117,8 @@ class Delta:
             )
 
     def check_entries(self, specs: Mapping[str, TensorSpec], named: str) -> None:
-        """Refuse entries that a model of these parameters does not have; one parameter is read at a time.
-
-        Raises:
-            UserError: naming the first parameter that does not fit.
-        """
-        for name in self.names:
+        """Refuse entries that a model of these parameters does not have; one parameter is read at a time."""
+        for name in self.counts:
             if name not in specs:
                 raise UserError(
                     f"{self.path} changes {name}, which {named} does not have; they do not belong together."
@@ -161,11 +130,7 @@ class Delta:
 
 
 def open_delta(path: Path) -> Delta:
-    """Open a delta.
-
-    Raises:
-        UserError: if there is none, the file is another one, or it is damaged.
-    """
+    """Open a delta; refuses a file that is none, or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a delta.safetensors.")
     try:
@@ -184,24 +149,14 @@ def open_delta(path: Path) -> Delta:
     if any(len(shape) != 1 for shape in shapes.values()):
         raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
     counts = {name: shapes[name + _INDEX][0] for name in names}
-    return Delta(path, metadata[_BASE], _sections(about), counts, {name: dtypes[name + _VALUE] for name in names})
-
-
-_SECTIONS = ("base", "counts", "selection", "training", "versions")
-
-
-def _sections(about: Any) -> dict[str, Any]:
-    """What the metadata tell, without sections of a wrong type; anybody may write to a file's metadata."""
-    parts = about.items() if isinstance(about, dict) else ()
-    return {key: part for key, part in parts if key not in _SECTIONS or isinstance(part, dict)}
+    # metadata can be edited with other tools: sections of a wrong type are left out
+    sections = about.items() if isinstance(about, dict) else ()
+    sound = {key: part for key, part in sections if key not in _SECTIONS or isinstance(part, dict)}
+    return Delta(path, metadata[_BASE], sound, counts, {name: dtypes[name + _VALUE] for name in names})
 
 
 def patched(tensor: Tensor, change: Change) -> Tensor:
-    """A copy of a tensor with new values at some of its entries.
-
-    Raises:
-        ValueError: if the values are of another type: they would be rounded.
-    """
+    """A copy of a tensor with new values at some entries; a ValueError if they would be rounded to another type."""
     index, value = change
     if value.dtype != tensor.dtype:
         raise ValueError(f"values of {value.dtype} for a tensor of {tensor.dtype}")
@@ -219,11 +174,9 @@ def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
     delta = open_delta(path)
     delta.check_base(base_fingerprint, "the model")
     weights = dict(model.named_parameters())
-    specs = {name: TensorSpec(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-    delta.check_entries(specs, "the model")
-    for name in delta.names:
-        index, value = delta.change(name)
-        weight = weights[name]
+    delta.check_entries({name: TensorSpec.of(weight) for name, weight in weights.items()}, "the model")
+    for name in delta.counts:
+        (index, value), weight = delta.change(name), weights[name]
         if value.dtype != weight.dtype:
             stored = dtype_name(value.dtype)
             raise UserError(

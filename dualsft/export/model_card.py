@@ -18,17 +18,7 @@ FORMULA = (
     "term), one matrix M_ij = g_ij u_j scores both: an example by its row sum ⟨u, g_i⟩, a weight by its column sum "
     "u_j Σ_i g_ij ([arXiv 2605.06166](https://arxiv.org/abs/2605.06166))."
 )
-_SELECTION_KEYS = (
-    "preconditioner",
-    "step_size",
-    "warmup",
-    "prior",
-    "order",
-    "combination",
-    "near_duplicates",
-    "control",
-    "seed",
-)
+_KEYS = ("preconditioner", "step_size", "warmup", "prior", "order", "combination", "near_duplicates", "control", "seed")
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,15 +42,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 
 def write_card(folder: Path, about: Mapping[str, Any], adapter: bool = False) -> None:
-    """Write ``README.md`` into the folder of a model or of an adapter.
-
-    Args:
-        folder: Where to.
-        about: The record.
-        adapter: Whether the folder holds a PEFT adapter rather than a model.
-    """
-    base = about["base"]
-    name = base["name"]
+    """Write ``README.md``, from the record, into the folder of a model or of a PEFT adapter."""
+    base, name = about["base"], about["base"]["name"]
     sections = [
         f"# {name}, fine-tuned{' in selected weights' if about.get('selection') else ''}",
         _summary(about, adapter),
@@ -77,9 +60,8 @@ def write_card(folder: Path, about: Mapping[str, Any], adapter: bool = False) ->
 
 
 def _metadata(base: Mapping[str, Any], adapter: bool) -> ModelCardData:
-    named = None if base["local"] or not _is_hub_id(base["name"]) else base["name"]
     return ModelCardData(
-        base_model=named,
+        base_model=None if base["local"] or not _is_hub_id(base["name"]) else base["name"],
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dualsft", "sparse-fine-tuning", "data-selection"],
@@ -125,7 +107,7 @@ def _selection(record: Mapping[str, Any] | None) -> list[str]:
         if part := record.get(key):
             options = ", ".join(f"{name} {_format(value)}" for name, value in part["options"].items())
             lines.append(f"{key.replace('_', ' ')}: `{part['class_path']}`{f' ({options})' if options else ''}")
-    lines += [f"{key.replace('_', ' ')}: {_format(record[key])}" for key in _SELECTION_KEYS if key in record]
+    lines += [f"{key.replace('_', ' ')}: {_format(record[key])}" for key in _KEYS if key in record]
     lines += [f"{key}: {_format(record[key])}" for key in ("trainable", "frozen") if record.get(key)]
     if "predicted_improvement" in (prediction := record.get("prediction", {})):
         lines.append(f"predicted improvement of one step: {prediction['predicted_improvement']:.3g}")

@@ -12,7 +12,7 @@ is the one that makes the adapter smallest. Modules stored whole are exact; old 
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -28,19 +28,19 @@ from dualsft.models.loading import empty_model, model_folder
 from dualsft.models.stored import Weights, has_own_names, stored_weights
 from dualsft.models.tensor_file import TensorSpec, write_tensors
 
-_PREFIX, _VALUES, _PLACES = "base_model.model.", "shira_weight", "shira_indices"
+_PREFIX, _VALUES, _INDICES = "base_model.model.", "shira_weight", "shira_indices"
 _ENTRY_BYTES = 12  # a float32 value and two int32 coordinates
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
-    """Which modules are stored how.
+class _Plan:
+    """How each changed module is stored; a tied parameter goes by its first name.
 
     Attributes:
         rank: SHiRA's r.
-        sparse: Linear layers whose weight is changed in places -> the parameter, which may be tied and named elsewhere.
-        whole: Parameters of modules that are stored whole, by the names that they have there -> the parameter.
-        modules: Those modules.
+        sparse: Linear layers of which entries are stored -> the weight's parameter.
+        whole: Parameters of the modules that are stored whole, by their names in them -> the parameter.
+        modules: The modules that are stored whole.
     """
 
     rank: int
@@ -50,11 +50,7 @@ class AdapterPlan:
 
 
 def prepare_peft(base: str, delta: str) -> Writer:
-    """A PEFT adapter, which PEFT loads onto the base model.
-
-    Args:
-        base: The base model's folder or hub id.
-        delta: A ``delta.safetensors`` that belongs to it.
+    """An adapter of a delta, which PEFT loads onto the base model, a folder or hub id.
 
     Raises:
         UserError: if either cannot be read, they do not belong together, or the delta does not fit an adapter.
@@ -68,7 +64,7 @@ def prepare_peft(base: str, delta: str) -> Writer:
             "it; use export apply instead."
         )
     change.check_entries(stored.specs, base)
-    plan = plan_adapter(empty_model(base), change)
+    plan = _plan(empty_model(base), change)
 
     def write(folder: Path) -> None:
         _write_tensors(folder / "adapter_model.safetensors", plan, stored, change)
@@ -79,41 +75,46 @@ def prepare_peft(base: str, delta: str) -> Writer:
     return write
 
 
-def plan_adapter(model: nn.Module, change: Delta) -> AdapterPlan:
-    """Decide how each changed module is stored.
-
-    Args:
-        model: The model, which may be without its weights.
-        change: What changes.
+def _plan(model: nn.Module, change: Delta) -> _Plan:
+    """Decide how each changed module is stored; the model may be without its weights.
 
     Raises:
         UserError: if not a single layer's change fits SHiRA, or a module that is to be stored whole has a buffer.
     """
-    places = _changed_modules(model, set(change.names))
+    names = _parameter_names(model)
+    changed: dict[str, set[str]] = defaultdict(set)  # module -> its own changed parameters, by their names in it
+    for name, first in names.items():
+        if first in change.counts:
+            module, _, leaf = name.rpartition(".")
+            changed[module].add(leaf)
     linear = {
-        module: parameters["weight"]
-        for module, parameters in places.items()
-        if isinstance(model.get_submodule(module), nn.Linear) and parameters.keys() == {"weight"}
+        module: names[f"{module}.weight"]
+        for module, leaves in changed.items()
+        if leaves == {"weight"} and isinstance(model.get_submodule(module), nn.Linear)
     }
-    modules = dict(model.named_modules(remove_duplicate=False))
-    weights = {m: modules[m].get_parameter("weight") for m in linear}
-    rank, sparse = _cheapest({m: (change.counts[linear[m]], weights[m].shape) for m in linear}, change)
+    shapes = {module: model.get_parameter(f"{module}.weight").shape for module in linear}
+    rank, sparse = _cheapest({m: (change.counts[linear[m]], shapes[m]) for m in linear}, change)
     if not rank:
         raise UserError(f"No linear layer's change in {change.path} is sparse enough for SHiRA; use export apply.")
-    whole = _outermost(places.keys() - sparse)
-    inside = {module for module in sparse if any(module.startswith(f"{outer}.") for outer in whole)}
-    return AdapterPlan(rank, {m: linear[m] for m in sorted(sparse - inside)}, _contents(model, whole), whole)
+    dense = changed.keys() - sparse
+    modules = sorted(module for module in dense if not _is_inside(module, dense))
+    sparse = {m for m in sparse if not _is_inside(m, modules)}
+    _check_no_buffers(model, modules)
+    whole = {name: first for name, first in names.items() if _is_inside(name, modules)}
+    return _Plan(rank, {m: linear[m] for m in sorted(sparse)}, whole, modules)
 
 
-def _changed_modules(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
-    """Module -> its own changed parameters, by their names in it; a tied one appears in each module that has it."""
+def _parameter_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter -> its first name; a tied one has a name in each module that uses it."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    places: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first[id(parameter)] in changed:
-            module, _, leaf = name.rpartition(".")
-            places[module][leaf] = first[id(parameter)]
-    return places
+    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _check_no_buffers(model: nn.Module, modules: Iterable[str]) -> None:
+    for module in modules:
+        own = model.get_submodule(module)
+        if buffers := sorted(own.state_dict().keys() - dict(own.named_parameters(remove_duplicate=False)).keys()):
+            raise UserError(f"{module} has a buffer ({buffers[0]}), so that PEFT cannot store it; use export apply.")
 
 
 def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tuple[int, set[str]]:
@@ -121,10 +122,10 @@ def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tu
 
     Args:
         layers: Linear layer -> how many entries change, and its shape.
-        change: Says in which type a layer would be stored whole.
+        change: Its values have the type in which a layer would be stored whole.
     """
     needed = {name: ceil(count / sum(shape)) for name, (count, shape) in layers.items()}
-    item = max((dtype.itemsize for dtype in change.dtypes), default=0)
+    item = max((dtype.itemsize for dtype in change.value_types.values()), default=0)
     best: tuple[float, int, set[str]] = (float("inf"), 0, set())
     for rank in sorted(set(needed.values())):
         size, sparse = 0, set()
@@ -139,25 +140,11 @@ def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tu
     return best[1], best[2]
 
 
-def _outermost(modules: set[str]) -> list[str]:
-    """Without those that lie in another one."""
-    return [m for m in sorted(modules) if not any(m.startswith(f"{other}.") for other in modules)]
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _contents(model: nn.Module, whole: list[str]) -> dict[str, str]:
-    """Every parameter of these modules, by its name there -> the parameter."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    contents = {}
-    for module in whole:
-        own = model.get_submodule(module)
-        parameters = dict(own.named_parameters(remove_duplicate=False))
-        if buffers := sorted(own.state_dict().keys() - parameters.keys()):
-            raise UserError(f"{module} has a buffer ({buffers[0]}), so that PEFT cannot store it; use export apply.")
-        contents.update({f"{module}.{name}": first[id(parameter)] for name, parameter in parameters.items()})
-    return contents
-
-
-def _write_tensors(path: Path, plan: AdapterPlan, stored: Weights, change: Delta) -> None:
+def _write_tensors(path: Path, plan: _Plan, stored: Weights, change: Delta) -> None:
     wanted = loaded_type(change)
     convert = getattr(torch, wanted) if wanted != "auto" else None
     specs: dict[str, TensorSpec] = {}
@@ -167,17 +154,17 @@ def _write_tensors(path: Path, plan: AdapterPlan, stored: Weights, change: Delta
     for module, parameter in plan.sparse.items():
         entries = plan.rank * sum(stored.specs[parameter].shape)
         specs[f"{_PREFIX}{module}.{_VALUES}"] = TensorSpec(torch.float32, (entries,))
-        specs[f"{_PREFIX}{module}.{_PLACES}"] = TensorSpec(torch.int32, (2, entries))
+        specs[f"{_PREFIX}{module}.{_INDICES}"] = TensorSpec(torch.int32, (2, entries))
 
     def read(name: str) -> Tensor:
         module, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
-        if leaf in (_VALUES, _PLACES):
+        if leaf in (_VALUES, _INDICES):
             weight = stored.read(plan.sparse[module])
             places, values = _entries(weight.to(convert or weight.dtype), change, plan.sparse[module], plan.rank)
             return values if leaf == _VALUES else places
         parameter = plan.whole[name.removeprefix(_PREFIX)]
         weight = stored.read(parameter).to(specs[name].dtype)
-        return patched(weight, change.change(parameter)) if parameter in change.names else weight
+        return patched(weight, change.change(parameter)) if parameter in change.counts else weight
 
     write_tensors(path, specs, read, {"format": "pt"})
 
@@ -194,7 +181,7 @@ def _entries(weight: Tensor, change: Delta, name: str, rank: int) -> tuple[Tenso
     return torch.stack([flat // weight.shape[1], flat % weight.shape[1]]).int(), added[flat]
 
 
-def _settings(plan: AdapterPlan, base: str) -> dict[str, object]:
+def _settings(plan: _Plan, base: str) -> dict[str, object]:
     """PEFT's ``adapter_config.json``; a mask type that it does not know keeps it from drawing masks at random."""
     return {
         "peft_type": "SHIRA",

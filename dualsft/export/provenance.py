@@ -1,7 +1,7 @@
 """The record of how a delta was made: base, selection, training and versions, for the delta's metadata and model card.
 
 It holds nothing that differs between two runs of one configuration, and only the last names of files and folders: what
-is published should not show anybody's disk.
+is published should not show local paths.
 """
 
 import importlib.metadata
@@ -16,7 +16,6 @@ from lightning import Trainer
 from dualsft.data.module import InstructionDataModule
 
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
-_PREDICTED = ("step_size", "predicted_improvement")
 
 
 def published_name(name_or_path: str) -> str:
@@ -39,20 +38,20 @@ def versions() -> dict[str, str]:
 
 def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) -> dict[str, Any]:
     """What was selected and how, by these keys of a selection's manifest; those that it has not are left out."""
-    told = {key: manifest[key] for key in published if manifest.get(key) is not None}
-    if checkpoint := told["warmup"].get("checkpoint"):
-        told["warmup"] = {**told["warmup"], "checkpoint": published_name(checkpoint)}
-    told["prediction"] = {key: manifest["prediction"][key] for key in _PREDICTED}
-    told["data"] = {name: _describe_data(manifest["data"][name]) for name in ("train", "validation")}
-    return told
+    record = {key: manifest[key] for key in published if manifest.get(key) is not None}
+    if checkpoint := record["warmup"].get("checkpoint"):
+        record["warmup"] = {**record["warmup"], "checkpoint": published_name(checkpoint)}
+    record["prediction"] = {key: manifest["prediction"][key] for key in ("step_size", "predicted_improvement")}
+    record["data"] = {name: _describe_data(manifest["data"][name]) for name in ("train", "validation")}
+    return record
 
 
-def _describe_data(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _describe_data(source: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Name, fingerprint and rows of a source; of named validation sets one each."""
-    if not isinstance(told.get("fingerprint"), str):
-        return [{"set": name, **_describe_data(one)[0]} for name, one in told.items()]
-    kept = {key: told[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in told}
-    return [{**({"name": published_name(told["path"])} if told.get("path") else {}), **kept}]
+    if not isinstance(source.get("fingerprint"), str):
+        return [{"set": name, **_describe_data(one)[0]} for name, one in source.items()]
+    name = {"name": published_name(source["path"])} if source.get("path") else {}
+    return [name | {key: source[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in source}]
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
@@ -77,11 +76,9 @@ def _describe_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _describe_batches(data: InstructionDataModule) -> dict[str, Any]:
-    examples = data.train_examples
+    records = data.train_examples.records
     return {
         **{key: getattr(data, key) for key in ("max_length", "batch_tokens", "batch_size", "packing", "seed")},
         "examples": len(data.training_ids()),
-        "data": _describe_data(
-            {"path": data.train, "fingerprint": examples.records.fingerprint, "rows": len(examples.records)}
-        ),
+        "data": _describe_data({"path": data.train, "fingerprint": records.fingerprint, "rows": len(records)}),
     }

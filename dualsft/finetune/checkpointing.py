@@ -18,8 +18,7 @@ Ending = Literal["last", "best"]
 def best_checkpoint(folder: Path, callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
     """A checkpoint callback for the best weights, by the metric of an EarlyStopping, else by the lowest ``val_loss``.
 
-    Returns:
-        None if a ModelCheckpoint with a metric to monitor is among the callbacks already.
+    None if a ModelCheckpoint with a metric to monitor is among the callbacks already.
     """
     if _monitored(callbacks):
         return None
@@ -53,11 +52,7 @@ class BestWeights(Callback):
     """Ends a fit with the weights of the best checkpoint of the first ModelCheckpoint that monitors a metric."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there will be a best checkpoint.
-
-        Raises:
-            UserError: if nothing is validated, or no checkpoint is kept by a metric.
-        """
+        """Check that there will be a best checkpoint."""
         if not is_validated(trainer):
             raise UserError("model.export is best, but nothing is validated; give data.validation, or export the last.")
         if stage == "fit" and not _monitored(trainer.callbacks):  # type: ignore[attr-defined]
@@ -67,7 +62,7 @@ class BestWeights(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load it; Lightning's callbacks that average weights have run by now, and checkpoints hold averages."""
+        """Load the best weights; callbacks that average weights have run by now, and checkpoints hold averages."""
         checkpoint = _monitored(trainer.callbacks)  # type: ignore[attr-defined]
         if checkpoint is None or not checkpoint.best_model_path:
             say("there was no validation to tell which weights are best: the last ones are kept")
@@ -84,8 +79,7 @@ class EndOfTraining(Callback):
     weights when the fit ends.
     """
 
-    def __init__(self) -> None:
-        self._ended = False
+    _ended = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning has called it."""

@@ -10,35 +10,28 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dualsft.errors import UserError
+from dualsft.export.checkpoints import copy_companions, save_weights
 from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
-from dualsft.export.pretrained import copy_companions, save_weights
 from dualsft.export.provenance import describe_base, describe_selection, describe_training, versions
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.sharding import is_sharded, load_sharded, local_shard
 from dualsft.sharding.collectives import any_rank, on_rank_zero
-from dualsft.sharding.shards import first_row
+from dualsft.sharding.load import load_sharded
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import first_row, local_shard
 
 
 class ExportModel(Callback):
-    """Writes ``model/`` and ``delta.safetensors`` when the fit is over, each completely or not at all.
-
-    Args:
-        output_dir: Where they go.
-    """
+    """Writes ``model/`` and ``delta.safetensors`` when the fit is over, each completely or not at all."""
 
     def __init__(self, output_dir: str) -> None:
         self._folder = Path(output_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export; Lightning does not come here after an interruption or an error.
-
-        Raises:
-            UserError: if the trained weights are not finite.
-        """
+        """Export finite weights, and refuse others; Lightning does not come here after an interruption or an error."""
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
         if any_rank(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):

@@ -5,7 +5,7 @@ the rank with the most.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,14 +24,12 @@ class Progress:
     """The part of the report that checkpoints hold.
 
     Attributes:
-        batches: Batches trained on.
         examples: Examples trained on, each as often as it was.
         tokens: Supervised tokens trained on.
         seconds: Wall time of the run.
-        training_seconds: Of which in training batches, their steps included.
-        peak_memory_bytes: See `peak_memory`.
+        training_seconds: Wall time of training batches, their steps included.
         first: The training losses of the first batches.
-        last: Of the last ones.
+        last: The training losses of the last batches.
         base: Validation metrics of the base model, if it was validated on all that later models are.
         validated: Validation metrics by optimizer step.
     """
@@ -104,12 +102,7 @@ class FitReport(Callback):
         return Progress(**now)
 
     def figures(self, trainer: Trainer, module: Any) -> dict[str, Any]:
-        """All figures of a finished fit; every rank must call this.
-
-        Args:
-            trainer: Its trainer.
-            module: The `MaskedFinetuneModule`.
-        """
+        """All figures of a finished fit of a `MaskedFinetuneModule`; every rank must call this."""
         progress = self._so_far()
         exported = trainer.global_step if module.best_step is None else module.best_step
         step = max((step for step in progress.validated if step <= exported), default=None)
@@ -146,12 +139,9 @@ def _examples(trainer: Trainer) -> int:
 def _train_loss(progress: Progress) -> dict[str, Any]:
     """The mean loss of the first and of the last batches, as many of each and none in both."""
     count = max(1, min(_BATCHES, progress.batches // 2))
-    first, last = progress.first[:count], progress.last[-count:]
-    return {"batches": count, **{name: _mean(losses) for name, losses in (("first", first), ("last", last))}}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    parts = {"first": progress.first[:count], "last": progress.last[-count:]}
+    means = {name: sum(losses) / len(losses) if losses else None for name, losses in parts.items()}
+    return {"batches": count, **means}
 
 
 def report(figures: Mapping[str, Any]) -> str:

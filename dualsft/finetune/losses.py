@@ -11,14 +11,15 @@ first batch, and the accumulated gradient is multiplied by what corrects that be
 On several ranks n and T count all ranks, and each rank sums over its own rows; gradients are summed over ranks.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses, supervised_losses
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.local_batch import local_rows
@@ -27,11 +28,7 @@ Loss = Literal["example_mean", "token_mean"]
 
 
 class StepLoss:
-    """The loss of the batches of a step, whose gradients are accumulated.
-
-    Args:
-        kind: What it is the mean over.
-    """
+    """The loss of the batches of a step, whose gradients are accumulated; its kind says what it is the mean over."""
 
     def __init__(self, kind: Loss) -> None:
         self._kind = kind
@@ -49,17 +46,16 @@ class StepLoss:
         losses = supervised_losses(model, own).sum()
         return all_reduce_sum(losses.detach()) / tokens, losses / self._first
 
-    def finish(self, accumulated: int) -> float:
-        """End the step, and return the factor that its accumulated gradient must be multiplied by.
-
-        Args:
-            accumulated: The number that each batch's loss has been divided by.
-        """
+    @torch.no_grad()
+    def finish(self, parameters: Iterable[Tensor], accumulated: int) -> None:
+        """End the step: bring the gradients, of losses each divided by ``accumulated``, to that of the step's loss."""
         if self._kind == "example_mean":
-            return 1.0
+            return
         factor = accumulated * self._first / self._tokens
         self._first = self._tokens = 0
-        return factor
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def state(self) -> dict[str, int]:
         """The tokens of an unfinished step."""
@@ -79,13 +75,3 @@ def clip_norm(parameters: list[Tensor], limit: float) -> None:
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     norm = all_reduce_sum(torch.stack(norms).square().sum()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))
-
-
-@torch.no_grad()
-def scale_gradients(parameters: list[Tensor], factor: float) -> None:
-    """Multiply all gradients by a factor."""
-    if factor == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)

@@ -3,45 +3,34 @@
 import hashlib
 import json
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from torch.optim import AdamW, Optimizer
 
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.checkpointing import BestWeights, Ending
-from dualsft.finetune.losses import Loss, StepLoss, clip_norm, scale_gradients
+from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
-from dualsft.finetune.trainer_checks import (
-    check_monitor,
-    check_monitors,
-    check_trainer,
-    is_validated,
-    metric_names,
-)
+from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters
-
-
-def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW at the paper's learning rate, 2e-5, without weight decay."""
-    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
 
 
 class MaskedFinetuneModule(LightningModule):
@@ -87,7 +76,9 @@ class MaskedFinetuneModule(LightningModule):
             raise UserError(f"model.save_minutes is {save_minutes}; give a positive number of minutes.")
         self.model_name_or_path = model_name_or_path
         self.selection: Selection | None = load_selection(selection) if selection else None
-        self.optimizer, self.lr_scheduler = optimizer or default_optimizer, lr_scheduler
+        # by default at the paper's learning rate
+        self.optimizer = optimizer or partial(AdamW, lr=2e-5, weight_decay=0.0)
+        self.lr_scheduler = lr_scheduler
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
@@ -99,24 +90,16 @@ class MaskedFinetuneModule(LightningModule):
         self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
     def setup(self, stage: str) -> None:
-        """Check the trainer and the data before anything is loaded; see `check_trainer`.
-
-        Raises:
-            UserError: if they do not fit.
-        """
+        """Check the trainer and the data before anything is loaded; see `check_trainer`."""
         check_trainer(self.trainer)
         check_validation_data(self.trainer)
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)
-        self._logged = metric_names(sets, is_validated(self.trainer))
+        self._logged = metric_names(self.trainer, sets)
         check_monitors(self.trainer, self._logged)
 
     def configure_model(self) -> None:
-        """Load the base model, in shards if the trainer says so, and put the compact parameters on it, once.
-
-        Raises:
-            UserError: if the selection was made for another model.
-        """
+        """Load the base model, in shards if the trainer says so, and put the compact parameters on it, once."""
         if self._configured:
             return
         self.base_fingerprint = on_rank_zero(lambda: model_fingerprint(self.model_name_or_path))
@@ -143,24 +126,14 @@ class MaskedFinetuneModule(LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the compact parameters; the model's weights follow each of its steps.
-
-        Raises:
-            UserError: if the optimizer or its schedule refuses its settings, or cannot do its work here.
-        """
+        """The optimizer over the compact parameters; the model's weights follow each of its steps."""
         accumulated = self.trainer.accumulate_grad_batches
         optimizer = make_optimizer(self.optimizer, self.compact.parameters(), accumulated)
         self.compact.write_back_after(optimizer)
-        if self.lr_scheduler is None:
-            return optimizer
-        return make_schedule(self.lr_scheduler, optimizer)
+        return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a schedule.
-
-        Raises:
-            UserError: if it fails, as some do only now on settings that they cannot work with.
-        """
+        """Step a schedule; some fail only now on settings that they cannot work with."""
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ArithmeticError, ValueError, TypeError, IndexError) as error:
@@ -196,14 +169,10 @@ class MaskedFinetuneModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Bring the accumulated gradient to that of the step's loss; Lightning clips it next."""
-        factor = self._step_loss.finish(self.trainer.accumulate_grad_batches)
-        scale_gradients(list(self.compact.masters), factor)
+        self._step_loss.finish(self.compact.masters, self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by value, or by the norm over all ranks."""
         if world_size() > 1 and gradient_clip_val and gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM):
@@ -254,11 +223,7 @@ class MaskedFinetuneModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check what the checkpoint belongs to; Lightning loads the masters, which the hooks copy into the model.
-
-        Raises:
-            UserError: if it is one of another base model or selection.
-        """
+        """Refuse a checkpoint of another base or selection; Lightning loads the masters, which hooks write back."""
         state = checkpoint.get("dualsft", {})
         if state.get("origin") != self._origin:
             raise UserError(
@@ -269,15 +234,14 @@ class MaskedFinetuneModule(LightningModule):
         self._step_loss.restore(state["step"])
 
     def on_train_start(self) -> None:
-        """Continue an accumulation that the checkpoint was made in; Lightning has just dropped all gradients.
+        """Check the schedule, and continue an accumulation that the checkpoint was made in.
 
-        Raises:
-            UserError: if the schedule depends on a metric that is not logged, or ends before the run. To ask for its
-                length earlier would set up the data before a resumed run's position in it is known.
+        Lightning has just dropped all gradients. To ask for the run's length earlier would set up the data before a
+        resumed run's position in it is known.
         """
         for config in self.trainer.lr_scheduler_configs:
             check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)
-            check_length(config.scheduler, lambda: self.trainer.estimated_stepping_batches)
+            check_length(config.scheduler, self.trainer)
         self.compact.restore_gradients(self._resumed_gradients)
         self._resumed_gradients = {}
 
@@ -288,15 +252,12 @@ class MaskedFinetuneModule(LightningModule):
         return {"base": self.base_fingerprint, "weights": self.compact.fingerprint(), "examples": examples}
 
 
-_MASTERS = "compact."
-
-
 def _keep_the_masters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Drop all but the masters from a state; the other weights are the base model's."""
-    for name in [name for name in state if not name.startswith(f"{prefix}{_MASTERS}")]:
+    for name in [name for name in state if not name.startswith(f"{prefix}compact.")]:
         del state[name]
 
 
 def _miss_the_masters_alone(module: nn.Module, differences: Any) -> None:
     missing = differences.missing_keys
-    missing[:] = [name for name in missing if name.startswith(_MASTERS)]
+    missing[:] = [name for name in missing if name.startswith("compact.")]

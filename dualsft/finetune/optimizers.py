@@ -5,8 +5,9 @@ inner products, to which the entries left out add nothing: they train as on the 
 What needs the tensor's shape is refused, or says what it does instead.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -20,12 +21,7 @@ from dualsft.sharding.collectives import world_size
 
 
 def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:
-    """The optimizer over the compact parameters.
-
-    Args:
-        factory: Makes it.
-        parameters: The compact parameters.
-        accumulated: How many batches' gradients are added up for a step.
+    """The optimizer over the compact parameters, whose gradients are accumulated over so many batches.
 
     Raises:
         UserError: if it refuses its settings, or cannot do its work on these parameters.
@@ -57,15 +53,7 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
 
 
 def make_schedule(factory: LRSchedulerCallable, optimizer: Optimizer) -> OptimizerLRSchedulerConfig:
-    """The learning rate schedule, stepped once per optimizer step; one on a metric once per epoch.
-
-    Args:
-        factory: Makes it from the optimizer.
-        optimizer: Whose learning rate it moves.
-
-    Raises:
-        UserError: if it refuses its settings.
-    """
+    """The learning rate schedule, stepped once per optimizer step; one on a metric once per epoch."""
     try:
         schedule = factory(optimizer)
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -75,20 +63,12 @@ def make_schedule(factory: LRSchedulerCallable, optimizer: Optimizer) -> Optimiz
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_length(schedule: object, steps: Callable[[], float]) -> None:
-    """Refuse a OneCycleLR that ends before the run: it would raise an error then, and the last steps would be lost.
-
-    Args:
-        schedule: Any schedule.
-        steps: Gives the largest number of optimizer steps of the run.
-
-    Raises:
-        UserError: if it ends before the run.
-    """
+def check_length(schedule: object, trainer: Trainer) -> None:
+    """Refuse a OneCycleLR that ends before the run: it would raise an error then, and the last steps would be lost."""
     if not isinstance(schedule, OneCycleLR):
         return
     try:
-        needed = steps()
+        needed = trainer.estimated_stepping_batches
     except MisconfigurationException:  # unknown where the accumulation changes between epochs
         return
     if schedule.total_steps < needed:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedModel
 
 from dualsft.data.batches import collate
 from dualsft.data.layout import to_device
@@ -19,6 +18,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import write_atomically
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
@@ -55,9 +55,6 @@ class LogSamples(Callback):
 
     The file has one JSON object a line, in order of steps. A resumed run that comes to a step again replaces what an
     earlier one wrote from that step on, so that it ends as in an unbroken run.
-
-    Args:
-        samples: How many, and how long.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -105,14 +102,10 @@ def _write(path: Path, samples: list[Sample]) -> None:
     lines = [*earlier, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
     for _, of_set in groupby(samples, key=lambda sample: sample["set"]):
-        say(_brief(next(of_set)))
-
-
-def _brief(sample: Sample) -> str:
-    """One line for the terminal."""
-    prompt, answer, reference = (_cut(sample[key]) for key in ("prompt", "answer", "reference"))
-    where = f"step {sample['step']:,}, {sample['set']} example {sample['example_id']}"
-    return f"{where}: {prompt!r} -> {answer!r} (reference: {reference!r})"
+        sample = next(of_set)
+        prompt, answer, reference = (_cut(sample[key]) for key in ("prompt", "answer", "reference"))
+        where = f"step {sample['step']:,}, {sample['set']} example {sample['example_id']}"
+        say(f"{where}: {prompt!r} -> {answer!r} (reference: {reference!r})")
 
 
 def _cut(text: str) -> str:

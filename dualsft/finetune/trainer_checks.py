@@ -1,6 +1,6 @@
 """Checks of the trainer of a masked fine-tune, before anything is loaded or trained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning
@@ -17,9 +17,8 @@ _METRICS = ("loss", "perplexity", "token_accuracy")
 def check_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that this fine-tune cannot run under.
 
-    Raises:
-        UserError: if its precision would convert the masters, it has several processes that do not share the weights,
-            it trains on nothing, or a callback would choose other weights or mix them up.
+    Its precision would convert the masters, it has several processes that do not share the weights, it trains on
+    nothing, or a callback would choose other weights or mix them up.
     """
     precisions = _SHARDED_PRECISIONS if isinstance(trainer.strategy, FSDP2) else _PRECISIONS
     if trainer.precision not in precisions:
@@ -33,7 +32,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"fit runs on one process or with weights in shards, but the trainer has {trainer.world_size} under "
             f"{type(trainer.strategy).__name__}; set trainer.strategy to fsdp2, or trainer.devices to 1."
         )
-    for callback in _callbacks(trainer):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback)
 
 
@@ -78,55 +77,30 @@ def is_validated(trainer: Trainer) -> bool:
     return getattr(data, "validation", True) is not None and trainer.limit_val_batches != 0
 
 
-def metric_names(sets: Sequence[str | None], validated: bool) -> list[str]:
-    """The metrics that a fit logs.
-
-    Args:
-        sets: Names of the validation sets; a single source has none: [None].
-        validated: Whether there is any.
-    """
+def metric_names(trainer: Trainer, sets: Sequence[str | None]) -> list[str]:
+    """The metrics that a fit logs, given the names of its validation sets; a single source has none: [None]."""
     names = ["train_loss"]
-    for metric in _METRICS if validated else ():
+    for metric in _METRICS if is_validated(trainer) else ():
         names += [f"val_{metric}", *(f"val_{metric}/{name}" for name in sets if name is not None)]
     return names
 
 
 def check_monitors(trainer: Trainer, known: Sequence[str]) -> None:
-    """Refuse a callback that depends on a metric that is not logged: it would fail only after an epoch.
-
-    Raises:
-        UserError: naming it, and the metrics that there are.
-    """
-    for callback in _callbacks(trainer):
+    """Refuse a callback that depends on a metric that is not logged: it would fail only after an epoch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         check_monitor(trainer, f"{type(callback).__name__} in trainer.callbacks", callback, known)
 
 
 def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[str]) -> None:
-    """Refuse a part that depends on a metric that is not logged.
-
-    Args:
-        trainer: Its callbacks may log further metrics.
-        where: What to call the part.
-        part: An object that may have a ``monitor``.
-        known: The metrics that the module logs.
-
-    Raises:
-        UserError: naming it, and the metrics that there are.
-    """
+    """Refuse an object whose ``monitor``, if it has one, is neither a known metric nor may come from a callback."""
     monitor = getattr(part, "monitor", None)
-    if monitor is None or monitor in (*known, "epoch", "step") or any(map(_may_log, _callbacks(trainer))):
+    if monitor is None or monitor in (*known, "epoch", "step"):
         return
-    raise UserError(f"{where} monitors {monitor!r}, which is not logged; give one of {', '.join(known)}.")
+    if not any(map(_may_log, trainer.callbacks)):  # type: ignore[attr-defined]
+        raise UserError(f"{where} monitors {monitor!r}, which is not logged; give one of {', '.join(known)}.")
 
 
 def _may_log(callback: Callback) -> bool:
     """Whether a callback may log metrics of its own: any foreign one, and Lightning's LearningRateMonitor."""
-    return isinstance(callback, LearningRateMonitor) or type(callback).__module__.split(".")[0] not in (
-        "lightning",
-        "dualsft",
-    )
-
-
-def _callbacks(trainer: Trainer) -> Iterable[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
+    foreign = type(callback).__module__.split(".")[0] not in ("lightning", "dualsft")
+    return foreign or isinstance(callback, LearningRateMonitor)

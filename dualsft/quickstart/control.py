@@ -31,9 +31,12 @@ def write_control(
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = set(_draw_examples(selection, examples, generator))
-    mask = {"chosen": lambda m: m, "random": lambda m: random_mask(m, generator), "all": _everything}[weights](
-        selection.mask()
-    )
+    mask = selection.mask()
+    if weights == "random":
+        mask = random_mask(mask, generator)
+    elif weights == "all":
+        mask = {name: torch.ones_like(m) for name, m in mask.items()}
+    records = read_records(str(pool))
     counts = recounted(selection.manifest, mask, selected=len(chosen))
     table = selection.examples.to_pydict()
     staged = folder / ".unfinished"
@@ -44,7 +47,7 @@ def write_control(
         examples={**table, "selected": [i in chosen for i in table["example_id"]]},
         parameter_scores=selection.parameter_scores(),
         mask=mask,
-        selected_lines=[line for i, line in enumerate(_lines(pool)) if i in chosen],
+        selected_lines=[records.line(i) for i in sorted(chosen)],
         config=(selection.folder / "config.yaml").read_text(encoding="utf-8"),
     )
     publish(staged, folder)
@@ -62,10 +65,6 @@ def random_mask(like: dict[str, Tensor], generator: torch.Generator) -> dict[str
     return {name: part.view(mask.shape) for (name, mask), part in zip(like.items(), parts, strict=True)}
 
 
-def _everything(mask: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.ones_like(m) for name, m in mask.items()}
-
-
 def _draw_examples(selection: Selection, draw: Draw, generator: torch.Generator) -> list[int]:
     table = selection.examples.to_pydict()
     scored = [i for i, status in zip(table["example_id"], table["status"], strict=True) if status == "ok"]
@@ -75,8 +74,3 @@ def _draw_examples(selection: Selection, draw: Draw, generator: torch.Generator)
         return selection.example_ids
     order = torch.randperm(len(scored), generator=generator)[: len(selection.example_ids)]
     return [scored[k] for k in order.tolist()]
-
-
-def _lines(pool: Path) -> list[str]:
-    records = read_records(str(pool))
-    return [records.line(i) for i in range(len(records))]

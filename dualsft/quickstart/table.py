@@ -32,10 +32,9 @@ class Row:
 def table(rows: Sequence[Row]) -> str:
     """The rows under their headings, as Markdown that also reads well in a terminal."""
     headings = ["model", "target loss", "general loss", "general exact match", "examples", "weights", "clean target"]
-    return markdown_table([headings, *map(_cells, rows)])
-
-
-def _cells(row: Row) -> list[str]:
-    losses = [f"{loss:.3f}" for loss in (row.target_loss, row.general_loss)]
-    shares = (row.general_exact_match, row.examples, row.weights, row.clean_target)
-    return [row.name, *losses, *("-" if share is None else f"{share:.0%}" for share in shares)]
+    cells = [headings]
+    for row in rows:
+        shares = (row.general_exact_match, row.examples, row.weights, row.clean_target)
+        formatted = ["-" if share is None else f"{share:.0%}" for share in shares]
+        cells.append([row.name, f"{row.target_loss:.3f}", f"{row.general_loss:.3f}", *formatted])
+    return markdown_table(cells)

@@ -12,19 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualsft.data.examples import Examples
+from dualsft.data.module import InstructionDataModule
 from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.runs import folder as run_folder
 from dualsft.selection.manifest import Manifest, open_manifest
-from dualsft.selection.mask import StoredMasks, write_masks
+from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
 from dualsft.selection.order import Chosen
-from dualsft.selection.scoring import ExampleScores, Scoring
+from dualsft.selection.scoring import Scoring
 
 _MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 
@@ -45,7 +45,7 @@ _TOKEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Selection:
-    """A finished selection on disk; its parts are read when they are asked for.
+    """A finished selection on disk; its parts are read when they are asked for, and refused if they are damaged.
 
     Attributes:
         folder: The selection directory.
@@ -74,11 +74,8 @@ class Selection:
     @property
     def example_ids(self) -> list[int]:
         """The selected row numbers of ``data.train``, ascending."""
-        return [
-            i
-            for i, chosen in zip(*self.examples.select(["example_id", "selected"]).to_pydict().values(), strict=True)
-            if chosen
-        ]
+        ids: list[int] = self.examples.filter(self.examples["selected"])["example_id"].to_pylist()
+        return ids
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -87,50 +84,29 @@ class Selection:
             return [json.loads(line) for line in lines]
 
     def mask(self) -> dict[str, Tensor]:
-        """Parameter name -> bool, of the parameter's shape.
-
-        Raises:
-            UserError: if the file is damaged.
-        """
+        """Parameter name -> bool, of the parameter's shape."""
         return dict(self.stored_masks())
 
     def stored_masks(self) -> Mapping[str, Tensor]:
-        """The same, each unpacked when it is asked for.
-
-        Raises:
-            UserError: if the file is damaged.
-        """
-        return StoredMasks(self.folder / _MASK)
+        """The same, each unpacked when it is asked for."""
+        return stored_masks(self.folder / _MASK)
 
     def parameter_scores(self) -> dict[str, Tensor]:
-        """Parameter name -> φ_j, float32, of the parameter's shape.
-
-        Raises:
-            UserError: if a file is damaged.
-        """
-        scores = {}
+        """Parameter name -> φ_j, float32, of the parameter's shape."""
+        scores: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob(f"{WEIGHT_SCORES}*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as stored:
-                    scores.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
+            with refusing_damage(path), safe_open(path, framework="pt") as stored:
+                scores |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return scores
 
     def sketches(self) -> dict[int, Tensor]:
-        """Example id -> its gradient's sketch, float32; empty unless the data allocator needed it.
-
-        Raises:
-            UserError: if the file is damaged.
-        """
+        """Example id -> its gradient's sketch, float32; empty unless the data allocator needed it."""
         path = self.folder / _SKETCHES
         if not path.is_file():
             return {}
-        try:
+        with refusing_damage(path):
             stored = load_file(path)
             return dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
-        except (SafetensorError, LookupError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
 
     @property
     def score_files(self) -> list[Path]:
@@ -158,26 +134,26 @@ def write_selection(
     folder: Path,
     *,
     manifest: Mapping[str, Any],
-    examples: Mapping[str, Sequence[Any]],
-    parameter_scores: Mapping[str, Tensor] | None,
+    examples: Mapping[str, Sequence[Any]] | pa.Table,
     mask: Mapping[str, Tensor],
     selected_lines: Sequence[str],
     config: str,
+    parameter_scores: Mapping[str, Tensor] | None = None,
     token_scores: Mapping[str, Sequence[Any]] | None = None,
     sketches: Mapping[int, Tensor] | None = None,
 ) -> None:
-    """Write every part of a selection into a folder of its own; see `publish` for the step that makes it visible.
+    """Write the parts of a selection into a folder of its own; see `publish` for the step that makes it visible.
 
     Args:
-        folder: An empty folder.
+        folder: A folder that is empty, or holds the files of those scores that are not given.
         manifest: All but the schema version.
         examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
-        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape; None if they are there already.
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
         config: YAML that replays the run.
-        token_scores: Column name -> one value per scored example, if scores by token were asked for.
-        sketches: Example id -> its gradient's sketch, if the data allocator needs it.
+        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
+        token_scores: Column name -> one value per scored example.
+        sketches: Example id -> its gradient's sketch.
     """
     if sketches is not None:
         ids = sorted(sketches)
@@ -188,21 +164,9 @@ def write_selection(
     if parameter_scores is not None:
         pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
         save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
-    sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
-    table = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
-    write_choice(folder, manifest=manifest, examples=table, mask=mask, selected_lines=selected_lines, config=config)
-
-
-def write_choice(
-    folder: Path,
-    *,
-    manifest: Mapping[str, Any],
-    examples: pa.Table,
-    mask: Mapping[str, Tensor],
-    selected_lines: Sequence[str],
-    config: str,
-) -> None:
-    """Write the parts of a selection that follow from its scores and budgets, all but the scores; see above."""
+    if not isinstance(examples, pa.Table):
+        sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
+        examples = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
     pq.write_table(examples, folder / _EXAMPLES)
     write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
@@ -216,17 +180,14 @@ def publish(staged: Path, folder: Path) -> None:
     run_folder.publish(staged, folder, last=_MANIFEST)
 
 
-def example_table(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, list[Any]]:
+def example_table(data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, list[Any]]:
     """Column name -> one value per record of ``data.train``: what ``examples.parquet`` holds.
 
-    Args:
-        pool: The examples.
-        chosen: Their scores, and the ids of those chosen.
-        scoring: Has the ids of those that are not finite, and what was measured beside.
-        named: Whether each validation set has a column of its own.
+    Each validation set has a column of its own if the sets have names, and each statistic measured, but for sketches.
     """
-    ids, found = range(len(pool.status)), chosen.example_scores
-    sets = {f"score_{name}": scores for name, scores in found.by_set.items()} if named else {}
+    pool, found = data.train_examples, chosen.example_scores
+    ids = range(len(pool.status))
+    sets = found.by_set if data.named_validation else {}
     numbers = {name: values for name, values in scoring.measured.items() if name != SKETCH}
     return {
         "example_id": list(ids),
@@ -234,16 +195,17 @@ def example_table(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool)
         "num_tokens": [int(n) for n in pool.num_tokens],
         "status": ["nonfinite" if i in scoring.nonfinite else status for i, status in enumerate(pool.status)],
         "selected": [i in chosen.examples for i in ids],
-        **{name: [scores.get(i) for i in ids] for name, scores in sets.items()},
+        **{f"score_{name}": [scores.get(i) for i in ids] for name, scores in sets.items()},
         **{name: [float(values[i]) if i in found.scores else None for i in ids] for name, values in numbers.items()},
     }
 
 
-def token_table(pool: Examples, found: ExampleScores) -> dict[str, list[Any]]:
+def token_table(data: InstructionDataModule, chosen: Chosen) -> dict[str, list[Any]]:
     """Column name -> one value per scored example: what ``token_scores.parquet`` holds."""
-    ids = sorted(found.tokens)
+    tokens, pool = chosen.example_scores.tokens, data.train_examples.dataset
+    ids = sorted(tokens)
     return {
         "example_id": ids,
-        "token_id": [list(pool.dataset[i]["input_ids"]) for i in ids],
-        "score": [found.tokens[i].tolist() for i in ids],
+        "token_id": [list(pool[i]["input_ids"]) for i in ids],
+        "score": [tokens[i].tolist() for i in ids],
     }

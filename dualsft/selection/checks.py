@@ -17,11 +17,7 @@ _TAKEN = r"(validation|pool|chosen)(-|$)"
 
 
 def check_preconditioner(preconditioner: str, second_moment: bool) -> None:
-    """Refuse a preconditioner whose second moment cannot be computed.
-
-    Raises:
-        UserError: naming the way out.
-    """
+    """Refuse a preconditioner whose second moment cannot be computed."""
     if preconditioner == "adam" and not second_moment:
         raise UserError(
             "model.preconditioner is adam, which needs the second moment of a warm-up, but model.warmup.fraction is 0; "
@@ -30,15 +26,7 @@ def check_preconditioner(preconditioner: str, second_moment: bool) -> None:
 
 
 def check_needs(scorer: Scorer, second_moment: bool) -> None:
-    """Refuse a scorer whose statistics cannot be computed, before any work.
-
-    Args:
-        scorer: The scorer.
-        second_moment: Whether there is a warm-up, or a checkpoint that may hold its second moment.
-
-    Raises:
-        UserError: naming the scorer and the way out.
-    """
+    """Refuse a scorer whose statistics cannot be computed."""
     _check_known(scorer, scorer.needs, get_args(Statistic))
     if "second_moment" in scorer.needs and not second_moment:
         raise UserError(
@@ -49,11 +37,7 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
 
 
 def check_step_size(setting: StepSize, scorer: Scorer) -> None:
-    """Refuse a step size that cannot be used, before any work.
-
-    Raises:
-        UserError: naming the value, and the way out.
-    """
+    """Refuse a step size that cannot be used."""
     if setting == "auto" and not isinstance(scorer, SecondOrderScorer):
         raise UserError(
             f"model.step_size is auto, but the scorer {type(scorer).__name__} has no curvature to bound a step; give "
@@ -65,11 +49,7 @@ def check_step_size(setting: StepSize, scorer: Scorer) -> None:
 
 
 def check_order(order: Order, rounds: int) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UserError: naming key and value.
-    """
+    """Refuse an unknown order, and rounds that the order does not have."""
     if order not in get_args(Order):
         raise UserError(f"model.order is {order!r}; give one of {', '.join(get_args(Order))}.")
     if rounds < 1:
@@ -82,11 +62,7 @@ def check_order(order: Order, rounds: int) -> None:
 
 
 def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> None:
-    """Refuse an allocator that asks for what is not there, before any work.
-
-    Raises:
-        UserError: naming it and what there is.
-    """
+    """Refuse an allocator that needs a statistic, or counts in a unit, that does not exist."""
     _check_known(parameters, parameters.needs, get_args(ParameterStatistic))
     _check_known(data, data.needs, get_args(ExampleStatistic))
     if data.unit not in ("examples", "tokens"):
@@ -94,11 +70,7 @@ def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> Non
 
 
 def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Refuse terms without a usable weight, or whose name, under which each keeps its passes, is taken or no file's.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuse terms without a finite weight, or whose name is taken or not fit for the files that its passes leave."""
     for objective in objectives:
         with blaming(objective, "name, or weight,"):
             finite, _ = math.isfinite(objective.weight), str(objective.name)
@@ -118,16 +90,7 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
 
 
 def _check_known(part: object, needs: object, known: Sequence[str]) -> None:
-    """Refuse a part that needs what is not computed.
-
-    Args:
-        part: A scorer or an allocator.
-        needs: What it says that it needs.
-        known: The names of what there is.
-
-    Raises:
-        UserError: naming the part, and what there is.
-    """
+    """Refuse a scorer or an allocator that needs a statistic that is not computed."""
     name = type(part).__name__
     if isinstance(needs, str) or not isinstance(needs, Collection):
         raise UserError(f"{name} has needs {needs!r}; give a tuple of names, such as {tuple(known[:1])}.")

@@ -6,7 +6,7 @@ With several validation sets each has a direction and scores of its own, and a c
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -53,8 +53,7 @@ class Statistics:
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
         """Yield what a scorer is given, one trainable parameter after another, as full tensors.
 
-        Raises:
-            UserError: if the scorer modifies the weights; all else is a copy of its own.
+        A scorer that modifies the weights is refused; all else is a copy of its own.
         """
         optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
         for name, weight in trainable_parameters(self.model).items():
@@ -81,11 +80,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> LazyTensors:
-    """P by parameter name, of a sharded model this rank's shard, on the model's device; made when it is asked for.
+    """P = 1/(sqrt(ĉ)+eps) by parameter name, or P = 1 without ĉ, on the model's device; each is made when it is read.
 
-    Args:
-        model: The model; P has the type of its sums.
-        moments: ĉ for P = 1/(sqrt(ĉ)+eps), on any device; None for P = 1.
+    ĉ may be on any device; P has the type of the parameter's sums, and of a sharded model is this rank's shard.
     """
     weights = trainable_parameters(model)
 
@@ -101,12 +98,7 @@ def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> La
 
 @torch.no_grad()
 def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """Compute u for every trainable parameter; of a sharded model, this rank's shard of it.
-
-    Args:
-        scorer: The rule for u.
-        statistics: What is known.
-        step_size: η.
+    """Compute u at the step size η for every trainable parameter; of a sharded model, this rank's shard of it.
 
     Raises:
         UserError: if a direction is not finite, or not of its parameter's shape.
@@ -121,11 +113,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
 
 
 def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
-    """Check that what a scorer returned for a parameter is a finite tensor of its shape.
-
-    Raises:
-        UserError: naming the scorer, its method and the parameter.
-    """
+    """Check that what a scorer returned for a parameter is a finite tensor of its shape."""
     vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == known.weight.shape
     if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
         raise UserError(
@@ -137,22 +125,13 @@ def check_vector(scorer: Scorer, method: str, found: object, known: ParameterSta
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute u ⊙ m; parameters without a chosen weight are left out, so that no tap is placed on them.
 
-    Args:
-        u: By parameter name; of a sharded model, this rank's shards.
-        mask: Which weights are chosen, of the parameters' full shapes.
-        like: The model's parameters by name.
+    Of a sharded model u has this rank's shards, but the mask full shapes; ``like`` are the model's parameters.
     """
     return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 
 
-@dataclass(frozen=True)
-class ColumnTotals:
-    """What the parameter scores of one validation set add up to.
-
-    Attributes:
-        total: Σ_j φ_j.
-        size: Σ_j |φ_j|.
-    """
+class ColumnTotals(NamedTuple):
+    """Σ_j φ_j and Σ_j |φ_j| of one validation set."""
 
     total: float
     size: float
@@ -170,11 +149,6 @@ def parameter_scores(
     us: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], combination: Combination
 ) -> dict[str, Tensor]:
     """Compute φ_j = u_j Σ_i g_ij of every weight, the validation sets combined.
-
-    Args:
-        us: u of each validation set, by parameter name.
-        sums: Σ_i g_i by parameter name.
-        combination: How the sets' scores become one.
 
     Returns:
         Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host.

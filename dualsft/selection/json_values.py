@@ -1,4 +1,8 @@
-"""JSON values as values of Python types, with the place of what does not fit; and parts that a user chose as JSON."""
+"""JSON values read as values of Python types, with the key of one that does not fit, and descriptions of parts as JSON.
+
+A reader of its own, as a library's (pydantic's) would give a value that fits none of several types one error for each
+type, with the types' names in the key, and would need a schema for every class of a part.
+"""
 
 import json
 import re
@@ -23,7 +27,7 @@ class Mismatch(Exception):  # noqa: N818 (of a value with its type)
 
 @dataclass(frozen=True)
 class Part:
-    """A scorer, an allocator or a term of the objective: its class, and its options as `describe_part` tells them."""
+    """A scorer, an allocator or a term of the objective: its class, and its options as `describe_part` gives them."""
 
     class_path: str
     options: dict[str, Any]
@@ -31,26 +35,19 @@ class Part:
 
 
 def describe_part(part: object) -> dict[str, Any]:
-    """The ``class_path`` of a part and its ``options``: all that it keeps under a public name, but a scorer's needs.
+    """Describe a part by its ``class_path`` and its ``options``: all public attributes except ``needs``.
 
-    What it keeps under a private name is there as ``private``, as far as it is plain: it may decide the outcome too.
+    Private attributes that are plain JSON values are given as ``private``: they may decide the outcome too.
     """
-    kind = type(part)
-    private = {name: value for name, value in vars(part).items() if name.startswith("_") and _is_plain(value)}
-    options = {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "needs"}
-    return {
-        "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "options": {name: _plain(value) for name, value in options.items()},
-        **({"private": {name: _plain(value) for name, value in private.items()}} if private else {}),
-    }
+    kept = {name: value for name, value in vars(part).items() if name != "needs"}
+    options = {name: _plain(value) for name, value in kept.items() if not name.startswith("_")}
+    private = {name: _plain(value) for name, value in kept.items() if name.startswith("_") and _is_plain(value)}
+    class_path = f"{type(part).__module__}.{type(part).__qualname__}"
+    return {"class_path": class_path, "options": options, **({"private": private} if private else {})}
 
 
 def at(stored: Any, key: str) -> Any:
-    """What a JSON object holds at a key, or at SECTION.KEY.
-
-    Raises:
-        Mismatch: if there is nothing.
-    """
+    """What a JSON object holds at a key, or at SECTION.KEY; a `Mismatch` if there is nothing."""
     section, _, name = key.rpartition(".")
     found = typed(dict[str, Any], at(stored, section) if section else stored, section)
     if name not in found:
@@ -63,32 +60,25 @@ def typed(kind: Any, value: Any, key: str) -> Any:
 
     Any other class is that of a part, and is read as `Part`. A dataclass takes the keys that it knows.
 
-    Args:
-        kind: The type, as it is annotated.
-        value: The value.
-        key: Where it stands, for the message.
-
     Raises:
-        Mismatch: if it has another type, or lacks a key.
+        Mismatch: if the value, or one in it, has another type, or lacks a key; ``key`` is its place for the message.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Any or (origin is Literal and value in inner):
+        return value
     if origin in (Union, UnionType):
         return _one_of(inner, value, key)
     if origin is list and isinstance(value, list):
         return [typed(inner[0], item, f"{key}[{k}]") for k, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {name: typed(inner[1], item, f"{key}.{name}") for name, item in value.items()}
-    if _is_object(origin) and isinstance(value, dict):
+    if isinstance(origin, type) and origin not in _DUE and isinstance(value, dict):
         return _section(origin if is_dataclass(origin) else Part, value, key)
+    if type(value) is origin:
+        return value
     if origin is float and type(value) is int:
         return float(value)
-    if type(value) is origin or origin is Any or (origin is Literal and value in inner):
-        return value
     raise _other(value, key, _due(kind))
-
-
-def _is_object(kind: Any) -> bool:
-    return isinstance(kind, type) and kind not in _DUE and kind is not Any
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
@@ -126,7 +116,7 @@ def _due(kind: Any) -> str:
 
 
 def _plain(value: object) -> Any:
-    """A value as JSON holds it, or what it looks like, but for its place in memory."""
+    """A value as JSON holds it, or else its text without the address in memory."""
     return json.loads(json.dumps(value)) if _is_plain(value) else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
-from dualsft.data.options import FormatOptions
+from dualsft.data.options import FormatOptions, validation_sources
 from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
@@ -159,7 +158,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest with types; ``settings`` holds the options by name, parts as `Part`, from wherever they are kept."""
+    """A manifest with types; ``settings`` has the options by name, wherever the file has them, and parts as `Part`."""
 
     settings: dict[str, Any]
     model: ModelSection
@@ -200,8 +199,8 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
         name_or_path=module.model_name_or_path,
         fingerprint=model_fingerprint(module.model_name_or_path),
         num_parameters=sum(p.numel() for p in module.model.parameters()),
-        dtype=cast(Dtype, _name(module.model.dtype)),
-        compute_dtype=_name(compute_dtype(module.model)),
+        dtype=cast(Dtype, str(module.model.dtype).removeprefix("torch.")),
+        compute_dtype=str(compute_dtype(module.model)).removeprefix("torch."),
     )
     return {
         "model": asdict(model),
@@ -225,20 +224,12 @@ def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> di
     return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _data(data: InstructionDataModule) -> DataSection:
-    sets = data.validation_sets
-    validation: Source | dict[str, Source]
-    if isinstance(data.validation, dict):
-        validation = {name: Source(**_source(data.validation[name], of)) for name, of in sets.items()}
-    else:
-        validation = Source(**_source(data.validation, sets["validation"]))
+    paths = validation_sources(data.validation)
+    sets = {name: Source(**_source(paths[name], examples)) for name, examples in data.validation_sets.items()}
     return DataSection(
         train=TrainSource(**_source(data.train, data.train_examples), split=data.train_split),
-        validation=validation,
+        validation=sets if data.named_validation else sets["validation"],
         max_length=data.max_length,
         batch_tokens=data.batch_tokens,
         batch_size=data.batch_size,
@@ -258,32 +249,29 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
     }
 
 
-def describe_outcome(pool: Examples, chosen: Chosen, scoring: Scoring, named: bool) -> dict[str, Any]:
+def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
     """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
 
-    Args:
-        pool: The examples.
-        chosen: What was scored and chosen.
-        scoring: Has the sums and the prediction.
-        named: Whether each validation set is described under its name.
+    The scores cover all of the model's weights but the frozen ones.
     """
-    identities = list(scoring.identity.values())
-    worst = max(identities, key=lambda of: of["relative_difference"])
+    weights = _count_weights(chosen.mask)
+    worst = max(scoring.identity.values(), key=lambda of: of["relative_difference"])
     examples = ExampleCounts(
         selected=len(chosen.examples),
         scored=len(chosen.example_scores.scores),
         near_duplicates=chosen.collapsed,
-        rows=len(pool.status),
+        rows=len(data.train_examples.status),
     )
     return {
-        "counts": {"examples": asdict(examples), "parameters": asdict(_count_weights(chosen.mask))},
-        "sum_identity": {**worst, "sets": scoring.identity} if named else worst,
-        "prediction": scoring.prediction(named),
+        "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
+        "sum_identity": {**worst, "sets": scoring.identity} if data.named_validation else worst,
+        "prediction": scoring.prediction(),
         "rounds": chosen.rounds,
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
+        "coverage": weights.scored / sum(p.numel() for p in model.parameters()),
     }
 
 

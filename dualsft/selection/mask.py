@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
+from dualsft.models.lazy import LazyTensors
 
 
 def pack_bits(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " byte"]:
@@ -20,11 +22,7 @@ def pack_bits(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " byte"]:
 
 
 def unpack_bits(packed: UInt8[Tensor, " byte"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """The inverse of `pack_bits` for a parameter of this shape.
-
-    Raises:
-        ValueError: if the bits are of another number.
-    """
+    """The inverse of `pack_bits` for a parameter of this shape; a ValueError if that has another number of bits."""
     count = int(np.prod(shape, dtype=np.int64))
     if len(packed) != -(-count // 8):
         raise ValueError(f"{len(packed)} bytes hold no {count} bits")
@@ -41,39 +39,28 @@ def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     save_file(packed, path, metadata={"shapes": json.dumps(shapes)})
 
 
-class StoredMasks(Mapping[str, Tensor]):
-    """The masks in a file, by parameter name: each is unpacked, to a byte a weight, when it is asked for.
-
-    Args:
-        path: A ``mask.safetensors``.
+def stored_masks(path: Path) -> LazyTensors:
+    """The masks in a ``mask.safetensors``, by parameter name: each is unpacked, to a byte a weight, when it is read.
 
     Raises:
-        UserError: if the file is damaged, here or when a mask is asked for.
+        UserError: if the file is damaged, here or when a mask is read.
     """
+    with refusing_damage(path):
+        stored = safe_open(path, framework="pt")
+        shapes: dict[str, list[int]] = json.loads(stored.metadata()["shapes"])
+        names = sorted(shapes)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._stored = safe_open(path, framework="pt")
-            self._shapes: dict[str, list[int]] = json.loads(self._stored.metadata()["shapes"])
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
+    def read(name: str) -> Tensor:
+        with refusing_damage(path):
+            return unpack_bits(stored.get_tensor(name), tuple(shapes[name]))
 
-    def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
-        shape = tuple(self._shapes[name])
-        try:
-            return unpack_bits(self._stored.get_tensor(name), shape)
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise self._damaged(error) from error
+    return LazyTensors(names, read)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._shapes))
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self._path} is damaged ({error}); make the selection again.")
+@contextmanager
+def refusing_damage(path: Path) -> Iterator[None]:
+    """Turn the exceptions of reading a damaged file into a sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); make the selection again.") from error

@@ -1,15 +1,21 @@
-"""``model.*`` of `dualsft select` as a Lightning module: the options, and how the model is loaded."""
+"""``model.*`` of `dualsft select` as a Lightning module: options, loading, and the check of the input."""
 
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.models.loading import checkpoint_activations, parameter_shapes
+from dualsft.matrix.curvature import check_differences
+from dualsft.matrix.passes import compute_dtype
+from dualsft.matrix.spot_check import check_packing
+from dualsft.models import PreTrainedModel
+from dualsft.models.loading import check_vocabulary, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
+from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.strategy import load_for
 
@@ -19,10 +25,7 @@ class SelectionModule(LightningModule):
 
     Args:
         model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
-        settings: The options; see `SelectionSettings`.
-
-    Attributes:
-        settings: The options, as a `SelectionSettings`.
+        settings: The options; see `SelectionSettings`, as which they are kept.
 
     Raises:
         UserError: if an option is out of range, or two contradict each other.
@@ -34,7 +37,7 @@ class SelectionModule(LightningModule):
         self.settings = SelectionSettings(**settings)
 
     def configure_model(self) -> None:
-        """Load the base model, or the scoring checkpoint that stands for a warm-up.
+        """Load the base model, or the scoring checkpoint given in place of a warm-up.
 
         Raises:
             UserError: if it cannot be loaded, or the checkpoint has another architecture than the base model.
@@ -49,6 +52,33 @@ class SelectionModule(LightningModule):
             )
         if self.settings.gradient_checkpointing:
             checkpoint_activations(self.model)
+
+    def check_input(self, data: InstructionDataModule) -> None:
+        """Refuse data that cannot be scored, once model and data are loaded and before anything is written.
+
+        Raises:
+            UserError: if there is no example to score or to validate on, the scorer's statistics cannot be computed,
+                the gradients would be float16, or the model mixes packed examples.
+        """
+        warmup = self.settings.warmup
+        sets = {f"validation.{n}" if data.named_validation else n: of for n, of in data.validation_sets.items()}
+        for name, examples in {"train": data.train_examples, **sets}.items():
+            if not examples.ok_ids():
+                counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
+                raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
+            check_vocabulary(self.model, examples.largest_id())
+        if warmup.checkpoint is not None and self.settings.needs_second_moment:
+            second_moment_file(warmup.checkpoint)
+        if "hessian_vector_difference" in self.settings.scorer.needs:
+            check_differences(self.model)
+        if compute_dtype(self.model) == torch.float16:
+            raise UserError(
+                "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "
+                "or bf16-mixed."
+            )
+        if data.packing:
+            few = data.pool_loader(batch_tokens=min(data.max_length, data.batch_tokens))
+            check_packing(self.model, next(iter(few)), compute_dtype(self.model))
 
     def load_base(self) -> PreTrainedModel:
         """Load another copy of the base model."""

@@ -1,4 +1,4 @@
-"""Near-duplicates collapsed before the data budget is spent: of texts that say the same, the best one stays.
+"""The collapse of near-duplicates before examples are chosen: of texts that say the same, the best one stays.
 
     J(A, B) = |A ∩ B| / |A ∪ B|
 
@@ -17,7 +17,7 @@ Source: Broder, On the Resemblance and Containment of Documents (1997).
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,30 +56,25 @@ class NearDuplicates:
 
 
 def collapse(
-    settings: NearDuplicates,
-    ids: Sequence[int],
-    scores: Mapping[int, float],
-    records: Records,
-    options: FormatOptions,
+    settings: NearDuplicates, scores: Mapping[int, float], records: Records, options: FormatOptions
 ) -> list[int]:
-    """The examples that stay, ascending.
+    """The ids of the examples that stay, ascending.
 
     From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is like one
     that stays already. Equal texts always collapse.
 
     Args:
         settings: From which similarity on two texts are alike.
-        ids: Row numbers of the examples.
-        scores: φ_i of each.
+        scores: Row number of each example -> φ_i.
         records: The pool.
         options: How its records are read; only the columns that the format reads count.
     """
     if settings.threshold is None:
-        return sorted(ids)
+        return sorted(scores)
     columns = options.text_columns(records.columns)
     seen: set[bytes] = set()
     kept, index = [], _Index(settings.threshold)
-    for i in sorted(ids, key=lambda i: (-scores[i], i)):
+    for i in sorted(scores, key=lambda i: (-scores[i], i)):
         shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
         same = shingles.tobytes()
         if same not in seen and index.add_unless_like_another(shingles):
@@ -124,17 +119,13 @@ class _Index:
         self._sets: list[np.ndarray] = []
 
     def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> bool:
-        """Adds a text, and tells whether it did: not if one that is here already is like it."""
+        """Add a text unless one that was added before is like it; return whether it was added."""
         signature = self._blank.copy()
         hashes = shingles & np.uint64(0xFFFFFFFF)
         for first in range(0, len(hashes), _AT_ONCE):  # each takes a place for every permutation
             signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
-        if any(self._alike(shingles, self._sets[k]) for k in self._lsh.query(signature)):
+        if any(jaccard(shingles, self._sets[k]) >= self._threshold for k in self._lsh.query(signature)):
             return False
         self._lsh.insert(len(self._sets), signature)
         self._sets.append(shingles)
         return True
-
-    def _alike(self, one: UInt64[np.ndarray, " one"], other: UInt64[np.ndarray, " other"]) -> bool:
-        fewer, more = sorted((len(one), len(other)))
-        return fewer / more >= self._threshold and jaccard(one, other) >= self._threshold

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.matrix.curvature import (
     HessianVectorProduct,
-    check_differences,
     check_smooth,
     difference_step,
     displaced,
     twice_differentiable,
 )
 from dualsft.matrix.sketches import Measurement
+from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.directions import Statistics, preconditioner
@@ -43,7 +42,7 @@ class ValidationObjective:
         model: The model at the scoring checkpoint.
         settings: The scorer, which says what is needed, and the preconditioner.
         passes: Runs the passes over the terms.
-        validation: Set name -> its term.
+        validation: Validation set -> its term.
         further: The terms that all sets share.
         moments: ĉ by parameter name, where the preconditioner or the scorer uses it.
     """
@@ -63,7 +62,7 @@ class ValidationObjective:
         self._validation, self._further, self._moments = validation, further, moments
         self._adam = settings.preconditioner == "adam"
         self.preconditioner = preconditioner(model, moments if self._adam else None)
-        self._term_gradients: dict[str, WeightedSum] = {}
+        self._term_gradients: dict[Term, WeightedSum] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
         self._fishers: dict[str, Mapping[str, Tensor]] = {}
 
@@ -82,17 +81,12 @@ class ValidationObjective:
         return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
-        """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed.
-
-        Raises:
-            UserError: if no example of a term has a finite loss and gradient, or memory runs out.
-        """
+        """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed."""
         terms = [*self._validation.values(), *self._further]
-        self._term_gradients = {term.phase("gradient"): self._pass(term, "gradient") for term in terms}
-        shared = [self._term_gradients[term.phase("gradient")] for term in self._further]
+        self._term_gradients = {term: self._pass(term, "gradient") for term in terms}
+        shared = [self._term_gradients[term] for term in self._further]
         self._gradients = {
-            name: self._total([self._term_gradients[term.phase("gradient")], *shared])
-            for name, term in self._validation.items()
+            name: self._total([self._term_gradients[term], *shared]) for name, term in self._validation.items()
         }
         if "empirical_fisher" in self._needs:
             self._fishers = {
@@ -109,12 +103,6 @@ class ValidationObjective:
             pool_sums: Σ_i g_i by parameter name; None if it is not known yet.
             num_examples: n, how many examples it is over, or will be.
             occasion: What distinguishes the passes from earlier ones, for their names.
-
-        Returns:
-            Set name -> its statistics.
-
-        Raises:
-            UserError: if a product with the Hessian cannot be computed.
         """
         pool = None if pool_sums is None else self._total([(1 / num_examples, pool_sums)])
         products = {} if pool is None else self._hessian_vectors(pool, occasion)
@@ -136,14 +124,11 @@ class ValidationObjective:
         """H (P ⊙ ḡ) of each set."""
         if not self._needs & HESSIAN:
             return {}
-        direction = {name: self._pool_step(name, pool) for name in self.preconditioner}
+        # in the weights' own type, in which it is multiplied with the second derivative
+        direction = {n: (p * pool[n]).to(self._model.get_parameter(n).dtype) for n, p in self.preconditioner.items()}
         own = {name: self._product(term, direction, occasion) for name, term in self._validation.items()}
         shared = [part for term in self._further for part in self._product(term, direction, occasion)]
         return {name: self._total([*parts, *shared]) for name, parts in own.items()}
-
-    def _pool_step(self, name: str, pool: Mapping[str, Tensor]) -> Tensor:
-        """P ⊙ ḡ of one parameter, in its own type, in which it is multiplied with the second derivative."""
-        return (self.preconditioner[name] * pool[name]).to(self._model.get_parameter(name).dtype)
 
     def _product(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[WeightedSum]:
         """A term's share of H d, by the method that the scorer asks for."""
@@ -155,12 +140,7 @@ class ValidationObjective:
         return self._difference(term, direction, occasion)
 
     def _difference(self, term: Term, direction: Mapping[str, Tensor], occasion: str) -> list[WeightedSum]:
-        """A term's share of H d, as the central difference of two gradients.
-
-        Raises:
-            UserError: if the weights are in half precision, the gradient jumps, or memory runs out.
-        """
-        check_differences(self._model)
+        """A term's share of H d, as the central difference of two gradients; refused where the gradient jumps."""
         step = difference_step(self._model, direction)
         (weight, forward), (other, backward) = (
             self._pass(
@@ -171,7 +151,7 @@ class ValidationObjective:
             )
             for sign, way in ((1, "forward"), (-1, "backward"))
         )
-        here, gradient = self._term_gradients[term.phase("gradient")]
+        here, gradient = self._term_gradients[term]
         if not weight == other == here:
             raise UserError(
                 f"Some examples of the {term.kind} are finite at the scoring checkpoint but not near it, so there is "
@@ -188,18 +168,9 @@ class ValidationObjective:
         displaced_weights: bool = False,
         **options: Any,
     ) -> WeightedSum:
-        """Sum something over a term's examples; its weight is λ over their number.
+        """Sum what a `gradient_pass` computes over a term's examples; its weight is λ over their number.
 
-        Args:
-            term: The term.
-            what: What is summed, for the name of the phase.
-            around: The context that the pass needs, such as displaced weights.
-            displaced_weights: Whether the weights are displaced in that context.
-            **options: For `gradient_pass`.
-
-        Raises:
-            UserError: if no example has a finite loss and gradient, the model cannot be differentiated as needed, or
-                memory runs out.
+        The pass runs in the context ``around``, which may displace the weights; ``what`` names it.
         """
         name = term.phase(what)
         if (found := self._passes.finished(name)) is None:

@@ -25,7 +25,7 @@ class Chosen:
 
     Attributes:
         parameter_scores: φ_j by parameter name, float32.
-        mask: Which weights are chosen, by parameter name.
+        mask: Parameter name -> bool, of the parameter's full shape.
         example_scores: φ_i.
         examples: Ids of the chosen examples.
         collapsed: How many examples could not be chosen, being near-duplicates of others.
@@ -40,17 +40,8 @@ class Chosen:
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
-def is_alternating(order: Order) -> bool:
-    """Whether one side is re-scored by what was chosen of the other."""
-    return "then" in order
-
-
 def choose_by_turns(order: Order, rounds: int, scoring: Scoring, budgets: Budgets, pool: list[int]) -> Chosen:
-    """Score and choose one side after the other, for so many rounds.
-
-    Raises:
-        UserError: if the budgets cannot be met or something cannot be scored.
-    """
+    """Score and choose one side after the other, for so many rounds."""
     chosen = Chosen()
     for number in range(1, rounds + 1):
         occasion = f", round {number}" if number > 1 else ""

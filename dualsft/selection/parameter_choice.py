@@ -1,78 +1,50 @@
 """The parameter budget: which weights are trained, exactly as many as the budget says, whatever the allocator."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualsft.allocators import Budget, ParameterAllocator, ScoredParameters, count_of
+from dualsft.allocators import ScoredParameters, count_of
 from dualsft.errors import UserError, blaming
-from dualsft.selection.mask import StoredMasks, write_masks
-from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.files import read_full_tensors, write_full_tensors
+from dualsft.selection.settings import SelectionSettings
+
+Base = Callable[[], Mapping[str, Tensor]]
+"""Loads the base model's weights by parameter name, if the allocator needs them."""
 
 _COMPONENTS = 1021
-_SCORES, _MASK = "scores", "mask.safetensors"
 
 
-@dataclass(frozen=True)
-class ParameterChoice:
-    """How weights are chosen.
+def parameter_budget(settings: SelectionSettings, sizes: Mapping[str, int]) -> int:
+    """Compute how many weights the budget is, given the number of weights of each parameter.
 
-    Attributes:
-        allocator: The rule.
-        budget: A number of weights, a fraction of those that may be trained, or None for all of them.
-        trainable: Patterns for the parameters that may be trained; empty for all.
-        frozen: Patterns for those that may not be trained although ``trainable`` names them.
-        base: Loads the base model's weights by parameter name, if the allocator needs them.
+    Raises:
+        UserError: if that is more than may be trained, or a pattern matches no name.
     """
-
-    allocator: ParameterAllocator
-    budget: Budget
-    trainable: Sequence[str] = ()
-    frozen: Sequence[str] = ()
-    base: Callable[[], Mapping[str, Tensor]] = dict
-
-    def count(self, sizes: Mapping[str, int]) -> int:
-        """Compute how many weights the budget is.
-
-        Args:
-            sizes: Parameter name -> its number of weights.
-
-        Raises:
-            UserError: if that is more than may be trained, or a pattern matches no name.
-        """
-        names = trainable_names(sizes, self.trainable, self.frozen)
-        return count_of("model.parameter_budget", self.budget, sum(sizes[name] for name in names), "trainable weights")
+    available = sum(sizes[name] for name in _trainable_names(settings, sizes))
+    return count_of("model.parameter_budget", settings.parameter_budget, available, "trainable weights")
 
 
-def trainable_names(names: Iterable[str], trainable: Sequence[str], frozen: Sequence[str]) -> set[str]:
+def _trainable_names(settings: SelectionSettings, all_names: Iterable[str]) -> set[str]:
     """Find the parameters that may be trained; all are scored in any case.
 
     A pattern matches every name that contains it; in it ``*`` matches anything, ``?`` one character, and ``[0-3]`` one
     of several.
 
-    Args:
-        names: The names of all parameters.
-        trainable: Patterns for those that may be trained; empty for all.
-        frozen: Patterns for those that may not be trained although ``trainable`` names them.
-
     Raises:
         UserError: if a pattern matches no name, or none is left.
     """
-    names = list(names)
-    for key, patterns in {"trainable": trainable, "frozen": frozen}.items():
+    names = list(all_names)
+    for key, patterns in {"trainable": settings.trainable, "frozen": settings.frozen}.items():
         for pattern in patterns:
             if not _matching(names, [pattern]):
                 raise UserError(
                     f"model.{key} has the pattern {pattern!r}, which no parameter's name contains; names are such as "
                     f"{names[0]} and {names[-1]} (a tied head goes by the embedding's)."
                 )
-    left = _matching(names, trainable or ["*"]) - _matching(names, frozen)
+    left = _matching(names, settings.trainable or ["*"]) - _matching(names, settings.frozen)
     if not left:
         raise UserError("model.trainable and model.frozen leave no parameter to train; drop a pattern.")
     return left
@@ -82,55 +54,24 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     return {name for name in names if any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns)}
 
 
-def choose_parameters(how: ParameterChoice, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Choose weights by their scores.
-
-    Args:
-        how: The rule and its budget.
-        scores: Parameter name -> φ_j, float32, of the parameter's shape.
-
-    Returns:
-        Parameter name -> which weights are chosen, bool, of the parameter's shape.
+def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+    """Choose weights by their scores φ_j: parameter name -> bool, of the shape of the parameter and its scores.
 
     Raises:
         UserError: if the budget cannot be met, or the allocator violates it or modifies the scores.
     """
-    budget = how.count({name: score.numel() for name, score in scores.items()})
-    names = trainable_names(scores, how.trainable, how.frozen)
+    allocator = settings.parameter_allocator
+    budget = parameter_budget(settings, {name: score.numel() for name, score in scores.items()})
+    names = _trainable_names(settings, scores)
     offered = {name: score for name, score in scores.items() if name in names}
-    base = how.base() if "weight" in how.allocator.needs else None
+    weights = base() if "weight" in allocator.needs else None
     before = {name: checksum(score) for name, score in offered.items()}
-    with blaming(how.allocator, "allocate"):
-        chosen = how.allocator.allocate(ScoredParameters(offered, base), budget)
+    with blaming(allocator, "allocate"):
+        chosen = allocator.allocate(ScoredParameters(offered, weights), budget)
     if any(not torch.equal(before[name], checksum(score)) for name, score in offered.items()):
-        raise UserError(f"{type(how.allocator).__name__} modified the scores in place; mend it to work on a copy.")
-    check_mask(type(how.allocator).__name__, chosen, offered, budget)
-    left_out = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items() if name not in names}
-    return {name: left_out[name] if name in left_out else chosen[name] for name in scores}
-
-
-def choose_sharded_parameters(
-    how: ParameterChoice, scores: Mapping[str, Tensor], model: nn.Module, folder: Path
-) -> Mapping[str, Tensor]:
-    """Choose weights of a sharded model: its ranks write the scores, rank zero chooses, and all ranks read the masks.
-
-    An allocator is given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
-
-    Args:
-        how: The rule and its budget.
-        scores: Parameter name -> this rank's shard of φ_j, float32.
-        model: The sharded model.
-        folder: An empty folder that the ranks share.
-
-    Returns:
-        Parameter name -> which weights are chosen, of the parameter's full shape; on every rank.
-
-    Raises:
-        UserError: on every rank, if the budget cannot be met, or the allocator violates it.
-    """
-    write_full_tensors(scores, dict(model.named_parameters()), folder, _SCORES)
-    on_rank_zero(lambda: write_masks(folder / _MASK, choose_parameters(how, read_full_tensors(folder, _SCORES))))
-    return StoredMasks(folder / _MASK)
+        raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
+    check_mask(type(allocator).__name__, chosen, offered, budget)
+    return {n: chosen[n] if n in names else torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
 
 
 def checksum(score: Tensor) -> Int[Tensor, " component"]:
@@ -143,11 +84,7 @@ def checksum(score: Tensor) -> Int[Tensor, " component"]:
 
 
 def check_mask(allocator: str, chosen: object, scores: Mapping[str, Tensor], budget: int) -> None:
-    """Check that a parameter allocator returned a mask for each parameter, with as many weights as the budget.
-
-    Raises:
-        UserError: naming the allocator, and the first parameter that is at fault.
-    """
+    """Check that a parameter allocator returned a mask for each parameter, with as many weights as the budget."""
     if not isinstance(chosen, Mapping):
         raise UserError(f"{allocator} gave back a {type(chosen).__name__}, not a mapping of names to masks; mend it.")
     if strange := [name for name in chosen if name not in scores] or [name for name in scores if name not in chosen]:

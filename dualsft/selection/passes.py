@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dualsft.data.layout import Batch
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import rank, world_size
@@ -33,7 +32,7 @@ _HALVED = "halved"
 
 
 class Passes:
-    """Runs gradient passes as phases of a run.
+    """Runs gradient passes at the scoring checkpoint as phases of a run.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -63,13 +62,9 @@ class Passes:
         self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
-        """Run one pass, or load its result if an earlier run finished it; the sums stay in a file until they are used.
+        """Run one `gradient_pass` under a name that the log shows, or load its result if an earlier run finished it.
 
-        Args:
-            name: What the pass is called in the log.
-            examples: How many examples it goes through.
-            loader: Makes the batches.
-            **options: Passed on to `gradient_pass`.
+        The sums stay in a file until they are used.
 
         Raises:
             UserError: if an example cannot be scored, or memory runs out for the second time.
@@ -114,15 +109,10 @@ class Passes:
         return GradientPass.from_state(*saved)
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
-        """Prepare to begin the pass again with half the batch, after memory has run out.
-
-        Raises:
-            UserError: if the batches are halved already, or half a batch has no room for the longest example.
-        """
+        """Prepare to begin the pass again with half the batch, once, if that has room for the longest example."""
         for parameter in self._model.parameters():
             parameter.grad = None  # what the failed backward pass left
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         before, half = self.batch_tokens, self.batch_tokens // 2
         if self._halved or half < self._longest:
             why = "halved already" if self._halved else f"and the longest example has {self._longest}, more than half"
@@ -152,6 +142,8 @@ def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
     if not checkpointing:
         yield
         return
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

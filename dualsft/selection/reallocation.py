@@ -1,4 +1,4 @@
-"""Budgets spent anew on the scores of a finished selection: without a model, and without scoring again."""
+"""Other budgets and allocators on the scores of a finished selection: without a model, and without scoring again."""
 
 import hashlib
 import os
@@ -19,18 +19,11 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import Selection, load_selection, publish, write_choice
-from dualsft.selection.data_choice import ChosenExamples, DataChoice, Pool, choose_data
+from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
 from dualsft.selection.manifest import recounted
-from dualsft.selection.parameter_choice import ParameterChoice, choose_parameters
-from dualsft.selection.settings import (
-    CHOICE,
-    SelectionSettings,
-    describe_settings,
-    keys,
-    recorded,
-    stored_settings,
-)
+from dualsft.selection.parameter_choice import choose_parameters
+from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
 
 
 def reallocate(
@@ -68,8 +61,8 @@ def reallocate(
     source = load_selection(selection)
     _check_apart(source.folder, Path(output_dir))
     described = describe_settings(settings)
-    spent = {key: described[key] for key in keys("parameters", "data")}
-    _check_order(source, spent)
+    options = {key: described[key] for key in keys("parameters", "data")}
+    _check_order(source, options)
     made_from = source.about.data.train
     path, split = train or made_from.path, train_split or made_from.split
     run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path), resumable=False)
@@ -78,13 +71,14 @@ def reallocate(
         records = _records(source, path, split)
         chosen = _examples(source, records, settings)
         mask = _weights(source, settings)
-    spent["allocated_from"] = {"folder": os.fspath(selection), "manifest": _manifest_hash(source.folder)}
+    digest = hashlib.sha256((source.folder / "manifest.json").read_bytes()).hexdigest()
+    options["allocated_from"] = {"folder": os.fspath(selection), "manifest": digest}
     counts = recounted(source.manifest, mask, selected=len(chosen.ids), near_duplicates=chosen.collapsed)
-    run.claim({"command": "allocate", **spent})
+    run.claim({"command": "allocate", **options})
     _publish(
         run,
         source,
-        manifest={**_kept(source.manifest, path, split), **spent, "counts": counts, "phases": log.as_json()},
+        manifest={**_kept(source.manifest, path, split), **options, "counts": counts, "phases": log.as_json()},
         examples=_with_selected(source.examples, chosen.ids),
         mask=mask,
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
@@ -99,7 +93,7 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
         staged = run.staging()
         for file in source.score_files:
             _link(file, staged / file.name)
-        write_choice(staged, **parts)
+        write_selection(staged, **parts)
         publish(staged, run.path)
     except BaseException:  # nothing of seconds' work is worth resuming
         run.release()
@@ -107,13 +101,9 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     run.finish()
 
 
-def _check_order(source: Selection, spent: dict[str, Any]) -> None:
-    """Refuse to change a side that the other was scored by: with that, the scores would be others.
-
-    Raises:
-        UserError: naming the order of the selection.
-    """
-    before, now = source.about.settings, stored_settings({**source.manifest, **spent})
+def _check_order(source: Selection, options: dict[str, Any]) -> None:
+    """Refuse to change a side that the other was scored by: with that, the scores would be others."""
+    before, now = source.about.settings, stored_settings({**source.manifest, **options})
     changed = {option.role for option in recorded() if before[option.name] != now[option.name]}
     order, rounds = before["order"], before["rounds"]
     first, _, second = order.partition("_then_")
@@ -147,24 +137,19 @@ def _records(source: Selection, path: str, split: str) -> Records:
     return records
 
 
-def _examples(source: Selection, records: Records, of: SelectionSettings) -> ChosenExamples:
-    how = DataChoice(of.data_allocator, of.data_budget, of.near_duplicates)
+def _examples(source: Selection, records: Records, settings: SelectionSettings) -> ChosenExamples:
     table = source.examples.to_pydict()
     ids, num_tokens = table["example_id"], table["num_tokens"]
-    # select spends its budget before it knows which are finite
+    # select computes its budget before it knows which are finite
     with_response = [i for i, status in zip(ids, table["status"], strict=True) if status in ("ok", "nonfinite")]
     scored = {i: score for i, score in zip(ids, table["score"], strict=True) if score is not None}
-    due = how.count([num_tokens[i] for i in with_response])
+    due = data_budget(settings, [num_tokens[i] for i in with_response])
     pool = Pool(records, num_tokens, source.about.data.format)
-    return choose_data(how, due, scored, pool, _measured(source, how.allocator))
+    return choose_data(settings, due, scored, pool, _measured(source, settings.data_allocator))
 
 
 def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int, Tensor]]:
-    """What the allocator needs beside the scores, as the selection holds it.
-
-    Raises:
-        UserError: if it does not.
-    """
+    """What the allocator needs beside the scores, as the selection holds it; refused if it does not."""
     found: dict[str, dict[int, Tensor]] = {}
     for name in allocator.needs:
         if name == SKETCH:
@@ -180,24 +165,18 @@ def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int
     return found
 
 
-def _weights(source: Selection, of: SelectionSettings) -> dict[str, Tensor]:
+def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor]:
     scores = source.parameter_scores()
     available = sum(score.numel() for score in scores.values())
     if available != (due := source.about.counts.parameters.scored):
         raise UserError(
             f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
         )
-    base = partial(_base_weights, source)
-    how = ParameterChoice(of.parameter_allocator, of.parameter_budget, of.trainable, of.frozen, base)
-    return choose_parameters(how, scores)
+    return choose_parameters(settings, scores, partial(_base_weights, source))
 
 
 def _base_weights(source: Selection) -> dict[str, Tensor]:
-    """The weights of the model that the selection was made for.
-
-    Raises:
-        UserError: if it is another one by now, or has gone.
-    """
+    """The weights of the model that the selection was made for; refused if it is another one by now, or has gone."""
     model = source.about.model
     if model_fingerprint(model.name_or_path) != model.fingerprint:
         raise UserError(
@@ -209,8 +188,8 @@ def _base_weights(source: Selection) -> dict[str, Tensor]:
 
 def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
     """What another choice leaves true; a control that chose otherwise than by its scores is none any more."""
-    data = manifest["data"]
-    kept = {**manifest, "data": {**data, "train": {**data["train"], "path": path, "split": split}}}
+    train = {**manifest["data"]["train"], "path": path, "split": split}
+    kept = {**manifest, "data": {**manifest["data"], "train": train}}
     return {key: value for key, value in kept.items() if key != "control"}
 
 
@@ -219,10 +198,6 @@ def _with_selected(examples: pa.Table, chosen: set[int]) -> pa.Table:
     selected = pa.array([i in chosen for i in examples["example_id"].to_pylist()], pa.bool_())
     table = examples.set_column(place, examples.schema.field(place), selected)
     return table.combine_chunks()  # as it was read it would be written in other pages than a fresh table
-
-
-def _manifest_hash(folder: Path) -> str:
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:

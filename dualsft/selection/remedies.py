@@ -18,11 +18,7 @@ BY_KEY = {
 
 @contextmanager
 def remedies_by_key() -> Iterator[None]:
-    """Make errors raised in this context name the configuration keys to set.
-
-    Raises:
-        UserError: in place of one with a remedy of the mathematics.
-    """
+    """Make errors raised in this context name the configuration keys to set, where the mathematics has a remedy."""
     try:
         yield
     except UserError as error:

@@ -1,6 +1,6 @@
 """The method on one page: from a base model, a pool and a validation set to a selection directory.
 
-    1. check the input, and claim the output folder                                          inputs.py
+    1. check the input, and claim the output folder                                          module.py, budgets.py
     2. warm up                θ, and Adam's second moment ĉ                                  scoring_checkpoint.py
     3. differentiate V        v = ∇V(θ), and its curvature where the scorer uses it          objective.py
     4. direction              u = η/n P ⊙ (v − ½ η H (P ⊙ ḡ)), or what else the scorer says  directions.py
@@ -13,11 +13,7 @@ other (`order.py`). Whatever passes over data is a phase: resumed where it was k
 Source: arXiv 2605.06166.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
@@ -34,10 +30,9 @@ from dualsft.selection.artifact import (
     write_selection,
 )
 from dualsft.selection.budgets import Budgets
-from dualsft.selection.inputs import check_input
 from dualsft.selection.manifest import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
-from dualsft.selection.order import Chosen, choose_by_turns, is_alternating
+from dualsft.selection.order import Chosen, choose_by_turns
 from dualsft.selection.passes import Passes
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
@@ -63,14 +58,11 @@ def run_selection(
         seed: Decides which examples the warm-up and the prior draw, and their order.
         config: YAML that replays the run, kept beside the results.
         show: Whether to draw progress bars.
-
-    Raises:
-        UserError: on input that cannot be scored or budgets that cannot be met.
     """
     model, settings, pool = module.model, module.settings, data.train_examples
 
     # 1. Nothing is written before the input is known to be good.
-    check_input(model, settings, data)
+    module.check_input(data)
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
     budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
     if on_rank_zero(lambda: run.complete):
@@ -92,7 +84,7 @@ def run_selection(
 
     # 4. to 6. Direction, rows and columns, budgets.
     scoring = Scoring(model, settings, objective, passes, run, data)
-    if is_alternating(settings.order):
+    if "then" in settings.order:  # each side is scored by what was chosen of the other
         chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
     else:
         weights, examples = scoring.both()
@@ -101,23 +93,7 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    _write(module, data, run, scoring, chosen, inputs, cost, config)
-    return load_selection(run.path)
-
-
-def _write(
-    module: "SelectionModule",
-    data: InstructionDataModule,
-    run: RunFolder,
-    scoring: Scoring,
-    chosen: Chosen,
-    inputs: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    config: str,
-) -> None:
-    """Write every part of the selection into a staging folder, and publish it in one step."""
-    model, pool, named = module.model, data.train_examples, data.named_validation
-    outcome = describe_outcome(pool, chosen, scoring, named)
+    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
@@ -125,21 +101,17 @@ def _write(
     def write() -> None:
         write_selection(
             staged,
-            manifest={**inputs, **outcome, "coverage": _coverage(model, chosen.mask), **cost},
-            examples=example_table(pool, chosen, scoring, named),
+            manifest=manifest,
+            examples=example_table(data, chosen, scoring),
             parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
             mask=chosen.mask,
             selected_lines=[pool.records.line(i) for i in sorted(chosen.examples)],
             config=config,
-            token_scores=token_table(pool, chosen.example_scores) if module.settings.token_scores else None,
+            token_scores=token_table(data, chosen) if settings.token_scores else None,
             sketches=scoring.measured.get(SKETCH),
         )
         publish(staged, run.path)
 
     on_rank_zero(write)
     run.finish()
-
-
-def _coverage(model: PreTrainedModel, scored: Mapping[str, Tensor]) -> float:
-    """The share of the model's weights that have scores: all but the frozen ones."""
-    return sum(mask.numel() for mask in scored.values()) / sum(p.numel() for p in model.parameters())
+    return load_selection(run.path)

@@ -11,17 +11,17 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import check_covered
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say
 from dualsft.selection.directions import (
@@ -74,23 +74,14 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 
 @dataclass
 class _Latest:
-    """What the latest steps have computed.
+    """What the latest steps have computed; of directions and rows one for each validation set."""
 
-    Attributes:
-        directions: u of each validation set, for the pool gradient that it was computed from.
-        row_directions: The directions of the latest rows: the same, masked to the chosen weights.
-        rows: The latest rows, of each validation set.
-        covered: The parameters that they cover.
-        sums: The latest Σ_i g_i, by parameter name.
-        summed: The examples that it is over.
-    """
-
-    directions: list[dict[str, Tensor]] = field(default_factory=list)
-    row_directions: Sequence[Mapping[str, Tensor]] = ()
+    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, for the latest pool gradient
+    row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
-    covered: set[str] = field(default_factory=set)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    summed: frozenset[int] = frozenset()
+    covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
+    sums: dict[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
+    summed: frozenset[int] = frozenset()  # the examples that it is over
 
 
 class Scoring:
@@ -100,7 +91,7 @@ class Scoring:
         model: The model at the scoring checkpoint.
         settings: The scorer, the step size, and how several validation sets' scores become one.
         objective: V of each validation set, whose gradients have been taken.
-        passes: Runs the passes.
+        passes: Runs the passes over the pool.
         run: Records on which step size the scores depend.
         data: The pool.
 
@@ -142,31 +133,21 @@ class Scoring:
             ids = self._finite
             self._make_directions(len(ids), None)
             us = self._latest.directions
-            found = self._passes.run("scores", len(ids), self._loader(ids), **self._rows_of(us, columns=True))
+            found = self._passes.run("scores", **self._rows_of(us, columns=True))
             examples = self._take_rows(found, us)
             self._take_sums(found, ids)
         return self._weight_scores(), examples
 
     def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
-        """Score all weights over these examples.
+        """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
 
-        Args:
-            ids: The examples.
-            occasion: What distinguishes the passes of this step from earlier ones, for their names.
-
-        Returns:
-            Parameter name -> φ_j, float32, on the host.
+        ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
         self._sum_gradients(sorted(set(ids) - self.nonfinite), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
-        """Score every finite example of the pool, by the chosen weights or by all.
-
-        Args:
-            mask: Parameter name -> which weights are chosen; None for all.
-            occasion: What distinguishes the pass of this step from earlier ones, for its name.
-        """
+        """Score every finite example of the pool, by the weights chosen in a mask or by all."""
         if not self._latest.directions:
             if self._objective.needs_pool_gradient:
                 self._sum_gradients(self._finite, occasion)
@@ -176,46 +157,38 @@ class Scoring:
         if mask:
             like = dict(self._model.named_parameters())
             us = [masked(u, mask, like) for u in us]
-        ids = self._finite
-        name = f"scores{occasion}"
-        examples = self._take_rows(
-            self._passes.run(name, len(ids), self._loader(ids), **self._rows_of(us, columns=False)), us
-        )
+        examples = self._take_rows(self._passes.run(f"scores{occasion}", **self._rows_of(us, columns=False)), us)
         self._check()
         return examples
 
-    def prediction(self, named: bool) -> dict[str, object]:
+    def prediction(self) -> dict[str, object]:
         """Describe what the quadratic predicts along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
             self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
-        description = describe(self._step, self._along, named)
+        description = describe(self._step, self._along, self._data.named_validation)
         if message := warning(description):
             say(message)
         return description
 
-    def _loader(self, ids: list[int]) -> partial:
-        return partial(self._data.pool_loader, ids)
+    def _over(self, ids: list[int]) -> dict[str, Any]:
+        """The options of a pass over these examples of the pool."""
+        return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
-    def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, object]:
-        """The options of a pass for the rows of these directions; the first one also measures what is needed."""
-        # measured once, in the first pass
+    def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
+        """The options of a pass for the rows of these directions; the first such pass also measures what is needed."""
         measurement = self._objective.measurement(() if self.measured else self._settings.data_allocator.needs)
-        by_token = self._settings.token_scores
-        return {"directions": us, "columns": columns, "by_token": by_token, "measurement": measurement}
+        options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
+        return {**self._over(self._finite), "directions": us, **options}
 
     def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
-        """Compute Σ_i g_i over these examples and the directions that belong to it, unless they are the latest.
-
-        Raises:
-            UserError: if no example has a finite loss and gradient, or memory runs out.
-        """
+        """Compute Σ_i g_i over these examples and the directions that belong to it, unless they are the latest."""
         if self._latest.directions and self._latest.summed == frozenset(ids):
             return
         everything = ids == self._finite
         self._latest.directions = []
         name = f"{'pool' if everything else 'chosen examples'} gradient{occasion}"
-        found = self._passes.run(name, len(ids), self._loader(ids))
+        found = self._passes.run(name, **self._over(ids))
         if not found.counted:
             raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
         self._take_sums(found, ids)
@@ -256,8 +229,7 @@ class Scoring:
     def _check(self) -> None:
         """Check Σ_i <u, g_i> = <u, Σ_i g_i> for the latest direction and the latest sum, once both are known.
 
-        Raises:
-            UserError: if it fails, or a parameter with a gradient is covered by no row.
+        Check too that the rows cover every parameter with a gradient.
         """
         latest = self._latest
         if not latest.rows or not latest.sums:
@@ -277,14 +249,13 @@ def sum_identity(rows: Mapping[int, float], columns: ColumnTotals, dtype: torch.
 
     Args:
         rows: Example id -> φ_i.
-        columns: What the φ_j add up to.
-        dtype: The type that activations have, which decides how close the sums must be.
+        columns: The sums of the φ_j.
+        dtype: The type of the activations, which decides how close the sums must be.
 
     Raises:
         UserError: if they differ by more than rounding: then the scores are wrong, and nothing may be built on them.
     """
-    row_sum = math.fsum(rows.values())
-    column_sum = columns.total
+    row_sum, column_sum = math.fsum(rows.values()), columns.total
     difference = abs(row_sum - column_sum) / columns.size if columns.size else 0.0
     tolerance = _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     if not difference <= tolerance:

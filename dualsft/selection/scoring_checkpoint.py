@@ -6,17 +6,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
-from dualsft.selection.warmup import ADVICE, Warmup, warm_up
+from dualsft.selection.warmup import ADVICE, warm_up
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
@@ -39,14 +39,6 @@ def reach_scoring_checkpoint(
 ) -> Moments:
     """Bring the model to θ, unless it was loaded from there, and return ĉ where it is needed and known.
 
-    Args:
-        model: The base model, or the ready scoring checkpoint; holds θ afterwards.
-        settings: How θ is made, and whether anything uses ĉ.
-        data: The pool.
-        run: Stores the state of the warm-up.
-        log: Records what the warm-up cost.
-        seed: Decides which examples the warm-up draws, and their order.
-
     Raises:
         UserError: if the warm-up's loss stops being finite, memory runs out, or a ready checkpoint has no usable ĉ.
     """
@@ -57,7 +49,16 @@ def reach_scoring_checkpoint(
         return {}
     keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)
     if (saved := run.load(_PHASE)) is None:
-        _warm_up(model, warmup, data, run, log, seed, keeper)
+        ids = warmup.draw(data.train_examples.ok_ids(), seed)
+        loader = data.training_loader(ids, seed)
+        with (
+            advising("in the warm-up", ADVICE),
+            log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
+        ):
+            moments = warm_up(model, loader, warmup.epochs, warmup.learning_rate, keeper.meter, keeper, seed)
+        weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
+        run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
+        del moments
         saved = run.load(_PHASE)  # from where the moments need no memory until they are used
         assert saved is not None
     else:
@@ -70,27 +71,6 @@ def reach_scoring_checkpoint(
     if warmup.keep:
         _keep_checkpoint(model, moments, data, run)
     return moments
-
-
-def _warm_up(
-    model: PreTrainedModel,
-    warmup: Warmup,
-    data: InstructionDataModule,
-    run: RunFolder,
-    log: PhaseLog,
-    seed: int,
-    keeper: PhaseKeeper,
-) -> None:
-    """Run the warm-up as a phase, and store weights and moments."""
-    ids = warmup.draw(data.train_examples.ok_ids(), seed)
-    loader = data.training_loader(ids, seed)
-    with (
-        advising("in the warm-up", ADVICE),
-        log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
-    ):
-        moments = warm_up(model, loader, warmup.epochs, warmup.learning_rate, keeper.meter, keeper, seed)
-    weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
-    run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,11 +94,7 @@ def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: Instruction
 
 
 def second_moment_file(checkpoint: str) -> Path:
-    """Find the file of ĉ in a ready scoring checkpoint.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Find the file of ĉ in a ready scoring checkpoint; refuse one without."""
     path = model_folder(checkpoint) / SECOND_MOMENT
     if not path.is_file():
         raise UserError(
@@ -130,11 +106,7 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
-    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used.
-
-    Raises:
-        UserError: if there is none, it cannot be read, or it belongs to another model.
-    """
+    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used."""
     path = second_moment_file(checkpoint)
     weights = trainable_parameters(model)
     try:

@@ -59,21 +59,13 @@ _GROUPS: dict[Role, int] = {"objective": 0, "direction": 1, "published": 2, "ste
 
 
 class Option(NamedTuple):
-    """One option, as the manifest has it.
-
-    Attributes:
-        name: The field's name.
-        type: The field's type.
-        role: What it decides.
-        key: Its key in the manifest; SECTION.KEY where options share a section.
-        later: Whether some manifests are older than the option; they mean its default.
-    """
+    """One option, as the manifest has it."""
 
     name: str
     type: Any
     role: Role
-    key: str
-    later: bool
+    key: str  # in the manifest; SECTION.KEY where options share a section
+    later: bool  # whether some manifests are older than the option; they mean its default
 
 
 def option(default: Any, role: Role, *, key: str = "", later: bool = False) -> Any:
@@ -216,11 +208,7 @@ def _described(value: Any) -> Any:
 
 
 def add_later_options(stored: dict[str, Any], kind: type[SelectionSettings] = SelectionSettings) -> None:
-    """Put the options that are younger than a manifest into it, with their defaults.
-
-    Raises:
-        Mismatch: if the section of one is missing.
-    """
+    """Put the options that are younger than a manifest into it, with their defaults."""
     default = describe_settings(kind())
     for option in recorded(kind):
         if option.later:
@@ -231,9 +219,5 @@ def add_later_options(stored: dict[str, Any], kind: type[SelectionSettings] = Se
 
 
 def stored_settings(stored: Mapping[str, Any], kind: type[SelectionSettings] = SelectionSettings) -> dict[str, Any]:
-    """The options that a manifest holds: name -> value, of a part its `Part`.
-
-    Raises:
-        Mismatch: if one is missing or of a wrong type.
-    """
+    """The options that a manifest holds: name -> value, of a part its `Part`; a `Mismatch` if one is not as due."""
     return {option.name: typed(option.type, at(stored, option.key), option.key) for option in recorded(kind)}

@@ -7,9 +7,8 @@ Source of the quadratic: arXiv 2605.06166; the step size by its minimum goes bey
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,8 +23,7 @@ NEGLIGIBLE = 1e-3
 """Share of the first-order term below which the second-order one is said to change next to nothing."""
 
 
-@dataclass(frozen=True)
-class Along:
+class Along(NamedTuple):
     """V along the pool step, for one validation set.
 
     Attributes:
@@ -67,21 +65,18 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
     return Along(math.fsum(slope), math.fsum(curvature), ratio)
 
 
-def settle(setting: StepSize, along: Sequence[Along], bound: bool = False) -> float:
+def settle(setting: StepSize, along: Collection[Along], bound: bool = False) -> float:
     """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
 
-    Args:
-        setting: The setting.
-        along: Each set's V along the pool step.
-        bound: Whether earlier scores of the run depend on the setting.
+    ``bound`` says whether earlier scores of the run depend on the setting.
 
     Raises:
         UserError: if the quadratic has no minimum ahead: the pool step goes uphill, or the curvature is not positive.
     """
     if setting != "auto":
         return setting
-    slope = math.fsum(of.slope for of in along) / len(along)
-    curvature = math.fsum(of.curvature or 0.0 for of in along) / len(along)
+    slope, curvature, _ = _mean(along)
+    assert curvature is not None  # auto is for second-order scorers
     how = "start anew (--overwrite) with" if bound else "go on with --resume and"
     instead = f"{how} a number for model.step_size, such as the fine-tune's learning rate, or take another scorer"
     if not curvature > 0:
@@ -103,11 +98,7 @@ def is_bound(run: RunFolder) -> bool:
 
 
 def bind(run: RunFolder, setting: StepSize) -> None:
-    """Record that the run's scores depend on this step size from here on.
-
-    Raises:
-        UserError: if the run that is resumed was bound to another one.
-    """
+    """Record that the run's scores depend on this step size from here on; refuse it if they depend on another."""
     kept = run.load(_PHASE)
     if kept is None:
         run.save(_PHASE, {}, {"step_size": setting})
@@ -120,9 +111,9 @@ def bind(run: RunFolder, setting: StepSize) -> None:
 
 def describe(step_size: float, along: Mapping[str, Along], named: bool) -> dict[str, Any]:
     """What the manifest says of the step and the predicted improvement, of each validation set too if named."""
-    mean = _mean(list(along.values()))
     sets = {name: _describe(step_size, of) for name, of in along.items()}
-    return {"step_size": step_size, **_describe(step_size, mean), **({"sets": sets} if named else {})}
+    mean = _describe(step_size, _mean(along.values()))
+    return {"step_size": step_size, **mean, **({"sets": sets} if named else {})}
 
 
 def _describe(step_size: float, along: Along) -> dict[str, Any]:
@@ -134,13 +125,12 @@ def _describe(step_size: float, along: Along) -> dict[str, Any]:
     }
 
 
-def _mean(along: Sequence[Along]) -> Along:
-    def mean(values: Sequence[float | None]) -> float | None:
-        return None if None in values else math.fsum(v for v in values if v is not None) / len(values)
-
-    slope = mean([of.slope for of in along])
+def _mean(along: Collection[Along]) -> Along:
+    """The mean of each figure over the validation sets; None where a set has none."""
+    columns = zip(*along, strict=True)
+    slope, *others = (None if None in column else math.fsum(column) / len(along) for column in columns)
     assert slope is not None
-    return Along(slope, mean([of.curvature for of in along]), mean([of.ratio for of in along]))
+    return Along(slope, *others)
 
 
 def warning(description: Mapping[str, Any]) -> str | None:

@@ -1,28 +1,38 @@
-"""The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them."""
+"""The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them.
+
+Some terms compare the model with the untouched base model. A second copy of the weights is held while the pass of such
+a term runs, and at no other time. In a gradient's pass there is one accumulator beside the model, where scoring holds
+an accumulator and a direction: there the copy adds nothing to the peak of the run, but for the teacher's probabilities
+of a batch's supervised tokens. At the base model itself the model is its own teacher.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError, advising, blaming
 from dualsft.matrix.passes import Losses
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import Objective, example_losses
 from dualsft.runs.progress import say
-from dualsft.scorers import Scorer
 from dualsft.selection.passes import Loader
-from dualsft.selection.teacher import Teacher
+from dualsft.sharding.shard_model import is_sharded
 
 if TYPE_CHECKING:
     from dualsft.selection.module import SelectionModule
 
+ADVICE = (
+    "a prior term needs the base model beside the model: set model.dtype to bfloat16 and start anew (--overwrite), or "
+    "set model.prior.weight to 0"
+)
 HESSIAN = frozenset({"hessian_vector", "hessian_vector_difference"})
 """The statistics that are products with the Hessian of V."""
 
@@ -53,6 +63,41 @@ class Term:
         return f"{self.kind} {what} of {self.of}" if self.of else f"{self.kind} {what}"
 
 
+class Teacher:
+    """Provides the base model for the time of a pass.
+
+    Args:
+        model: The model at the scoring checkpoint.
+        load: Loads the base model onto the host.
+        untouched: Whether the scoring checkpoint is the base model.
+    """
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedModel], untouched: bool) -> None:
+        self._model, self._load, self._untouched = model, load, untouched
+
+    @contextmanager
+    def available(self, displaced: bool = False) -> Iterator[PreTrainedModel]:
+        """Provide the base model in evaluation mode: a copy, unless the model is at the base model's weights itself.
+
+        ``displaced`` says whether the model's weights are not at the scoring checkpoint meanwhile.
+        """
+        if self._untouched and not displaced:
+            yield self._model
+            return
+        with advising("at loading the base model for the prior term", ADVICE):
+            copy = self._load()
+            copy.eval().requires_grad_(False)
+            if not is_sharded(copy):  # a sharded copy is loaded to its devices
+                like = dict(_tensors(self._model))  # tensor by tensor, as a model may have several types
+                for name, tensor in _tensors(copy):
+                    tensor.data = tensor.data.to(like[name].device, like[name].dtype)
+        yield copy
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
 def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
     """Set name -> the mean loss over its examples."""
     return {
@@ -69,15 +114,11 @@ def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
 
 
 def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:
-    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out.
-
-    Raises:
-        UserError: if an objective draws no example, or one that has no response.
-    """
+    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out."""
     settings = module.settings
     untouched = settings.warmup.checkpoint is None and settings.warmup.fraction == 0
     teacher = Teacher(module.model, module.load_base, untouched)
-    if settings.prior.weight and untouched and not needs_hessian(settings.scorer):
+    if settings.prior.weight and untouched and not HESSIAN & set(settings.scorer.needs):
         say(
             "the prior's gradient is zero at the untouched base model, and this scorer does not see its curvature: "
             "model.prior changes nothing without a warm-up."
@@ -85,11 +126,6 @@ def make_further_terms(module: "SelectionModule", data: InstructionDataModule, s
     objectives = [settings.prior.term(), *settings.objectives]
     pool = data.train_examples.ok_ids()
     return [_term(objective, pool, data, teacher, seed) for objective in objectives if objective.weight]
-
-
-def needs_hessian(scorer: Scorer) -> bool:
-    """Whether a scorer uses the Hessian itself, along the pool step."""
-    return bool(HESSIAN & set(scorer.needs))
 
 
 def _term(objective: Objective, pool: list[int], data: InstructionDataModule, teacher: Teacher, seed: int) -> Term:
@@ -100,14 +136,8 @@ def _term(objective: Objective, pool: list[int], data: InstructionDataModule, te
             f"{type(objective).__name__} drew {len(ids):,} examples, {len(set(ids) & set(pool)):,} different ones of "
             "the pool; it must draw one or more, and each once."
         )
-    return Term(
-        objective.name,
-        "",
-        objective.weight,
-        partial(data.pool_loader, ids),
-        len(ids),
-        partial(_losses, objective, teacher),
-    )
+    loader, losses = partial(data.pool_loader, ids), partial(_losses, objective, teacher)
+    return Term(objective.name, "", objective.weight, loader, len(ids), losses)
 
 
 @contextmanager
@@ -125,11 +155,7 @@ def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator
 
 
 def _check_losses(objective: Objective, found: object, examples: int) -> None:
-    """Check that there is one loss for each example.
-
-    Raises:
-        UserError: naming the objective.
-    """
+    """Check that an objective gave one loss for each example, and one that depends on the weights."""
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (examples,):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, split_rows, to_device
 from dualsft.data.loaders import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.nonfinite import all_finite, drop_examples, nonfinite_examples
 from dualsft.matrix.passes import Keeper, Watch
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import all_gather, any_rank, world_size
@@ -97,7 +97,7 @@ def warm_up(
         model: The base model; holds θ afterwards.
         batches: Re-iterable training batches, one optimizer step each.
         epochs: Passes over the batches.
-        learning_rate: AdamW's, constant.
+        learning_rate: Constant.
         watch: Wraps the iteration, for progress.
         keeper: Keeps the state of the warm-up every so often, and has what an earlier run kept.
         seed: Decides what dropout leaves out.
@@ -131,7 +131,7 @@ class _WarmUp:
         self._parts = 1
 
     def all_steps(self, batches: Iterable[Batch], epochs: int, watch: Watch, keeper: Keeper | None) -> None:
-        """Every step that an earlier run has not done."""
+        """Take every step that an earlier run has not taken."""
         first, done = self._take_up(keeper.load() if keeper else None)
         self._model.train()
         for epoch in range(first, epochs):
@@ -153,7 +153,8 @@ class _WarmUp:
 
         What dropout draws goes by the step alone: a run that goes on from here draws the same.
         """
-        torch.manual_seed(_mixed(self._seed, epoch, k))
+        mixed = np.random.SeedSequence((self._seed, epoch, k))  # as different as can be from any other step's
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
         try:
             self._backward(batch)
         except Exception as error:
@@ -179,11 +180,7 @@ class _WarmUp:
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
     def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
-        """Begin the step again without those of the suspects that are not finite by themselves either.
-
-        Raises:
-            UserError: if the examples of the batch, several, are all like that, or none is.
-        """
+        """Begin the step again without the suspects that are not finite alone; refused if that is none, or all."""
         self._drop_gradients()
         ids = batch["example_id"].tolist()
         bad = nonfinite_examples(batch, self._finite_alone, suspects)
@@ -219,8 +216,7 @@ class _WarmUp:
         say(f"memory ran out in the warm-up ({reason}); it goes on in half batches.")
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def second_moment(self) -> dict[str, Tensor]:
         """ĉ of every parameter, zero for one that takes no part; nothing is left of the optimizer's state."""
@@ -255,13 +251,8 @@ class _WarmUp:
         return notes["epoch"], notes["done"]
 
 
-def _mixed(*numbers: int) -> int:
-    """A seed from several numbers, as different as can be from that of any others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch]:
-    """The epoch's batches but for the first ones, which are done."""
+    """The epoch's batches without the first ones, which are done."""
     if not isinstance(batches, ResumableLoader):
         return islice(batches, done, None)
     batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dualsft.allocators.ranking import check_by, kth_largest, ordered_keys, ranked
+from dualsft.allocators.choice import check_by, kth_largest, ordered_keys, ranked
 from dualsft.errors import UserError
 from tests.allocators.cases import SPECIAL
 

@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 import torch
 
-from dualsft.allocators.tiling import Tiling
+from dualsft.allocators.structured import Tiling
 from tests.allocators.cases import random_scores
 
 SHAPES = [(), (1,), (7,), (4, 6), (5, 3), (1, 4), (2, 3, 5), (2, 2, 3, 2), (3, 0), (0, 3), (0,), (0, 2, 2)]

@@ -48,9 +48,9 @@ def test_base_and_delta_make_the_tuned_model(tmp_path: Path, tied: bool, dtype: 
         assert torch.equal(found, expected)
     delta = open_delta(tmp_path / "delta.safetensors")
     assert delta.about == {"why": "a test"}
-    assert delta.dtypes == {dtype}
-    assert "model.layers.1.self_attn.k_proj.weight" not in delta.names
-    assert delta.counts == {name: len(delta.change(name)[0]) for name in delta.names}
+    assert set(delta.value_types.values()) == {dtype}
+    assert "model.layers.1.self_attn.k_proj.weight" not in delta.counts
+    assert delta.counts == {name: len(delta.change(name)[0]) for name in delta.counts}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

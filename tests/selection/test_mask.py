@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from dualsft.errors import UserError
-from dualsft.selection.mask import StoredMasks, pack_bits, unpack_bits
+from dualsft.selection.mask import pack_bits, stored_masks, unpack_bits
 
 
 def test_bits_are_little_endian() -> None:
@@ -43,7 +43,7 @@ def store(path: Path, shapes: dict[str, list[int]]) -> Path:
 
 def test_stored_masks_are_unpacked_when_asked_for(tmp_path: Path) -> None:
     """A mapping in the order of names, which looks at no mask to say which there are."""
-    stored = StoredMasks(store(tmp_path / "mask.safetensors", {n: list(m.shape) for n, m in MASKS.items()}))
+    stored = stored_masks(store(tmp_path / "mask.safetensors", {n: list(m.shape) for n, m in MASKS.items()}))
     assert list(stored) == ["a", "b"]
     assert ("a" in stored, "c" in stored, len(stored)) == (True, False, 2)
     assert all(torch.equal(stored[name], mask) for name, mask in MASKS.items())
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, shapes: dict[str, list[int]]) -
     """A mask that is not there, or has another size than it should."""
     path = store(tmp_path / "mask.safetensors", shapes)
     with pytest.raises(UserError, match=r"mask\.safetensors is damaged .*; make the selection again"):
-        dict(StoredMasks(path))
+        dict(stored_masks(path))
 
 
 def test_what_is_no_file_of_masks_is_named(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_what_is_no_file_of_masks_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mask.safetensors"
     path.write_bytes(b"not this")
     with pytest.raises(UserError, match="is damaged"):
-        StoredMasks(path)
+        stored_masks(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="is damaged"):
-        StoredMasks(path)
+        stored_masks(path)

@@ -26,7 +26,7 @@ def stay(
     """The rows that stay; scores fall from row to row if not given."""
     ids = range(len(texts))
     settings = NearDuplicates(threshold, ngram)
-    return collapse(settings, ids, scores or {i: -float(i) for i in ids}, pool(texts), FormatOptions())
+    return collapse(settings, scores or {i: -float(i) for i in ids}, pool(texts), FormatOptions())
 
 
 def shingles(text: str, n: int) -> set[tuple[str, ...]]:
@@ -120,7 +120,7 @@ def test_short_texts_are_one_ngram_of_all_their_words() -> None:
 def test_only_the_examples_given_count() -> None:
     """Rows that could not be scored neither stay nor make others go, in whatever order ids come."""
     records = pool(["x y z", "x y z", "u v w"])
-    assert collapse(NearDuplicates(0.5), [2, 1], {1: 0.0, 2: 1.0}, records, FormatOptions()) == [1, 2]
+    assert collapse(NearDuplicates(0.5), {2: 1.0, 1: 0.0}, records, FormatOptions()) == [1, 2]
 
 
 def test_without_a_threshold_all_stay() -> None:

@@ -338,7 +338,7 @@ def refuse(error: BaseException) -> Callable[..., None]:
     return raise_it
 
 
-@pytest.mark.parametrize("step", [(reallocation, "write_choice"), (reallocation, "publish"), (RunFolder, "staging")])
+@pytest.mark.parametrize("step", [(reallocation, "write_selection"), (reallocation, "publish"), (RunFolder, "staging")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_broken_run_leaves_nothing_behind(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str], error: BaseException

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
 from dualsft.selection.prior import Prior
-from dualsft.selection.teacher import Teacher
+from dualsft.selection.terms import Teacher
 from tests.cases import llama, random_direction
 from tests.matrix.test_memory import peak, weight_bytes
 from tests.world.data import random_batch

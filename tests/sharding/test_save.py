@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import modeling_utils
 
 from dualsft.errors import UserError
-from dualsft.export.pretrained import save_weights
+from dualsft.export.checkpoints import save_weights
 from dualsft.models.loading import load_model
 from dualsft.sharding import files
 from dualsft.sharding import save as saving
