@@ -42,7 +42,8 @@ def test_lazy_gains_choose_what_all_gains_would() -> None:
     scores = torch.rand(300, generator=generator, dtype=torch.float64)
     sketch = torch.randn(300, 6, generator=generator)
     units = torch.nn.functional.normalize(sketch.double())
-    likeness, covered, picked = (units @ units.t()).clamp(0, 1), torch.zeros(300, dtype=torch.float64), []
+    likeness, covered = (units @ units.t()).clamp(0, 1), torch.zeros(300, dtype=torch.float64)
+    picked: list[int] = []
     for _ in range(40):
         gains = ((likeness - covered).clamp(min=0) * scores).sum(1)
         gains[picked] = -1

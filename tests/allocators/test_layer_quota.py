@@ -8,12 +8,12 @@ from dualsft.allocators import LayerQuota
 from dualsft.errors import UserError
 from tests.allocators.cases import best, budgets, entries, evenly, random_scores
 
-LAYERS = {
+LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
     "h.10": {"h.10.attn.q_proj.weight": (3, 2), "h.10.mlp.up_proj.weight": (2, 4)},
     "h.2": {"h.2.mlp.up_proj.weight": (4,), "h.2.norm.weight": (2,)},
     "h.0": {"h.0.attn.q_proj.weight": (1, 1), "h.0.attn.q_proj.bias": (2,)},
 }
-OUTSIDE = {"head.weight": (2, 3), "embed.weight": (4,)}
+OUTSIDE: dict[str, tuple[int, ...]] = {"head.weight": (2, 3), "embed.weight": (4,)}
 SHAPES = {**OUTSIDE, **LAYERS["h.10"], **LAYERS["h.2"], **LAYERS["h.0"]}
 TOTAL = 33
 IN_ORDER = [list(LAYERS[layer]) for layer in ("h.0", "h.2", "h.10")]

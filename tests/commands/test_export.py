@@ -45,7 +45,7 @@ def texts(folder: Path) -> list[str]:
     """What plain transformers writes with a folder's model, tokenizer and generation settings."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(f"{i} + {i * i}?\n", return_tensors="pt") for i in range(3)]
-    return [tokenizer.decode(model.generate(**prompt, max_new_tokens=12)[0]) for prompt in prompts]
+    return [str(tokenizer.decode(model.generate(**prompt, max_new_tokens=12)[0])) for prompt in prompts]
 
 
 def test_applied_and_fitted_model_write_the_same_text(job: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ def some_lengths(seed: int, count: int = 333) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 65, size=count)
 
 
-def cost(batch: list[int], lengths: np.ndarray) -> int:
+def cost(batch: list[Any], lengths: np.ndarray) -> int:
     """Tokens that a batch costs, padding included."""
     return len(batch) * int(lengths[batch].max())
 

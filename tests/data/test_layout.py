@@ -130,8 +130,8 @@ def test_what_has_no_tokens_is_refused_by_name(shape: tuple[int, ...]) -> None:
 def test_whole_rows_need_an_axis_of_rows_alone() -> None:
     """An output with one entry or any block for each row splits; one of nobody's does not, whatever its other axes."""
     layout = Layout(2, 8, [(0, 0, 8), (1, 0, 5)])
-    for shape in ((2,), (2, 3), (2, 3, 5), (2, 8, 3), (16, 3), (16,)):
-        layout.check_rows(shape, "here")
+    for good in ((2,), (2, 3), (2, 3, 5), (2, 8, 3), (16, 3), (16,)):
+        layout.check_rows(good, "here")
     for shape in ((), (1, 8, 3), (8, 3), (8, 2), (3, 2)):
         with pytest.raises(UserError, match="into 2 examples of 8 tokens"):
             layout.check_rows(shape, "here")

@@ -45,8 +45,8 @@ class Watcher(pl.LightningModule):
         return (self.weight - batch["example_id"].sum()) ** 2
 
     def on_train_epoch_start(self) -> None:
-        sampler = self.trainer.train_dataloader.sampler
-        self.epochs.append(sampler.epoch)
+        loader: Any = self.trainer.train_dataloader
+        self.epochs.append(loader.sampler.epoch)
 
     def validation_step(self, batch: dict[str, Tensor]) -> None:
         self.validated += 1
@@ -188,7 +188,8 @@ def test_state_of_another_epoch_or_other_data(pool: str) -> None:
     loader.load_state_dict(state)
     assert [len(list(loader)), len(list(loader))] == [len(loader) - 3, len(loader)]
     loader.load_state_dict(state)
-    loader.sampler.set_epoch(1)
+    sampler: Any = loader.sampler
+    sampler.set_epoch(1)
     assert len(list(loader)) == len(loader)
     with pytest.raises(UserError, match=r"checkpoint was made with 99 batches per epoch but the data now give 13"):
         loader.load_state_dict({**state, "batches": 99})

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from dualsft.data.loaders import RowLists
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
-from dualsft.data.records import read_records
+from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from tests.world.data import write_jsonl
@@ -46,6 +46,18 @@ def write_selection(folder: Path, fingerprint: str, selected: list[int], rows: i
     manifest = {"schema_version": 1, "data": {"train": {"fingerprint": fingerprint}}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return str(folder)
+
+
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Path and split of whatever is read from now on."""
+    read: list[tuple[str, str]] = []
+
+    def noted(path: str, split: str) -> Records:
+        read.append((path, split))
+        return read_records(path)
+
+    monkeypatch.setattr("dualsft.data.module.read_records", noted)
+    return read
 
 
 def ids(loader: Any) -> list[int]:
@@ -117,7 +129,12 @@ def test_start_leaves_batches_out_unread(pool: str, packing: bool, monkeypatch: 
     read: list[int] = []
     data = module(pool, validation=pool, packing=packing, batch_tokens=20)
     plain = RowLists.__getitem__
-    monkeypatch.setattr(RowLists, "__getitem__", lambda self, ids: (read.extend(ids), plain(self, ids))[1])
+
+    def noted(self: RowLists, ids: list[int]) -> Any:
+        read.extend(ids)
+        return plain(self, ids)
+
+    monkeypatch.setattr(RowLists, "__getitem__", noted)
     for make in (data.pool_loader, data.validation_loader):
         whole = [batch["example_id"].tolist() for batch in make()]
         assert len(whole) > 1
@@ -158,17 +175,14 @@ def test_padding_shares(tmp_path: Path, packing: bool) -> None:
 
 def test_setup_is_lazy_and_done_once(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read before it is needed, and nothing is read twice."""
-    read: list[str] = []
-    monkeypatch.setattr(
-        "dualsft.data.module.read_records", lambda path, split: (read.append(split), read_records(path))[1]
-    )
+    read = read_files(monkeypatch)
     data = module(pool, validation=pool, train_split="a", validation_split="b")
     assert read == []
     data.setup("validate")
-    assert read == ["b"]
+    assert read == [(pool, "b")]
     for stage in ("fit", "fit", "predict", None):
         data.setup(stage)
-    assert read == ["b", "a"]
+    assert read == [(pool, "b"), (pool, "a")]
     assert data.train_examples is data.train_examples
 
 
@@ -213,10 +227,7 @@ def test_loaders_of_named_sets(pool: str, other: str, packing: bool) -> None:
 
 def test_named_sets_are_read_lazily_and_once(pool: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader reads its own set alone, a stage what is still missing; one split serves all sets."""
-    read: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        "dualsft.data.module.read_records", lambda path, split: (read.append((path, split)), read_records(path))[1]
-    )
+    read = read_files(monkeypatch)
     data = module(pool, validation={"b": pool, "a": other}, train_split="t", validation_split="v")
     assert read == []
     data.validation_loader("a")
@@ -291,8 +302,8 @@ def test_missing_sources_are_named(pool: str, stage: str | None) -> None:
 def test_values_out_of_range(option: str, least: int) -> None:
     """A value below what makes sense is refused at construction with the key, the value and the least allowed."""
     with pytest.raises(UserError, match=rf"data\.{option}={least - 1} is too small: it must be at least {least}"):
-        InstructionDataModule(**{option: least - 1})
-    InstructionDataModule(**{option: least})
+        module(None, **{option: least - 1})
+    module(None, **{option: least})
 
 
 def test_contradictions_are_refused_at_construction() -> None:

@@ -14,7 +14,10 @@ from dualsft.data.records import build_records, read_records, record_text
 from dualsft.errors import UserError
 from tests.world.tokenizers import CHATML, byte_level
 
-ROWS = [{"prompt": "a, b", "response": "1\n2"}, {"prompt": "é 🙂 \u2028 {x}", "response": "", "extra": None}]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "a, b", "response": "1\n2"},
+    {"prompt": "é 🙂 \u2028 {x}", "response": "", "extra": None},
+]
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -24,7 +27,7 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     return str(path)
 
 
-def jsonl(rows: list[dict], end: str = "\n") -> str:
+def jsonl(rows: list[dict[str, Any]], end: str = "\n") -> str:
     """Rows as JSON lines."""
     return end.join(json.dumps(row, ensure_ascii=False) for row in rows)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ ASSETS = Path(pretrain.__file__).parents[2] / "dualsft" / "quickstart" / "assets
 FILES = ("gsm8k_pretrain", "pool", "validation", "test_target", "test_general")
 
 
-def shipped(name):
+def shipped(name: str) -> list[dict[str, str]]:
     """Read a shipped data file."""
     return make_data.read_jsonl(ASSETS / "data" / f"{name}.jsonl")
 
 
-def examples(name, count=200):
+def examples(name: str, count: int = 200) -> list[tuple[str, str]]:
     """Draw prompts and answers of one task, from all splits."""
     rng = Random(7)
     return [tasks.TASKS[name](rng) for _ in range(count)]
@@ -33,14 +34,14 @@ def examples(name, count=200):
 # the generator
 
 
-def test_same_seed_same_rows():
+def test_same_seed_same_rows() -> None:
     """The generator depends on its seed alone."""
     first = list(islice(tasks.stream("pretrain", 3), 500))
     assert first == list(islice(tasks.stream("pretrain", 3), 500))
     assert first != list(islice(tasks.stream("pretrain", 4), 500))
 
 
-def test_known_rows_do_not_drift():
+def test_known_rows_do_not_drift() -> None:
     """The weights were trained on these rows: a changed word list makes them unreproducible."""
     text = json.dumps(list(islice(tasks.stream("pretrain", 0), 2000)))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -48,9 +49,9 @@ def test_known_rows_do_not_drift():
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_answers_are_unique_and_short(name):
+def test_answers_are_unique_and_short(name: str) -> None:
     """A prompt never has two answers, and rows stay short and clean."""
-    answers = {}
+    answers: dict[str, str] = {}
     for prompt, answer in examples(name, 2000):
         assert answers.setdefault(prompt, answer) == answer
         assert 0 < len(answer) <= 60
@@ -62,7 +63,7 @@ def test_answers_are_unique_and_short(name):
     assert len(set(answers.values())) > 1
 
 
-def test_splits_are_disjoint_and_cover_every_task():
+def test_splits_are_disjoint_and_cover_every_task() -> None:
     """No prompt is in two splits."""
     prompts = {}
     for split in tasks.SPLITS:
@@ -77,13 +78,13 @@ def test_splits_are_disjoint_and_cover_every_task():
         next(tasks.stream("train", 0))
 
 
-def test_generate_never_repeats_a_prompt():
+def test_generate_never_repeats_a_prompt() -> None:
     """Shipped rows are distinct."""
     rows = tasks.generate("pool", 1500, seed=5)
     assert len({row["prompt"] for row in rows}) == len(rows) == 1500
 
 
-def test_word_lists_are_unambiguous():
+def test_word_lists_are_unambiguous() -> None:
     """No word has two categories, two opposites or two sentiments."""
     listed = [word for words in tasks.CATEGORIES.values() for word in words]
     assert len(listed) == len(set(listed))
@@ -95,7 +96,7 @@ def test_word_lists_are_unambiguous():
 # answers found again by other means, from the prompt alone
 
 
-def test_sorted_lists():
+def test_sorted_lists() -> None:
     """Sorted answers hold what was given, in the order asked for."""
     for prompt, answer in examples("sort_numbers"):
         given = [int(n) for n in re.findall(r"\d+", prompt)]
@@ -104,13 +105,13 @@ def test_sorted_lists():
         downwards = "largest to" in prompt or "descending" in prompt
         assert all((a > b) == downwards for a, b in pairwise(got))
     for prompt, answer in examples("sort_words"):
-        got = answer.split(", ")
-        assert all(a < b for a, b in pairwise(got))
-        assert all(re.search(rf"\b{word}\b", prompt) for word in got)
-        assert len(got) == prompt.count(",") + 1
+        words = answer.split(", ")
+        assert all(a < b for a, b in pairwise(words))
+        assert all(re.search(rf"\b{word}\b", prompt) for word in words)
+        assert len(words) == prompt.count(",") + 1
 
 
-def test_letters():
+def test_letters() -> None:
     """Letter tasks, counted by other means."""
     for prompt, answer in examples("count_letter"):
         short, long = sorted(re.findall(r'"(\w+)"', prompt), key=len)
@@ -126,7 +127,7 @@ def test_letters():
         assert answer == ("yes" if long.find(short) >= 0 else "no")
 
 
-def test_numbers():
+def test_numbers() -> None:
     """Conversions by way of seconds, and comparisons."""
     seconds = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400, "weeks": 604800}
     checked = 0
@@ -135,7 +136,8 @@ def test_numbers():
         if len(units) == 2:
             amount, unit = answer.split()
             other = next(name for name in units if name != unit)
-            assert int(re.search(r"\d+", prompt)[0]) * seconds[other] == int(amount) * seconds[unit]
+            (number,) = re.findall(r"\d+", prompt)
+            assert int(number) * seconds[other] == int(amount) * seconds[unit]
             checked += 1
     assert checked > 50
     for prompt, answer in examples("compare_numbers"):
@@ -143,7 +145,7 @@ def test_numbers():
         assert int(answer) == (max(a, b) if "larger" in prompt else min(a, b))
 
 
-def test_sentences():
+def test_sentences() -> None:
     """Answers stand in the sentence and fit the question."""
     for prompt, answer in examples("extract"):
         assert answer.lower() in prompt.lower()
@@ -163,7 +165,7 @@ def test_sentences():
 # the shipped data
 
 
-def test_shipped_counts_and_fields():
+def test_shipped_counts_and_fields() -> None:
     """The files hold the promised rows and stay small."""
     counts = {name: Counter(row["source"] for row in shipped(name)) for name in FILES}
     assert counts["gsm8k_pretrain"] == {"target": 600}
@@ -177,7 +179,7 @@ def test_shipped_counts_and_fields():
     assert sum(path.stat().st_size for path in (ASSETS / "data").iterdir()) < 2_000_000
 
 
-def test_shipped_files_are_disjoint():
+def test_shipped_files_are_disjoint() -> None:
     """No prompt stands in two files."""
     prompts = [row["prompt"] for name in FILES for row in shipped(name)]
     assert len(prompts) == len(set(prompts))
@@ -186,7 +188,7 @@ def test_shipped_files_are_disjoint():
     assert splits["test_general"] == {"test"}
 
 
-def test_shuffled_answers_keep_their_words_only():
+def test_shuffled_answers_keep_their_words_only() -> None:
     """Shuffling permutes words and nothing else."""
     sources = {source: [r for r in shipped("pool") if r["source"] == source] for source in ("target", "shuffled")}
     assert all(re.search(r"\n#### \S+$", row["response"]) for row in sources["target"])
@@ -198,14 +200,14 @@ def test_shuffled_answers_keep_their_words_only():
     assert re.findall(r"\s+", mixed) == re.findall(r"\s+", text)
 
 
-def test_data_files_are_rebuilt_byte_for_byte(tmp_path):
+def test_data_files_are_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     """Without GSM8K's own files, the script reproduces what is shipped."""
     make_data.main(["--output_dir", str(tmp_path)])
     for name in FILES:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (ASSETS / "data" / f"{name}.jsonl").read_bytes()
 
 
-def test_excerpts_are_drawn_from_a_folder(tmp_path):
+def test_excerpts_are_drawn_from_a_folder(tmp_path: Path) -> None:
     """With GSM8K's own files, the parts are disjoint and deterministic."""
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i} + 1.\n#### {i + 1}"} for i in range(2000)]
     make_data.write_jsonl(tmp_path / "train.jsonl", rows)
@@ -222,12 +224,12 @@ def test_excerpts_are_drawn_from_a_folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     """Load the shipped tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(ASSETS / "model")
 
 
-def test_tokenizer_layout(tokenizer):
+def test_tokenizer_layout(tokenizer: PreTrainedTokenizerFast) -> None:
     """Prompt and response encoded apart equal the whole text encoded at once; any text survives."""
     row = {"prompt": 'How long is "cat"?', "response": "3"}
     example = pretrain.encode(row, tokenizer)
@@ -241,28 +243,28 @@ def test_tokenizer_layout(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_chat_template(tokenizer):
+def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """The template gives what pre-training saw, and marks the answers."""
     row = {"prompt": "Spell the word cat.", "response": "c-a-t"}
     chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    out: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     example = pretrain.encode(row, tokenizer, chat=True)
     assert out["input_ids"] == example.ids
     assert out["assistant_masks"].index(1) == example.prompt_length
     assert sum(out["assistant_masks"]) == len(example.ids) - example.prompt_length
-    opening = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert opening == example.ids[: example.prompt_length]
+    opening: Any = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)
+    assert opening["input_ids"] == example.ids[: example.prompt_length]
 
 
-def test_model_has_the_recorded_losses(tokenizer):
+def test_model_has_the_recorded_losses(tokenizer: PreTrainedTokenizerFast) -> None:
     """The shipped weights are those of the shipped record."""
     record = json.loads((ASSETS / "pretrain.json").read_text())
     model = LlamaForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
     assert sum(weight.numel() for weight in model.parameters()) == record["parameters"] < 4_000_000
     assert model.config.tie_word_embeddings
     assert (ASSETS / "model" / "model.safetensors").stat().st_size <= 8_000_000
-    for name, file in (("general", "test_general"), ("gsm8k", "test_target")):
-        loss = pretrain.response_loss(model, tokenizer, shipped(file)[: record["check"]["rows"]])
+    for name, rows in (("general", "test_general"), ("gsm8k", "test_target")):
+        loss = pretrain.response_loss(model, tokenizer, shipped(rows)[: record["check"]["rows"]])
         assert loss == pytest.approx(record["check"][name], abs=2e-3)
     with (ASSETS / "pretrain_log.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
@@ -271,7 +273,7 @@ def test_model_has_the_recorded_losses(tokenizer):
     assert float(last["held_out_gsm8k_loss"]) == pytest.approx(record["held_out_loss"]["gsm8k"], abs=5e-3)
 
 
-def test_response_loss_is_that_of_the_library(tokenizer):
+def test_response_loss_is_that_of_the_library(tokenizer: PreTrainedTokenizerFast) -> None:
     """The loss on packed batches equals the library's, row by row."""
     model = LlamaForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
     rows = shipped("test_general")[:3]
@@ -286,7 +288,7 @@ def test_response_loss_is_that_of_the_library(tokenizer):
     assert pretrain.response_loss(model, tokenizer, rows) == pytest.approx(total / count, rel=1e-4)
 
 
-def test_pretraining_runs_and_is_reproducible(tmp_path, monkeypatch):
+def test_pretraining_runs_and_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miniature run writes everything, the same twice, with the shipped tokenizer."""
     monkeypatch.setattr(pretrain, "held_out_rows", lambda: {"general": shipped("test_general")[:20]})
     options = "--steps 2 --warmup_steps 1 --hidden_size 32 --intermediate_size 32 --layers 1 --heads 2"

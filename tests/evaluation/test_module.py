@@ -70,6 +70,7 @@ def half_right(model: str, count: int) -> Rows:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
         )
         answer = tiny_tokenizer().decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert isinstance(answer, str)
         row["response"] = answer if number % 2 else "something else"
     return rows
 

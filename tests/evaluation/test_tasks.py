@@ -221,7 +221,7 @@ def test_command(model: str, folder: Path, tmp_path: Path, capfd: pytest.Capture
         *("loss", "perplexity", "token_accuracy"),
         *("tasks/choose/brier_score", "tasks/again/brier_score"),
     }
-    settings = {"tasks": "choose", "task_folder": str(folder), "few_shot": 1, "limit": 5}
+    settings: dict[str, Any] = {"tasks": "choose", "task_folder": str(folder), "few_shot": 1, "limit": 5}
     (score,) = task_scores(evaluate(EvaluationModule(model), **settings))
     assert kept["results"]["choose"]["brier_score,none"] == measured["tasks/choose/brier_score"] == score.value
     assert [line.split() for line in printed.splitlines()[-3:]] == [
@@ -401,7 +401,8 @@ def test_a_task_that_several_names_bring_is_evaluated_once(model: str, own: Path
         metrics = [{"metric": "brier_score"}]
         settings = {"group": group, "task": ["choose"], "aggregate_metric_list": metrics}
         (own / f"{group}.yaml").write_text(yaml.safe_dump(settings))
-    module, at = EvaluationModule(model), {"task_folder": str(own), "limit": 3}
+    module = EvaluationModule(model)
+    at: dict[str, Any] = {"task_folder": str(own), "limit": 3}
     (alone,) = task_scores(evaluate(module, tasks="choose", **at))
     for names in ("one,choose", "choose,one,some,two"):
         found = {score.task: score for score in task_scores(evaluate(module, tasks=names, **at))}

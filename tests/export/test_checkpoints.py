@@ -42,7 +42,7 @@ def save_tuned(folder: Path, base: str, dtype: Any = "auto") -> str:
     with torch.no_grad():
         for name, moved in random_mask(model, 0.1).items():
             weight = model.get_parameter(name)
-            weight += 0.25 * moved
+            weight.add_(moved, alpha=0.25)
     model.generation_config.temperature = None
     model.generation_config.do_sample = None
     model.save_pretrained(folder)

@@ -87,7 +87,7 @@ def test_delta_is_not_rounded(tmp_path: Path) -> None:
 
 
 NAME = "model.norm.weight"
-DAMAGES = {
+DAMAGES: dict[str, tuple[dict[str, torch.Tensor], dict[str, str] | None, str]] = {
     "no metadata": ({"x": torch.zeros(1)}, {}, r"is not a delta"),
     "no value": ({f"{NAME}.index": torch.arange(2)}, None, r"model.norm.weight.value only one of index and value"),
     "no index": ({f"{NAME}.value": torch.zeros(2)}, None, r"only one of index and value is there"),

@@ -167,7 +167,9 @@ class Modes(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.training.add(pl_module.model.training)
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self.validation.add(pl_module.model.training)
 
 
@@ -322,7 +324,7 @@ def test_a_schedule_that_asks_for_the_run_s_length_resumes(workspace: Workspace,
 
 def test_recent_checkpoints_leave_out_what_a_validation_follows(workspace: Workspace, folder: Path) -> None:
     """Of the batches of an epoch those at whose end the run validates are left out, for none else."""
-    every = {"every_n_train_steps": 1, "save_top_k": -1}
+    every: dict[str, Any] = {"every_n_train_steps": 1, "save_top_k": -1}
     callbacks = [
         RecentCheckpoint(folder / "a", filename="{step}", **every),
         ModelCheckpoint(folder / "b", filename="{step}", **every),

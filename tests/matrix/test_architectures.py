@@ -146,7 +146,7 @@ def test_rows_alone_form_no_weight_gradient(architecture: str, by_token: bool, m
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
     backward = LinearHook.backward
 
-    def watched(hook: LinearHook, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Any:
+    def watched(hook: LinearHook, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:
         needed.append(needs[1])
         return backward(hook, e, a, weight, needs)
 

@@ -169,7 +169,7 @@ def test_fused_attention_is_left_out() -> None:
 def test_a_displaced_model_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
     """Inside, θ + step d; afterwards θ, also after an error, and frozen weights never move."""
     model = make("gpt2", dtype)
-    model.transformer.wpe.weight.requires_grad_(False)
+    model.get_parameter("transformer.wpe.weight").requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     d = {name: part.to(dtype) for name, part in random_direction(model).items()}
 

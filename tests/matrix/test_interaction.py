@@ -124,14 +124,16 @@ def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
 def test_a_weight_used_outside_its_module_is_scored_where_it_is_used() -> None:
     """A forward that takes a child's weight past the child's own forward is differentiated by it."""
     torch.manual_seed(0)
-    model = Toy(nn.Linear(4, 4), lambda linear, x: F.linear(x, linear.weight) + linear.bias)
+    model = Toy(
+        nn.Linear(4, 4), lambda linear, x: F.linear(x, linear.get_parameter("weight")) + linear.get_parameter("bias")
+    )
     assert_exact(model.double(), torch.randint(11, (3, 5)))
 
 
 def test_a_weight_used_both_ways_is_scored_once_for_each_use() -> None:
     """Where the same weight is also used properly, both uses count, and neither twice."""
     torch.manual_seed(0)
-    model = Toy(nn.Linear(4, 4), lambda linear, x: linear(x) + F.linear(x.square(), linear.weight))
+    model = Toy(nn.Linear(4, 4), lambda linear, x: linear(x) + F.linear(x.square(), linear.get_parameter("weight")))
     assert_exact(model.double(), torch.randint(11, (3, 5)))
 
 
@@ -443,7 +445,7 @@ def test_a_weight_that_is_not_used_at_first_is_scored_when_it_is() -> None:
         for tokens in (4, 5):
             rows.begin(rectangle(3, tokens))
             model(ids := torch.randint(11, (3, tokens))).sum().backward()
-    alone = [torch.autograd.grad(model(row[None]).sum(), [model.middle.scale])[0].sum() for row in ids]
+    alone = [torch.autograd.grad(model(row[None]).sum(), [model.get_parameter("middle.scale")])[0].sum() for row in ids]
     torch.testing.assert_close(rows.read()[0], torch.stack(alone))
 
 

@@ -17,7 +17,7 @@ def packed(lengths: tuple[int, ...] = (9, 4, 13, 5)) -> Batch:
     rows = [
         {"example_id": k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(make_examples(lengths))
     ]
-    return dict(collate_packed([rows], pad_token_id=0))  # type: ignore[arg-type]
+    return dict(collate_packed([rows], pad_token_id=0))
 
 
 def forgetful(model: Any) -> Any:

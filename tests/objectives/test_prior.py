@@ -18,7 +18,7 @@ from dualsft.selection.prior import Prior
 from tests.cases import Example, Gradients, collate, make, make_examples, pack, random_direction
 from tests.references import assert_same_gradients, float64_throughout, inner, slow_prior
 
-CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
+CONFIDENCES: tuple[Confidence, ...] = ("uniform", "max_prob", "entropy_inv")
 
 
 def examples_with_a_bare_one() -> list[Example]:
@@ -205,10 +205,10 @@ def test_bfloat16_models_give_float32_losses() -> None:
     bfloat16 has 8 bits, so logits are off by some hundredths of their size.
     """
     prior, batch = Prior(), collate(make_examples())
-    models = [sharp(torch.bfloat16, seed) for seed in (0, 1)]
-    found = torch.stack(list(losses(*models, batch, prior).values()))
+    model, teacher = (sharp(torch.bfloat16, seed) for seed in (0, 1))
+    found = torch.stack(list(losses(model, teacher, batch, prior).values()))
     assert found.dtype == torch.float32
-    exact = torch.stack(list(losses(*(model.double() for model in models), batch, prior).values()))
+    exact = torch.stack(list(losses(model.double(), teacher.double(), batch, prior).values()))
     torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0)
 
 

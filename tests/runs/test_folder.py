@@ -155,9 +155,9 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path, how
     with another_process(tmp_path) as says:
         assert says == "held"
         with pytest.raises(UserError, match="Another process is at work on the run in"):
-            RunFolder(tmp_path, **{how: True}).claim(IDENTITY)
+            RunFolder(tmp_path, resume=how == "resume", overwrite=how == "overwrite").claim(IDENTITY)
         assert names(tmp_path) == before
-    RunFolder(tmp_path, **{how: True}).claim(IDENTITY)
+    RunFolder(tmp_path, resume=how == "resume", overwrite=how == "overwrite").claim(IDENTITY)
 
 
 @pytest.mark.parametrize("how", ["anew", "resume", "overwrite"])
@@ -165,7 +165,7 @@ def test_a_claimed_run_is_held(tmp_path: Path, how: str) -> None:
     """From the claim on, until it is finished or let go."""
     if how != "anew":
         unfinished(tmp_path)
-    run = RunFolder(tmp_path, **{how: True} if how != "anew" else {})
+    run = RunFolder(tmp_path, resume=how == "resume", overwrite=how == "overwrite")
     run.claim(IDENTITY)
     run.save("first", {}, {})
     with another_process(tmp_path) as says:
@@ -289,7 +289,7 @@ def test_resume_without_a_run_starts_anew(tmp_path: Path) -> None:
         ({"resume": True}, "there is nothing to resume; choose another --output_dir or give --overwrite"),
     ],
 )
-def test_a_finished_folder_is_not_written_to(tmp_path: Path, options: dict[str, bool], message: str) -> None:
+def test_a_finished_folder_is_not_written_to(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     """Results are replaced only where that is asked for."""
     finished(tmp_path)
     with pytest.raises(UserError, match=message):

@@ -26,7 +26,7 @@ def test_a_mask_of_the_right_count_and_shapes_is_taken() -> None:
         (None, "Mine gave back a NoneType, not a mapping of names to masks"),
         ([*GOOD.values()], "Mine gave back a list, not a mapping"),
         ({**GOOD, "d": GOOD["b"]}, "Mine gave a mask for 'd'; give one for each parameter"),
-        ({**GOOD, 3: GOOD["b"]}, "Mine gave a mask for 3; give one for each parameter"),
+        (dict([*GOOD.items(), (3, GOOD["b"])]), "Mine gave a mask for 3; give one for each parameter"),
         ({"a": NONE["a"], "b": GOOD["b"]}, "Mine gave no mask for 'c'; give one for each parameter"),
         ({**GOOD, "a": NONE["a"].float() + 0.3}, r"a tensor of torch\.float32 .* for a, where a bool tensor"),
         ({**GOOD, "a": NONE["a"].long()}, r"a tensor of torch\.int64 .* for a, where"),

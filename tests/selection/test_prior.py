@@ -271,7 +271,7 @@ def test_differences_by_the_usual_step_agree_with_second_derivatives(
     """To some thousandths in either type: the norms of a Llama compute in float32 whatever its weights are."""
     options = {**(at(checkpoint) if where == "checkpoint" else BASE), "prior": PRIOR, "dtype": dtype}
     exact, finite = (
-        select(inputs, tmp_path / method, {**options, "scorer": HessianVector(method)})  # type: ignore[arg-type]
+        select(inputs, tmp_path / method, {**options, "scorer": HessianVector(method)})
         for method in ("exact", "finite_difference")
     )
     assert_scores(finite, scores_of(exact), 3e-3)

@@ -116,7 +116,7 @@ def test_an_allocation_can_be_allocated_from(inputs: Inputs, source: Path, tmp_p
     assert load_selection(tmp_path / "second").manifest["allocated_from"]["folder"] == str(tmp_path / "first")
 
 
-ORDERS = {
+ORDERS: dict[tuple[str, str], dict[str, Any]] = {
     ("parameters", "data"): {"data_budget": 2},
     ("data", "parameters"): {"parameter_budget": 900},
     ("parameters_then_data", "parameters"): {"parameter_budget": 900},

@@ -116,13 +116,13 @@ def test_the_prediction_is_told(dense: Dense, run: Run, name: str, preconditione
     told = run(name, preconditioner, eta).manifest["prediction"]
     d, p = dense.step(preconditioner), dense.preconditioner(preconditioner)
     v, bend = dense.validation.mean(0), dense.curvature(kind) @ d
-    near = {"rel": max(10 * relative, 1e-9)}
+    near = max(10 * relative, 1e-9)
     assert told == {
         "step_size": eta,
-        "slope": pytest.approx(float(v @ d), **near),
-        "curvature": pytest.approx(float(d @ bend), **near),
-        "predicted_improvement": pytest.approx(float(eta * v @ d - eta**2 / 2 * d @ bend), **near),
-        "second_order_share": pytest.approx(float(eta / 2 * (p * bend).norm() / (p * v).norm()), **near),
+        "slope": pytest.approx(float(v @ d), rel=near),
+        "curvature": pytest.approx(float(d @ bend), rel=near),
+        "predicted_improvement": pytest.approx(float(eta * v @ d - eta**2 / 2 * d @ bend), rel=near),
+        "second_order_share": pytest.approx(float(eta / 2 * (p * bend).norm() / (p * v).norm()), rel=near),
     }
 
 

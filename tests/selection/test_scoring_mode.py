@@ -22,7 +22,7 @@ def test_checkpointing_does_not_bring_dropout_back(architecture: str) -> None:
 def test_checkpointing_recomputes(checkpointing: bool, calls_per_batch: int) -> None:
     """Inside, each block runs a second time for the backward pass if, and only if, that was asked for."""
     model, calls = make("gpt2"), []
-    model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.get_submodule("transformer.h.0.mlp").register_forward_pre_hook(lambda *_: calls.append(1))
     with scoring_mode(model, checkpointing):
         gradient_pass(model, given([collate(make_examples())]))
     assert len(calls) == calls_per_batch

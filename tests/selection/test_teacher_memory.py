@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def deep_model(vocabulary: int, dtype: torch.dtype) -> PreTrainedModel:
     """Six layers, so that one of them is a small part of the whole."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "head_dim": 32}
-    return llama(**sizes, vocab_size=vocabulary).to(dtype).eval()
+    model: Any = llama(**sizes, vocab_size=vocabulary)
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
 
 
 def batches(examples: int, tokens: int, vocabulary: int) -> Callable[[int], Iterator[Batch]]:

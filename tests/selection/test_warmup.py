@@ -133,7 +133,8 @@ class Notebook:
     """A keeper that notes what it is given, and has something to begin with."""
 
     def __init__(self, kept: Any = None, due: bool = False) -> None:
-        self.kept, self.notes, self._due = kept, [], due
+        self.kept, self._due = kept, due
+        self.notes: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
 
     def load(self) -> Any:
         """What there is to begin with."""
@@ -169,7 +170,7 @@ def test_dropout_goes_by_seed_epoch_and_step() -> None:
         state = torch.get_rng_state()
         warm_up(model, batches() * 2, epochs=2, learning_rate=1e-3, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        first.append(model.transformer.wte.weight.detach())
+        first.append(model.get_parameter("transformer.wte.weight").detach())
     assert torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
 

@@ -1,5 +1,6 @@
 """A fit on ranks, each with shards of the weights, is the fit of one process."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -237,7 +238,7 @@ def unprefixed(folder: Path) -> Workspace:
     return replace(made, selection=again)
 
 
-BASES = {
+BASES: dict[str, Callable[[Path], Workspace]] = {
     "float32": make_workspace,
     "bfloat16": partial(make_workspace, dtype=torch.bfloat16),
     "unprefixed": unprefixed,

@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,9 +70,7 @@ def _same_models(paths: Mapping[str, str], dtypes: Sequence[Dtype]) -> None:
         for dtype in dtypes:
             expected = load_model(path, dtype)
             if _has_a_module_of_several_types(expected):  # RWKV in bfloat16, in some releases
-                assert "owns weights of the types" in _refusal(
-                    lambda path=path, dtype=dtype: load_sharded(path, data_parallel_mesh(), dtype)
-                )
+                assert "owns weights of the types" in _refusal(partial(load_sharded, path, data_parallel_mesh(), dtype))
                 continue
             found = load_sharded(path, data_parallel_mesh(), dtype)
             assert all(isinstance(parameter, DTensor) for parameter in found.parameters())
@@ -134,7 +133,7 @@ def _refusal(load: Callable[[], object]) -> str:
 def _same_refusals(paths: Mapping[str, str]) -> None:
     mesh = data_parallel_mesh()
     for path in paths.values():
-        assert _refusal(lambda path=path: load_sharded(path, mesh)) == _refusal(lambda path=path: load_model(path))
+        assert _refusal(partial(load_sharded, path, mesh)) == _refusal(partial(load_model, path))
 
 
 def _refused_on_one(path: str) -> str:
@@ -247,8 +246,13 @@ def _peaks(path: str, warm_up: str) -> tuple[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux")
 def test_no_rank_ever_holds_the_model(folders: dict[str, str], tmp_path: Path) -> None:
     """A rank of two holds three quarters of it at most, at any time, where the whole model's loader holds all."""
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_hidden_layers": 12}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 12,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_attention_heads=4, **sizes))
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     model.bfloat16().save_pretrained(tmp_path / "model")
     for of_shards, of_whole in run_on_ranks(2, _peaks, str(tmp_path / "model"), folders["llama"]):

@@ -1,6 +1,7 @@
 """A pass over a sharded model, each rank with its own batches, gives what it gives on one process."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, shard_of
-from tests.cases import ARCHITECTURES, collate, make, make_examples, pack, random_direction
+from tests.cases import ARCHITECTURES, collate, given, make, make_examples, pack, random_direction
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -43,10 +44,9 @@ BATCHES = [
     collate(make_examples()[2:3], [2]),
     collate(make_examples()[3:], [3, 4]),
 ]
-Given = list[Batch]
 
 
-def gathered_pass(architecture: str, batches: Given, seeds: list[int], **options: Any) -> GradientPass:
+def gathered_pass(architecture: str, batches: list[Batch], seeds: list[int], **options: Any) -> GradientPass:
     """A pass of all ranks over these batches, dealt out, with its sums made whole."""
     model = make(architecture)
     directions = [random_direction(model, seed) for seed in seeds]
@@ -58,12 +58,12 @@ def gathered_pass(architecture: str, batches: Given, seeds: list[int], **options
     return found
 
 
-def all_architectures(batches: Given) -> dict[str, GradientPass]:
+def all_architectures(batches: list[Batch]) -> dict[str, GradientPass]:
     """Passes over every architecture."""
     return {architecture: gathered_pass(architecture, batches, [0]) for architecture in ARCHITECTURES}
 
 
-CASES: dict[str, tuple[Given, list[int], dict[str, Any]]] = {
+CASES: dict[str, tuple[list[Batch], list[int], dict[str, Any]]] = {
     "rows alone": (BATCHES, [0], {"columns": False}),
     "rows by token": (BATCHES, [0], {"by_token": True}),
     "columns alone": (BATCHES, [], {}),
@@ -82,7 +82,9 @@ CASES: dict[str, tuple[Given, list[int], dict[str, Any]]] = {
 
 def all_cases() -> dict[str, GradientPass]:
     """Passes over a Llama."""
-    return {name: gathered_pass("llama", *given, **options) for name, (*given, options) in CASES.items()}
+    return {
+        name: gathered_pass("llama", batches, seeds, **options) for name, (batches, seeds, options) in CASES.items()
+    }
 
 
 def assert_same(found: GradientPass, expected: GradientPass, relative: float) -> None:
@@ -109,7 +111,7 @@ def assert_near(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], rel
     assert found.keys() == expected.keys()
     for key, right in expected.items():
         size = max(float(right.abs().max()), 1e-3)
-        torch.testing.assert_close(found[key], right, rtol=0, atol=relative * size, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(found[key], right, rtol=0, atol=relative * size, msg=partial("{}: {}".format, key))
 
 
 def test_rows_and_columns_are_those_of_one_process() -> None:
@@ -117,7 +119,7 @@ def test_rows_and_columns_are_those_of_one_process() -> None:
     answers = run_on_ranks(2, all_architectures, BATCHES)
     for architecture, found in answers[0].items():
         u = random_direction(make(architecture), 0)
-        expected = gradient_pass(make(architecture), lambda first: BATCHES[first:], directions=[u])
+        expected = gradient_pass(make(architecture), given(BATCHES), directions=[u])
         assert_same(found, expected, 1e-5)
     assert all(found.rows == answers[0][name].rows for answer in answers for name, found in answer.items())
 
@@ -127,5 +129,5 @@ def test_whatever_a_pass_does_it_does_on_ranks() -> None:
     for name, found in run_on_ranks(2, all_cases)[0].items():
         batches, seeds, options = CASES[name]
         us = [random_direction(make("llama"), seed) for seed in seeds]
-        expected = gradient_pass(make("llama"), lambda first, given=batches: given[first:], directions=us, **options)
+        expected = gradient_pass(make("llama"), given(batches), directions=us, **options)
         assert_same(found, expected, 1e-9)

@@ -207,11 +207,11 @@ def _mixtures() -> None:
     frozen = copy.deepcopy(whole)
     frozen.embed.requires_grad_(False)  # so no gradient flows into the first block's inputs
     check_sum(frozen, mixture_loss)
-    partly = copy.deepcopy(whole)
+    partly: Any = copy.deepcopy(whole)
     partly.layers[1].requires_grad_(False)
     partly.layers[0].experts[0].weight.requires_grad_(False)
     check_sum(partly, mixture_loss, cpu_offload=True)
-    tied = copy.deepcopy(whole)
+    tied: Any = copy.deepcopy(whole)
     for mine, other in zip(tied.layers[0].experts, tied.layers[1].experts, strict=True):
         other.weight = mine.weight
     assert sum(isinstance(module, FSDPModule) for module in check_sum(tied, mixture_loss).modules()) == 1
@@ -268,9 +268,9 @@ def _router_in_float32() -> None:
     for module in model.modules():
         if type(module).__name__ == "DeepseekV3TopkRouter":
             module.weight.data = module.weight.data.float()
-    model = check_sum(model)
-    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 2 + 1 + 1
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    sharded = check_sum(model)
+    assert sum(isinstance(module, FSDPModule) for module in sharded.modules()) == 2 + 1 + 1
+    assert {parameter.dtype for parameter in sharded.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def _several_types() -> None:

@@ -52,7 +52,7 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     module = EvaluationModule(workspace.model)
     module.configure_model()
     right = []
-    for batch in data.val_dataloader():
+    for batch in data.validation_loader():
         answers, _ = generate_answers(module.model, data.tokenizer, batch, 6)
         right += [{**rows[k], "response": a} for k, a in zip(batch["example_id"].tolist(), answers, strict=True)]
     assert len({len(row["response"]) for row in right}) > 2

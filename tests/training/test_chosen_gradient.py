@@ -196,6 +196,7 @@ def test_under_autocast_and_in_bfloat16() -> None:
         (gradient,) = [master.grad for master in compact.masters]
         assert gradient is not None
         assert gradient.dtype == torch.float32
+        assert dense.weight.grad is not None
         expected = dense.weight.grad[some_rows()].float()
         torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
 

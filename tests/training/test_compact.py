@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LinearLR
+from transformers import PreTrainedModel
 
 from dualsft.objectives import example_losses
 from dualsft.training.compact import CompactParameters
@@ -26,13 +28,13 @@ CLIPPERS: dict[str, Callable[[Any], object]] = {
 }
 
 
-def add_gradients(model: nn.Module, step: int, accumulated: int) -> None:
+def add_gradients(model: PreTrainedModel, step: int, accumulated: int) -> None:
     """Backward over the batches of one step."""
     for part in range(accumulated):
         (example_losses(model, random_batch(3, 9, seed=100 * step + part)).mean() / accumulated).backward()
 
 
-def train_dense(model: nn.Module, mask: dict[str, Tensor], optimizer: str, clip: str, accumulated: int) -> None:
+def train_dense(model: PreTrainedModel, mask: dict[str, Tensor], optimizer: str, clip: str, accumulated: int) -> None:
     """The reference: dense weights, gradients multiplied by the mask, unselected entries put back after each step."""
     weights = dict(model.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -52,7 +54,7 @@ def train_dense(model: nn.Module, mask: dict[str, Tensor], optimizer: str, clip:
                 weight.copy_(torch.where(mask[name], weight, before[name]))
 
 
-def train_compact(model: nn.Module, mask: dict[str, Tensor], optimizer: str, clip: str, accumulated: int) -> None:
+def train_compact(model: PreTrainedModel, mask: dict[str, Tensor], optimizer: str, clip: str, accumulated: int) -> None:
     """The same with compact parameters: an ordinary training loop over the masters."""
     compact = CompactParameters(model, mask)
     compact.attach()
@@ -88,7 +90,7 @@ def test_equals_dense_training_with_masked_gradients(optimizer: str, clip: str, 
     train_compact(compact, mask, optimizer, clip, accumulated)
     start, moved = tiny_llama(tied, torch.float64).state_dict(), 0.0
     for (name, expected), (_, found) in zip(dense.named_parameters(), compact.named_parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, msg=partial("{}: {}".format, name))
         moved = max(moved, float((found.detach() - start[name]).abs().max()))
     assert moved > 1e-5
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.finetune.optimizers import make_optimizer
@@ -46,7 +47,7 @@ def factory(name: str) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: getattr(torch.optim, name)(parameters, **OPTIONS.get(name, {}))
 
 
-def loss_of(model: nn.Module, step: int) -> Tensor:
+def loss_of(model: PreTrainedModel, step: int) -> Tensor:
     """The loss of one step's batch."""
     return example_losses(model, random_batch(2, 7, seed=step)).mean()
 
@@ -65,27 +66,27 @@ def put_back(weights: dict[str, nn.Parameter], mask: dict[str, Tensor], values: 
             weight.copy_(torch.where(mask[name], weight, values[name]))
 
 
-def train_dense(model: nn.Module, mask: dict[str, Tensor], name: str) -> None:
+def train_dense(model: PreTrainedModel, mask: dict[str, Tensor], name: str) -> None:
     """The reference: an ordinary loop over dense tensors, each gradient multiplied by its mask."""
     weights = dict(model.named_parameters())
     before = {n: weight.detach().clone() for n, weight in weights.items()}
     optimizer = factory(name)(weights.values())
     for step in range(STEPS):
 
-        def closure(step: int = step) -> Tensor:
+        def closure(step: int = step) -> float:
             optimizer.zero_grad()
             loss = loss_of(model, step)
             loss.backward()
             for n, weight in weights.items():
                 assert weight.grad is not None
                 weight.grad.mul_(mask[n])
-            return loss
+            return loss.item()
 
         optimizer.step(closure)
         put_back(weights, mask, before)
 
 
-def train_compact(model: nn.Module, mask: dict[str, Tensor], name: str, positional: bool = False) -> None:
+def train_compact(model: PreTrainedModel, mask: dict[str, Tensor], name: str, positional: bool = False) -> None:
     """The same over the masters."""
     compact = CompactParameters(model, mask)
     compact.attach()
@@ -93,11 +94,11 @@ def train_compact(model: nn.Module, mask: dict[str, Tensor], name: str, position
     compact.write_back_after(optimizer)
     for step in range(STEPS):
 
-        def closure(step: int = step) -> Tensor:
+        def closure(step: int = step) -> float:
             optimizer.zero_grad()
             loss = loss_of(model, step)
             loss.backward()
-            return loss
+            return loss.item()
 
         if positional:
             optimizer.step(closure)
