@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.selection import Warmup
-from dualsft.selection.prior import Prior
+from dualsft.selection.prior import Confidence, Prior
 from tests.cases import Example, Gradients, collate, make, make_examples, pack, random_direction
 from tests.references import assert_same_gradients, float64_throughout, inner, slow_prior
 
@@ -123,7 +123,7 @@ def test_anchors_are_drawn_by_the_seed_and_apart_from_the_warm_up() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_losses_equal_the_loop_over_tokens(
-    pair: tuple[PreTrainedModel, PreTrainedModel], confidence: Any, temperature: float, shape: str
+    pair: tuple[PreTrainedModel, PreTrainedModel], confidence: Confidence, temperature: float, shape: str
 ) -> None:
     """τ² w KL of each example, whatever it is padded to or packed with, to float64's rounding; 0 without a response."""
     prior, examples = Prior(confidence=confidence, temperature=temperature), examples_with_a_bare_one()
@@ -147,7 +147,7 @@ def test_confidences_differ(pair: tuple[PreTrainedModel, PreTrainedModel]) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_gradients_equal_autograd_through_the_loop(
-    pair: tuple[PreTrainedModel, PreTrainedModel], confidence: Any, shape: str
+    pair: tuple[PreTrainedModel, PreTrainedModel], confidence: Confidence, shape: str
 ) -> None:
     """The sum of the losses has the sum of the gradients; the confidence, the teacher's alone, is a constant."""
     model, teacher = pair
