@@ -90,15 +90,15 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no form": ([], 1, "its forms are apply, revert, extract, peft"),
     "unknown form": (["aply"], 1, "no form 'aply'; its forms are apply"),
     "no base": (["apply"], 1, "--base is not given"),
-    "no delta": (["apply", "--base", "JOB/base"], 1, "--delta is not given"),
-    "no delta there": (["apply", "--base", "JOB/base", "--delta", "nowhere"], 1, "nowhere: no such file"),
+    "no delta": (["apply", "--base", "JOB/model"], 1, "--delta is not given"),
+    "no delta there": (["apply", "--base", "JOB/model", "--delta", "nowhere"], 1, "nowhere: no such file"),
     "no such base": (
         ["apply", "--base", "./none", "--delta", "JOB/fit/delta.safetensors"],
         1,
         "./none: no such folder",
     ),
     "no delta but a model": (
-        ["apply", "--base", "JOB/base", "--delta", "JOB/base/model.safetensors"],
+        ["apply", "--base", "JOB/model", "--delta", "JOB/model/model.safetensors"],
         1,
         "is not a delta",
     ),
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "another form's option": (["apply", "--model", "x"], 2, "--model"),
     "missing configuration": (["apply", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
     "the base reverted": (
-        ["revert", "--base", "JOB/base", "--model", "JOB/other", "--delta", "JOB/fit/delta.safetensors"],
+        ["revert", "--base", "JOB/model", "--model", "JOB/other", "--delta", "JOB/fit/delta.safetensors"],
         1,
         "made from another model",
     ),
@@ -353,7 +353,7 @@ def test_peft_loads_the_adapter(job: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     run(["export", "peft", *pair(job), "--output_dir", str(tmp_path / "adapter")])
     ids = torch.randint(5, 300, (2, 30), generator=torch.Generator().manual_seed(0))
-    tuned, base = (load_model(str(job / name)).eval() for name in ("fit/model", "base"))
+    tuned, base = (load_model(str(job / name)).eval() for name in ("fit/model", "model"))
     with torch.no_grad():
         expected, before = tuned(input_ids=ids).logits, base(input_ids=ids).logits
         found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits

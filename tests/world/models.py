@@ -15,6 +15,7 @@ DENSE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "initializer_range": 0.5,
+    "pad_token_id": None,
 }
 """Sizes of a Llama of some 1,500 weights, small enough for its Hessian."""
 
