@@ -106,7 +106,7 @@ def test_model_card(exported: Workspace) -> None:
     changed, total = sum(delta.counts.values()), sum(p.numel() for p in load_model(exported.model).parameters())
     assert f"with {changed:,} of its {total:,} weights" in card.text
     train, validation = read_records(exported.train), read_records(exported.validation)
-    assert f"training data: pool.jsonl, 24 rows, SHA-256 `{train.fingerprint}`" in card.text
+    assert f"training data: train.jsonl, 24 rows, SHA-256 `{train.fingerprint}`" in card.text
     assert "optimizer: AdamW (lr 0.003, betas 0.9, 0.999, eps 1e-08, weight_decay 0.1)" in card.text
     for line in ("- epochs: 2", "- examples: 17", "- batch tokens: 400", model_fingerprint(exported.model)):
         assert line in card.text
