@@ -44,6 +44,8 @@ _DUMMY: Batch = {
 class ModelCalls:
     """Forward and backward of batches and of single examples, with the sums that backward adds to.
 
+    Forward is ``losses(model, *begin(batch))``.
+
     Args:
         model: The model.
         columns: The gradients' sums, if they are wanted.
@@ -54,6 +56,7 @@ class ModelCalls:
         derivative: A backward pass, or what takes its place.
 
     Attributes:
+        rows: The accumulator of the taps.
         void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
     """
 
@@ -68,15 +71,9 @@ class ModelCalls:
         derivative: Derivative,
     ) -> None:
         self.model, self.columns, self.row_sums, self.statistics = model, columns, row_sums, statistics
-        self._rows = row_sums.rows if row_sums else None
-        self._gather, self._losses, self._derivative = gather, losses, derivative
+        self.rows = row_sums.rows if row_sums else None
+        self.losses, self._gather, self._derivative = losses, gather, derivative
         self.void = False
-
-    def restart(self) -> None:
-        """Begin all sums again."""
-        self.void = False
-        if self.columns:
-            self.columns.reset()
 
     def wait(self, kind: CallKind) -> None:
         """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
@@ -94,34 +91,30 @@ class ModelCalls:
         elif kind == CallKind.PROBE:
             self._probe(_DUMMY)
         else:
-            losses = self._forward(_DUMMY)
+            losses = self.losses(self.model, *self.begin(_DUMMY))
             if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
                 return
             self.backward(0 * losses)
             if any_rank(not self.finite):
                 self.find_nonfinite(None)
 
-    def forward(self, batch: Batch) -> Tensor | None:
-        """The losses of a batch, ready for backward; None if an output's axes are ambiguous at its width.
+    def begin(self, batch: Batch) -> tuple[Batch, Layout]:
+        """Make the taps ready for a batch; the batch on the model's device, and its layout."""
+        layout = Layout.of(batch)
+        self._gather.drop()
+        if self.rows is not None:
+            self.rows.begin(layout)
+        return to_device(batch, compute_device(self.model)), layout
+
+    def is_ambiguous(self) -> bool:
+        """Whether, after forward, some output's axes are ambiguous at the batch's width.
 
         Raises:
             UserError: if an output cannot be split into examples.
         """
-        self.wait(CallKind.STEP)
-        losses = self._forward(batch)
-        return None if self._is_ambiguous() else losses
-
-    def _forward(self, batch: Batch) -> Tensor:
-        layout = Layout.of(batch)
-        self._gather.drop()
-        if self._rows is not None:
-            self._rows.begin(layout)
-        return self._losses(self.model, to_device(batch, compute_device(self.model)), layout)
-
-    def _is_ambiguous(self) -> bool:
         try:
-            if self._rows is not None:
-                self._rows.check()
+            if self.rows is not None:
+                self.rows.check()
         except AmbiguousShapeError:
             return True
         return False
@@ -133,8 +126,8 @@ class ModelCalls:
         if losses.requires_grad:  # else nothing that is summed or scored took part
             self._derivative(losses.sum())
         self._gather.drop()
-        if self._rows is not None:
-            self._rows.complete()
+        if self.rows is not None:
+            self.rows.complete()
 
     @property
     def finite(self) -> bool:
@@ -143,7 +136,7 @@ class ModelCalls:
 
     def _has_finite_rows(self) -> bool:
         """Whether the rows are finite, as far as they are known: an example alone may have ambiguous axes."""
-        return self._rows is None or self._is_ambiguous() or bool(self._rows.read().isfinite().all())
+        return self.rows is None or self.is_ambiguous() or bool(self.rows.read().isfinite().all())
 
     def has_finite_loss(self, example: Batch) -> bool:
         """Whether the loss of a batch of one example is finite."""
@@ -152,7 +145,7 @@ class ModelCalls:
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
-        return self._losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
+        return self.losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
 
     def find_nonfinite(self, batch: Batch | None) -> set[int]:
         """The ids of the examples whose gradient is not finite, after a backward that was not; the sums become void.
@@ -184,16 +177,13 @@ class ModelCalls:
         """Whether the gradient of an example, which is added to no sum, is finite."""
         finite: list[Tensor] = []
         # the same weights on every rank, and as in a spot check, since their gradients are exchanged
-        names = (
-            self.row_sums.directions[0]
-            if self.row_sums
-            else [name for name, p in self.model.named_parameters() if p.requires_grad]
-        )
+        trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = self.row_sums.directions[0] if self.row_sums else trainable
         with (
             suspended(self.statistics, self.columns),
             watched_gradients(self.model, names, lambda _, gradient: finite.append(all_finite(gradient))),
         ):
-            self.backward(self._forward(example))
+            self.backward(self.losses(self.model, *self.begin(example)))
         return self._has_finite_rows() and all(map(bool, finite))
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from dualsft.data.layout import Batch, one_example
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import Derivative, Losses, ModelCalls, suspended
-from dualsft.matrix.nonfinite import drop_examples, finite_losses
+from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
@@ -109,15 +109,13 @@ def gradient_pass(
         if not columns and not statistics:
             stack.enter_context(requires_grad(model.parameters(), False))  # rows need no weight gradients
         calls = ModelCalls(model, column_sums, row_sums, statistics, gather, losses, derivative)
-        # 2. The pass, until no gradient is met that is not finite.
-        attempt = _Attempt(calls, LOSS in measurement.names)
+        # 2. Forward, backward and counting, batch by batch.
+        scoring = _Pass(calls, LOSS in measurement.names)
         if keeper and (kept := keeper.load()):
-            attempt.resume(*kept)
-        result = attempt.run(batches, watch, keeper)
-        while calls.void:
-            calls.restart()
-            attempt = _Attempt(calls, LOSS in measurement.names, result.nonfinite)
-            result = attempt.run(batches, watch, keeper)
+            scoring.resume(*kept)
+        for batch in scoring.batches(batches, watch, keeper):
+            scoring.score(batch)
+        result = scoring.result
         # 3. The sums of ranks that each held the full model.
         if shards:
             result.sums = {name: shard_copy(all_reduce_sum(s), shards[name]) for name, s in result.sums.items()}
@@ -130,36 +128,45 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-class _Attempt:
-    """One attempt at a pass: it counts if no gradient is met that is not finite (`ModelCalls.void`).
+class _Pass:
+    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`).
 
     Args:
         calls: The model's calls, with the sums.
         keep_losses: Whether each example's loss is part of the result.
-        excluded: Ids of the examples that spoilt an earlier attempt.
     """
 
-    def __init__(self, calls: ModelCalls, keep_losses: bool, excluded: Iterable[int] = ()) -> None:
-        self._calls, self._keep_losses, self._excluded = calls, keep_losses, frozenset(excluded)
-        self._result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(self._excluded))
-        if calls.row_sums is not None:
-            self._result.rows = [{} for _ in calls.row_sums.directions]
-            self._result.tokens = [{} for _ in calls.row_sums.directions if calls.row_sums.rows.by_token]
-        self._done = 0
+    def __init__(self, calls: ModelCalls, keep_losses: bool) -> None:
+        self._calls, self._keep_losses = calls, keep_losses
+        self._begin(frozenset())
+
+    def _begin(self, excluded: frozenset[int]) -> None:
+        """Begin without the examples that spoilt an earlier attempt."""
+        calls, self._excluded = self._calls, excluded
+        calls.void, self._done = False, 0
+        self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))
+        if calls.row_sums:
+            self.result.rows = [{} for _ in calls.row_sums.directions]
+            self.result.tokens = [{} for _ in calls.row_sums.directions if calls.row_sums.rows.by_token]
         self._checked: set[bool] = set()
 
-    def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
-        """Go through the batches; each rank through its own, a round of one each at a time."""
-        for batch in self._rounds(iter(watch(batches(self._done)))):
-            if keeper and any_rank(keeper.due()):
-                keeper.save(*self._state())
-            for part in self._parts(batch) if batch is not None else ():
-                self._score(part)
-            self._calls.wait(CallKind.NOTHING)
-            self._done += 1
-        self._note_covered()
-        self._result.share()
-        return self._result
+    def batches(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> Iterator[Batch]:
+        """What to score: each rank's own batches, a round of one each at a time, until no gradient is not finite."""
+        while True:
+            for batch in self._rounds(iter(watch(batches(self._done)))):
+                if keeper and any_rank(keeper.due()):
+                    keeper.save(*self._state())
+                yield from self._parts(batch) if batch is not None else ()
+                self._calls.wait(CallKind.NOTHING)
+                self._done += 1
+                if self._calls.rows:
+                    self.result.covered |= self._calls.rows.covered
+            self.result.share()
+            if not self._calls.void:
+                return
+            if self._calls.columns:
+                self._calls.columns.reset()
+            self._begin(frozenset(self.result.nonfinite))
 
     def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
         """This rank's batches, and None for as long as other ranks have some left."""
@@ -173,13 +180,18 @@ class _Attempt:
             return [batch]
         return [one_example(batch, k) for k in range(len(batch["example_id"]))]
 
-    def _score(self, batch: Batch) -> None:
-        calls, result = self._calls, self._result
+    def score(self, batch: Batch) -> None:
+        """Add a batch to the sums, and its rows and measurements to the result."""
+        calls, result = self._calls, self.result
         # 1. Forward, without the examples that spoilt an earlier attempt or whose loss is not finite.
-        batch = drop_examples(batch, self._excluded)
-        found = finite_losses(batch, calls.forward, calls.has_finite_loss, calls.row_sums is not None)
+        found = FiniteLosses(drop_examples(batch, self._excluded), calls.has_finite_loss, calls.rows is not None)
+        while found.pending:
+            calls.wait(CallKind.STEP)
+            losses = calls.losses(calls.model, *calls.begin(found.batch))
+            found.inspect(None if calls.is_ambiguous() else losses)
+            del losses  # with its graph, before another forward pass
         result.nonfinite |= found.nonfinite
-        if len(found.losses):
+        if found.losses is not None:
             # 2. Backward, which adds to the sums on all ranks.
             calls.backward(found.losses)
             # 3. Count the examples, or find those whose gradient is not finite.
@@ -189,26 +201,22 @@ class _Attempt:
                 self._count(found.batch, found.losses)
         # 4. What its company spoilt is scored by itself.
         for example in found.alone:
-            self._score(example)
+            self.score(example)
 
     def _count(self, batch: Batch, losses: Tensor) -> None:
-        ids = batch["example_id"].tolist()
-        self._result.counted += len(ids)
-        self._measure(ids, losses)
-        if self._calls.row_sums is not None:
-            self._read_rows(batch, ids, self._calls.row_sums)
-
-    def _measure(self, ids: list[int], losses: Tensor) -> None:
-        measured = self._result.measured
+        ids, measured = batch["example_id"].tolist(), self.result.measured
+        self.result.counted += len(ids)
         if self._keep_losses:
             measured.setdefault(LOSS, {}).update(zip(ids, losses.detach().double().cpu(), strict=True))
         if self._calls.statistics:
             (example,) = ids
             for name, value in self._calls.statistics.read().items():
                 measured.setdefault(name, {})[example] = value
+        if self._calls.row_sums:
+            self._read_rows(batch, ids, self._calls.row_sums)
 
     def _read_rows(self, batch: Batch, ids: list[int], row_sums: RowSums) -> None:
-        calls, result, rows = self._calls, self._result, row_sums.rows
+        calls, result, rows = self._calls, self.result, row_sums.rows
         values = rows.read().tolist()
         for of_direction, scores in zip(result.rows, values, strict=True):
             of_direction.update(zip(ids, scores, strict=True))
@@ -221,20 +229,15 @@ class _Attempt:
             with suspended(calls.statistics, row_sums, calls.columns):
                 spot_check(calls.model, row_sums, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
-    def _note_covered(self) -> None:
-        if self._calls.row_sums:
-            self._result.covered |= self._calls.row_sums.rows.covered
-
     def _state(self) -> State:
-        self._note_covered()
-        tensors, notes = self._result.state()
+        tensors, notes = self.result.state()
         return tensors, {**notes, "done": self._done, "void": self._calls.void, "excluded": sorted(self._excluded)}
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Go on from the state that an earlier run kept."""
         self._done, self._calls.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
-        sums = self._result.sums  # the hooks add to these very tensors
-        self._result = GradientPass.from_state(tensors, notes)
-        for name, kept in self._result.sums.items():
+        sums = self.result.sums  # the hooks add to these very tensors
+        self.result = GradientPass.from_state(tensors, notes)
+        for name, kept in self.result.sums.items():
             sums[name].copy_(kept)
-        self._result.sums = sums
+        self.result.sums = sums

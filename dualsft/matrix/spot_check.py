@@ -5,18 +5,18 @@ its module, and raise no error. So the row of an example in its batch must be <u
 the gradient is autograd's own and its product with u is computed as soon as each parameter's gradient is complete.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import RowSums, check_covered
+from dualsft.matrix.interaction import RowSums
 from dualsft.matrix.placement import requires_grad
 from dualsft.objectives import example_losses
 from dualsft.sharding.shards import compute_device
@@ -68,6 +68,26 @@ def spot_check(
                 "owns it.",
                 NO_PACKING if "spans" in batch else "",
             )
+
+
+def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:
+    """Check that the rows cover every parameter that has a gradient.
+
+    Args:
+        model: The model.
+        covered: Names of the parameters whose module has been tapped.
+        moved: Names of the parameters whose gradient is not zero.
+
+    Raises:
+        UserError: naming the parameters that the loss depends on past any tapped module.
+    """
+    if missed := [name for name in moved if name not in set(covered)]:
+        kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
+        raise UserError(
+            f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
+            f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
+            "the module that owns them."
+        )
 
 
 @torch.no_grad()
