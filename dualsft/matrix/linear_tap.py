@@ -59,10 +59,11 @@ class LinearTap(Tap):
         """Add to the rows, and return the gradients that are needed; see `LinearBackward`."""
         transposed = type(self.module) is Conv1D
         weight = weight.t() if transposed else weight
-        us = [u["weight"].t() if transposed else u["weight"] for u in self.tangents]
+        tangents = list(self.tangents())
+        us = [u["weight"].t() if transposed else u["weight"] for u in tangents]
         needs_input, needs_weight, _ = needs
         narrow = a.to(e.dtype)
-        for k, u in enumerate(self.tangents):
+        for k, u in enumerate(tangents):
             if "bias" in u:
                 self.rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
         gradient = None

@@ -44,19 +44,10 @@ _DUMMY: Batch = {
 class ModelCalls:
     """Forward and backward of batches and of single examples, with the sums that backward adds to.
 
-    Forward is ``losses(model, *begin(batch))``.
-
-    Args:
-        model: The model.
-        columns: The gradients' sums, if they are wanted.
-        row_sums: The taps, if rows are wanted.
-        statistics: What measures each example's gradient, if anything is to.
-        gather: Makes a sharded model's directions available in backward.
-        losses: l_i of each example of a batch.
-        derivative: A backward pass, or what takes its place.
+    Forward is ``losses(model, *begin(batch))``. Columns, rows and statistics of each example's gradient are None where
+    they are not wanted; ``gather`` makes a sharded model's directions available in backward.
 
     Attributes:
-        rows: The accumulator of the taps.
         void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
     """
 
@@ -148,13 +139,12 @@ class ModelCalls:
         return self.losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
 
     def find_nonfinite(self, batch: Batch | None) -> set[int]:
-        """The ids of the examples whose gradient is not finite, after a backward that was not; the sums become void.
+        """The ids of this rank's examples whose gradient is not finite, after a backward that was not.
 
-        Args:
-            batch: This rank's, if it has one.
+        The sums become void.
 
         Raises:
-            UserError: if there is none on any rank.
+            UserError: if there is no such example on any rank.
         """
         self.void = True
         if self.columns:

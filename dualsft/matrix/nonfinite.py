@@ -1,8 +1,7 @@
 """Which examples spoilt a batch: those whose loss or gradient is not finite by itself.
 
-A batch whose losses or gradients are not all finite does not show by itself which example is to blame: in a packed row
-one example's NaN spreads to its neighbours, and gradients are sums over the batch. So the suspects are looked at one by
-one. What is finite alone stays.
+Losses and gradients that are not finite do not show which example is to blame: in a packed row one example's NaN
+spreads to its neighbours, and gradients are sums over the batch. So the suspects are looked at one by one.
 """
 
 from collections.abc import Callable, Collection

@@ -129,12 +129,7 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 class _Pass:
-    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`).
-
-    Args:
-        calls: The model's calls, with the sums.
-        keep_losses: Whether each example's loss is part of the result.
-    """
+    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`)."""
 
     def __init__(self, calls: ModelCalls, keep_losses: bool) -> None:
         self._calls, self._keep_losses = calls, keep_losses
@@ -151,34 +146,35 @@ class _Pass:
         self._checked: set[bool] = set()
 
     def batches(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> Iterator[Batch]:
-        """What to score: each rank's own batches, a round of one each at a time, until no gradient is not finite."""
+        """Each rank's own batches, a round of one each at a time; from the start again if some gradient is not finite.
+
+        Where every example's own gradient is needed, the examples come one by one.
+        """
+        calls = self._calls
+        single = calls.statistics or (calls.columns and calls.columns.squared)
         while True:
             for batch in self._rounds(iter(watch(batches(self._done)))):
                 if keeper and any_rank(keeper.due()):
                     keeper.save(*self._state())
-                yield from self._parts(batch) if batch is not None else ()
-                self._calls.wait(CallKind.NOTHING)
+                if batch is not None and single:
+                    yield from (one_example(batch, k) for k in range(len(batch["example_id"])))
+                elif batch is not None:
+                    yield batch
+                calls.wait(CallKind.NOTHING)
                 self._done += 1
-                if self._calls.rows:
-                    self.result.covered |= self._calls.rows.covered
+                if calls.rows:
+                    self.result.covered |= calls.rows.covered
             self.result.share()
-            if not self._calls.void:
+            if not calls.void:
                 return
-            if self._calls.columns:
-                self._calls.columns.reset()
+            if calls.columns:
+                calls.columns.reset()
             self._begin(frozenset(self.result.nonfinite))
 
     def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
         """This rank's batches, and None for as long as other ranks have some left."""
         while any_rank((batch := next(batches, None)) is not None):
             yield batch
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch, or each of its examples where every example's own gradient is needed."""
-        calls = self._calls
-        if not calls.statistics and not (calls.columns and calls.columns.squared):
-            return [batch]
-        return [one_example(batch, k) for k in range(len(batch["example_id"]))]
 
     def score(self, batch: Batch) -> None:
         """Add a batch to the sums, and its rows and measurements to the result."""

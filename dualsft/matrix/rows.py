@@ -22,7 +22,6 @@ class Rows:
 
     Attributes:
         layout: The current batch's.
-        by_token: Whether contributions are kept by token.
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
             backward also where all weights before it are frozen.
         covered: Names of the parameters whose module has been tapped in some forward pass.
@@ -43,12 +42,7 @@ class Rows:
         self.refusals: list[AmbiguousShapeError | UserError] = []
 
     def check(self) -> None:
-        """Check, after the forward pass, that every output of a scored module could be tapped.
-
-        Raises:
-            AmbiguousShapeError: if a wider batch is needed.
-            UserError: naming a module whose output cannot be split into examples.
-        """
+        """Check, after the forward pass, that every output of a scored module could be tapped; raises the refusals."""
         if self.refusals:
             raise next((error for error in self.refusals if isinstance(error, UserError)), self.refusals[0])
 
@@ -60,8 +54,7 @@ class Rows:
         """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
 
         Raises:
-            RuntimeError: if none has.
-            AmbiguousShapeError, UserError: see `check`.
+            RuntimeError: if no backward has run since `begin`; also what `check` raises.
         """
         self.check()
         if not (self._complete or self._examples or self._tokens):
@@ -75,21 +68,17 @@ class Rows:
         return rows
 
     def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
-        """The contributions of each token's activations and their gradients, which add up to <u, g_i> of the k-th u.
-
-        A token's contribution is that of every use of a weight at its position.
-        """
-        if k not in self._tokens:
-            zeros = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
-            return self.layout.by_example(zeros)
-        return self.layout.by_example(self._tokens[k])
+        """Each token's contribution to <u, g_i> of the k-th u: that of every use of a weight at its position."""
+        if (tokens := self._tokens.get(k)) is None:
+            tokens = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
+        return self.layout.by_example(tokens)
 
     def check_shape(self, shape: torch.Size, where: str) -> None:
         """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
 
         Raises:
-            AmbiguousShapeError: if the token axis is needed and is not known.
-            UserError: naming the module, if the output cannot be split.
+            AmbiguousShapeError: if the token axis is needed and is not known in a batch of this width.
+            UserError: if the output cannot be split.
         """
         if self._splits_rows:
             self.layout.token_axis(shape, where)

@@ -43,10 +43,10 @@ def spot_check(
 
     Args:
         model: The model, without our hooks.
-        row_sums: What the batch was scored with.
+        row_sums: The taps that the batch was scored with.
         batch: The batch.
         rows: Its rows, for each direction.
-        dtype: The type that activations have, which decides how close the rows must be.
+        dtype: The activations' type, which decides how close the rows must be.
         wait: Returns, before each forward and backward, when other ranks are ready for it.
 
     Raises:
@@ -71,15 +71,12 @@ def spot_check(
 
 
 def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:
-    """Check that the rows cover every parameter that has a gradient.
+    """Check that the rows cover every parameter that has a gradient, or else name those that they miss.
 
     Args:
         model: The model.
         covered: Names of the parameters whose module has been tapped.
         moved: Names of the parameters whose gradient is not zero.
-
-    Raises:
-        UserError: naming the parameters that the loss depends on past any tapped module.
     """
     if missed := [name for name in moved if name not in set(covered)]:
         kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
@@ -92,26 +89,26 @@ def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
-    """Check that some examples of a packed batch have the losses there that they have alone.
+    """Check that some examples of a packed batch have the losses there that they have alone, in evaluation mode.
 
     Args:
-        model: The model; in evaluation mode for as long as it takes.
+        model: The model.
         batch: A packed batch; a padded one has nothing to check.
-        dtype: The type that activations have, which decides how close the losses must be.
+        dtype: The activations' type, which decides how close the losses must be.
 
     Raises:
-        UserError: if they do not, so that the model lets packed examples see one another.
+        UserError: if the model lets packed examples see one another.
     """
     if "spans" not in batch:
         return
-    training = model.training
+    training, tolerance = model.training, _tolerance(dtype)
     model.eval()
     together = example_losses(model, to_device(batch, compute_device(model)))
     for k in _examples_to_check(batch):
         alone = example_losses(model, to_device(one_example(batch, k), compute_device(model)))[0]
         if not bool(together[k].isfinite()):  # by itself or by a neighbour: the pass will see, and leave that one out
             continue
-        if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):
+        if not torch.isclose(together[k], alone, rtol=tolerance, atol=tolerance):
             raise UserError(
                 f"{type(model).__name__} lets packed examples see one another: example {int(batch['example_id'][k])} "
                 f"has a loss of {together[k]:.6g} among others and {alone:.6g} alone.",
@@ -154,12 +151,9 @@ def _products_alone(
 def watched_gradients(
     model: PreTrainedModel, names: Collection[str], watch: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``watch`` with each parameter's gradient when backward has completed it, and drop it, while this is open.
+    """Call ``watch`` with each named parameter and its gradient when backward has completed it, and drop the gradient.
 
-    Args:
-        model: The model; of a sharded one, the gradients are this rank's own.
-        names: Of the parameters; those that are frozen require a gradient while the context is open.
-        watch: Is called with a parameter's name and its gradient.
+    Frozen parameters require a gradient while the context is open; those of a sharded model are this rank's own.
     """
     scored = {name: p for name, p in model.named_parameters() if name in names}
 

@@ -8,7 +8,7 @@ where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from dualsft.data.layout import AmbiguousShapeError
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.rows import Rows
-from dualsft.models.lazy import LazyTensors
 
 
 class Tap(ABC):
@@ -32,8 +31,7 @@ class Tap(ABC):
         rows: What the tap adds to.
         where: The module's name and type, for errors.
         module: The module.
-        names: The module's own name -> the model's name of each parameter that is scored here; one parameter may have
-            several names in the module.
+        names: The module's own names -> the model's name of each parameter that is scored here.
         directions: Each u, by the model's names.
     """
 
@@ -45,9 +43,8 @@ class Tap(ABC):
         names: Mapping[str, str],
         directions: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        self.rows, self.where, self.module, self._scored = rows, where, module, set(names.values())
-        # only in backward does a sharded model have them
-        self.tangents = [LazyTensors(names, partial(_renamed, u, names)) for u in directions]
+        self.rows, self.where, self.module = rows, where, module
+        self._names, self._directions = names, directions
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The module's output with the tap on it; None, which leaves the output, if nothing can be tapped.
@@ -62,20 +59,16 @@ class Tap(ABC):
             self.rows.refusals.append(error)
             return None
         if tapped is not None:
-            self.rows.covered |= self._scored
+            self.rows.covered |= set(self._names.values())
         return tapped
+
+    def tangents(self) -> Iterator[dict[str, Tensor]]:
+        """Each u by the module's own names; a sharded model has it in backward alone."""
+        return ({own: u[name] for own, name in self._names.items()} for u in self._directions)
 
     @abstractmethod
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with the tap on it; None if nothing can be tapped.
-
-        Raises:
-            AmbiguousShapeError, UserError: see `Rows.check_shape`.
-        """
-
-
-def _renamed(u: Mapping[str, Tensor], names: Mapping[str, str], name: str) -> Tensor:
-    return u[names[name]]
+        """The output with the tap on it, or None; raises what `Rows.check_shape` raises."""
 
 
 class GeneralTap(Tap):
@@ -108,14 +101,10 @@ class GeneralTap(Tap):
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
-        """Check that the k-th output can be split.
+        """Check that the k-th output can be split; its axes may be ambiguous until batches of two widths are seen.
 
-        Axes that are as long as a row in batches of two widths all count tokens, as those of attention weights do; the
-        first of them is the one whose tokens the output belongs to.
-
-        Raises:
-            AmbiguousShapeError: if only one width has been seen.
-            UserError: if it cannot be split.
+        Axes that are as long as a row in both all count tokens, as those of attention weights do; the first of them is
+        the one whose tokens the output belongs to.
         """
         try:
             self.rows.check_shape(shape, self.where)
@@ -131,19 +120,16 @@ class GeneralTap(Tap):
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Args:
-            inputs: The flattened arguments of the call, with `_TENSOR` in place of tensors.
+            inputs: The call's flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
             structure: Makes positional and keyword arguments of them.
             k: The leaf's number.
             tensors: The tensors among the arguments.
             e: The leaf's gradient.
-
-        Raises:
-            UserError: if the module cannot be differentiated forwards.
         """
-        rest = iter(tensors)
-        leaves = [next(rest).detach() if leaf is _TENSOR else leaf for leaf in inputs]
+        kept = iter(tensors)
+        leaves = [next(kept).detach() if leaf is _TENSOR else leaf for leaf in inputs]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
-        for direction, u in enumerate(self.tangents):
+        for direction, u in enumerate(self.tangents()):
             try:
                 product = self._product(self.module, u, args, kwargs, k, e.dtype)
             except Exception as error:  # the module's own code may raise anything
@@ -163,9 +149,9 @@ _TENSOR = object()
 
 
 class _TapFunction(torch.autograd.Function):
-    """The identity, whose backward adds (∂f/∂w)u · e to the rows.
+    """The identity, whose backward adds (∂f/∂w)u · e to the rows; the module's inputs are arguments too.
 
-    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    They go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
     longer than the module's own graph keeps it.
     """
 
