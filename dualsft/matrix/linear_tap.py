@@ -122,29 +122,19 @@ def example_gradients(
     values = []
     for first in range(0, height, step):
         block = slice(first, first + step)
-        part, total = _block_gradients(x[..., block], y, [u[block].to(wide) for u in us], layout, buffer)
-        values.append(part)
+        parts = [u[block].to(wide) for u in us]
+        one, scratch = buffer[:, : len(parts[0])]
+        total = torch.zeros_like(one)
+        products = []
+        for row, start, length in layout.spans:
+            span = slice(start, start + length)
+            _outer(x[row, span, block], y[row, span], one)
+            # not torch.dot, which adds a million products in a handful of float32 numbers
+            products += [torch.mul(one, u, out=scratch).sum() for u in parts]
+            total.add_(one)
+        values.append(torch.stack(products).double().view(-1, len(us)).t())
         gradient[block] = total
     return torch.stack(values).sum(0), gradient.t() if transposed else gradient
-
-
-def _block_gradients(
-    x: Float[Tensor, "row token m"],
-    y: Float[Tensor, "row token n"],
-    us: Sequence[Float[Tensor, "m n"]],
-    layout: Layout,
-    buffer: Float[Tensor, "2 step n"],
-) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "m n"]]:
-    one, scratch = buffer[:, : x.shape[-1]]
-    total = torch.zeros_like(one)
-    products = []
-    for row, first, length in layout.spans:
-        span = slice(first, first + length)
-        _outer(x[row, span], y[row, span], one)
-        # not torch.dot, which adds a million products in a handful of float32 numbers
-        products += [torch.mul(one, u, out=scratch).sum() for u in us]
-        total.add_(one)
-    return torch.stack(products).double().view(-1, len(us)).t(), total
 
 
 def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:

@@ -7,6 +7,7 @@ due it takes part in the other ranks' calls with a dummy example, which adds not
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.nonfinite import all_finite, nonfinite_examples
+from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import ExampleStatistics
 from dualsft.matrix.spot_check import watched_gradients
 from dualsft.sharding.collectives import any_rank
@@ -41,6 +43,7 @@ _DUMMY: Batch = {
 }
 
 
+@dataclass(eq=False)
 class ModelCalls:
     """Forward and backward of batches and of single examples, with the sums that backward adds to.
 
@@ -51,20 +54,19 @@ class ModelCalls:
         void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        columns: ColumnSums | None,
-        row_sums: RowSums | None,
-        statistics: ExampleStatistics | None,
-        gather: UnitGather,
-        losses: Losses,
-        derivative: Derivative,
-    ) -> None:
-        self.model, self.columns, self.row_sums, self.statistics = model, columns, row_sums, statistics
-        self.rows = row_sums.rows if row_sums else None
-        self.losses, self._gather, self._derivative = losses, gather, derivative
-        self.void = False
+    model: PreTrainedModel
+    columns: ColumnSums | None
+    row_sums: RowSums | None
+    statistics: ExampleStatistics | None
+    gather: UnitGather
+    losses: Losses
+    derivative: Derivative
+    void: bool = False
+
+    @property
+    def rows(self) -> Rows | None:
+        """The accumulator of the taps, if there are any."""
+        return self.row_sums.rows if self.row_sums else None
 
     def wait(self, kind: CallKind) -> None:
         """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
@@ -72,7 +74,7 @@ class ModelCalls:
 
     def wait_for_probe(self) -> None:
         """Return when gradients of single examples are due."""
-        self._gather.drop()  # on all ranks, which gather again together
+        self.gather.drop()  # on all ranks, which gather again together
         self.wait(CallKind.PROBE)
 
     def _take_part(self, kind: CallKind) -> None:
@@ -92,7 +94,7 @@ class ModelCalls:
     def begin(self, batch: Batch) -> tuple[Batch, Layout]:
         """Make the taps ready for a batch; the batch on the model's device, and its layout."""
         layout = Layout.of(batch)
-        self._gather.drop()
+        self.gather.drop()
         if self.rows is not None:
             self.rows.begin(layout)
         return to_device(batch, compute_device(self.model)), layout
@@ -115,8 +117,8 @@ class ModelCalls:
         if self.statistics:
             self.statistics.begin()
         if losses.requires_grad:  # else nothing that is summed or scored took part
-            self._derivative(losses.sum())
-        self._gather.drop()
+            self.derivative(losses.sum())
+        self.gather.drop()
         if self.rows is not None:
             self.rows.complete()
 

@@ -87,7 +87,10 @@ class FiniteLosses:
     def _without_spoilt(self, finite: Bool[Tensor, " example"]) -> Batch:
         suspects = set(self.batch["example_id"][~finite].tolist())
         # 3. Leave out the examples that are not finite alone, and see whether the others are now.
-        alone = _is_one_example(self.batch)
+        width = self.batch["input_ids"].shape[1]
+        alone = len(self.batch["input_ids"]) == 1 and Layout.of(self.batch).spans == (
+            (0, 0, width),
+        )  # looked at already
         if bad := suspects if alone else set(nonfinite_examples(self.batch, self._is_finite, suspects)):
             self.nonfinite |= bad
             return drop_examples(self.batch, bad)
@@ -98,8 +101,3 @@ class FiniteLosses:
     def _not_square(self, batch: Batch) -> Batch:
         square = len(batch["input_ids"]) == batch["input_ids"].shape[1]
         return widen(batch) if self._has_rows and square else batch
-
-
-def _is_one_example(batch: Batch) -> bool:
-    """Whether the batch is one example without padding, of which looking at it alone would show nothing new."""
-    return len(batch["input_ids"]) == 1 and Layout.of(batch).spans == ((0, 0, batch["input_ids"].shape[1]),)

@@ -100,7 +100,7 @@ def gradient_pass(
         gather = stack.enter_context(UnitGather(model, [*directions, factors]))
         *us, full_factors = gather.full_tensors
         statistics = None
-        if measurement.by_example:
+        if set(measurement.names) - {LOSS}:  # each example's own gradient
             statistics = stack.enter_context(ExampleStatistics(model, measurement, full_factors, drop=not columns))
         column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
         row_sums = RowSums(model, us, by_token) if directions else None
@@ -153,9 +153,12 @@ class _Pass:
         calls = self._calls
         single = calls.statistics or (calls.columns and calls.columns.squared)
         while True:
-            for batch in self._rounds(iter(watch(batches(self._done)))):
+            own = iter(watch(batches(self._done)))
+            while any_rank((batch := next(own, None)) is not None):  # None for as long as other ranks have some left
                 if keeper and any_rank(keeper.due()):
-                    keeper.save(*self._state())
+                    tensors, notes = self.result.state()
+                    attempt = {"done": self._done, "void": calls.void, "excluded": sorted(self._excluded)}
+                    keeper.save(tensors, {**notes, **attempt})
                 if batch is not None and single:
                     yield from (one_example(batch, k) for k in range(len(batch["example_id"])))
                 elif batch is not None:
@@ -170,11 +173,6 @@ class _Pass:
             if calls.columns:
                 calls.columns.reset()
             self._begin(frozenset(self.result.nonfinite))
-
-    def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
-        """This rank's batches, and None for as long as other ranks have some left."""
-        while any_rank((batch := next(batches, None)) is not None):
-            yield batch
 
     def score(self, batch: Batch) -> None:
         """Add a batch to the sums, and its rows and measurements to the result."""
@@ -224,10 +222,6 @@ class _Pass:
             self._checked.add(sharing)
             with suspended(calls.statistics, row_sums, calls.columns):
                 spot_check(calls.model, row_sums, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
-
-    def _state(self) -> State:
-        tensors, notes = self.result.state()
-        return tensors, {**notes, "done": self._done, "void": self._calls.void, "excluded": sorted(self._excluded)}
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Go on from the state that an earlier run kept."""

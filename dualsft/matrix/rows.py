@@ -10,18 +10,14 @@ from dualsft.models.dtypes import accumulator_dtype
 
 
 class Rows:
-    """<u, g_i> of every example of the current batch, for each direction u.
+    """<u, g_i> of every example of the current batch, for each of so many directions u.
 
     The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
     call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
 
-    Args:
-        directions: How many directions there are.
-        by_token: Whether to keep contributions by token too.
-        device: Where the sums are.
-
     Attributes:
         layout: The current batch's.
+        by_token: Whether contributions are kept by token.
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
             backward also where all weights before it are frozen.
         covered: Names of the parameters whose module has been tapped in some forward pass.

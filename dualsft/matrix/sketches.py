@@ -45,11 +45,6 @@ class Measurement:
     names: Collection[str] = ()
     preconditioner: Mapping[str, Tensor] | None = None
 
-    @property
-    def by_example(self) -> bool:
-        """Whether anything asked for depends on each example's own gradient."""
-        return bool(set(self.names) - {LOSS})
-
 
 def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tensor]:
     """√P with the sketch's signs, by parameter name, of its (local) shape, if it is needed; signs alone are int8."""

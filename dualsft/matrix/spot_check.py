@@ -52,7 +52,7 @@ def spot_check(
     Raises:
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
-    tolerance, directions = _tolerance(dtype), row_sums.directions
+    directions, tolerance = row_sums.directions, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     for k in _examples_to_check(batch):
         wait()
         products = _products_alone(model, directions, one_example(batch, k))
@@ -70,7 +70,7 @@ def spot_check(
             )
 
 
-def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:
+def check_covered(model: nn.Module, covered: set[str], moved: Iterable[str]) -> None:
     """Check that the rows cover every parameter that has a gradient, or else name those that they miss.
 
     Args:
@@ -78,7 +78,7 @@ def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]
         covered: Names of the parameters whose module has been tapped.
         moved: Names of the parameters whose gradient is not zero.
     """
-    if missed := [name for name in moved if name not in set(covered)]:
+    if missed := [name for name in moved if name not in covered]:
         kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
         raise UserError(
             f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
@@ -101,7 +101,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
     """
     if "spans" not in batch:
         return
-    training, tolerance = model.training, _tolerance(dtype)
+    training, tolerance = model.training, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     model.eval()
     together = example_losses(model, to_device(batch, compute_device(model)))
     for k in _examples_to_check(batch):
@@ -129,10 +129,6 @@ def shares_rows(batch: Batch) -> bool:
     return any(first for _, first, _ in Layout.of(batch).spans)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
-
-
 def _products_alone(
     model: PreTrainedModel, directions: Sequence[Mapping[str, Tensor]], example: Batch
 ) -> dict[str, Float[Tensor, "direction 2"]]:
@@ -140,7 +136,12 @@ def _products_alone(
     products = {}
 
     def multiply(name: str, gradient: Tensor) -> None:
-        products[name] = torch.stack([_product_and_size(gradient, u[name]) for u in directions])
+        products[name] = torch.zeros(len(directions), 2, dtype=torch.float64)
+        for found, u in zip(products[name], directions, strict=True):
+            pair = (gradient.flatten(), u[name].flatten())
+            for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
+                entries = g.double() * part
+                found += torch.stack([entries.sum(), entries.abs().sum()]).cpu()
 
     with watched_gradients(model, directions[0], multiply):
         example_losses(model, to_device(example, compute_device(model))).sum().backward()
@@ -172,12 +173,3 @@ def watched_gradients(
                 handle.remove()
             for parameter in scored.values():
                 parameter.grad = None
-
-
-def _product_and_size(gradient: Tensor, u: Tensor) -> Float[Tensor, "2"]:
-    found = torch.zeros(2, dtype=torch.float64)
-    pair = (gradient.flatten(), u.flatten())
-    for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
-        entries = g.double() * part
-        found += torch.stack([entries.sum(), entries.abs().sum()]).cpu()
-    return found
