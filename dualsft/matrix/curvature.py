@@ -134,11 +134,9 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) ->
     weights = {name: local_shard(p.detach()) for name, p in model.named_parameters() if name in direction}
     before = {name: p.clone() for name, p in weights.items()}
     try:
-        with torch.no_grad():
-            for name, parameter in weights.items():
-                parameter.add_(direction[name].to(parameter.dtype), alpha=step)
+        for name, weight in weights.items():
+            weight.add_(direction[name].to(weight.dtype), alpha=step)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in weights.items():
-                parameter.copy_(before[name])
+        for name, weight in weights.items():
+            weight.copy_(before[name])

@@ -68,10 +68,11 @@ class ColumnSums:
         self._finite: list[Tensor] = []
 
     def __enter__(self) -> "ColumnSums":
-        hooks = [(parameter, partial(self._add, name)) for name, parameter in self._parameters.items()]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(partial(self._add, n)) for n, p in self._parameters.items()
+        ]
         # gradients of a sharded model are squared before they are added up over the ranks
-        hooks += [(p, partial(_square)) for p in self._unsharded.values()]
-        self._handles = [parameter.register_post_accumulate_grad_hook(hook) for parameter, hook in hooks]
+        self._handles += [p.register_post_accumulate_grad_hook(_square) for p in self._unsharded.values()]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,8 +123,8 @@ class RowSums:
     """
 
     def __init__(self, model: nn.Module, directions: Sequence[Direction], by_token: bool = False) -> None:
-        self._model, self.directions = model, directions
-        self.rows = Rows(len(directions), by_token, compute_device(model))
+        self._model = model
+        self.rows = Rows(directions, by_token, compute_device(model))
         both = (*model.named_parameters(), *unsharded_parameters(model).items())
         self._names = {id(p): name for name, p in both if name in directions[0]}
         self._placement: Placement | None = None
@@ -155,6 +156,6 @@ class RowSums:
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in scored}
             kind = LinearTap if is_linear(module) and "weight" in names else GeneralTap
-            tap = kind(self.rows, f"{paths[module]} ({type(module).__name__})", module, names, self.directions)
+            tap = kind(self.rows, f"{paths[module]} ({type(module).__name__})", module, names)
             # before any other hook, which may exchange the output: it must still be the module's own
             self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=True))

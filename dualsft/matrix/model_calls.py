@@ -1,12 +1,12 @@
 """The calls of a model that a pass makes, and their order among those of other ranks.
 
 All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), though they have other batches, and
-other examples to look at again. So a rank says which kind of call it wants before it makes one, and until that kind is
-due it takes part in the other ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
+other examples to look at again. Until the kind of call that a rank wants is due on all of them, it takes part in other
+ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,12 @@ _DUMMY: Batch = {
 
 @dataclass(eq=False)
 class ModelCalls:
-    """Forward and backward of batches and of single examples, with the sums that backward adds to.
+    """Forward, which is ``losses(model, *begin(batch))``, and backward, with the sums that backward adds to.
 
-    Forward is ``losses(model, *begin(batch))``. Columns, rows and statistics of each example's gradient are None where
-    they are not wanted; ``gather`` makes a sharded model's directions available in backward.
+    Sums that are not wanted are None.
 
     Attributes:
+        gather: Makes a sharded model's directions available in backward.
         void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
     """
 
@@ -170,7 +170,7 @@ class ModelCalls:
         finite: list[Tensor] = []
         # the same weights on every rank, and as in a spot check, since their gradients are exchanged
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        names = self.row_sums.directions[0] if self.row_sums else trainable
+        names = self.rows.directions[0] if self.rows else trainable
         with (
             suspended(self.statistics, self.columns),
             watched_gradients(self.model, names, lambda _, gradient: finite.append(all_finite(gradient))),
@@ -183,10 +183,8 @@ class ModelCalls:
 def suspended(*contexts: AbstractContextManager[Any] | None) -> Iterator[None]:
     """Close contexts, whose hooks add to sums, and open them again when this inner context is closed."""
     opened = [context for context in contexts if context is not None]
-    for context in opened:
-        context.__exit__(None, None, None)
-    try:
+    with ExitStack() as stack:
+        for context in reversed(opened):  # they are opened again from the first to the last
+            context.__exit__(None, None, None)
+            stack.callback(context.__enter__)
         yield
-    finally:
-        for context in opened:
-            context.__enter__()

@@ -3,14 +3,12 @@
 The same pass sums squared gradients, and, given another derivative than the first, products with the Hessian
 (`curvature.py`); l_i is an example's likelihood unless another loss is given.
 
-Examples that are not finite are left out and reported. A *loss* that is not finite shows before backward, and its
-example is left out of the batch. A *gradient* that is not finite shows only when parts of it have been added to the
-sums. Then the pass goes on to find all such examples, and is repeated without them: the sums hold no trace of them.
+Examples that are not finite are left out and reported. A *loss* that is not finite shows before backward. A *gradient*
+that is not finite shows only when parts of it have been added to the sums: the pass goes on to find all such examples,
+and is repeated without them.
 
-The state of a pass between two batches can be kept; a killed run's pass goes on from there.
-
-Each rank of a sharded model passes over batches of its own (`model_calls.py`). What is found of the examples is
-gathered in the end; the sums stay shards.
+A killed run's pass goes on from the state that was kept between two batches. Each rank of a sharded model passes over
+batches of its own (`model_calls.py`); what is found of the examples is gathered in the end, and the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from dualsft.matrix.model_calls import Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
+from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
 from dualsft.matrix.spot_check import shares_rows, spot_check
 from dualsft.objectives import example_losses
@@ -140,16 +139,13 @@ class _Pass:
         calls, self._excluded = self._calls, excluded
         calls.void, self._done = False, 0
         self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))
-        if calls.row_sums:
-            self.result.rows = [{} for _ in calls.row_sums.directions]
-            self.result.tokens = [{} for _ in calls.row_sums.directions if calls.row_sums.rows.by_token]
+        if calls.rows:
+            self.result.rows = [{} for _ in calls.rows.directions]
+            self.result.tokens = [{} for _ in calls.rows.directions if calls.rows.by_token]
         self._checked: set[bool] = set()
 
     def batches(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> Iterator[Batch]:
-        """Each rank's own batches, a round of one each at a time; from the start again if some gradient is not finite.
-
-        Where every example's own gradient is needed, the examples come one by one.
-        """
+        """This rank's batches, or single examples where each one's gradient is needed; again if some is not finite."""
         calls = self._calls
         single = calls.statistics or (calls.columns and calls.columns.squared)
         while True:
@@ -206,11 +202,11 @@ class _Pass:
             (example,) = ids
             for name, value in self._calls.statistics.read().items():
                 measured.setdefault(name, {})[example] = value
-        if self._calls.row_sums:
-            self._read_rows(batch, ids, self._calls.row_sums)
+        if self._calls.rows:
+            self._read_rows(batch, ids, self._calls.rows)
 
-    def _read_rows(self, batch: Batch, ids: list[int], row_sums: RowSums) -> None:
-        calls, result, rows = self._calls, self.result, row_sums.rows
+    def _read_rows(self, batch: Batch, ids: list[int], rows: Rows) -> None:
+        calls, result = self._calls, self.result
         values = rows.read().tolist()
         for of_direction, scores in zip(result.rows, values, strict=True):
             of_direction.update(zip(ids, scores, strict=True))
@@ -220,8 +216,8 @@ class _Pass:
             contributions.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
         if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
             self._checked.add(sharing)
-            with suspended(calls.statistics, row_sums, calls.columns):
-                spot_check(calls.model, row_sums, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
+            with suspended(calls.statistics, calls.row_sums, calls.columns):
+                spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Go on from the state that an earlier run kept."""

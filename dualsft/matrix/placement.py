@@ -38,11 +38,11 @@ def find_placement(
         model: The model.
         names: Identity of a parameter -> its name, of all that are scored.
         check_output: Raises a UserError for an output that cannot be split; it also gets the module's name and type.
-        args: The model's positional arguments in that pass.
-        kwargs: Its arguments by keyword.
+        args: The model's arguments in that pass.
+        kwargs: Those by keyword.
 
     Raises:
-        UserError: naming a module whose output cannot be split, nor that of any module around it.
+        UserError: if neither a module's output can be split nor that of any module around it.
     """
     observer = _Observer(model, names, check_output)
     parameters = [p for p in model.parameters() if id(p) in names]

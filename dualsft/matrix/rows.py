@@ -1,5 +1,7 @@
 """The accumulator of row sums, to which every tap adds its module's share of <u, g_i> while backward runs."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,12 +12,13 @@ from dualsft.models.dtypes import accumulator_dtype
 
 
 class Rows:
-    """<u, g_i> of every example of the current batch, for each of so many directions u.
+    """<u, g_i> of every example of the current batch, for each direction u.
 
     The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
     call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
 
     Attributes:
+        directions: Each u, by the model's names of the parameters.
         layout: The current batch's.
         by_token: Whether contributions are kept by token.
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
@@ -24,8 +27,8 @@ class Rows:
         refusals: Why outputs of the current batch could not be tapped.
     """
 
-    def __init__(self, directions: int, by_token: bool, device: torch.device) -> None:
-        self._directions, self.by_token = directions, by_token
+    def __init__(self, directions: Sequence[Mapping[str, Tensor]], by_token: bool, device: torch.device) -> None:
+        self.directions, self.by_token = directions, by_token
         self.dummy_input = torch.zeros((), device=device, requires_grad=True)
         self.covered: set[str] = set()
         self.begin(Layout(0, 0, ()))
@@ -55,7 +58,7 @@ class Rows:
         self.check()
         if not (self._complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
-        shape = (self._directions, len(self.layout.spans))
+        shape = (len(self.directions), len(self.layout.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)
         for k, values in self._examples.items():
             rows[k] += values

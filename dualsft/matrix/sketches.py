@@ -64,13 +64,8 @@ def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tens
 class ExampleStatistics:
     """Measures the gradient of one example, parameter by parameter as backward completes it, in this context.
 
-    Enter it before `ColumnSums`, which drops the gradient.
-
-    Args:
-        model: Any module.
-        measurement: What to measure.
-        factors: Those of `sketch_factors`, of their parameters' full shapes in backward.
-        drop: Whether to drop the gradients.
+    Enter it before `ColumnSums`, which drops the gradient; without that, ``drop`` drops it here. The factors are those
+    of `sketch_factors`, of their parameters' full shapes in backward.
     """
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
@@ -82,10 +77,8 @@ class ExampleStatistics:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ExampleStatistics":
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._measure, name))
-            for name, parameter in self._parameters.items()
-        ]
+        hooks = {name: partial(self._measure, name) for name in self._parameters}
+        self._handles = [p.register_post_accumulate_grad_hook(hooks[n]) for n, p in self._parameters.items()]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import RowSums
 from dualsft.matrix.placement import requires_grad
+from dualsft.matrix.rows import Rows
 from dualsft.objectives import example_losses
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.unit_gather import unsharded_parameters
@@ -33,9 +33,9 @@ _BLOCK = 2**20
 
 def spot_check(
     model: PreTrainedModel,
-    row_sums: RowSums,
+    rows: Rows,
     batch: Batch,
-    rows: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
     dtype: torch.dtype,
     wait: Callable[[], None],
 ) -> None:
@@ -43,27 +43,27 @@ def spot_check(
 
     Args:
         model: The model, without our hooks.
-        row_sums: The taps that the batch was scored with.
+        rows: What the taps have added to.
         batch: The batch.
-        rows: Its rows, for each direction.
+        scores: Its row sums, for each direction.
         dtype: The activations' type, which decides how close the rows must be.
         wait: Returns, before each forward and backward, when other ranks are ready for it.
 
     Raises:
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
-    directions, tolerance = row_sums.directions, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
+    directions, tolerance = rows.directions, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     for k in _examples_to_check(batch):
         wait()
         products = _products_alone(model, directions, one_example(batch, k))
-        check_covered(model, row_sums.rows.covered, [name for name, found in products.items() if found[:, 1].any()])
+        check_covered(model, rows.covered, [name for name, found in products.items() if found[:, 1].any()])
         totals = sum(products.values(), torch.zeros(len(directions), 2, dtype=torch.float64))
-        for scores, (alone, scale) in zip(rows, totals.tolist(), strict=True):
-            if abs(scores[k] - alone) <= tolerance * scale:
+        for among, (alone, scale) in zip(scores, totals.tolist(), strict=True):
+            if abs(among[k] - alone) <= tolerance * scale:
                 continue
             raise UserError(
                 f"{type(model).__name__} cannot be scored in batches: example {int(batch['example_id'][k])} scores "
-                f"{scores[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
+                f"{among[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
                 f"{tolerance:g} of that is allowed), so it mixes examples, or uses a weight past the module that "
                 "owns it.",
                 NO_PACKING if "spans" in batch else "",

@@ -8,7 +8,7 @@ where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,19 +32,10 @@ class Tap(ABC):
         where: The module's name and type, for errors.
         module: The module.
         names: The module's own names -> the model's name of each parameter that is scored here.
-        directions: Each u, by the model's names.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        where: str,
-        module: nn.Module,
-        names: Mapping[str, str],
-        directions: Sequence[Mapping[str, Tensor]],
-    ) -> None:
-        self.rows, self.where, self.module = rows, where, module
-        self._names, self._directions = names, directions
+    def __init__(self, rows: Rows, where: str, module: nn.Module, names: Mapping[str, str]) -> None:
+        self.rows, self.where, self.module, self._names = rows, where, module, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The module's output with the tap on it; None, which leaves the output, if nothing can be tapped.
@@ -64,7 +55,7 @@ class Tap(ABC):
 
     def tangents(self) -> Iterator[dict[str, Tensor]]:
         """Each u by the module's own names; a sharded model has it in backward alone."""
-        return ({own: u[name] for own, name in self._names.items()} for u in self._directions)
+        return ({own: u[name] for own, name in self._names.items()} for u in self.rows.directions)
 
     @abstractmethod
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -78,8 +69,8 @@ class GeneralTap(Tap):
         UserError: if the module's gradients are not sums over examples.
     """
 
-    def __init__(self, rows: Rows, where: str, module: nn.Module, *u: Any) -> None:
-        super().__init__(rows, where, module, *u)
+    def __init__(self, rows: Rows, where: str, module: nn.Module, names: Mapping[str, str]) -> None:
+        super().__init__(rows, where, module, names)
         self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._product = _embedding_product if type(module) is nn.Embedding else _general_product
@@ -97,7 +88,7 @@ class GeneralTap(Tap):
             value = self.rows.layout.expand(outputs[k])
             self._check_shape(k, value.shape)
             add = partial(self._add_to_rows, others, structure, k)
-            outputs[k] = _TapFunction.apply(value, self.where, add, self.rows.dummy_input, *tensors)
+            outputs[k] = _TapFunction.apply(value, add, self.rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
@@ -116,17 +107,17 @@ class GeneralTap(Tap):
             if k not in self._axes:
                 raise
 
-    def _add_to_rows(self, inputs: list[Any], structure: Any, k: int, tensors: Sequence[Tensor], e: Tensor) -> None:
+    def _add_to_rows(self, inputs: list[Any], structure: Any, k: int, ctx: Any, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Args:
             inputs: The call's flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
             structure: Makes positional and keyword arguments of them.
             k: The leaf's number.
-            tensors: The tensors among the arguments.
+            ctx: Autograd's context of the call, which keeps the tensors.
             e: The leaf's gradient.
         """
-        kept = iter(tensors)
+        kept = iter(self._saved_tensors(ctx))
         leaves = [next(kept).detach() if leaf is _TENSOR else leaf for leaf in inputs]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         for direction, u in enumerate(self.tangents()):
@@ -144,6 +135,19 @@ class GeneralTap(Tap):
                 x, y = (self.rows.layout.flat(part, self._axes[k]) for part in (x, y))
             self.rows.add(direction, x, y, self.where)
 
+    def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
+        """The tensors among a call's arguments; activation checkpointing gives them a single time."""
+        try:
+            saved: tuple[Tensor, ...] = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UserError(
+                f"The input of {self.where} is modified in place after its use there, so it cannot be scored; "
+                "freeze its parameters (requires_grad=False) to leave it out of the scores."
+            ) from error
+        return saved
+
 
 _TENSOR = object()
 
@@ -156,32 +160,16 @@ class _TapFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        where: str,
-        add: Callable[[Sequence[Tensor], Tensor], None],
-        dummy_input: Tensor,
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.where, ctx.add = where, add
+    def forward(ctx: Any, output: Tensor, add: Callable[..., None], dummy_input: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.add = add
         ctx.save_for_backward(*inputs)
         return output.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (e,) = grads
-        try:
-            saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise UserError(
-                f"The input of {ctx.where} is modified in place after its use there, so it cannot be scored; "
-                "freeze its parameters (requires_grad=False) to leave it out of the scores."
-            ) from error
-        ctx.add(saved, e.detach())
-        return (e, None, None, None, *(None for _ in saved))
+        ctx.add(ctx, e.detach())
+        return (e, *(None for _ in ctx.needs_input_grad[1:]))
 
 
 def _embedding_product(
@@ -191,18 +179,6 @@ def _embedding_product(
     product = F.embedding(ids, u["weight"]).to(dtype)
     # autograd gives the padding row no gradient wherever it occurs
     return product if module.padding_idx is None else product * (ids != module.padding_idx).unsqueeze(-1)
-
-
-class _Forward(nn.Module):
-    """A module's forward without its hooks: these have run on the inputs already, and may change its parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        return self.module.forward(*args, **kwargs)
 
 
 def _general_product(
@@ -216,7 +192,8 @@ def _general_product(
         tangents["weight"] = tangents["weight"].clone()
         tangents["weight"][module.padding_idx] = 0
 
-    alone = _Forward(module)
+    alone = nn.Module()  # without the module's hooks: they have run on the inputs, and may change its parameters
+    alone.module, alone.forward = module, module.forward
 
     def forward(parameters: dict[str, Tensor]) -> Tensor:
         named = {f"module.{name}": parameter for name, parameter in parameters.items()}

@@ -61,8 +61,7 @@ class CompactParameters(nn.Module):
         fingerprint: SHA-256 of which entries of which tensors are selected, on all ranks together.
 
     Raises:
-        KeyError: if the mask names a parameter that the model lacks.
-        ValueError: if a mask's shape is not its parameter's, or nothing is selected.
+        KeyError, ValueError: if the mask does not fit the model's parameters, or nothing is selected.
     """
 
     def __init__(self, model: nn.Module, mask: Mask | None = None) -> None:
