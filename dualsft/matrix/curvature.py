@@ -113,10 +113,10 @@ def check_smooth(
     then that of a jump, and the second difference not small against the first.
 
     Args:
-        forward: Σ_i g_i at θ + εd, by parameter name.
+        forward: Σ_i g_i of the term of this name at θ + εd, by parameter name.
         backward: The same at θ − εd.
         center: The same at θ.
-        name: The term whose gradients these are.
+        name: The term's.
     """
     second = _norm(forward[n] + backward[n] - 2 * center[n] for n in center)
     first = _norm(forward[n] - backward[n] for n in center)

@@ -50,7 +50,7 @@ class FiniteLosses:
 
     Attributes:
         losses: l_i of each example of the batch, all finite; None while pending, and if no example is left.
-        batch: What is left of the batch.
+        batch: The batch of the next forward pass, and in the end that of the losses.
         alone: Examples that only padding or neighbours spoil: each is to be differentiated as a batch of its own.
         nonfinite: Ids of the examples whose loss is not finite.
     """

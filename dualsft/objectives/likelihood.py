@@ -60,13 +60,7 @@ def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " s
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
-    """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens.
-
-    Args:
-        model: A causal language model.
-        batch: The batch.
-        layout: The batch's, if the caller has it.
-    """
+    """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
     scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
     nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
     return mean_over_tokens(nll, supervised, layout or Layout.of(batch))

@@ -64,8 +64,6 @@ class Rectangle:
     """Some rows by some columns of a weight matrix.
 
     Attributes:
-        rows: The rows, which are columns of the gradient of the layer's output.
-        columns: The columns, which are those of the layer's input.
         entries: The rectangle's slice, row by row, of all chosen entries of the weight in row-major order.
     """
 

@@ -118,11 +118,8 @@ class CompactParameters(nn.Module):
             self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._chosen]
 
     def _chosen_gradients(self, model: nn.Module) -> list[tuple[nn.Module, ChosenGradientHook]]:
-        """The linear layers whose backward computes the chosen weights' gradient alone.
-
-        There are none in a sharded model: a rank's backward sees the full weight there, and the gradients of most of
-        its chosen entries are another rank's.
-        """
+        """The linear layers whose backward computes the chosen weights' gradient alone."""
+        # none in a sharded model: a rank's backward sees the full weight, most of whose chosen entries are other ranks'
         numbers = {weight: k for k, weight in enumerate(self._weights) if not is_shard(weight)}
         hooks = []
         for module in filter(is_linear, model.modules()):
@@ -166,8 +163,7 @@ class CompactParameters(nn.Module):
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.
 
-        For an optimizer that evaluates the loss several times within a step (LBFGS), the masters are stored before each
-        evaluation.
+        For an optimizer that evaluates the loss several times in a step (LBFGS) they are stored before each evaluation.
         """
         optimizer.register_step_pre_hook(self._wrap_closure)
         optimizer.register_step_post_hook(self._finish_step)
@@ -194,10 +190,7 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Number of a tensor -> its master's gradient that no step has used yet, as within an accumulation.
-
-        Of a sharded model these are the full gradients, on rank zero alone.
-        """
+        """Number of a tensor -> its master's (full) gradient that no step has used yet; on rank zero alone."""
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
