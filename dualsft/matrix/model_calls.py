@@ -120,7 +120,7 @@ class ModelCalls:
             self.derivative(losses.sum())
         self.gather.drop()
         if self.rows is not None:
-            self.rows.complete()
+            self.rows.complete = True
 
     @property
     def finite(self) -> bool:

@@ -20,13 +20,7 @@ def all_finite(values: Tensor) -> Bool[Tensor, ""]:
 
 
 def nonfinite_examples(batch: Batch, is_finite: Callable[[Batch], bool], suspects: Collection[int]) -> list[int]:
-    """The ids of the suspects that are not finite alone, in the order of the batch.
-
-    Args:
-        batch: Padded or packed.
-        is_finite: Whether a batch of one example has a finite loss, or gradient.
-        suspects: Ids of the examples to look at.
-    """
+    """The ids of the suspects that are not finite in a batch of their own, in the order of the batch."""
     ids = batch["example_id"].tolist()
     return [i for k, i in enumerate(ids) if i in suspects and not is_finite(one_example(batch, k))]
 

@@ -27,7 +27,7 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
 from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
-from dualsft.matrix.spot_check import shares_rows, spot_check
+from dualsft.matrix.spot_check import spot_check
 from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import all_reduce_sum, any_rank
 from dualsft.sharding.lockstep import CallKind
@@ -214,8 +214,9 @@ class _Pass:
         for k, contributions in enumerate(result.tokens):
             tokens = rows.read_tokens(k).cpu()
             contributions.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
-        if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
-            self._checked.add(sharing)
+        packed = any(first for _, first, _ in rows.layout.spans)
+        if packed not in self._checked:  # the first batch, and the first in which examples share a row
+            self._checked.add(packed)
             with suspended(calls.statistics, calls.row_sums, calls.columns):
                 spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 

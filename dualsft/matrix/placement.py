@@ -32,14 +32,10 @@ def find_placement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Placement:
-    """Where each parameter is scored, found by one forward pass.
+    """Where each parameter is scored, found by one forward pass of these arguments.
 
-    Args:
-        model: The model.
-        names: Identity of a parameter -> its name, of all that are scored.
-        check_output: Raises a UserError for an output that cannot be split; it also gets the module's name and type.
-        args: The model's arguments in that pass.
-        kwargs: Those by keyword.
+    ``names`` has the name of each scored parameter by its identity. ``check_output`` raises a UserError for an output
+    that cannot be split; it also gets the module's name and type.
 
     Raises:
         UserError: if neither a module's output can be split nor that of any module around it.

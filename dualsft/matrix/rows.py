@@ -15,7 +15,7 @@ class Rows:
     """<u, g_i> of every example of the current batch, for each direction u.
 
     The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
-    call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
+    call `add` or `add_examples`; `read`. A module is named in errors by ``where``, its path and type.
 
     Attributes:
         directions: Each u, by the model's names of the parameters.
@@ -24,6 +24,7 @@ class Rows:
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
             backward also where all weights before it are frozen.
         covered: Names of the parameters whose module has been tapped in some forward pass.
+        complete: Whether the batch's backward is done; set where it may have reached no tap.
         refusals: Why outputs of the current batch could not be tapped.
     """
 
@@ -35,7 +36,7 @@ class Rows:
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch; the next one has this layout."""
-        self.layout, self._complete = layout, False
+        self.layout, self.complete = layout, False
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self.refusals: list[AmbiguousShapeError | UserError] = []
@@ -45,10 +46,6 @@ class Rows:
         if self.refusals:
             raise next((error for error in self.refusals if isinstance(error, UserError)), self.refusals[0])
 
-    def complete(self) -> None:
-        """Mark the batch's backward as done, also where it reached no tap."""
-        self._complete = True
-
     def read(self) -> Float[Tensor, "direction example"]:
         """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
 
@@ -56,7 +53,7 @@ class Rows:
             RuntimeError: if no backward has run since `begin`; also what `check` raises.
         """
         self.check()
-        if not (self._complete or self._examples or self._tokens):
+        if not (self.complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
         shape = (len(self.directions), len(self.layout.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)

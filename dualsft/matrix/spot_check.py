@@ -71,13 +71,7 @@ def spot_check(
 
 
 def check_covered(model: nn.Module, covered: set[str], moved: Iterable[str]) -> None:
-    """Check that the rows cover every parameter that has a gradient, or else name those that they miss.
-
-    Args:
-        model: The model.
-        covered: Names of the parameters whose module has been tapped.
-        moved: Names of the parameters whose gradient is not zero.
-    """
+    """Check that parameters whose gradient is not zero (moved) are in modules that have been tapped (covered)."""
     if missed := [name for name in moved if name not in covered]:
         kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
         raise UserError(
@@ -93,7 +87,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
 
     Args:
         model: The model.
-        batch: A packed batch; a padded one has nothing to check.
+        batch: Packed; a padded one has nothing to check.
         dtype: The activations' type, which decides how close the losses must be.
 
     Raises:
@@ -122,11 +116,6 @@ def _examples_to_check(batch: Batch) -> list[int]:
     spans = Layout.of(batch).spans
     behind = [k for k, (_, first, _) in enumerate(spans) if first]
     return sorted({0, len(spans) - 1, *behind[-1:]})
-
-
-def shares_rows(batch: Batch) -> bool:
-    """Whether some row of a batch has two examples."""
-    return any(first for _, first, _ in Layout.of(batch).spans)
 
 
 def _products_alone(

@@ -30,7 +30,6 @@ class Tap(ABC):
     Args:
         rows: What the tap adds to.
         where: The module's name and type, for errors.
-        module: The module.
         names: The module's own names -> the model's name of each parameter that is scored here.
     """
 
