@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import ColumnSums, RowSums, check_covered
+from dualsft.matrix.interaction import ColumnSums, RowSums
+from dualsft.matrix.spot_check import check_covered
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
 from tests.selection.tiny import (
