@@ -43,7 +43,9 @@ from dualsft.matrix.passes import gradient_pass
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.loading import load_model
 from dualsft.selection.passes import scoring_mode
-from dualsft.sharding import load_sharded, local_shard, unit_gather
+from dualsft.sharding import unit_gather
+from dualsft.sharding.load import load_sharded
+from dualsft.sharding.shards import local_shard
 
 PARTS = ("weights", "direction", "gradients")
 

@@ -10,34 +10,22 @@ from importlib.metadata import version
 from pkgutil import resolve_name
 
 VERBS = {
-    "select": (
-        "score every example and every weight, and choose a subset of each",
-        "dualsft.commands.select:SelectCLI.command",
-    ),
-    "fit": ("fine-tune the chosen weights on the chosen examples", "dualsft.commands.fit:FitCLI.command"),
-    "validate": (
-        "evaluate a checkpoint on data or tasks",
-        "dualsft.commands.validate:ValidateCLI.command",
-    ),
+    "select": ("score every example and every weight, and choose a subset of each", "select:SelectCLI.command"),
+    "fit": ("fine-tune the chosen weights on the chosen examples", "fit:FitCLI.command"),
+    "validate": ("evaluate a checkpoint on data or tasks", "validate:ValidateCLI.command"),
     "allocate": (
         "choose anew from the scores of a finished selection, with other budgets or allocators",
-        "dualsft.commands.allocate:allocate_command",
+        "allocate:allocate_command",
     ),
-    "export": ("apply, revert and extract deltas; write a PEFT adapter", "dualsft.commands.export:export_command"),
-    "plugins": ("list the registered scorers and allocators", "dualsft.commands.plugins:plugins_command"),
-    "quickstart": (
-        "run the whole job on an embedded model and embedded data",
-        "dualsft.commands.quickstart:quickstart_command",
-    ),
+    "export": ("apply, revert and extract deltas; write a PEFT adapter", "export:export_command"),
+    "plugins": ("list the registered scorers and allocators", "plugins:plugins_command"),
+    "quickstart": ("run the whole job on an embedded model and embedded data", "quickstart:quickstart_command"),
 }
-"""Verb -> one line of help, and the function that runs it on the arguments after the verb."""
+"""Verb -> one line of help, and where in `dualsft.commands` the function is that runs it on the arguments after it."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run one verb.
-
-    Args:
-        arguments: As typed, without the program's name.
+    """Run one verb on its arguments, as typed without the program's name.
 
     Raises:
         UserError: on a mistake in the input or the settings.
@@ -46,7 +34,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     verb, *rest = arguments or [""]
     if verb in VERBS:
-        resolve_name(VERBS[verb][1])(rest)
+        resolve_name(f"dualsft.commands.{VERBS[verb][1]}")(rest)
     elif verb in ("-h", "--help"):
         print(_help())
     elif verb == "--version":

@@ -58,16 +58,10 @@ def shortage(error: BaseException) -> str:
 
 @contextmanager
 def blaming(part: object, method: str) -> Iterator[None]:
-    """Turn an exception of a plugin's method into a sentence that names the plugin.
+    """Turn an exception of a method of a plugin into a `UserError` that names the plugin.
 
-    Exceptions for lack of memory pass, as do those of the package's own classes, which keep their traceback.
-
-    Args:
-        part: A scorer, an allocator or a term of the objective.
-        method: The name of the method that is called.
-
-    Raises:
-        UserError: if the method raises.
+    A plugin is a scorer, an allocator or a term of the objective. Exceptions for lack of memory pass, as do those of
+    the package's own classes, which keep their traceback.
     """
     try:
         yield
@@ -83,11 +77,7 @@ def blaming(part: object, method: str) -> Iterator[None]:
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Start a user error with the option that it is about, where the code that raises it does not know the option.
-
-    Raises:
-        UserError: if one is raised.
-    """
+    """Start a user error with the option that it is about, where the code that raises it does not know the option."""
     try:
         yield
     except UserError as error:
@@ -96,15 +86,7 @@ def naming(key: str) -> Iterator[None]:
 
 @contextmanager
 def advising(where: str, advice: str) -> Iterator[None]:
-    """Turn an out-of-memory exception into a sentence with advice.
-
-    Args:
-        where: When memory ran out, such as "in the warm-up".
-        advice: What to do.
-
-    Raises:
-        UserError: if memory runs out.
-    """
+    """Turn an out-of-memory exception into a `UserError` with advice; ``where`` is such as "in the warm-up"."""
     try:
         yield
     except Exception as error:

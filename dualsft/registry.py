@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
-from typing import Any
 
 from dualsft.errors import UserError
 
@@ -25,9 +24,7 @@ class Registered:
     """One registered name, for `dualsft plugins`.
 
     Attributes:
-        group: The entry-point group.
-        name: The name to write in a configuration.
-        package: The distribution that brings it, with its version.
+        package: The distribution that has it, with its version.
         target: ``module:Class``.
         description: First line of the class's docstring; empty if it failed to load.
         problem: Why it cannot be used; empty if it can.
@@ -73,45 +70,31 @@ def registered() -> Iterator[Registered]:
     for group in GROUPS:
         points = sorted(entry_points(group=group), key=lambda p: (p.name, _package(p) != OURS, _label(p)))
         for point in points:
-            yield _inspect(group, point, {_label(p) for p in points if p.name == point.name})
-
-
-def _inspect(group: str, point: EntryPoint, owners: set[str]) -> Registered:
-    description, problem = _examine(group, point)
-    others = sorted(owners - {_label(point)})
-    if others and _package(point) != OURS:
-        problem = problem or f"the name is also claimed by {', '.join(others)}"
-    return Registered(group, point.name, _label(point), point.value, description, problem)
+            description, problem = _examine(group, point)
+            others = sorted({_label(p) for p in points if p.name == point.name} - {_label(point)})
+            if others and _package(point) != OURS:
+                problem = problem or f"the name is also claimed by {', '.join(others)}"
+            yield Registered(group, point.name, _label(point), point.value, description, problem)
 
 
 def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
     """The first line on the class, and why it cannot be used, of which one is empty."""
-    if problem := _malformed(point):
-        return "", problem
+    if not _NAME.fullmatch(point.name):
+        return "", f"the name {point.name!r} has other characters than letters, digits, _ and -"
+    if not _TARGET.fullmatch(point.value):
+        return "", f"{point.value!r} is not module:Class"
     try:
         found = point.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a stranger's import may do anything, and must not take the list down
         return "", f"{type(error).__name__}: {error}"
-    problem = _unusable(found, resolve_name(GROUPS[group]))
-    return "" if problem else inspect.cleandoc(found.__doc__ or "").partition("\n")[0], problem
-
-
-def _malformed(point: EntryPoint) -> str:
-    """What is wrong with an entry point as it is written; empty if nothing is."""
-    if not _NAME.fullmatch(point.name):
-        return f"the name {point.name!r} has other characters than letters, digits, _ and -"
-    return "" if _TARGET.fullmatch(point.value) else f"{point.value!r} is not module:Class"
-
-
-def _unusable(found: Any, base: type) -> str:
-    """Why what was loaded is nothing for its group; empty if it is."""
+    base = resolve_name(GROUPS[group])
     if not (isinstance(found, type) and issubclass(found, base)):
-        return f"it is no subclass of {base.__module__.rpartition('.')[0]}.{base.__name__}"
+        return "", f"it is no subclass of {GROUPS[group].replace(':', '.')}"
     if inspect.isabstract(found):
-        return f"the class leaves {', '.join(sorted(getattr(found, '__abstractmethods__', ())))} undefined"
-    return ""
+        return "", f"the class leaves {', '.join(sorted(getattr(found, '__abstractmethods__', ())))} undefined"
+    return inspect.cleandoc(found.__doc__ or "").partition("\n")[0], ""
 
 
 def _package(point: EntryPoint) -> str:

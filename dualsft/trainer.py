@@ -2,8 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,11 @@ from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, SelectionModule
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.run import run_selection
-from dualsft.sharding.strategy import FSDP2, register
-
-register()
+from dualsft.sharding.strategy import FSDP2
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which can also select.
-
-    It takes the same arguments; see `lightning.Trainer`.
-    """
+    """Lightning's Trainer, which can also select; it takes the arguments of `lightning.Trainer`."""
 
     def select(
         self,
@@ -57,11 +53,15 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` goes on from the last finished phase.
         """
-        _check_strategy(self)
+        if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
+            raise UserError(
+                f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
+                "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
+            )
         validation = validation_sources(datamodule.validation).values()
         inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
         run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
-        loop = _SelectionLoop(self, model, datamodule, run, seed, config)
+        loop = _SelectionLoop(self, partial(run_selection, model, datamodule, run, seed, config))
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
         # without optimizers, and puts its own loop there.
         usual, self.predict_loop = self.predict_loop, loop
@@ -78,39 +78,18 @@ class Trainer(LightningTrainer):
             self.predict_loop = usual
 
 
-def _check_strategy(trainer: LightningTrainer) -> None:
-    """Refuse a strategy that the phases cannot run under.
-
-    Raises:
-        UserError: naming it, and those that they can.
-    """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, FSDP2)):
-        raise UserError(
-            f"select cannot run under {type(trainer.strategy).__name__} on {trainer.world_size} processes; set "
-            "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
-        )
-
-
 class _SelectionLoop(_PredictionLoop):
-    def __init__(
-        self,
-        trainer: LightningTrainer,
-        model: SelectionModule,
-        data: InstructionDataModule,
-        run: RunFolder,
-        seed: int,
-        config: str,
-    ) -> None:
+    def __init__(self, trainer: LightningTrainer, select: Callable[[bool], Selection]) -> None:
         super().__init__(trainer)
-        self._model, self._data, self._run_folder, self._seed, self._config = model, data, run, seed, config
+        self._select = select
 
     def run(self) -> Any:
         """Run the phases under the trainer's precision."""
         _obey_sigterm(self.trainer)
         show = self.trainer.progress_bar_callback is not None
         precision = self.trainer.precision_plugin.forward_context()
-        with remedies_by_key(), torch.enable_grad(), precision, _fresh_casts(self._model.device):
-            return run_selection(self._model, self._data, self._run_folder, self._seed, self._config, show)
+        with remedies_by_key(), torch.enable_grad(), precision, _fresh_casts(self.trainer.lightning_module.device):
+            return self._select(show)
 
 
 def _obey_sigterm(trainer: LightningTrainer) -> None:

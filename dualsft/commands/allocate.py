@@ -8,10 +8,10 @@ from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
-from dualsft.commands.messages import unusable
-from dualsft.commands.parsing import CONFIG, class_given, prepare
+from dualsft.commands.messages import explaining_settings
+from dualsft.commands.parsing import CONFIG, add_folder_options, check_output_dir, class_given, prepare, replay_of
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.selection import load_selection
@@ -21,13 +21,11 @@ from dualsft.selection.reallocation import reallocate
 from dualsft.selection.settings import CHOICE, SelectionSettings
 from dualsft.selection.summary import summary
 
-VERB = "allocate"
 TAKEN: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "model": ("The choice", SelectionSettings, CHOICE),
     "data": ("The records that the selection was made from", InstructionDataModule, ("train", "train_split")),
 }
 """Section -> its title, whose options it has, and which of them."""
-AS_IT_WAS = "as in SELECTION"
 DESCRIPTION = (
     "Makes another selection from the stored scores of a finished one, with other budgets or allocators. Whatever is "
     "not given stays as it was in SELECTION."
@@ -35,18 +33,9 @@ DESCRIPTION = (
 
 
 def allocate_command(arguments: Sequence[str]) -> None:
-    """Allocate, and say what was chosen.
-
-    Args:
-        arguments: SELECTION first, unless a configuration names it, then the options.
-
-    Raises:
-        UserError: on a mistake in the input or the settings.
-        ArgumentError: on options that cannot be parsed.
-    """
+    """Allocate, and print what was chosen; SELECTION is the first argument, unless a configuration names it."""
     config, replay = _parse(arguments)
-    if not config.output_dir:
-        raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
+    check_output_dir(config)
     try:
         made = reallocate(
             config.selection,
@@ -69,27 +58,23 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
         named, rest = ["--selection", arguments[0]], arguments[1:]
         # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
         arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
-    arguments = prepare(arguments, VERB, parser)
+    arguments = prepare(arguments, "allocate", parser)
     selection = _selection(arguments)
     lost: list[str] = []
     if selection is not None:
         lost = _stay_as_they_were(parser, load_selection(selection).about, arguments)
     elif _asks_for_help(arguments):
         kept = [key for key, _ in parser.get_defaults().items() if key.partition(".")[0] in TAKEN]
-        parser.set_defaults(dict.fromkeys(kept, AS_IT_WAS))
+        parser.set_defaults(dict.fromkeys(kept, "as in SELECTION"))
     else:
         raise UserError("The selection is not given; name it first: `dualsft allocate SELECTION --output_dir DIR`.")
     config = parser.parse_args(arguments)
     for key in lost:
         if config[key] is None:
             raise UserError(f"The {key} of {selection} cannot be made again from its manifest; give --{key}.")
-    replay = parser.dump(Namespace(**{**vars(config), "overwrite": False}), skip_none=False)
-    try:
+    replay = replay_of(parser, config)
+    with explaining_settings():
         return parser.instantiate_classes(config), replay
-    except UserError:
-        raise
-    except Exception as error:  # an allocator may be anybody's
-        raise UserError(unusable(error)) from error
 
 
 def _parser() -> ArgumentParser:
@@ -100,10 +85,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--selection", type=str, default=None, help="Folder of the finished selection; SELECTION, given first, is it."
     )
-    parser.add_argument("--output_dir", type=str, default="", help="Folder that the results are written to.")
-    parser.add_argument(
-        "--overwrite", action=ActionYesNo, default=False, help="Replace the run that --output_dir holds."
-    )
+    add_folder_options(parser, resumable=False)
     for section, (title, kind, taken) in TAKEN.items():
         others = set(inspect.signature(kind).parameters) - set(taken)
         parser.add_class_arguments(kind, section, skip=others, sub_configs=True, instantiate=False)
@@ -154,7 +136,6 @@ def _made_again(name: str, stored: Part) -> dict[str, Any]:
 
     Raises:
         ValueError: if another one comes of it, as it keeps its options under other names than it takes them by.
-        Exception: if it cannot be made at all.
     """
     taken = inspect.signature(resolve_name(stored.class_path)).parameters
     options = {key: value for key, value in stored.options.items() if key in taken}

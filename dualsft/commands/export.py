@@ -15,11 +15,11 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from safetensors import SafetensorError
 
 from dualsft.commands.messages import quieten
-from dualsft.commands.parsing import CONFIG
+from dualsft.commands.parsing import CONFIG, replay_of
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.peft_adapter import prepare_peft
-from dualsft.runs.folder import RunFolder, publish
+from dualsft.runs.folder import UNFINISHED, RunFolder, publish
 from dualsft.runs.phase_store import sync_to_disk
 
 DESCRIPTION = (
@@ -37,18 +37,15 @@ WRITTEN = (
     "additional_chat_templates",
 )
 """Names of what these commands write, the tokenizer's files among them."""
-STATE = ".unfinished"
-"""What an output folder holds until its run is complete; see `dualsft.runs.folder`."""
 
 
 class Form(NamedTuple):
-    """One subcommand."""
+    """One subcommand; without its last file a folder holds no result."""
 
     description: str
     prepare: Callable[..., Writer]
     options: tuple[str, ...]
     last: str
-    """What seals the result."""
 
 
 FORMS = {
@@ -80,15 +77,7 @@ FORMS = {
 
 
 def export_command(arguments: Sequence[str]) -> None:
-    """Take a change from one form to another.
-
-    Args:
-        arguments: Which, then its options.
-
-    Raises:
-        UserError: on a mistake in the input or the settings; the output folder is then as it was.
-        ArgumentError: on options that cannot be parsed.
-    """
+    """Take a change from one form to another; the output folder is as it was after a mistake in the settings."""
     quieten()
     if not arguments or (not arguments[0].startswith("-") and arguments[0] not in FORMS):
         told = f"has no form {arguments[0]!r}; its" if arguments else "needs to know what to make; its"
@@ -99,9 +88,8 @@ def export_command(arguments: Sequence[str]) -> None:
     for key in (*FORMS[name].options, "output_dir"):
         if not options[key]:
             raise UserError(f"--{key} is not given; `dualsft export {name} --help` says what it is.")
-    replay = parsers[name].dump(Namespace(**{**vars(options), "overwrite": False}), skip_none=False)
     try:
-        _export(FORMS[name], options, replay)
+        _export(FORMS[name], options, replay_of(parsers[name], options))
     except KeyboardInterrupt as stop:
         raise UserError("The export was interrupted; run it again.") from stop
 
@@ -130,7 +118,7 @@ def _export(form: Form, options: Namespace, replay: str) -> None:
     full = _holds_a_result(folder)
     write = form.prepare(**given)
     identity = {"command": f"export to {form.last}", **given}
-    with _telling(folder):
+    try:
         if full:
             beside = RunFolder(_beside(folder), overwrite=True, **how)
             with _claimed(beside, identity) as staged:
@@ -141,6 +129,9 @@ def _export(form: Form, options: Namespace, replay: str) -> None:
             with _claimed(run, identity) as staged:
                 _make(staged, write, replay)
                 publish(staged, folder, last=form.last)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}); choose another --output_dir.") from error
     if options.overwrite:
         shutil.rmtree(_beside(folder), ignore_errors=True)
     run.finish()
@@ -148,12 +139,8 @@ def _export(form: Form, options: Namespace, replay: str) -> None:
 
 
 def _holds_a_result(folder: Path) -> bool:
-    """Whether there is a finished result to keep until another is whole.
-
-    Raises:
-        UserError: if that cannot be written next to it.
-    """
-    full = folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).is_dir()
+    """Whether there is a finished result to keep until another, which is written next to it, is complete."""
+    full = folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_dir()
     if full and os.path.ismount(folder):
         raise UserError(
             f"{folder} is where a drive is mounted, so that nothing can be written next to it before it is replaced; "
@@ -186,12 +173,3 @@ def _make(staged: Path, write: Writer, replay: str) -> None:
     for path in staged.rglob("*"):
         if path.is_file():
             sync_to_disk(path)
-
-
-@contextmanager
-def _telling(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} cannot be written ({reason}); choose another --output_dir.") from error

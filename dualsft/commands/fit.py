@@ -29,7 +29,6 @@ from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import latest_checkpoint
 
-CHECKPOINTS = "checkpoints"
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
 
@@ -51,17 +50,16 @@ class FitCLI(VerbCLI):
         """Have the trainer log, checkpoint and export into the output folder."""
         assert self.folder is not None
         folder = self.folder.path
-        if trainer.get("logger") is None and not trainer.get("barebones"):
-            trainer["logger"] = CSVLogger(folder, name="logs")
-        if trainer.get("default_root_dir") is None:
-            trainer["default_root_dir"] = str(folder / "logs")
-        if trainer.get("num_sanity_val_steps") is None and not trainer.get("barebones"):
-            trainer["num_sanity_val_steps"] = -1  # all of them: the base model's metrics are part of the report
+        defaults: dict[str, Any] = {"default_root_dir": str(folder / "logs")}
+        if not trainer.get("barebones"):
+            # all of the validation set at the start: the base model's metrics are part of the report
+            defaults |= {"logger": CSVLogger(folder, name="logs"), "num_sanity_val_steps": -1}
+        trainer.update({key: value for key, value in defaults.items() if trainer.get(key) is None})
         self.report = FitReport()
         own: list[Callback] = [self.report, EndOfTraining(), ExportModel(str(folder))]
         if trainer.get("enable_checkpointing") is not False:
             given = trainer.get("callbacks") or []
-            own += self._checkpoints(folder / CHECKPOINTS, given if isinstance(given, list) else [given])
+            own += self._checkpoints(folder / "checkpoints", given if isinstance(given, list) else [given])
         return own
 
     def _checkpoints(self, folder: Path, given: list[Callback]) -> list[Callback]:

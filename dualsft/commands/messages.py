@@ -11,6 +11,7 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
 from dualsft.sharding.collectives import is_rank_zero, rank
@@ -62,8 +63,18 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 
 
-def unusable(error: BaseException) -> str:
-    """One sentence on why a class could not be made with its settings: its own words, without the parser's."""
+@contextmanager
+def explaining_settings() -> Iterator[None]:
+    """Say in one sentence why a class cannot be made with its settings: in its own words, without the parser's."""
+    try:
+        yield
+    except (UserError, ArgumentError):
+        raise
+    except Exception as error:
+        raise UserError(_unusable(error)) from error
+
+
+def _unusable(error: Exception) -> str:
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return str(cause)

@@ -16,7 +16,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, capture_parser
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, capture_parser
 
 from dualsft.errors import UserError
 from dualsft.registry import class_path
@@ -27,12 +27,10 @@ NAMED = {
     "model.data_allocator": "dualsft.data_allocators",
 }
 """Option -> the group in which the names that it takes are registered."""
-JOB = {
-    "select": "dualsft.commands.select:SelectCLI",
-    "fit": "dualsft.commands.fit:FitCLI",
-    "validate": "dualsft.commands.validate:ValidateCLI",
-}
+JOB = {verb: f"dualsft.commands.{verb}:{verb.capitalize()}CLI" for verb in ("select", "fit", "validate")}
 """The verbs whose keys one configuration may hold; each one's module is imported only if a key is looked for in it."""
+MOVED = {"dualsft.distributed.strategy.FSDP2": "dualsft.sharding.strategy.FSDP2"}
+"""Class path that configurations may give from before its module moved -> the one it has now."""
 CONFIG = ("--config", "-c")
 SET_ELSEWHERE = {
     "data.selection": "model.selection (of fit)",
@@ -41,6 +39,27 @@ SET_ELSEWHERE = {
 }
 _SECTIONS = ("model", "data")
 _ADD_UP = "--tasks"
+
+
+def add_folder_options(parser: ArgumentParser, resumable: bool) -> None:
+    """Add the options about a run's output folder."""
+    parser.add_argument("--output_dir", type=str, default="", help="Folder that the results are written to.")
+    flag: Any = {"action": ActionYesNo, "default": False}
+    if resumable:
+        parser.add_argument("--resume", **flag, help="Go on from what a killed run left in --output_dir.")
+    parser.add_argument("--overwrite", **flag, help="Replace the run that --output_dir holds.")
+
+
+def check_output_dir(config: Namespace) -> None:
+    """Refuse to run without an output folder."""
+    if not config.output_dir:
+        raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
+
+
+def replay_of(parser: ArgumentParser, config: Namespace) -> str:
+    """The YAML that replays a run: its settings without --resume and --overwrite."""
+    once = {key: False for key in ("resume", "overwrite") if key in config}
+    return parser.dump(Namespace(**{**vars(config), **once}), skip_none=False)
 
 
 def plain_values(value: Any) -> Any:
@@ -53,30 +72,29 @@ def plain_values(value: Any) -> Any:
 
 
 def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
-    """The arguments with configuration files narrowed to the verb, and names replaced by class paths.
-
-    Args:
-        arguments: As typed after the verb.
-        verb: Which verb.
-        parser: Its parser.
-
-    Raises:
-        UserError: if a configuration file cannot be read, or a name is not registered.
-    """
+    """The arguments after a verb with configuration files narrowed to it, and names replaced by class paths."""
     prepared: list[str] = []
-    split = _added_up([part for a in arguments for part in _split(a)])
+    split = _added_up([part for a in arguments for part in _split(_moved(a))])
     for option in split:
-        _check_place(option.removeprefix("--").split("=")[0] if option.startswith("--") else "")
+        if option.startswith("--"):
+            _check_place(option.removeprefix("--").split("=")[0])
     for key, value in zip(["", *split], split, strict=False):
         if key in CONFIG:
-            prepared.append(yaml.safe_dump(_narrow(read_config(value), verb, parser), sort_keys=False))
+            prepared.append(yaml.safe_dump(_narrow(_read_config(value), verb, parser), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")
         else:
             prepared.append(_expand_option(key, value))
             if key.endswith(".help") and _group(key):
-                _print_without_options(prepared[-1])
+                found = resolve_name(prepared[-1])
+                if not inspect.signature(found).parameters:  # the parser's help prints nothing for it
+                    print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
     return prepared
+
+
+def _moved(text: str) -> str:
+    """A text with class paths from before modules moved replaced by those of today."""
+    return re.sub(r"\w+(\.\w+)+", lambda path: MOVED.get(path[0], path[0]), text)
 
 
 def _added_up(arguments: list[str]) -> list[str]:
@@ -86,13 +104,6 @@ def _added_up(arguments: list[str]) -> list[str]:
     """
     before = accumulate(arguments, lambda seen, argument: seen or argument == _ADD_UP, initial=False)
     return [f"{a}+" if a == _ADD_UP and again else a for a, again in zip(arguments, before, strict=False)]
-
-
-def _print_without_options(path: str) -> None:
-    """Print the docstring of a class without options, for which the parser's help prints nothing."""
-    found = resolve_name(path)
-    if not inspect.signature(found).parameters:
-        print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
 
 
 def _check_place(key: str) -> None:
@@ -132,8 +143,9 @@ def _expand_option(option: str, value: str) -> str:
         return value
     if re.fullmatch(r"[\w-]+", value):
         return class_path(group, value)
-    if value.lstrip().startswith("{") or Path(value).is_file():
-        given = _loaded(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+    inline = value.lstrip().startswith("{")
+    if inline or Path(value).is_file():
+        given = _loaded(value if inline else Path(value).read_text(encoding="utf-8"))
         return json.dumps(_expand_value(group, given)) if isinstance(given, dict) else value
     return class_path(group, value) if re.fullmatch(r"[\w.]+", value) else value
 
@@ -146,20 +158,15 @@ def _loaded(text: str) -> Any:
         return text
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """A YAML configuration.
-
-    Raises:
-        UserError: if the file is missing or is not a YAML mapping.
-    """
+def _read_config(path: str) -> dict[str, Any]:
+    """A YAML configuration, which must be a mapping."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(_moved(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if loaded is None:
-        return {}
+    loaded = {} if loaded is None else loaded
     if not isinstance(loaded, dict):
         raise UserError(f"The configuration {path} holds a {type(loaded).__name__}, not keys and values.")
     for section in _SECTIONS:

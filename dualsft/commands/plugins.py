@@ -7,11 +7,7 @@ from dualsft.registry import registered
 
 
 def plugins_command(arguments: Sequence[str]) -> None:
-    """List every registered scorer and allocator.
-
-    Raises:
-        UserError: if given any argument.
-    """
+    """List every registered scorer and allocator; there are no arguments."""
     if set(arguments) & {"-h", "--help"}:
         print("usage: dualsft plugins\n\nLists the registered scorers and allocators, and what failed to load.")
         return

@@ -10,11 +10,10 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from dualsft import quickstart
-from dualsft.commands.parsing import JOB
+from dualsft.cli import run
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
@@ -29,11 +28,7 @@ HELD_OUT = {"target": ASSETS / "data" / "test_target.jsonl", "general": ASSETS /
 
 
 def quickstart_command(arguments: Sequence[str]) -> None:
-    """Run the quick start.
-
-    Raises:
-        UserError: if the output folder is taken.
-    """
+    """Run the quick start."""
     parser = argparse.ArgumentParser("dualsft quickstart", description=__doc__)
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every step (default: %(default)s)")
@@ -53,12 +48,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
 
 
 class QuickStart:
-    """The steps, in order.
-
-    Args:
-        folder: Where each step's results go, in a folder of their own.
-        seed: Seed of every step.
-    """
+    """The steps, in order, all with one seed; each writes into a folder of its own."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._seed = folder, seed
@@ -116,13 +106,11 @@ class QuickStart:
         }
         if verb == "validate":
             del places["--data.train"]
-        given = [str(argument) for argument in arguments]
-        for option, value in places.items():
-            if option not in given:
-                given += [option, str(value)]
+        missing = [part for option, value in places.items() if option not in arguments for part in (option, value)]
+        given = [str(argument) for argument in (*arguments, *missing)]
         command = [verb, "--config", str(CONFIG), *given]
         print(f"\n$ dualsft {shlex.join(command)}", flush=True)
-        resolve_name(JOB[verb]).command(command[1:])
+        run(command)
 
 
 def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 from dualsft.sharding.collectives import all_gather, rank_slice, world_size
 
 

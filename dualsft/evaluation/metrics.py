@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from lightning import Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_key
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import token_losses
 from dualsft.sharding.local_batch import local_rows
 

@@ -17,10 +17,11 @@ from sys import maxsize
 from typing import Any
 
 from lightning import Trainer, seed_everything
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dualsft.errors import UserError, advising, is_out_of_memory
 from dualsft.evaluation.task_errors import TaskIndex, check_same, explanation, task_at_fault
+from dualsft.models import PreTrainedModel
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
@@ -21,11 +20,12 @@ from dualsft.export.compatibility import check_configurations, check_same_tensor
 from dualsft.export.delta import Delta, apply_delta, changes, dtype_name, open_delta, patched, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.provenance import describe_base, versions
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
 from dualsft.models.stored import Weights, has_own_names, loaded_weights, parameter_weights, stored_weights
 from dualsft.models.tensor_file import write_tensors
-from dualsft.sharding import is_sharded
 from dualsft.sharding.save import save_sharded
+from dualsft.sharding.shard_model import is_sharded
 
 Writer = Callable[[Path], None]
 """Writes a result into an empty folder."""

@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from transformers import PreTrainedModel
-
 from dualsft.errors import UserError
 from dualsft.export.delta import dtype_name
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model
 from dualsft.models.stored import Weights
 

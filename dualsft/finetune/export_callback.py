@@ -18,9 +18,10 @@ from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.sharding import is_sharded, load_sharded, local_shard
 from dualsft.sharding.collectives import any_rank, on_rank_zero
-from dualsft.sharding.shards import first_row
+from dualsft.sharding.load import load_sharded
+from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.shards import first_row, local_shard
 
 
 class ExportModel(Callback):

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses, supervised_losses
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.local_batch import local_rows

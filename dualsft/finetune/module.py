@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount
@@ -25,6 +24,7 @@ from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key

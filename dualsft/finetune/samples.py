@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedModel
 
 from dualsft.data.batches import collate
 from dualsft.data.layout import to_device
@@ -19,6 +18,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import write_atomically
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.passes import compute_dtype
+from dualsft.models import PreTrainedModel
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.shards import full_tensor, is_shard, local_shard
 from dualsft.sharding.unit_gather import unsharded

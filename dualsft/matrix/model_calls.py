@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, to_device
 from dualsft.errors import UserError
@@ -19,6 +18,7 @@ from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.nonfinite import all_finite, nonfinite_examples
 from dualsft.matrix.sketches import ExampleStatistics
 from dualsft.matrix.spot_check import watched_gradients
+from dualsft.models import PreTrainedModel
 from dualsft.sharding.collectives import any_rank
 from dualsft.sharding.lockstep import CallKind, wait_for_turn
 from dualsft.sharding.shards import compute_device

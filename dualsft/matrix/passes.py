@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, one_example
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
@@ -29,6 +28,7 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
 from dualsft.matrix.spot_check import shares_rows, spot_check
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import all_reduce_sum, any_rank
 from dualsft.sharding.lockstep import CallKind

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import RowSums, check_covered
 from dualsft.matrix.placement import requires_grad
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.unit_gather import unsharded_parameters

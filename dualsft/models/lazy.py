@@ -8,11 +8,7 @@ from torch import Tensor
 class LazyTensors(Mapping[str, Tensor]):
     """A read-only mapping of names to tensors; each tensor is made anew whenever it is read, and none is kept.
 
-    Asking which names there are makes no tensor.
-
-    Args:
-        names: The names, in the order of iteration.
-        make: Name -> tensor.
+    Asking which names there are, in the order given, makes no tensor.
     """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:

@@ -36,15 +36,10 @@ class LinearBackward(Protocol):
 def exchange(
     module: nn.Module, a: Tensor, output: Tensor, other: Tensor, behind: LinearBackward, *, weight_too: bool
 ) -> Tensor:
-    """The layer's output with another backward.
+    """The output of a layer with input a, with another backward.
 
-    Args:
-        module: The layer.
-        a: Its input.
-        output: Its output.
-        other: An additional tensor that gets a gradient; it makes autograd call the backward even if nothing else does.
-        behind: The backward.
-        weight_too: Whether a weight that requires a gradient gets it from this backward.
+    The other tensor gets a gradient too; it makes autograd call the backward even if nothing else does. A weight that
+    requires a gradient gets it from this backward if ``weight_too``.
     """
     layer: Any = module
     weight = layer.weight if weight_too else layer.weight.detach()
@@ -54,16 +49,8 @@ def exchange(
 
 class _Exchanged(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        a: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        other: Tensor,
-        behind: LinearBackward,
-    ) -> Tensor:
-        ctx.behind = behind
+    def forward(ctx: Any, output: Tensor, a: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        *_, ctx.behind = others  # the bias and the additional tensor are inputs so that they get gradients
         ctx.save_for_backward(a, weight)
         return output.detach()  # not a view, which the model could not modify in place
 

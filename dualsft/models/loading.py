@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
+from dualsft.models import PreTrainedModel
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -84,11 +85,7 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
 
 
 def base_weights(name_or_path: str, dtype: Dtype = "auto") -> dict[str, Tensor]:
-    """The parameters of a model by name, on the host.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
+    """The parameters of a model by name, on the host."""
     return {name: parameter.detach() for name, parameter in load_model(name_or_path, dtype).named_parameters()}
 
 
@@ -106,11 +103,7 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
-    """Have a model recompute its activations in backward while it trains.
-
-    Args:
-        model: The model.
-        **options: For `torch.utils.checkpoint.checkpoint`.
+    """Have a model recompute its activations in backward while it trains; options of `torch.utils.checkpoint`.
 
     Raises:
         UserError: if its architecture does not support that.
@@ -134,11 +127,7 @@ def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
 
 
 def empty_model(name_or_path: str) -> PreTrainedModel:
-    """A model on the meta device, without weights, from its configuration.
-
-    Raises:
-        UserError: if the configuration is not that of a causal language model.
-    """
+    """A causal language model on the meta device, without weights, from its configuration."""
     folder = model_folder(name_or_path)
     try:
         with torch.device("meta"):
@@ -149,30 +138,15 @@ def empty_model(name_or_path: str) -> PreTrainedModel:
 
 
 def model_fingerprint(name_or_path: str) -> str:
-    """SHA-256 over a model's stored weights in the order of their names; independent of how the files are sharded.
-
-    Raises:
-        UserError: if the weights cannot be read.
-    """
-    folder = model_folder(name_or_path)
+    """SHA-256 over a model's stored weights in the order of their names; independent of how the files are sharded."""
+    folder, digest = model_folder(name_or_path), hashlib.sha256()
     with reading_weights(folder):
-        return weights_fingerprint(_stored_tensors(weight_files(folder)))
-
-
-def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The `model_fingerprint` of a checkpoint with these names and tensors, given in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for name, path in sorted(weight_files(folder).items()):
+            with safe_open(path, framework="pt") as stored:
+                tensor = stored.get_tensor(name)
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for name, path in sorted(files.items()):
-        with safe_open(path, framework="pt") as stored:
-            tensor = stored.get_tensor(name)
-        yield name, tensor
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -186,11 +160,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def reading_weights(folder: Path) -> Iterator[None]:
-    """Turn errors of reading a model's files into a sentence.
-
-    Raises:
-        UserError: naming the folder, if a file cannot be read.
-    """
+    """Turn errors of reading a model's files into a `UserError` that names the folder."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -209,11 +179,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_vocabulary(model: PreTrainedModel, largest_id: int) -> None:
-    """Check that the model has an embedding for every token id.
-
-    Raises:
-        UserError: naming the largest id and the vocabulary's size, if it has not.
-    """
+    """Check that the model has an embedding for every token id up to the largest one of the data."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     if largest_id >= rows:
         raise UserError(

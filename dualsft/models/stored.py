@@ -34,11 +34,7 @@ class Weights:
 
 
 def stored_weights(folder: Path) -> Weights:
-    """The tensors of a model's files, under the names in the files.
-
-    Raises:
-        UserError: if they cannot be read, or have a type that is not known here.
-    """
+    """The tensors of a model's files, under the names in the files; they must be of a type that is known here."""
     with reading_weights(folder):
         files = weight_files(folder)
         specs = {name: _spec(name, path) for name, path in files.items()}
@@ -51,11 +47,7 @@ def stored_weights(folder: Path) -> Weights:
 
 
 def stored_rows(stored: Weights, name: str, rows: slice) -> Tensor:
-    """Rows (of dimension 0) of a stored tensor; no others are read.
-
-    Raises:
-        UserError: if they cannot be read.
-    """
+    """Rows (of dimension 0) of a stored tensor; no others are read."""
     assert stored.files is not None
     with reading_weights(stored.folder), safe_open(stored.files[name], framework="pt") as file:
         part: Tensor = file.get_slice(name)[rows]
@@ -86,12 +78,7 @@ def weights_of(folder: Path, model: nn.Module) -> Weights:
 def parameter_weights(name_or_path: str, dtype: Dtype = "auto") -> Weights:
     """The weights by parameter name, from the files if these have the same names, otherwise of the loaded model.
 
-    Args:
-        name_or_path: A Hugging Face model folder or hub id.
-        dtype: Type to load the model in, if it must be loaded.
-
-    Raises:
-        UserError: if they cannot be read.
+    Only a model that must be loaded is cast to the type.
     """
     stored = stored_weights(model_folder(name_or_path))
     return stored if has_own_names(stored) else loaded_weights(name_or_path, dtype)

@@ -48,11 +48,6 @@ class TensorSpec:
         """The type and shape of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of its data in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
 
 def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
     """The names of a file's tensors in the order in which `write_tensors` reads and writes them."""
@@ -62,21 +57,14 @@ def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 def write_tensors(
     path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; memory holds one tensor at a time.
-
-    Args:
-        path: The file.
-        specs: Name -> type and shape of each tensor.
-        read: Returns the tensor of a name, of that type and shape.
-        metadata: Strings for the header.
-    """
+    """Write a safetensors file; ``read`` returns the tensor of a name, and memory holds one at a time."""
     names = file_order(specs)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
-        begin, end = end, end + specs[name].num_bytes
-        offsets = {"shape": list(specs[name].shape), "data_offsets": [begin, end]}
-        header[name] = {"dtype": _NAMES[specs[name].dtype], **offsets}
+        dtype, shape = specs[name].dtype, specs[name].shape
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as stream:

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
+from dualsft.models import PreTrainedModel
 
 
 class Objective(ABC):

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
+from dualsft.models import PreTrainedModel
 
 
 def supervised_logits(

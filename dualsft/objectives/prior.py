@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
+from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
 from dualsft.objectives.likelihood import mean_over_tokens, supervised_logits
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from dualsft.errors import UserError
 from dualsft.runs.phase_store import PhaseStore, sync_to_disk
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 
-_UNFINISHED, _FINISHED, _RUN, _LOCK, _MANIFEST = ".unfinished", ".finished", "run.json", "lock", "manifest.json"
+UNFINISHED = ".unfinished"
+_FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
 _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
@@ -29,8 +29,8 @@ _WRITTEN = """
 """Patterns of the names that the commands write at the top of an output folder."""
 
 
-class RunFolder:
-    """One run's output folder.
+class RunFolder(PhaseStore):
+    """One run's output folder, with the states of its phases.
 
     Args:
         folder: The folder for the results.
@@ -59,8 +59,8 @@ class RunFolder:
         written: Sequence[str] = (),
     ) -> None:
         self.path = Path(folder)
-        self._state = self.path / _UNFINISHED
-        self._phases = PhaseStore(self._state)
+        self._state = self.path / UNFINISHED
+        super().__init__(self._state)
         self._written, self._resumable, self._overwrite = (*_WRITTEN.split(), *written), resumable, overwrite
         # one lock of each process, however many runs it opens on the folder
         self._lock = FileLock(
@@ -81,10 +81,10 @@ class RunFolder:
             if names:
                 self._check_ours(names)
             self._check_inputs(inputs)
-        elif _UNFINISHED in names and not resume:
+        elif UNFINISHED in names and not resume:
             advice = "--resume to go on with it or " if self._resumable else ""
             raise UserError(f"{self.path} holds an unfinished run; give {advice}--overwrite to drop it.")
-        elif names and _UNFINISHED not in names:
+        elif names and UNFINISHED not in names:
             self.complete = resume and (self.path / _MANIFEST).is_file()
             if not self.complete:
                 advice = "there is nothing to resume; " if resume else ""
@@ -111,15 +111,7 @@ class RunFolder:
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Check that the finished selection in the folder is the one that was asked for.
-
-        Args:
-            identity: What determines the outcome of the run that was asked for.
-            manifest: The manifest of the selection.
-
-        Raises:
-            UserError: if it is another one, naming what differs.
-        """
+        """Check by its manifest that the finished selection in the folder is the one that was asked for."""
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 
@@ -150,7 +142,7 @@ class RunFolder:
             # from the first deletion on, the folder counts as an unfinished run, whatever happens
             run.unlink(missing_ok=True)
             _empty(self._state, keep=_LOCK)
-            _empty(self.path, keep=_UNFINISHED)
+            _empty(self.path, keep=UNFINISHED)
             write_atomically(run, json.dumps(identity, indent=2))
             self._claimed = True
         except OSError as error:
@@ -187,24 +179,8 @@ class RunFolder:
                 f"({', '.join(differing)}); resume it with its own settings, or give --overwrite."
             )
 
-    def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Save a phase's state; see `PhaseStore.save`."""
-        self._phases.save(phase, tensors, notes)
-
-    def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Load a phase's state; see `PhaseStore.load`."""
-        return self._phases.load(phase)
-
-    def drop(self, phase: str) -> None:
-        """Delete a phase's state, if there is any."""
-        self._phases.drop(phase)
-
-    def staging(self) -> Path:
-        """A fresh folder to write results into before they are published."""
-        return self.scratch("staging")
-
-    def scratch(self, name: str) -> Path:
-        """A fresh folder that is removed when the run is finished."""
+    def staging(self, name: str = "staging") -> Path:
+        """A fresh folder to write results into before they are published; removed when the run is finished."""
 
         def make() -> Path:
             folder = self._state / name

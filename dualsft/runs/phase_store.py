@@ -6,6 +6,7 @@ it stays, so that the states that a killed run leaves are of the same moment on 
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
+from dualsft.runs.progress import Meter
 from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
 
 
 class PhaseStore:
-    """Saves and loads the states of phases.
-
-    Args:
-        folder: The folder of the files, which the ranks share.
-    """
+    """Saves and loads the states of phases in a folder that the ranks share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -81,6 +79,49 @@ class PhaseStore:
     def _file(self, phase: str, version: int) -> Path:
         suffix = f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
         return self._folder / f"{phase}{suffix}.safetensors"
+
+
+class PhaseKeeper:
+    """Saves the state of a phase in progress every so many minutes; implements `dualsft.matrix.passes.Keeper`.
+
+    Attributes:
+        earlier: What the phase cost before its present start, in a killed run or in a discarded attempt; empty for a
+            new phase.
+        meter: Measures what the phase costs, from its start.
+    """
+
+    def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
+        self._store, self._name, self._seconds = store, f"{phase}.under-way", 60 * minutes
+        self._loaded = store.load(self._name)
+        self._last_save = time.monotonic()
+        self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
+        self.meter: Meter | None = None
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that an earlier, killed run saved; returned once, so that it is not held in memory."""
+        loaded, self._loaded = self._loaded, None
+        return loaded
+
+    def due(self) -> bool:
+        """Whether it is time to save the state again."""
+        return time.monotonic() - self._last_save >= self._seconds
+
+    def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Save the state, with what the phase has cost so far."""
+        assert self.meter is not None
+        self._store.save(self._name, tensors, {**notes, **self.meter.so_far()})
+        self._last_save = time.monotonic()
+
+    def begin_again(self) -> None:
+        """Discard the saved state, but not the time that it took."""
+        assert self.meter is not None
+        self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
+        self.drop()
+
+    def drop(self) -> None:
+        """Discard the saved state."""
+        self._loaded = None
+        self._store.drop(self._name)
 
 
 def sync_to_disk(path: Path) -> None:

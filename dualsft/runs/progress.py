@@ -21,12 +21,10 @@ class Phase:
     """The cost of one phase of a run.
 
     Attributes:
-        name: The phase's name.
         examples: Examples processed, each as often as it was processed.
         tokens: Supervised tokens processed.
         seconds: Wall time.
-        peak_memory_bytes: Peak memory of the phase: allocated on the accelerator if there is one, else the process's
-            resident set.
+        peak_memory_bytes: As `peak_memory` measures it.
     """
 
     name: str
@@ -37,12 +35,7 @@ class Phase:
 
 
 class PhaseLog:
-    """The phases of one run, in order.
-
-    Args:
-        show: Whether to draw progress bars.
-        device: The model's device, whose peak memory is measured.
-    """
+    """The phases of one run, in order, with progress bars if wanted; peak memory is that of the model's device."""
 
     def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._device = device
@@ -53,13 +46,10 @@ class PhaseLog:
     def phase(
         self, name: str, examples: int, earlier: dict[str, Any] | None = None, dealt: bool = True
     ) -> Iterator["Meter"]:
-        """Measure a phase; its batches go through the meter.
+        """Measure a phase of so many examples; its batches go through the meter.
 
-        Args:
-            name: The phase's name.
-            examples: The number of examples to process.
-            earlier: The cost of the part that a killed run finished (`Meter.so_far`).
-            dealt: Whether each rank processes examples of its own.
+        The cost of the part that a killed run finished (`Meter.so_far`) is ``earlier``; the examples are ``dealt`` if
+        each rank processes its own.
         """
         examples = -(-examples // world_size()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)
@@ -87,13 +77,7 @@ class PhaseLog:
 
 
 class Meter:
-    """Counts the batches of a phase, and advances its bar.
-
-    Args:
-        phase: The cost so far, of the part that an earlier run finished.
-        bar: The progress bar.
-        device: The device whose peak memory is measured.
-    """
+    """Counts the batches of a phase, and advances its bar; ``phase`` is what the part of an earlier run cost."""
 
     def __init__(self, phase: Phase, bar: Any, device: torch.device) -> None:
         self._phase, self._bar, self._device = phase, bar, device

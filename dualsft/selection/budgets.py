@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Mapping
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, choose_data, data_budget
 from dualsft.selection.mask import stored_masks, write_masks
@@ -47,7 +47,7 @@ class Budgets:
         """
         if not is_sharded(self._model):
             return choose_parameters(self._settings, scores, self._base)
-        folder = self._run.scratch(f"choice-{next(self._round)}")
+        folder = self._run.staging(f"choice-{next(self._round)}")
         write_full_tensors(scores, dict(self._model.named_parameters()), folder, "scores")
 
         def choose() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch
 from dualsft.data.module import InstructionDataModule
@@ -13,6 +12,7 @@ from dualsft.errors import UserError
 from dualsft.matrix.curvature import check_differences
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import check_vocabulary, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
 from dualsft.selection.scoring_checkpoint import second_moment_file

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.errors import UserError
 from dualsft.matrix.curvature import (
@@ -24,6 +23,7 @@ from dualsft.matrix.curvature import (
     twice_differentiable,
 )
 from dualsft.matrix.sketches import Measurement
+from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.directions import Statistics, preconditioner

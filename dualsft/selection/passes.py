@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dualsft.data.layout import Batch
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import rank, world_size
@@ -143,6 +142,8 @@ def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
     if not checkpointing:
         yield
         return
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

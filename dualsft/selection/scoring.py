@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import check_covered
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
+from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say
 from dualsft.selection.directions import (

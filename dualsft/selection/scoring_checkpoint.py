@@ -6,13 +6,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings

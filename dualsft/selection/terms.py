@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising, blaming
 from dualsft.matrix.passes import Losses
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import Objective, example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.passes import Loader

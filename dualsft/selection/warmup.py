@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import PreTrainedModel
 
 from dualsft.data.layout import Batch, split_rows, to_device
 from dualsft.data.loaders import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.nonfinite import all_finite, drop_examples, nonfinite_examples
 from dualsft.matrix.passes import Keeper, Watch
+from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import all_gather, any_rank, world_size

@@ -1,7 +1,9 @@
 """Safetensors files of full tensors, which all ranks write together and any number of ranks can read.
 
-Each file is one rank's to write. The ranks gather the tensors of all files one by one, and each keeps those of its own
-files. Then they write at the same time.
+Each file is written by one rank; if one rank cannot write, every rank raises `UserError`. The ranks gather the tensors
+of all files one by one, and each keeps those of its own files. Then they write at the same time.
+
+``shards`` are this rank's shards by name, of any type, and ``like`` the parameters that are sharded in the same way.
 """
 
 import json
@@ -27,18 +29,11 @@ METADATA = {"format": "pt"}
 _MAX_FILE = 5 * 10**9
 """Bytes, the default of `huggingface_hub`."""
 
-_CACHED = 2  # the two stacks of a layer's experts, whose slices alternate in a model's file
-
 
 def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors that are gathered to the host when they are read; every rank must read them, in the same order.
+    """Full tensors that are gathered to the host when they are read; every rank must read them, in the same order."""
 
-    Args:
-        shards: Name -> this rank's shard, of any type.
-        like: Name -> the parameter that is sharded in the same way.
-    """
-
-    @lru_cache(maxsize=_CACHED)
+    @lru_cache(maxsize=2)  # the two stacks of a layer's experts, whose slices alternate in a model's file
     def gather(name: str) -> Tensor:
         return full_tensor(shards[name], like[name]).cpu()
 
@@ -55,9 +50,6 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
     Args:
         folder: The folder, which the ranks share.
         files: Name, tensors and metadata of each file; the same on every rank.
-
-    Raises:
-        UserError: on every rank, if one cannot write.
     """
     own: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
     for k, (file, lazy, metadata) in enumerate(files):
@@ -80,11 +72,7 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn errors of writing files into a sentence.
-
-    Raises:
-        UserError: naming the folder, if a file cannot be written.
-    """
+    """Turn errors of writing files into a `UserError` that names the folder."""
     try:
         yield
     except OSError as error:
@@ -94,14 +82,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
     """Write sharded tensors in the layout of Hugging Face's sharded checkpoints; each rank writes about as much.
 
-    Args:
-        shards: Name -> this rank's shard, of any type.
-        like: Name -> the parameter that is sharded in the same way.
-        folder: The folder, which the ranks share.
-        stem: The files are ``STEM-0000N-of-0000M.safetensors``, with an index if there are several.
-
-    Raises:
-        UserError: on every rank, if one cannot write.
+    The files are ``STEM-0000N-of-0000M.safetensors``, with an index if there are several.
     """
     lazy = lazy_full_tensors(dict(sorted(shards.items())), like)
     per_rank = -(-sum(tensor.nbytes for tensor in lazy.values()) // world_size())

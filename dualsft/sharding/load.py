@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, modeling_utils
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, load_model, model_folder, reading_weights
 from dualsft.sharding.collectives import on_all_ranks
 from dualsft.sharding.lazy_tensor import LazyTensor, rows_of
@@ -28,14 +28,7 @@ def load_sharded(
 ) -> PreTrainedModel:
     """Load the model of `load_model`, sharded as by `shard_model`; no rank ever holds all of it.
 
-    Args:
-        name_or_path: A Hugging Face model folder or hub id.
-        mesh: All ranks along one axis; each of them calls this.
-        dtype: Type to store the weights in; ``auto`` keeps the checkpoint's.
-        cpu_offload: Store shards and their gradients on the host.
-
-    Raises:
-        UserError: on every rank alike, as `load_model` and `shard_model` do.
+    Every rank calls this, with the arguments of those two functions; every rank alike raises as they do.
     """
     folder = on_all_ranks(lambda: model_folder(name_or_path))
     model, weights = on_all_ranks(lambda: _lazy_model(folder, dtype))
@@ -47,7 +40,7 @@ def load_sharded(
 
 def _lazy_model(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A model with its parameters on the meta device, and lazy tensors of their values."""
-    with mock.patch.object(modeling_utils, "safe_open", _LazyFile):
+    with mock.patch("transformers.modeling_utils.safe_open", _LazyFile):
         model = load_model(str(folder), dtype)
     with reading_weights(folder):
         for module in model.modules():

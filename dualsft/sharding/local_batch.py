@@ -12,13 +12,10 @@ from dualsft.sharding.collectives import rank_slice, world_size
 
 
 def local_rows(batch: Batch) -> Batch:
-    """This rank's rows of a batch, every world-size-th one, without padding that none of them needs.
+    """This rank's rows of a padded or packed batch, every world-size-th one, without padding that none of them needs.
 
     A rank for which no row is left gets the last one without labels, as all ranks of a sharded model make the same
     calls.
-
-    Args:
-        batch: Padded or packed; the same on every rank.
     """
     if world_size() == 1:
         return batch

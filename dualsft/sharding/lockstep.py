@@ -26,11 +26,9 @@ class CallKind(IntEnum):
 
 
 def wait_for_turn(kind: CallKind, dummy_call: Callable[[CallKind], None]) -> None:
-    """Make dummy calls until the next call on all ranks is of this kind.
+    """Make dummy calls, over an example of weight zero, until the next call on all ranks is of this kind.
 
-    Args:
-        kind: What this rank's next call is for; ``NOTHING`` waits until no rank has a call left to make.
-        dummy_call: Makes a call of the given kind over an example of weight zero.
+    ``NOTHING`` waits until no rank has a call left to make.
     """
     if world_size() == 1:
         return

@@ -1,7 +1,7 @@
 """Saving a sharded model: the files that `save_pretrained` writes of the unsharded model, byte for byte.
 
 The library plans which tensors go into which file and under which name, with lazy tensors
-(`dualsft.sharding.lazy_tensor`). The ranks write the files together (`dualsft.sharding.files`).
+(`dualsft.sharding.lazy_tensor`). The ranks write the files together, and fail together (`dualsft.sharding.files`).
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_utils
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, rank, world_size
 from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files, writing_to
@@ -22,14 +22,9 @@ _MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
 
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
-    """Write a sharded model as a Hugging Face folder; every rank calls this, and each writes about as much.
+    """Write a sharded model as a Hugging Face folder, which the ranks share; every rank calls this.
 
-    Args:
-        model: The model; a rank holds no more of it at a time than the files that it writes.
-        folder: The folder, which the ranks share.
-
-    Raises:
-        UserError: on every rank, if one cannot write.
+    Each rank writes about as much, and holds no more of the model at a time than the files that it writes.
     """
     files: list[tuple[str, Mapping[str, Tensor], Mapping[str, str]]] = []
 
@@ -40,7 +35,8 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
     per_file = min(_MAX_FILE, max(_MIN_FILE, -(-size // world_size())))
     # newer releases of the library save on rank zero alone
     on_every_rank = mock.patch.object(model, "should_save_on_this_rank", return_value=True, create=True)
-    with TemporaryDirectory() as unused, on_every_rank, mock.patch.object(modeling_utils, "safe_save_file", plan_file):
+    planning = mock.patch("transformers.modeling_utils.safe_save_file", plan_file)
+    with TemporaryDirectory() as unused, on_every_rank, planning:
         # every rank plans the same files; rank zero alone writes the configuration beside them
         target = folder if rank() == 0 else unused
         model.save_pretrained(target, state_dict=_lazy_state(model), max_shard_size=per_file)
@@ -57,16 +53,7 @@ def _lazy_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
-    """Write sharded tensors into one safetensors file; every rank calls this, and memory holds one full tensor.
-
-    Args:
-        shards: Name -> this rank's shard.
-        like: Name -> the parameter that is sharded in the same way.
-        path: The file.
-
-    Raises:
-        UserError: on every rank, if rank zero cannot write.
-    """
+    """Write sharded tensors into one safetensors file; every rank calls this, and memory holds one full tensor."""
     specs = {name: TensorSpec(shard.dtype, tuple(like[name].shape)) for name, shard in shards.items()}
     gathered = (full_tensor(shards[name], like[name]) for name in file_order(specs))
 

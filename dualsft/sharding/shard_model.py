@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dualsft.errors import UserError
+from dualsft.sharding.unit_gather import units
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> None:
@@ -96,44 +97,32 @@ def _main_type(module: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-Owned = list[tuple[nn.Module, str]]
-"""Modules and names of their parameters; the parameter objects change as a unit is gathered and resharded."""
-
-
 def _fill_in_missing_gradients(model: nn.Module) -> None:
     """Give every trainable parameter of a unit a gradient, if only zero, before the ranks reduce them.
 
     FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, as of an expert that
     only some ranks used, gradients of different parameters would be added.
     """
-    units = {module: [*_owned_parameters(module)] for module in model.modules() if isinstance(module, FSDPModule)}
-    all_owned = [pair for owned in units.values() for pair in owned]
+    all_names = [name for name, _ in model.named_parameters()]
     # before FSDP's own hook, which queues a callback at the end of backward for the units whose inputs got no gradient;
     # and after `_without_views`, so that FSDP's hook sees the copy of the output
-    model.register_forward_hook(partial(_fill_in_at_end, all_owned), prepend=True)
-    for unit, owned in units.items():
+    model.register_forward_hook(partial(_fill_in_at_end, model, all_names), prepend=True)
+    for unit, names in units(model).items():
         # after FSDP's own hook, which marks the inputs whose gradients end the unit's backward pass
-        unit.register_forward_pre_hook(partial(_fill_in_at_inputs, owned), with_kwargs=True)
-        unit.register_forward_pre_hook(partial(_unshard_if_unfrozen, owned, []), prepend=True)
+        unit.register_forward_pre_hook(partial(_fill_in_at_inputs, model, names), with_kwargs=True)
+        unit.register_forward_pre_hook(partial(_unshard_if_unfrozen, model, names, []), prepend=True)
         unit.register_forward_hook(_without_views, prepend=True)
 
 
-def _owned_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for name, _ in module.named_parameters(recurse=False):
-        yield module, name
-    for child in module.children():
-        if not isinstance(child, FSDPModule):
-            yield from _owned_parameters(child)
-
-
-def _fill_in_at_inputs(owned: Owned, _: nn.Module, args: Any, kwargs: Any) -> None:
+def _fill_in_at_inputs(model: nn.Module, names: list[str], _: nn.Module, args: Any, kwargs: Any) -> None:
     for tensor in _differentiable((args, kwargs)):
-        tensor.register_hook(lambda _: _fill_in_gradients(owned))
+        tensor.register_hook(lambda _: _fill_in_gradients(model, names))
 
 
-def _fill_in_at_end(owned: Owned, _: nn.Module, args: Any, output: Any) -> None:
+def _fill_in_at_end(model: nn.Module, names: list[str], _: nn.Module, args: Any, output: Any) -> None:
+    engine: Any = torch.autograd.Variable._execution_engine
     for tensor in _differentiable(output):
-        tensor.register_hook(lambda _: _queue_callback(partial(_fill_in_gradients, owned)))
+        tensor.register_hook(lambda _: engine.queue_callback(lambda: _fill_in_gradients(model, names)))
 
 
 def _differentiable(tree: Any) -> list[Tensor]:
@@ -142,9 +131,9 @@ def _differentiable(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def _unshard_if_unfrozen(owned: Owned, was_trainable: list[bool], unit: Any, _: Any) -> None:
+def _unshard_if_unfrozen(model: nn.Module, names: list[str], was_trainable: list[bool], unit: Any, _: Any) -> None:
     """Have FSDP look again for the reduction's type, which it takes from the trainable weights it saw last."""
-    trainable = any(module.get_parameter(name).requires_grad for module, name in owned)
+    trainable = any(model.get_parameter(name).requires_grad for name in names)
     if was_trainable == [False] and trainable:
         unit.unshard()
     was_trainable[:] = [trainable]
@@ -157,14 +146,9 @@ def _without_views(_: nn.Module, args: Any, output: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor if tensor._base is None else tensor.clone(), output)
 
 
-def _queue_callback(function: Any) -> None:
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.queue_callback(function)
-
-
-def _fill_in_gradients(owned: Owned) -> None:
-    for module, name in owned:
-        parameter = module.get_parameter(name)
+def _fill_in_gradients(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        parameter = model.get_parameter(name)  # another object when a unit is gathered
         gathered = not isinstance(parameter, DTensor)
         if gathered and parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

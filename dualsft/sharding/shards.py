@@ -1,6 +1,8 @@
 """Local shards and full tensors: FSDP2 splits the rows of a parameter over the ranks (`DTensor`, ``Shard(0)``).
 
 A local shard is contiguous in the row-major order of the full tensor. With fewer rows than ranks some shards are empty.
+Where a function takes ``like``, it is the parameter that is sharded in the same way; if it is not sharded, shard and
+full tensor are the same tensor, which is returned.
 """
 
 import math
@@ -39,11 +41,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def shard_offset(tensor: Tensor) -> int:
-    """The flat index, in the row-major full tensor, of this rank's first entry.
-
-    Raises:
-        ValueError: if the tensor is sharded along anything but dimension 0 and one mesh axis.
-    """
+    """The flat index, in the row-major full tensor, of this rank's first entry; raises as `first_row` does."""
     return first_row(tensor) * math.prod(tensor.shape[1:])
 
 
@@ -59,46 +57,26 @@ def _mesh_device(sharded: DTensor) -> torch.device:
 
 
 def from_local(shard: Tensor, like: Any) -> DTensor:
-    """The sharded tensor of which this rank has a shard.
-
-    Args:
-        shard: This rank's shard, of any type, on any device.
-        like: A `DTensor` that is sharded in the same way.
-    """
+    """The sharded tensor of this rank's shard, of any type and on any device; ``like`` is a `DTensor`."""
     layout = {"device_mesh": like.device_mesh, "placements": like.placements, "run_check": False}
     return DTensor.from_local(shard, **layout, shape=like.shape, stride=like.stride())
 
 
 @torch.no_grad()
 def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
-    """The full tensor, all-gathered on the device that the model computes on; every rank must call this at once.
-
-    Args:
-        shard: This rank's shard, of any type.
-        like: The parameter that is sharded in the same way; if it is not sharded, the shard is the full tensor.
-    """
+    """The full tensor, all-gathered on the device that the model computes on; every rank must call this at once."""
     if not isinstance(like, DTensor):
         return shard
     return from_local(shard.to(_mesh_device(like)), like).full_tensor()
 
 
 def shard_copy(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of this rank's shard of a full tensor, where the model's shards are stored.
-
-    Args:
-        tensor: The full tensor.
-        like: The parameter that is sharded in the same way; if it is not sharded, the tensor itself is returned.
-    """
+    """A copy of this rank's shard of a full tensor, on the device that stores the model's shards."""
     return shard_of(tensor, like).to(like.device, copy=True) if isinstance(like, DTensor) else tensor
 
 
 def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a full tensor, in the same memory.
-
-    Args:
-        tensor: The full tensor, which every rank has.
-        like: The parameter that is sharded in the same way; if it is not sharded, the full tensor is the shard.
-    """
+    """This rank's shard of a full tensor that every rank has, in the same memory."""
     if not isinstance(like, DTensor):
         return tensor
     first = first_row(like)

@@ -16,8 +16,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
+from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, load_model
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.vectors import gather_vectors, split_vectors
@@ -60,12 +60,8 @@ class FSDP2(ModelParallelStrategy):
                 child.to(self.root_device)
         module._device = self.root_device
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning restores the optimizers' states."""
-        return True
-
     # the module gathers its own state and splits it, so that these are those of a single process
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     load_model_state_dict = Strategy.load_model_state_dict
 
@@ -91,6 +87,9 @@ class FSDP2(ModelParallelStrategy):
         # gloo exchanges tensors on the host, such as scores
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else super()._get_process_group_backend()
 
+
+StrategyRegistry.register("fsdp2", FSDP2, "Fully sharded weights (FSDP2)")
+StrategyRegistry.register("fsdp2_cpu_offload", FSDP2, "Fully sharded weights (FSDP2) on the host", cpu_offload=True)
 
 _Key = tuple[int, str]
 """A parameter's number in an optimizer's state dict, and the name of an entry of its state."""
@@ -122,12 +121,7 @@ def _replaced(state: dict[str, Any], tensors: Iterable[tuple[_Key, Tensor]]) -> 
 
 
 def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
-    """Launch the other ranks, if no launcher has, and create the process group before the trainer runs.
-
-    Args:
-        trainer: A trainer under `FSDP2`; under any other strategy nothing is done.
-        module: The module that it will run.
-    """
+    """Under `FSDP2`, launch the ranks that no launcher has, and create the process group before the trainer runs."""
     strategy = trainer.strategy
     if not isinstance(strategy, FSDP2):
         return
@@ -139,23 +133,10 @@ def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
 
 
 def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTrainedModel:
-    """Load a module's model, sharded if its trainer runs it under `FSDP2`, else as `load_model` does.
-
-    Raises:
-        UserError: as `load_model` and `load_sharded` do.
-    """
+    """Load a module's model, by `load_sharded` if its trainer runs it under `FSDP2`, else by `load_model`."""
     mesh = module.device_mesh
     if mesh is None:
         return load_model(name_or_path, dtype)
     strategy = module.trainer.strategy
     assert isinstance(strategy, FSDP2)
     return load_sharded(name_or_path, mesh["data_parallel"], dtype, strategy.cpu_offload)
-
-
-def register() -> None:
-    """Register the strategy with Lightning under its names."""
-    if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded weights (FSDP2)")
-        StrategyRegistry.register(
-            "fsdp2_cpu_offload", FSDP2, description="Fully sharded weights (FSDP2) on the host", cpu_offload=True
-        )

@@ -12,10 +12,9 @@ from dualsft.sharding.collectives import all_gather, rank, world_size
 
 
 def gather_vectors(chunks: Sequence[Tensor]) -> list[Tensor]:
-    """The full vectors, on rank zero's host alone; the other ranks get empty ones. Every rank must call this at once.
+    """The full vectors, on rank zero's host alone; the other ranks get empty ones.
 
-    Args:
-        chunks: This rank's chunk of each vector; in a single process these are the vectors, and are returned.
+    Every rank must call this at once, with its chunk of each vector; in a single process the chunks are returned.
     """
     if world_size() == 1:
         return list(chunks)
@@ -39,11 +38,7 @@ def _receive(own: Tensor, lengths: list[int]) -> Tensor:
 
 
 def split_vectors(vectors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Copies of this rank's chunks of vectors that every rank has. Every rank must call this at once.
-
-    Args:
-        vectors: The full vectors.
-        lengths: The length of this rank's chunk of each vector.
+    """Copies of this rank's chunks, of these lengths, of full vectors. Every rank must call this at once.
 
     Raises:
         ValueError: if a vector is not as long as its chunks together.

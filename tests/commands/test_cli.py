@@ -81,6 +81,27 @@ def failure(
     return int(stop.value.code or 0), told
 
 
+@pytest.mark.parametrize("form", ["configuration", "option", "class_path option"])
+def test_class_paths_from_before_modules_moved_still_work(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A strategy that is given by the class path it had before its module moved is the same strategy."""
+    before, now = "dualsft.distributed.strategy.FSDP2", "dualsft.sharding.strategy.FSDP2"
+    strategy = {"class_path": before, "init_args": {"cpu_offload": True}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    offload = ["--trainer.strategy.cpu_offload", "true"]
+    given = {
+        "configuration": ["--config", str(tmp_path / "job.yaml")],
+        "option": [f"--trainer.strategy={before}", *offload],
+        "class_path option": ["--trainer.strategy.class_path", before, *offload],
+    }
+    with pytest.raises(SystemExit):
+        run(["select", *given[form], "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]
+    assert printed["class_path"] == now
+    assert printed["init_args"]["cpu_offload"] is True
+
+
 def test_one_configuration_serves_every_verb(job: Path, selection: Path, fitted: Path) -> None:
     """select, fit and validate take their own keys from one file; names stand for classes in it."""
     manifest = load_selection(selection).manifest

@@ -17,7 +17,7 @@ from dualsft.allocators import Diverse
 from dualsft.matrix import passes as gradients
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import DiagonalFisher, HessianVector
 from dualsft.selection import passes, warmup

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.matrix import spot_check, tap
-from dualsft.runs.keeping import PhaseKeeper
+from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.selection import Selection, passes
 from tests.selection.kills import kill_at, killed_run
 from tests.selection.runs import ADAM, OK, SGD, Inputs, contents, select
