@@ -116,7 +116,7 @@ def masked(model: nn.Module, kind: str, share: float) -> Training:
     compact.attach()
     optimizer = torch.optim.AdamW(compact.parameters(), lr=1e-5)
     compact.write_back_after(optimizer)
-    return Training(model, optimizer, compact.num_selected())
+    return Training(model, optimizer, compact.num_selected)
 
 
 def lora(model: nn.Module, share: float) -> Training:

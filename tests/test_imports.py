@@ -38,9 +38,10 @@ def test_help_imports_no_library() -> None:
 
 
 def test_configurations_are_printed_without_data_libraries() -> None:
-    """A verb's options are known without the library that loads data sets, and what that imports."""
+    """A verb's options are known without the library that loads data sets, and without the code of any model."""
     printing = "from dualsft.cli import run\ntry: run(['select', '--print_config'])\nexcept SystemExit: pass"
-    assert not imported(printing) & {"datasets", "pandas"}
+    light = "import sys; assert 'transformers.modeling_utils' not in sys.modules"
+    assert not imported(f"{printing}\n{light}") & {"datasets", "pandas"}
 
 
 def test_public_names_are_listed_before_they_are_imported() -> None:

@@ -96,7 +96,7 @@ def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, C
         "base": describe_base(module.model_name_or_path, module.base_fingerprint, dtype_name(module.model.dtype)),
         "counts": {
             "changed": sum(len(index) for index, _ in changed.values()),
-            "trained": module.compact.num_selected(),
+            "trained": module.compact.num_selected,
             "all": module.model.num_parameters(),
         },
         "selection": describe_selection(module.selection.manifest, PUBLISHED) if module.selection else None,

@@ -107,7 +107,7 @@ class FitReport(Callback):
         exported = trainer.global_step if module.best_step is None else module.best_step
         step = max((step for step in progress.validated if step <= exported), default=None)
         return {
-            "weights": {"trained": module.compact.num_selected(), "all": module.model.num_parameters()},
+            "weights": {"trained": module.compact.num_selected, "all": module.model.num_parameters()},
             "examples": {"each_epoch": _examples(trainer), "passed": progress.examples},
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

@@ -249,7 +249,7 @@ class MaskedFinetuneModule(LightningModule):
         """What a checkpoint belongs to: the base weights, the trained ones among them, and the chosen examples."""
         ids = self.selection.example_ids if self.selection else None
         examples = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-        return {"base": self.base_fingerprint, "weights": self.compact.fingerprint(), "examples": examples}
+        return {"base": self.base_fingerprint, "weights": self.compact.fingerprint, "examples": examples}
 
 
 def _keep_the_masters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -41,7 +41,7 @@ class HessianVectorProduct:
 
     Args:
         model: The model; when a loss is differentiated it must be `twice_differentiable`.
-        direction: d per trainable parameter, of its shape; of a sharded model, this rank's shard of it.
+        direction: d per trainable parameter, of its (local) shape.
 
     Attributes:
         shards: The parameters of a sharded model, which must be unsharded in the pass; empty for any other model.
@@ -53,11 +53,7 @@ class HessianVectorProduct:
         self._full: Mapping[str, Tensor] | None = None if self.shards else direction
 
     def __call__(self, loss: Tensor) -> None:
-        """Differentiate twice.
-
-        Raises:
-            UserError: if some operation of the model has no second derivative.
-        """
+        """Differentiate twice; refuse a model with an operation that has no second derivative."""
         if self._full is None:
             self._full = {name: full_tensor(d, self.shards[name]) for name, d in self._direction.items()}
         try:
@@ -86,22 +82,14 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def check_differences(model: PreTrainedModel) -> None:
-    """Check that a finite difference along the weights is not lost in rounding.
-
-    Raises:
-        UserError: if the weights are stored, or computed with, in half precision.
-    """
+    """Refuse a finite difference along weights that are stored, or computed with, in half precision."""
     kinds = {p.dtype for p in model.parameters() if p.requires_grad} | {compute_dtype(model)}
     if half := sorted(str(kind).removeprefix("torch.") for kind in kinds if kind not in _RELATIVE_STEP):
         raise UserError(f"A finite difference of gradients drowns in the rounding of {half[0]}.", FULL_PRECISION)
 
 
 def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
-    """ε, chosen so that ‖εd‖ is a small share of ‖θ‖, both over all trainable weights.
-
-    Raises:
-        UserError: if the direction is zero, so that there is nothing to step along.
-    """
+    """ε, chosen so that ‖εd‖ is a small share of ‖θ‖, both over all trainable weights; refuses a direction of zero."""
     weights = {name: p for name, p in model.named_parameters() if name in direction}
     share = max(_RELATIVE_STEP[p.dtype] for p in weights.values())
     length = _norm(direction.values())
@@ -122,16 +110,13 @@ def check_smooth(
     """Check that the gradient changes as much ahead of θ as behind it, as it does where it is smooth.
 
     It is not smooth where the model switches, as a router that sends a token to another expert does: the difference is
-    then that of a jump.
+    then that of a jump, and the second difference not small against the first.
 
     Args:
-        forward: Σ_i g_i at θ + εd, by parameter name.
+        forward: Σ_i g_i of the term of this name at θ + εd, by parameter name.
         backward: The same at θ − εd.
         center: The same at θ.
-        name: What the gradients are of.
-
-    Raises:
-        UserError: if the second difference is not small against the first.
+        name: The term's.
     """
     second = _norm(forward[n] + backward[n] - 2 * center[n] for n in center)
     first = _norm(forward[n] - backward[n] for n in center)
@@ -149,11 +134,9 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], step: float) ->
     weights = {name: local_shard(p.detach()) for name, p in model.named_parameters() if name in direction}
     before = {name: p.clone() for name, p in weights.items()}
     try:
-        with torch.no_grad():
-            for name, parameter in weights.items():
-                parameter.add_(direction[name].to(parameter.dtype), alpha=step)
+        for name, weight in weights.items():
+            weight.add_(direction[name].to(weight.dtype), alpha=step)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in weights.items():
-                parameter.copy_(before[name])
+        for name, weight in weights.items():
+            weight.copy_(before[name])

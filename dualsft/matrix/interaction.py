@@ -23,24 +23,20 @@ Read on in this order: `rows.py` (where the rows add up), `tap.py` (a module's s
 for Linear, sooner), `placement.py` (which module uses which weight), `passes.py` (a pass over many batches).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dualsft.data.layout import AmbiguousShapeError
-from dualsft.errors import UserError
-from dualsft.matrix.linear_tap import LinearHook
+from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.nonfinite import all_finite
 from dualsft.matrix.placement import Placement, find_placement
 from dualsft.matrix.rows import Rows
-from dualsft.matrix.tap import TapHook
+from dualsft.matrix.tap import GeneralTap
 from dualsft.models.dtypes import accumulator_dtype
-from dualsft.models.lazy import LazyTensors
 from dualsft.models.linear import is_linear
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import compute_device, local_shard
@@ -58,7 +54,6 @@ class ColumnSums:
         squared: Whether to sum the squares of the entries instead; a backward pass must then be one example's.
 
     Attributes:
-        squared: Whether the squares are summed.
         sums: Parameter name -> sum of gradients, of the parameter's shape, in float32 (float64 for float64 weights).
     """
 
@@ -74,14 +69,13 @@ class ColumnSums:
 
     def __enter__(self) -> "ColumnSums":
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._add, name))
-            for name, parameter in self._parameters.items()
+            p.register_post_accumulate_grad_hook(partial(self._add, n)) for n, p in self._parameters.items()
         ]
         # gradients of a sharded model are squared before they are added up over the ranks
         self._handles += [p.register_post_accumulate_grad_hook(_square) for p in self._unsharded.values()]
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         for parameter in self._parameters.values():  # of a backward that an error has cut short
@@ -126,18 +120,13 @@ class RowSums:
         model: Any module; its first forward pass shows which modules are to be tapped.
         directions: One u or more, each for every parameter that is scored.
         by_token: Whether to keep contributions by token too.
-
-    Attributes:
-        directions: One u or more, each for every parameter that is scored.
-        rows: The sums, which the context gives out.
     """
 
     def __init__(self, model: nn.Module, directions: Sequence[Direction], by_token: bool = False) -> None:
-        self._model, self.directions = model, directions
-        self.rows = Rows(len(directions), by_token, compute_device(model))
+        self._model = model
+        self.rows = Rows(directions, by_token, compute_device(model))
         both = (*model.named_parameters(), *unsharded_parameters(model).items())
         self._names = {id(p): name for name, p in both if name in directions[0]}
-        self._paths = {module: path for path, module in model.named_modules()}
         self._placement: Placement | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -146,7 +135,7 @@ class RowSums:
         self._add_taps()
         return self.rows
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -162,54 +151,11 @@ class RowSums:
             self._add_taps()
 
     def _add_taps(self) -> None:
+        paths = {module: path for path, module in self._model.named_modules()}
         for module, scored in (self._placement or {}).items():
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in scored}
-            us = [LazyTensors(names, partial(_renamed, u, names)) for u in self.directions]
-            kind = LinearHook if is_linear(module) and "weight" in names else TapHook
-            tap = kind(self.rows, f"{self._paths[module]} ({type(module).__name__})", module, us)
+            kind = LinearTap if is_linear(module) and "weight" in names else GeneralTap
+            tap = kind(self.rows, f"{paths[module]} ({type(module).__name__})", module, names)
             # before any other hook, which may exchange the output: it must still be the module's own
-            handle = module.register_forward_hook(self._guarded(tap, scored), with_kwargs=True, prepend=True)
-            self._handles.append(handle)
-
-    def _guarded(self, tap: Callable[..., Any], scored: set[str]) -> Callable[..., Any]:
-        """The tap as a hook that notes what it covers; its errors wait for the end of forward, where all ranks meet."""
-
-        def hook(*call: Any) -> Any:
-            try:
-                output = tap(*call)
-            except (AmbiguousShapeError, UserError) as error:
-                self.rows.refusals.append(error)
-                return None
-            if output is not None:
-                self.rows.covered |= scored
-            return output
-
-        return hook
-
-
-def _renamed(u: Direction, names: Mapping[str, str], name: str) -> Tensor:
-    """An entry of u by a module's own name for the parameter."""
-    return u[names[name]]
-
-
-def check_covered(model: nn.Module, covered: Iterable[str], moved: Iterable[str]) -> None:
-    """Check that the rows cover every parameter that has a gradient.
-
-    Args:
-        model: The model.
-        covered: Names of the parameters whose module has been tapped.
-        moved: Names of the parameters whose gradient is not zero.
-
-    Raises:
-        UserError: naming the parameters that the loss depends on past any tapped module.
-    """
-    known = set(covered)
-    missed = [name for name in moved if name not in known]
-    if missed:
-        kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
-        raise UserError(
-            f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
-            f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
-            "the module that owns them."
-        )
+            self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=True))

@@ -15,16 +15,16 @@ second.
 The layer's own backward is replaced, so that the weight gradient is not formed twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import Layout
-from dualsft.matrix.rows import Rows
+from dualsft.matrix.tap import Tap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import exchange
 
@@ -43,78 +43,59 @@ def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bo
     return tokens_per_example >= tokens + calls / weights
 
 
-class LinearHook:
-    """A forward hook that replaces the backward of a linear layer by one that adds to the rows as well.
+class LinearTap(Tap):
+    """A tap on a linear layer, whose backward is replaced by one that adds to the rows as well."""
 
-    Args:
-        rows: What the tap adds to.
-        where: The module's name and type, for errors.
-        module: The module.
-        tangents: For each direction, u for its weight and, if it is scored, its bias.
-    """
-
-    def __init__(self, rows: Rows, where: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
-        self._rows, self._where, self._tangents = rows, where, tangents
-        self._transposed = type(module) is Conv1D
-
-    @property
-    def _us(self) -> list[Tensor]:
-        """U as (out, in); only in backward does a sharded model have it."""
-        return [u["weight"].t() if self._transposed else u["weight"] for u in self._tangents]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The module's output with the tap on it; None, which leaves it, where nothing is differentiated."""
-        if not torch.is_grad_enabled():  # as in the jvp of a module around this one
-            return None
+    def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """The output with the other backward."""
         (a,) = args or kwargs.values()
-        a, output = self._rows.layout.expand(a), self._rows.layout.expand(output)
-        self._rows.check_shape(output.shape, self._where)
-        return exchange(module, a, output, self._rows.dummy_input, self, weight_too=True)
+        a, output = self.rows.layout.expand(a), self.rows.layout.expand(output)
+        self.rows.check_shape(output.shape, self.where)
+        return exchange(self.module, a, output, self.rows.dummy_input, self, weight_too=True)
 
     def backward(
         self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add to the rows, and return the gradients that are needed; see `LinearBackward`."""
-        weight = weight.t() if self._transposed else weight
+        transposed = type(self.module) is Conv1D
+        weight = weight.t() if transposed else weight
+        tangents = list(self.tangents())
+        us = [u["weight"].t() if transposed else u["weight"] for u in tangents]
         needs_input, needs_weight, _ = needs
         narrow = a.to(e.dtype)
-        for k, u in enumerate(self._tangents):
+        for k, u in enumerate(tangents):
             if "bias" in u:
-                self._rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self._where)
-        gradient = self._weight_gradient(e, narrow, weight.dtype) if needs_weight else None
-        if not needs_weight:
-            self._add_products(e, narrow)
-        if gradient is not None and self._transposed:
-            gradient = gradient.t()
+                self.rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
+        gradient = None
+        if needs_weight:
+            gradient = self._weight_gradient(e, narrow, us, weight.dtype)
+            gradient = gradient.t() if transposed else gradient
+        else:
+            self._add_products(e, narrow, us)
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
-    def _weight_gradient(self, e: Tensor, a: Tensor, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    def _weight_gradient(self, e: Tensor, a: Tensor, us: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
-        layout = self._rows.layout
+        layout = self.rows.layout
         by_gradient = (
-            not self._rows.by_token
-            and _rows_and_tokens(e, layout)
+            not self.rows.by_token
+            and e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
             and by_gradient_pays(layout.mean_length, e.shape[-1] * a.shape[-1], e.device.type)
         )
         if by_gradient:
-            rows, gradient = example_gradients(e, a, self._us, layout, dtype)
+            rows, gradient = example_gradients(e, a, us, layout, dtype)
             for k, values in enumerate(rows):
-                self._rows.add_examples(k, values)
+                self.rows.add_examples(k, values)
             return gradient
-        self._add_products(e, a)
+        self._add_products(e, a, us)
         return e.flatten(0, -2).t() @ a.flatten(0, -2)
 
-    def _add_products(self, e: Tensor, a: Tensor) -> None:
-        for k, direction in enumerate(self._us):
+    def _add_products(self, e: Tensor, a: Tensor, us: list[Tensor]) -> None:
+        for k, direction in enumerate(us):
             u = direction.to(e.dtype)
             out_features, in_features = u.shape
             x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
-            self._rows.add(k, x, y, self._where)
-
-
-def _rows_and_tokens(e: Tensor, layout: Layout) -> bool:
-    """Whether the axes before the last one are rows and tokens, or both flattened into one."""
-    return e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
+            self.rows.add(k, x, y, self.where)
 
 
 def example_gradients(
@@ -141,29 +122,19 @@ def example_gradients(
     values = []
     for first in range(0, height, step):
         block = slice(first, first + step)
-        part, total = _block_gradients(x[..., block], y, [u[block].to(wide) for u in us], layout, buffer)
-        values.append(part)
+        parts = [u[block].to(wide) for u in us]
+        one, scratch = buffer[:, : len(parts[0])]
+        total = torch.zeros_like(one)
+        products = []
+        for row, start, length in layout.spans:
+            span = slice(start, start + length)
+            _outer(x[row, span, block], y[row, span], one)
+            # not torch.dot, which adds a million products in a handful of float32 numbers
+            products += [torch.mul(one, u, out=scratch).sum() for u in parts]
+            total.add_(one)
+        values.append(torch.stack(products).double().view(-1, len(us)).t())
         gradient[block] = total
     return torch.stack(values).sum(0), gradient.t() if transposed else gradient
-
-
-def _block_gradients(
-    x: Float[Tensor, "row token m"],
-    y: Float[Tensor, "row token n"],
-    us: Sequence[Float[Tensor, "m n"]],
-    layout: Layout,
-    buffer: Float[Tensor, "2 step n"],
-) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "m n"]]:
-    one, scratch = buffer[:, : x.shape[-1]]
-    total = torch.zeros_like(one)
-    products = []
-    for row, first, length in layout.spans:
-        span = slice(first, first + length)
-        _outer(x[row, span], y[row, span], one)
-        # not torch.dot, which adds a million products in a handful of float32 numbers
-        products += [torch.mul(one, u, out=scratch).sum() for u in us]
-        total.add_(one)
-    return torch.stack(products).double().view(-1, len(us)).t(), total
 
 
 def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:

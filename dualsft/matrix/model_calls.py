@@ -1,12 +1,13 @@
 """The calls of a model that a pass makes, and their order among those of other ranks.
 
 All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), though they have other batches, and
-other examples to look at again. So a rank says which kind of call it wants before it makes one, and until that kind is
-due it takes part in the other ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
+other examples to look at again. Until the kind of call that a rank wants is due on all of them, it takes part in other
+ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.nonfinite import all_finite, nonfinite_examples
+from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import ExampleStatistics
 from dualsft.matrix.spot_check import watched_gradients
 from dualsft.models import PreTrainedModel
@@ -41,42 +43,30 @@ _DUMMY: Batch = {
 }
 
 
+@dataclass(eq=False)
 class ModelCalls:
-    """Forward and backward of batches and of single examples, with the sums that backward adds to.
+    """Forward, which is ``losses(model, *begin(batch))``, and backward, with the sums that backward adds to.
 
-    Args:
-        model: The model.
-        columns: The gradients' sums, if they are wanted.
-        row_sums: The taps, if rows are wanted.
-        statistics: What measures each example's gradient, if anything is to.
-        gather: Makes a sharded model's directions available in backward.
-        losses: l_i of each example of a batch.
-        derivative: A backward pass, or what takes its place.
+    Sums that are not wanted are None.
 
     Attributes:
+        gather: Makes a sharded model's directions available in backward.
         void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        columns: ColumnSums | None,
-        row_sums: RowSums | None,
-        statistics: ExampleStatistics | None,
-        gather: UnitGather,
-        losses: Losses,
-        derivative: Derivative,
-    ) -> None:
-        self.model, self.columns, self.row_sums, self.statistics = model, columns, row_sums, statistics
-        self._rows = row_sums.rows if row_sums else None
-        self._gather, self._losses, self._derivative = gather, losses, derivative
-        self.void = False
+    model: PreTrainedModel
+    columns: ColumnSums | None
+    row_sums: RowSums | None
+    statistics: ExampleStatistics | None
+    gather: UnitGather
+    losses: Losses
+    derivative: Derivative
+    void: bool = False
 
-    def restart(self) -> None:
-        """Begin all sums again."""
-        self.void = False
-        if self.columns:
-            self.columns.reset()
+    @property
+    def rows(self) -> Rows | None:
+        """The accumulator of the taps, if there are any."""
+        return self.row_sums.rows if self.row_sums else None
 
     def wait(self, kind: CallKind) -> None:
         """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
@@ -84,7 +74,7 @@ class ModelCalls:
 
     def wait_for_probe(self) -> None:
         """Return when gradients of single examples are due."""
-        self._gather.drop()  # on all ranks, which gather again together
+        self.gather.drop()  # on all ranks, which gather again together
         self.wait(CallKind.PROBE)
 
     def _take_part(self, kind: CallKind) -> None:
@@ -94,34 +84,30 @@ class ModelCalls:
         elif kind == CallKind.PROBE:
             self._probe(_DUMMY)
         else:
-            losses = self._forward(_DUMMY)
+            losses = self.losses(self.model, *self.begin(_DUMMY))
             if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
                 return
             self.backward(0 * losses)
             if any_rank(not self.finite):
                 self.find_nonfinite(None)
 
-    def forward(self, batch: Batch) -> Tensor | None:
-        """The losses of a batch, ready for backward; None if an output's axes are ambiguous at its width.
+    def begin(self, batch: Batch) -> tuple[Batch, Layout]:
+        """Make the taps ready for a batch; the batch on the model's device, and its layout."""
+        layout = Layout.of(batch)
+        self.gather.drop()
+        if self.rows is not None:
+            self.rows.begin(layout)
+        return to_device(batch, compute_device(self.model)), layout
+
+    def is_ambiguous(self) -> bool:
+        """Whether, after forward, some output's axes are ambiguous at the batch's width.
 
         Raises:
             UserError: if an output cannot be split into examples.
         """
-        self.wait(CallKind.STEP)
-        losses = self._forward(batch)
-        return None if self._is_ambiguous() else losses
-
-    def _forward(self, batch: Batch) -> Tensor:
-        layout = Layout.of(batch)
-        self._gather.drop()
-        if self._rows is not None:
-            self._rows.begin(layout)
-        return self._losses(self.model, to_device(batch, compute_device(self.model)), layout)
-
-    def _is_ambiguous(self) -> bool:
         try:
-            if self._rows is not None:
-                self._rows.check()
+            if self.rows is not None:
+                self.rows.check()
         except AmbiguousShapeError:
             return True
         return False
@@ -131,10 +117,10 @@ class ModelCalls:
         if self.statistics:
             self.statistics.begin()
         if losses.requires_grad:  # else nothing that is summed or scored took part
-            self._derivative(losses.sum())
-        self._gather.drop()
-        if self._rows is not None:
-            self._rows.complete()
+            self.derivative(losses.sum())
+        self.gather.drop()
+        if self.rows is not None:
+            self.rows.complete = True
 
     @property
     def finite(self) -> bool:
@@ -143,7 +129,7 @@ class ModelCalls:
 
     def _has_finite_rows(self) -> bool:
         """Whether the rows are finite, as far as they are known: an example alone may have ambiguous axes."""
-        return self._rows is None or self._is_ambiguous() or bool(self._rows.read().isfinite().all())
+        return self.rows is None or self.is_ambiguous() or bool(self.rows.read().isfinite().all())
 
     def has_finite_loss(self, example: Batch) -> bool:
         """Whether the loss of a batch of one example is finite."""
@@ -152,16 +138,15 @@ class ModelCalls:
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> Tensor:
-        return self._losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
+        return self.losses(self.model, to_device(batch, compute_device(self.model)), Layout.of(batch))
 
     def find_nonfinite(self, batch: Batch | None) -> set[int]:
-        """The ids of the examples whose gradient is not finite, after a backward that was not; the sums become void.
+        """The ids of this rank's examples whose gradient is not finite, after a backward that was not.
 
-        Args:
-            batch: This rank's, if it has one.
+        The sums become void.
 
         Raises:
-            UserError: if there is none on any rank.
+            UserError: if there is no such example on any rank.
         """
         self.void = True
         if self.columns:
@@ -184,16 +169,13 @@ class ModelCalls:
         """Whether the gradient of an example, which is added to no sum, is finite."""
         finite: list[Tensor] = []
         # the same weights on every rank, and as in a spot check, since their gradients are exchanged
-        names = (
-            self.row_sums.directions[0]
-            if self.row_sums
-            else [name for name, p in self.model.named_parameters() if p.requires_grad]
-        )
+        trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = self.rows.directions[0] if self.rows else trainable
         with (
             suspended(self.statistics, self.columns),
             watched_gradients(self.model, names, lambda _, gradient: finite.append(all_finite(gradient))),
         ):
-            self.backward(self._forward(example))
+            self.backward(self.losses(self.model, *self.begin(example)))
         return self._has_finite_rows() and all(map(bool, finite))
 
 
@@ -201,10 +183,8 @@ class ModelCalls:
 def suspended(*contexts: AbstractContextManager[Any] | None) -> Iterator[None]:
     """Close contexts, whose hooks add to sums, and open them again when this inner context is closed."""
     opened = [context for context in contexts if context is not None]
-    for context in opened:
-        context.__exit__(None, None, None)
-    try:
+    with ExitStack() as stack:
+        for context in reversed(opened):  # they are opened again from the first to the last
+            context.__exit__(None, None, None)
+            stack.callback(context.__enter__)
         yield
-    finally:
-        for context in opened:
-            context.__enter__()

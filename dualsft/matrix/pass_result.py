@@ -1,6 +1,6 @@
 """The result of a pass over some examples, and its form on disk: named tensors and a few notes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,11 +64,14 @@ class GradientPass:
     def from_state(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> "GradientPass":
         """The result that `state` was made of."""
         ids = [tensors[f"id:{k}"].tolist() for k in range(sum(name.startswith("id:") for name in tensors))]
-        by_token = "tokens:0" in tensors
         return cls(
             sums=dict(_under("sum", tensors)),
             rows=[dict(zip(of, tensors[f"row:{k}"].tolist(), strict=True)) for k, of in enumerate(ids)],
-            tokens=[dict(zip(of, _pieces(tensors, k), strict=True)) for k, of in enumerate(ids) if by_token],
+            tokens=[
+                dict(zip(of, tensors[f"tokens:{k}"].split(tensors[f"lengths:{k}"].tolist()), strict=True))
+                for k, of in enumerate(ids)
+                if "tokens:0" in tensors
+            ],
             measured={
                 name: dict(zip(tensors[f"measured id:{name}"].tolist(), values, strict=True))
                 for name, values in _under("measured", tensors)
@@ -81,7 +84,3 @@ class GradientPass:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     return ((n.removeprefix(f"{prefix}:"), t) for n, t in tensors.items() if n.startswith(f"{prefix}:"))
-
-
-def _pieces(tensors: Mapping[str, Tensor], k: int) -> Sequence[Tensor]:
-    return tensors[f"tokens:{k}"].split(tensors[f"lengths:{k}"].tolist())

@@ -3,14 +3,12 @@
 The same pass sums squared gradients, and, given another derivative than the first, products with the Hessian
 (`curvature.py`); l_i is an example's likelihood unless another loss is given.
 
-Examples that are not finite are left out and reported. A *loss* that is not finite shows before backward, and its
-example is left out of the batch. A *gradient* that is not finite shows only when parts of it have been added to the
-sums. Then the pass goes on to find all such examples, and is repeated without them: the sums hold no trace of them.
+Examples that are not finite are left out and reported. A *loss* that is not finite shows before backward. A *gradient*
+that is not finite shows only when parts of it have been added to the sums: the pass goes on to find all such examples,
+and is repeated without them.
 
-The state of a pass between two batches can be kept; a killed run's pass goes on from there.
-
-Each rank of a sharded model passes over batches of its own (`model_calls.py`). What is found of the examples is
-gathered in the end; the sums stay shards.
+A killed run's pass goes on from the state that was kept between two batches. Each rank of a sharded model passes over
+batches of its own (`model_calls.py`); what is found of the examples is gathered in the end, and the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +21,12 @@ from torch import Tensor
 from dualsft.data.layout import Batch, one_example
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import Derivative, Losses, ModelCalls, suspended
-from dualsft.matrix.nonfinite import drop_examples, finite_losses
+from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
+from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch_factors
-from dualsft.matrix.spot_check import shares_rows, spot_check
+from dualsft.matrix.spot_check import spot_check
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import all_reduce_sum, any_rank
@@ -100,7 +99,7 @@ def gradient_pass(
         gather = stack.enter_context(UnitGather(model, [*directions, factors]))
         *us, full_factors = gather.full_tensors
         statistics = None
-        if measurement.by_example:
+        if set(measurement.names) - {LOSS}:  # each example's own gradient
             statistics = stack.enter_context(ExampleStatistics(model, measurement, full_factors, drop=not columns))
         column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
         row_sums = RowSums(model, us, by_token) if directions else None
@@ -109,15 +108,13 @@ def gradient_pass(
         if not columns and not statistics:
             stack.enter_context(requires_grad(model.parameters(), False))  # rows need no weight gradients
         calls = ModelCalls(model, column_sums, row_sums, statistics, gather, losses, derivative)
-        # 2. The pass, until no gradient is met that is not finite.
-        attempt = _Attempt(calls, LOSS in measurement.names)
+        # 2. Forward, backward and counting, batch by batch.
+        scoring = _Pass(calls, LOSS in measurement.names)
         if keeper and (kept := keeper.load()):
-            attempt.resume(*kept)
-        result = attempt.run(batches, watch, keeper)
-        while calls.void:
-            calls.restart()
-            attempt = _Attempt(calls, LOSS in measurement.names, result.nonfinite)
-            result = attempt.run(batches, watch, keeper)
+            scoring.resume(*kept)
+        for batch in scoring.batches(batches, watch, keeper):
+            scoring.score(batch)
+        result = scoring.result
         # 3. The sums of ranks that each held the full model.
         if shards:
             result.sums = {name: shard_copy(all_reduce_sum(s), shards[name]) for name, s in result.sums.items()}
@@ -130,56 +127,61 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-class _Attempt:
-    """One attempt at a pass: it counts if no gradient is met that is not finite (`ModelCalls.void`).
+class _Pass:
+    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`)."""
 
-    Args:
-        calls: The model's calls, with the sums.
-        keep_losses: Whether each example's loss is part of the result.
-        excluded: Ids of the examples that spoilt an earlier attempt.
-    """
+    def __init__(self, calls: ModelCalls, keep_losses: bool) -> None:
+        self._calls, self._keep_losses = calls, keep_losses
+        self._begin(frozenset())
 
-    def __init__(self, calls: ModelCalls, keep_losses: bool, excluded: Iterable[int] = ()) -> None:
-        self._calls, self._keep_losses, self._excluded = calls, keep_losses, frozenset(excluded)
-        self._result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(self._excluded))
-        if calls.row_sums is not None:
-            self._result.rows = [{} for _ in calls.row_sums.directions]
-            self._result.tokens = [{} for _ in calls.row_sums.directions if calls.row_sums.rows.by_token]
-        self._done = 0
+    def _begin(self, excluded: frozenset[int]) -> None:
+        """Begin without the examples that spoilt an earlier attempt."""
+        calls, self._excluded = self._calls, excluded
+        calls.void, self._done = False, 0
+        self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))
+        if calls.rows:
+            self.result.rows = [{} for _ in calls.rows.directions]
+            self.result.tokens = [{} for _ in calls.rows.directions if calls.rows.by_token]
         self._checked: set[bool] = set()
 
-    def run(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> GradientPass:
-        """Go through the batches; each rank through its own, a round of one each at a time."""
-        for batch in self._rounds(iter(watch(batches(self._done)))):
-            if keeper and any_rank(keeper.due()):
-                keeper.save(*self._state())
-            for part in self._parts(batch) if batch is not None else ():
-                self._score(part)
-            self._calls.wait(CallKind.NOTHING)
-            self._done += 1
-        self._note_covered()
-        self._result.share()
-        return self._result
-
-    def _rounds(self, batches: Iterator[Batch]) -> Iterator[Batch | None]:
-        """This rank's batches, and None for as long as other ranks have some left."""
-        while any_rank((batch := next(batches, None)) is not None):
-            yield batch
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch, or each of its examples where every example's own gradient is needed."""
+    def batches(self, batches: Batches, watch: Watch, keeper: Keeper | None) -> Iterator[Batch]:
+        """This rank's batches, or single examples where each one's gradient is needed; again if some is not finite."""
         calls = self._calls
-        if not calls.statistics and not (calls.columns and calls.columns.squared):
-            return [batch]
-        return [one_example(batch, k) for k in range(len(batch["example_id"]))]
+        single = calls.statistics or (calls.columns and calls.columns.squared)
+        while True:
+            own = iter(watch(batches(self._done)))
+            while any_rank((batch := next(own, None)) is not None):  # None for as long as other ranks have some left
+                if keeper and any_rank(keeper.due()):
+                    tensors, notes = self.result.state()
+                    attempt = {"done": self._done, "void": calls.void, "excluded": sorted(self._excluded)}
+                    keeper.save(tensors, {**notes, **attempt})
+                if batch is not None and single:
+                    yield from (one_example(batch, k) for k in range(len(batch["example_id"])))
+                elif batch is not None:
+                    yield batch
+                calls.wait(CallKind.NOTHING)
+                self._done += 1
+                if calls.rows:
+                    self.result.covered |= calls.rows.covered
+            self.result.share()
+            if not calls.void:
+                return
+            if calls.columns:
+                calls.columns.reset()
+            self._begin(frozenset(self.result.nonfinite))
 
-    def _score(self, batch: Batch) -> None:
-        calls, result = self._calls, self._result
+    def score(self, batch: Batch) -> None:
+        """Add a batch to the sums, and its rows and measurements to the result."""
+        calls, result = self._calls, self.result
         # 1. Forward, without the examples that spoilt an earlier attempt or whose loss is not finite.
-        batch = drop_examples(batch, self._excluded)
-        found = finite_losses(batch, calls.forward, calls.has_finite_loss, calls.row_sums is not None)
+        found = FiniteLosses(drop_examples(batch, self._excluded), calls.has_finite_loss, calls.rows is not None)
+        while found.pending:
+            calls.wait(CallKind.STEP)
+            losses = calls.losses(calls.model, *calls.begin(found.batch))
+            found.inspect(None if calls.is_ambiguous() else losses)
+            del losses  # with its graph, before another forward pass
         result.nonfinite |= found.nonfinite
-        if len(found.losses):
+        if found.losses is not None:
             # 2. Backward, which adds to the sums on all ranks.
             calls.backward(found.losses)
             # 3. Count the examples, or find those whose gradient is not finite.
@@ -189,26 +191,22 @@ class _Attempt:
                 self._count(found.batch, found.losses)
         # 4. What its company spoilt is scored by itself.
         for example in found.alone:
-            self._score(example)
+            self.score(example)
 
     def _count(self, batch: Batch, losses: Tensor) -> None:
-        ids = batch["example_id"].tolist()
-        self._result.counted += len(ids)
-        self._measure(ids, losses)
-        if self._calls.row_sums is not None:
-            self._read_rows(batch, ids, self._calls.row_sums)
-
-    def _measure(self, ids: list[int], losses: Tensor) -> None:
-        measured = self._result.measured
+        ids, measured = batch["example_id"].tolist(), self.result.measured
+        self.result.counted += len(ids)
         if self._keep_losses:
             measured.setdefault(LOSS, {}).update(zip(ids, losses.detach().double().cpu(), strict=True))
         if self._calls.statistics:
             (example,) = ids
             for name, value in self._calls.statistics.read().items():
                 measured.setdefault(name, {})[example] = value
+        if self._calls.rows:
+            self._read_rows(batch, ids, self._calls.rows)
 
-    def _read_rows(self, batch: Batch, ids: list[int], row_sums: RowSums) -> None:
-        calls, result, rows = self._calls, self._result, row_sums.rows
+    def _read_rows(self, batch: Batch, ids: list[int], rows: Rows) -> None:
+        calls, result = self._calls, self.result
         values = rows.read().tolist()
         for of_direction, scores in zip(result.rows, values, strict=True):
             of_direction.update(zip(ids, scores, strict=True))
@@ -216,25 +214,17 @@ class _Attempt:
         for k, contributions in enumerate(result.tokens):
             tokens = rows.read_tokens(k).cpu()
             contributions.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
-        if (sharing := shares_rows(batch)) not in self._checked:  # the first batch, and the first of shared rows
-            self._checked.add(sharing)
-            with suspended(calls.statistics, row_sums, calls.columns):
-                spot_check(calls.model, row_sums, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
-
-    def _note_covered(self) -> None:
-        if self._calls.row_sums:
-            self._result.covered |= self._calls.row_sums.rows.covered
-
-    def _state(self) -> State:
-        self._note_covered()
-        tensors, notes = self._result.state()
-        return tensors, {**notes, "done": self._done, "void": self._calls.void, "excluded": sorted(self._excluded)}
+        packed = any(first for _, first, _ in rows.layout.spans)
+        if packed not in self._checked:  # the first batch, and the first in which examples share a row
+            self._checked.add(packed)
+            with suspended(calls.statistics, calls.row_sums, calls.columns):
+                spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Go on from the state that an earlier run kept."""
         self._done, self._calls.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
-        sums = self._result.sums  # the hooks add to these very tensors
-        self._result = GradientPass.from_state(tensors, notes)
-        for name, kept in self._result.sums.items():
+        sums = self.result.sums  # the hooks add to these very tensors
+        self.result = GradientPass.from_state(tensors, notes)
+        for name, kept in self.result.sums.items():
             sums[name].copy_(kept)
-        self._result.sums = sums
+        self.result.sums = sums

@@ -32,17 +32,13 @@ def find_placement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Placement:
-    """Where each parameter is scored, found by one forward pass.
+    """Where each parameter is scored, found by one forward pass of these arguments.
 
-    Args:
-        model: The model.
-        names: Identity of a parameter -> its name, of all that are scored.
-        check_output: Raises a UserError for an output that cannot be split; it also gets the module's name and type.
-        args: What the model is called with.
-        kwargs: What it is called with by keyword.
+    ``names`` has the name of each scored parameter by its identity. ``check_output`` raises a UserError for an output
+    that cannot be split; it also gets the module's name and type.
 
     Raises:
-        UserError: naming a module whose output cannot be split, nor that of any module around it.
+        UserError: if neither a module's output can be split nor that of any module around it.
     """
     observer = _Observer(model, names, check_output)
     parameters = [p for p in model.parameters() if id(p) in names]
@@ -63,7 +59,7 @@ def find_placement(
 
 @contextmanager
 def requires_grad(parameters: Iterable[Tensor], value: bool) -> Iterator[None]:
-    """Parameters that all require gradients, or that do not, while the context is open."""
+    """Set ``requires_grad`` of some parameters while the context is open."""
     changed = [parameter for parameter in parameters if parameter.requires_grad != value]
     for parameter in changed:
         parameter.requires_grad_(value)
@@ -75,7 +71,7 @@ def requires_grad(parameters: Iterable[Tensor], value: bool) -> Iterator[None]:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity, whose node in the autograd graph marks a module's output."""
+    """The identity; its node in the autograd graph marks a module's output."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -153,7 +149,7 @@ class _Observer:
     def _refusal(self, module: nn.Module, call: "_ObservedCall", outputs: list[Tensor]) -> UserError | None:
         """Why these outputs cannot be tapped; None if they can."""
         where = f"{self._paths[module]} ({type(module).__name__})"
-        if call.modified:
+        if [x._version for x in call.inputs] != call.versions:
             return UserError(f"{where} modifies its input in place, so it cannot be scored; freeze its parameters.")
         try:
             for value in outputs:
@@ -184,13 +180,8 @@ class _ObservedCall:
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
-        self._inputs, self._versions = inputs, [x._version for x in inputs]
+        self.inputs, self.versions = inputs, [x._version for x in inputs]
         self.boundary = {x.grad_fn for x in inputs if x.grad_fn is not None}
         self.inner: set[Any] = set()
         self.deferred: set[str] = set()
         self.error: UserError | None = None
-
-    @property
-    def modified(self) -> bool:
-        """Whether an input has been modified in place since."""
-        return [x._version for x in self._inputs] != self._versions

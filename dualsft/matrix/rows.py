@@ -1,5 +1,7 @@
 """The accumulator of row sums, to which every tap adds its module's share of <u, g_i> while backward runs."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,60 +15,47 @@ class Rows:
     """<u, g_i> of every example of the current batch, for each direction u.
 
     The order of calls for a batch: `begin`; forward, in which taps call `check_shape`; `check`; backward, in which taps
-    call `add` or `add_examples`; `complete`; `read`. A module is named in errors by ``where``, its path and type.
-
-    Args:
-        directions: How many directions there are.
-        by_token: Whether to keep contributions by token too.
-        device: Where the sums are.
+    call `add` or `add_examples`; `read`. A module is named in errors by ``where``, its path and type.
 
     Attributes:
+        directions: Each u, by the model's names of the parameters.
         layout: The current batch's.
         by_token: Whether contributions are kept by token.
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
             backward also where all weights before it are frozen.
         covered: Names of the parameters whose module has been tapped in some forward pass.
+        complete: Whether the batch's backward is done; set where it may have reached no tap.
         refusals: Why outputs of the current batch could not be tapped.
     """
 
-    def __init__(self, directions: int, by_token: bool, device: torch.device) -> None:
-        self._directions, self.by_token = directions, by_token
+    def __init__(self, directions: Sequence[Mapping[str, Tensor]], by_token: bool, device: torch.device) -> None:
+        self.directions, self.by_token = directions, by_token
         self.dummy_input = torch.zeros((), device=device, requires_grad=True)
         self.covered: set[str] = set()
         self.begin(Layout(0, 0, ()))
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch; the next one has this layout."""
-        self.layout, self._complete = layout, False
+        self.layout, self.complete = layout, False
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self.refusals: list[AmbiguousShapeError | UserError] = []
 
     def check(self) -> None:
-        """Check, after the forward pass, that every output of a scored module could be tapped.
-
-        Raises:
-            AmbiguousShapeError: if a wider batch is needed.
-            UserError: naming a module whose output cannot be split into examples.
-        """
+        """Check, after the forward pass, that every output of a scored module could be tapped; raises the refusals."""
         if self.refusals:
             raise next((error for error in self.refusals if isinstance(error, UserError)), self.refusals[0])
-
-    def complete(self) -> None:
-        """Mark the batch's backward as done, also where it reached no tap."""
-        self._complete = True
 
     def read(self) -> Float[Tensor, "direction example"]:
         """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
 
         Raises:
-            RuntimeError: if none has.
-            AmbiguousShapeError, UserError: see `check`.
+            RuntimeError: if no backward has run since `begin`; also what `check` raises.
         """
         self.check()
-        if not (self._complete or self._examples or self._tokens):
+        if not (self.complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
-        shape = (self._directions, len(self.layout.spans))
+        shape = (len(self.directions), len(self.layout.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)
         for k, values in self._examples.items():
             rows[k] += values
@@ -75,21 +64,17 @@ class Rows:
         return rows
 
     def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
-        """The contributions of each token's activations and their gradients, which add up to <u, g_i> of the k-th u.
-
-        A token's contribution is that of every use of a weight at its position.
-        """
-        if k not in self._tokens:
-            zeros = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
-            return self.layout.by_example(zeros)
-        return self.layout.by_example(self._tokens[k])
+        """Each token's contribution to <u, g_i> of the k-th u: that of every use of a weight at its position."""
+        if (tokens := self._tokens.get(k)) is None:
+            tokens = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
+        return self.layout.by_example(tokens)
 
     def check_shape(self, shape: torch.Size, where: str) -> None:
         """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
 
         Raises:
-            AmbiguousShapeError: if the token axis is needed and is not known.
-            UserError: naming the module, if the output cannot be split.
+            AmbiguousShapeError: if the token axis is needed and is not known in a batch of this width.
+            UserError: if the output cannot be split.
         """
         if self._splits_rows:
             self.layout.token_axis(shape, where)

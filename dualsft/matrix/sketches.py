@@ -14,7 +14,6 @@ backward completes at a parameter is then one example's own, tied weights includ
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 
 import torch
 from jaxtyping import Float, Int8
@@ -46,64 +45,43 @@ class Measurement:
     names: Collection[str] = ()
     preconditioner: Mapping[str, Tensor] | None = None
 
-    @property
-    def by_example(self) -> bool:
-        """Whether anything asked for depends on each example's own gradient."""
-        return bool(set(self.names) - {LOSS})
-
 
 def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tensor]:
-    """√P with the sketch's signs, by parameter name, of its (local) shape; signs alone are int8.
-
-    Args:
-        model: Any module.
-        measurement: What is to be measured; without a preconditioned norm or a sketch there are no factors.
-    """
+    """√P with the sketch's signs, by parameter name, of its (local) shape, if it is needed; signs alone are int8."""
     factors: dict[str, Tensor] = {}
     if not set(measurement.names) & {PRECONDITIONED_NORM, SKETCH}:
         return factors
     generator = torch.Generator().manual_seed(0)  # one S for all runs, so that their sketches can be compared
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sign = shard_of(random_signs(parameter.numel(), generator).view(parameter.shape), parameter)
-            root = measurement.preconditioner[name].sqrt() if measurement.preconditioner is not None else None
-            sign = sign.to(parameter.device)
-            factors[name] = sign if root is None else root.mul_(sign)
+            signs = random_signs(parameter.numel(), generator).view(parameter.shape)
+            factors[name] = shard_of(signs, parameter).to(parameter.device)
+            if measurement.preconditioner is not None:
+                factors[name] = measurement.preconditioner[name].sqrt().mul_(factors[name])
     return factors
 
 
 class ExampleStatistics:
     """Measures the gradient of one example, parameter by parameter as backward completes it, in this context.
 
-    Enter it before `ColumnSums`, which drops the gradient.
-
-    Args:
-        model: Any module.
-        measurement: What to measure.
-        factors: From `sketch_factors`; each is of its parameter's full shape when backward completes the gradient.
-        drop: Whether to drop the gradients.
+    Enter it before `ColumnSums`, which drops the gradient; without that, ``drop`` drops it here. The factors are those
+    of `sketch_factors`, of their parameters' full shapes in backward.
     """
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
-        self._names, self._drop, self._factors = set(measurement.names), drop, factors
+        self._drop, self._factors = drop, factors
         self._parameters = {n: p for n, p in unsharded_parameters(model).items() if p.requires_grad}
         sizes = {NORM: (), PRECONDITIONED_NORM: (), SKETCH: (SKETCH_SIZE,)}
-        device = compute_device(model)
-        self._sums = {
-            name: torch.zeros(size, dtype=torch.float64, device=device)
-            for name, size in sizes.items()
-            if name in self._names
-        }
+        zero = torch.zeros((), dtype=torch.float64, device=compute_device(model))
+        self._sums = {name: zero.new_zeros(size) for name, size in sizes.items() if name in measurement.names}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ExampleStatistics":
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._measure, name))
-            for name, parameter in self._parameters.items()
-        ]
+        hooks = {name: partial(self._measure, name) for name in self._parameters}
+        self._handles = [p.register_post_accumulate_grad_hook(hooks[n]) for n, p in self._parameters.items()]
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -113,7 +91,7 @@ class ExampleStatistics:
             total.zero_()
 
     def read(self) -> dict[str, Float[Tensor, "..."]]:
-        """Name -> what was measured of the example whose backward has run, on the host; waits for the device.
+        """Name -> what was measured of the example whose backward has run, on the host.
 
         Norms are float64 numbers, the sketch is a float32 vector. All are zero if the loss depends on no weight.
         """
@@ -128,17 +106,16 @@ class ExampleStatistics:
             g = gradient[first : first + _BLOCK].to(wide)
             if NORM in self._sums:
                 self._sums[NORM] += g.square().sum()
-            if factor is not None:
-                self._measure_scaled(g, factor[first : first + _BLOCK])
+            if factor is None:
+                continue
+            root = factor[first : first + _BLOCK]
+            scaled = g * root
+            if SKETCH in self._sums:
+                self._sums[SKETCH] += fold(scaled)
+            if PRECONDITIONED_NORM in self._sums:
+                self._sums[PRECONDITIONED_NORM] += (scaled * root).square().sum()
         if self._drop:
             parameter.grad = None
-
-    def _measure_scaled(self, gradient: Tensor, factor: Tensor) -> None:
-        scaled = gradient * factor
-        if SKETCH in self._sums:
-            self._sums[SKETCH] += fold(scaled)
-        if PRECONDITIONED_NORM in self._sums:
-            self._sums[PRECONDITIONED_NORM] += (scaled * factor).square().sum()
 
 
 def random_signs(count: int, generator: torch.Generator) -> Int8[Tensor, " entry"]:

@@ -5,18 +5,18 @@ its module, and raise no error. So the row of an example in its batch must be <u
 the gradient is autograd's own and its product with u is computed as soon as each parameter's gradient is complete.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualsft.data.layout import Batch, Layout, one_example, to_device
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import RowSums, check_covered
 from dualsft.matrix.placement import requires_grad
+from dualsft.matrix.rows import Rows
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
 from dualsft.sharding.shards import compute_device
@@ -33,9 +33,9 @@ _BLOCK = 2**20
 
 def spot_check(
     model: PreTrainedModel,
-    row_sums: RowSums,
+    rows: Rows,
     batch: Batch,
-    rows: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
     dtype: torch.dtype,
     wait: Callable[[], None],
 ) -> None:
@@ -43,55 +43,66 @@ def spot_check(
 
     Args:
         model: The model, without our hooks.
-        row_sums: What the batch was scored with.
+        rows: What the taps have added to.
         batch: The batch.
-        rows: Its rows, for each direction.
-        dtype: The type that activations have, which decides how close the rows must be.
+        scores: Its row sums, for each direction.
+        dtype: The activations' type, which decides how close the rows must be.
         wait: Returns, before each forward and backward, when other ranks are ready for it.
 
     Raises:
         UserError: if a parameter takes part that no tap has seen, or a row differs by more than rounding.
     """
-    tolerance, directions = _tolerance(dtype), row_sums.directions
+    directions, tolerance = rows.directions, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     for k in _examples_to_check(batch):
         wait()
         products = _products_alone(model, directions, one_example(batch, k))
-        check_covered(model, row_sums.rows.covered, [name for name, found in products.items() if found[:, 1].any()])
+        check_covered(model, rows.covered, [name for name, found in products.items() if found[:, 1].any()])
         totals = sum(products.values(), torch.zeros(len(directions), 2, dtype=torch.float64))
-        for scores, (alone, scale) in zip(rows, totals.tolist(), strict=True):
-            if abs(scores[k] - alone) <= tolerance * scale:
+        for among, (alone, scale) in zip(scores, totals.tolist(), strict=True):
+            if abs(among[k] - alone) <= tolerance * scale:
                 continue
             raise UserError(
                 f"{type(model).__name__} cannot be scored in batches: example {int(batch['example_id'][k])} scores "
-                f"{scores[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
+                f"{among[k]:.6g} among others and {alone:.6g} alone (products of size {scale:.3g} were added, and "
                 f"{tolerance:g} of that is allowed), so it mixes examples, or uses a weight past the module that "
                 "owns it.",
                 NO_PACKING if "spans" in batch else "",
             )
 
 
+def check_covered(model: nn.Module, covered: set[str], moved: Iterable[str]) -> None:
+    """Check that parameters whose gradient is not zero (moved) are in modules that have been tapped (covered)."""
+    if missed := [name for name in moved if name not in covered]:
+        kinds = {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in missed}
+        raise UserError(
+            f"These parameters are used outside their own module's forward ({', '.join(sorted(kinds))}), so the "
+            f"example scores would miss them: {', '.join(missed[:5])}; freeze them (requires_grad=False) or call "
+            "the module that owns them."
+        )
+
+
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
-    """Check that some examples of a packed batch have the losses there that they have alone.
+    """Check that some examples of a packed batch have the losses there that they have alone, in evaluation mode.
 
     Args:
-        model: The model; in evaluation mode for as long as it takes.
-        batch: A packed batch; a padded one has nothing to check.
-        dtype: The type that activations have, which decides how close the losses must be.
+        model: The model.
+        batch: Packed; a padded one has nothing to check.
+        dtype: The activations' type, which decides how close the losses must be.
 
     Raises:
-        UserError: if they do not, so that the model lets packed examples see one another.
+        UserError: if the model lets packed examples see one another.
     """
     if "spans" not in batch:
         return
-    training = model.training
+    training, tolerance = model.training, _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
     model.eval()
     together = example_losses(model, to_device(batch, compute_device(model)))
     for k in _examples_to_check(batch):
         alone = example_losses(model, to_device(one_example(batch, k), compute_device(model)))[0]
         if not bool(together[k].isfinite()):  # by itself or by a neighbour: the pass will see, and leave that one out
             continue
-        if not torch.isclose(together[k], alone, rtol=_tolerance(dtype), atol=_tolerance(dtype)):
+        if not torch.isclose(together[k], alone, rtol=tolerance, atol=tolerance):
             raise UserError(
                 f"{type(model).__name__} lets packed examples see one another: example {int(batch['example_id'][k])} "
                 f"has a loss of {together[k]:.6g} among others and {alone:.6g} alone.",
@@ -107,15 +118,6 @@ def _examples_to_check(batch: Batch) -> list[int]:
     return sorted({0, len(spans) - 1, *behind[-1:]})
 
 
-def shares_rows(batch: Batch) -> bool:
-    """Whether some row of a batch has two examples."""
-    return any(first for _, first, _ in Layout.of(batch).spans)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return _TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
-
-
 def _products_alone(
     model: PreTrainedModel, directions: Sequence[Mapping[str, Tensor]], example: Batch
 ) -> dict[str, Float[Tensor, "direction 2"]]:
@@ -123,7 +125,12 @@ def _products_alone(
     products = {}
 
     def multiply(name: str, gradient: Tensor) -> None:
-        products[name] = torch.stack([_product_and_size(gradient, u[name]) for u in directions])
+        products[name] = torch.zeros(len(directions), 2, dtype=torch.float64)
+        for found, u in zip(products[name], directions, strict=True):
+            pair = (gradient.flatten(), u[name].flatten())
+            for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
+                entries = g.double() * part
+                found += torch.stack([entries.sum(), entries.abs().sum()]).cpu()
 
     with watched_gradients(model, directions[0], multiply):
         example_losses(model, to_device(example, compute_device(model))).sum().backward()
@@ -134,12 +141,9 @@ def _products_alone(
 def watched_gradients(
     model: PreTrainedModel, names: Collection[str], watch: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``watch`` with each parameter's gradient when backward has completed it, and drop it, while this is open.
+    """Call ``watch`` with each named parameter and its gradient when backward has completed it, and drop the gradient.
 
-    Args:
-        model: The model; of a sharded one, the gradients are this rank's own.
-        names: Of the parameters; those that are frozen require a gradient while the context is open.
-        watch: Is called with a parameter's name and its gradient.
+    Frozen parameters require a gradient while the context is open; those of a sharded model are this rank's own.
     """
     scored = {name: p for name, p in model.named_parameters() if name in names}
 
@@ -158,12 +162,3 @@ def watched_gradients(
                 handle.remove()
             for parameter in scored.values():
                 parameter.grad = None
-
-
-def _product_and_size(gradient: Tensor, u: Tensor) -> Float[Tensor, "2"]:
-    found = torch.zeros(2, dtype=torch.float64)
-    pair = (gradient.flatten(), u.flatten())
-    for g, part in zip(*(values.split(_BLOCK) for values in pair), strict=True):
-        entries = g.double() * part
-        found += torch.stack([entries.sum(), entries.abs().sum()]).cpu()
-    return found

@@ -7,8 +7,9 @@ forward-mode differentiation of the module's own forward, whatever the module is
 where nearly all the work is, has a file of its own (`linear_tap.py`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,74 +24,104 @@ from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.rows import Rows
 
 
-class TapHook:
-    """A forward hook that puts a tap on every floating output of one module.
+class Tap(ABC):
+    """A forward hook on one module whose backward adds the module's share of <u, g_i> to the rows.
 
     Args:
-        rows: What the taps add to.
+        rows: What the tap adds to.
         where: The module's name and type, for errors.
-        module: The module.
-        tangents: For each direction, u for each parameter that is scored here, under every name it has in the module.
+        names: The module's own names -> the model's name of each parameter that is scored here.
+    """
+
+    def __init__(self, rows: Rows, where: str, module: nn.Module, names: Mapping[str, str]) -> None:
+        self.rows, self.where, self.module, self._names = rows, where, module, names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module's output with the tap on it; None, which leaves the output, if nothing can be tapped.
+
+        A refusal is noted, and raised at the end of the model's forward, where all ranks meet.
+        """
+        if not torch.is_grad_enabled():  # as in the jvp of a module around this one
+            return None
+        try:
+            tapped = self.attach(args, kwargs, output)
+        except (AmbiguousShapeError, UserError) as error:
+            self.rows.refusals.append(error)
+            return None
+        if tapped is not None:
+            self.rows.covered |= set(self._names.values())
+        return tapped
+
+    def tangents(self) -> Iterator[dict[str, Tensor]]:
+        """Each u by the module's own names; a sharded model has it in backward alone."""
+        return ({own: u[name] for own, name in self._names.items()} for u in self.rows.directions)
+
+    @abstractmethod
+    def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with the tap on it, or None; raises what `Rows.check_shape` raises."""
+
+
+class GeneralTap(Tap):
+    """A tap on every floating output of any module.
 
     Raises:
         UserError: if the module's gradients are not sums over examples.
     """
 
-    def __init__(self, rows: Rows, where: str, module: nn.Module, tangents: Sequence[Mapping[str, Tensor]]) -> None:
-        self._rows, self.where, self._tangents = rows, where, tangents
+    def __init__(self, rows: Rows, where: str, module: nn.Module, names: Mapping[str, str]) -> None:
+        super().__init__(rows, where, module, names)
         self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._product = _embedding_product if type(module) is nn.Embedding else _general_product
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
-            raise UserError(
-                f"{self.where} rescales its weights or gradients, so its gradients have no per-example sum."
-            )
+            raise UserError(f"{where} rescales its weights or gradients, so its gradients have no per-example sum.")
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with taps on it; None, which leaves it, if nothing can be tapped."""
-        if not torch.is_grad_enabled():  # as in the jvp of a module around this one
-            return None
+    def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with a tap on each floating leaf; None if there is none."""
         inputs, structure = pytree.tree_flatten((args, kwargs))
         outputs, out_structure = pytree.tree_flatten(output)
         tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         floating = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for k in floating:
-            value = self._rows.layout.expand(outputs[k])
+            value = self.rows.layout.expand(outputs[k])
             self._check_shape(k, value.shape)
-            call = _Call(self, module, others, structure, k)
-            outputs[k] = _Tap.apply(value, call, self._rows.dummy_input, *tensors)
+            add = partial(self._add_to_rows, others, structure, k)
+            outputs[k] = _TapFunction.apply(value, add, self.rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
-        """Check that the k-th output can be split.
+        """Check that the k-th output can be split; its axes may be ambiguous until batches of two widths are seen.
 
-        Axes that are as long as a row in batches of two widths all count tokens, as those of attention weights do; the
-        first of them is the one whose tokens the output belongs to.
-
-        Raises:
-            AmbiguousShapeError: if only one width has been seen.
-            UserError: if it cannot be split.
+        Axes that are as long as a row in both all count tokens, as those of attention weights do; the first of them is
+        the one whose tokens the output belongs to.
         """
         try:
-            self._rows.check_shape(shape, self.where)
+            self.rows.check_shape(shape, self.where)
         except AmbiguousShapeError:
-            tokens, axes = self._rows.layout.tokens, set(self._rows.layout.token_axes(shape))
+            tokens, axes = self.rows.layout.tokens, set(self.rows.layout.token_axes(shape))
             width, before = self._candidates.setdefault(k, (tokens, axes))
             if k not in self._axes and width != tokens and axes & before:
                 self._axes[k] = min(axes & before)
             if k not in self._axes:
                 raise
 
-    def add_to_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int, e: Tensor) -> None:
+    def _add_to_rows(self, inputs: list[Any], structure: Any, k: int, ctx: Any, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
-        Raises:
-            UserError: if the module cannot be differentiated forwards.
+        Args:
+            inputs: The call's flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
+            structure: Makes positional and keyword arguments of them.
+            k: The leaf's number.
+            ctx: Autograd's context of the call, which keeps the tensors.
+            e: The leaf's gradient.
         """
-        for direction, u in enumerate(self._tangents):
+        kept = iter(self._saved_tensors(ctx))
+        leaves = [next(kept).detach() if leaf is _TENSOR else leaf for leaf in inputs]
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        for direction, u in enumerate(self.tangents()):
             try:
-                product = self._product(module, u, args, kwargs, k, e.dtype)
+                product = self._product(self.module, u, args, kwargs, k, e.dtype)
             except Exception as error:  # the module's own code may raise anything
                 if is_out_of_memory(error):
                     raise
@@ -100,62 +131,44 @@ class TapHook:
                 ) from error
             x, y = product.expand_as(e), e
             if k in self._axes:
-                x, y = (self._rows.layout.flat(part, self._axes[k]) for part in (x, y))
-            self._rows.add(direction, x, y, self.where)
+                x, y = (self.rows.layout.flat(part, self._axes[k]) for part in (x, y))
+            self.rows.add(direction, x, y, self.where)
+
+    def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
+        """The tensors among a call's arguments; activation checkpointing gives them a single time."""
+        try:
+            saved: tuple[Tensor, ...] = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UserError(
+                f"The input of {self.where} is modified in place after its use there, so it cannot be scored; "
+                "freeze its parameters (requires_grad=False) to leave it out of the scores."
+            ) from error
+        return saved
 
 
 _TENSOR = object()
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One output of one call of a tapped module.
+class _TapFunction(torch.autograd.Function):
+    """The identity, whose backward adds (∂f/∂w)u · e to the rows; the module's inputs are arguments too.
 
-    Attributes:
-        hook: The module's tap.
-        module: The module.
-        inputs: The flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
-        structure: Makes positional and keyword arguments of them.
-        output: The output's number among the flattened outputs.
-    """
-
-    hook: TapHook
-    module: nn.Module
-    inputs: list[Any]
-    structure: Any
-    output: int
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, whose backward adds (∂f/∂w)u · e to the rows.
-
-    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    They go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
     longer than the module's own graph keeps it.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, call: _Call, dummy_input: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, output: Tensor, add: Callable[..., None], dummy_input: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.add = add
         ctx.save_for_backward(*inputs)
         return output.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (e,), call = grads, ctx.call
-        try:
-            saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise UserError(
-                f"The input of {call.hook.where} is modified in place after its use there, so it cannot be scored; "
-                "freeze its parameters (requires_grad=False) to leave it out of the scores."
-            ) from error
-        tensors = iter(saved)
-        inputs = [next(tensors).detach() if leaf is _TENSOR else leaf for leaf in call.inputs]
-        args, kwargs = pytree.tree_unflatten(inputs, call.structure)
-        call.hook.add_to_rows(call.module, args, kwargs, call.output, e.detach())
-        return (e, None, None, *(None for _ in saved))
+        (e,) = grads
+        ctx.add(ctx, e.detach())
+        return (e, *(None for _ in ctx.needs_input_grad[1:]))
 
 
 def _embedding_product(
@@ -165,18 +178,6 @@ def _embedding_product(
     product = F.embedding(ids, u["weight"]).to(dtype)
     # autograd gives the padding row no gradient wherever it occurs
     return product if module.padding_idx is None else product * (ids != module.padding_idx).unsqueeze(-1)
-
-
-class _Forward(nn.Module):
-    """A module's forward without its hooks: these have run on the inputs already, and may change its parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        return self.module.forward(*args, **kwargs)
 
 
 def _general_product(
@@ -190,7 +191,8 @@ def _general_product(
         tangents["weight"] = tangents["weight"].clone()
         tangents["weight"][module.padding_idx] = 0
 
-    alone = _Forward(module)
+    alone = nn.Module()  # without the module's hooks: they have run on the inputs, and may change its parameters
+    alone.module, alone.forward = module, module.forward
 
     def forward(parameters: dict[str, Tensor]) -> Tensor:
         named = {f"module.{name}": parameter for name, parameter in parameters.items()}

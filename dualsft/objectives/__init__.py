@@ -4,21 +4,7 @@ In: a model and a batch. Out: one differentiable loss per example.
 """
 
 from dualsft.objectives.base import Objective
-from dualsft.objectives.likelihood import (
-    example_losses,
-    mean_over_tokens,
-    supervised_logits,
-    supervised_losses,
-    token_losses,
-)
+from dualsft.objectives.likelihood import example_losses, supervised_losses, token_losses
 from dualsft.objectives.prior import SelfDistillation
 
-__all__ = [
-    "Objective",
-    "SelfDistillation",
-    "example_losses",
-    "mean_over_tokens",
-    "supervised_logits",
-    "supervised_losses",
-    "token_losses",
-]
+__all__ = ["Objective", "SelfDistillation", "example_losses", "supervised_losses", "token_losses"]

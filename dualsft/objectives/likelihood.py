@@ -1,5 +1,7 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,26 +11,24 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
 
 
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The arguments of a causal language model for a batch, padded or packed.
+
+    The first token of a packed example has no label, as no token before it is the example's own; without an attention
+    mask the position ids keep packed examples apart.
+    """
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+
+
 def supervised_logits(
-    model: PreTrainedModel, batch: Batch
+    logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
 ) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
     """The logits that predict supervised tokens, and which tokens after each row's first are supervised.
 
     The logits are float32 at least, whatever the model's type, and of these positions alone: with a large vocabulary
     they are the largest tensor of all, and prompts need none.
-
-    Args:
-        model: A causal language model.
-        batch: Padded or packed examples. The first token of a packed example has no label, as no token before it is
-            the example's own; without an attention mask the position ids keep packed examples apart.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    return _at_supervised(model(**inputs, use_cache=False).logits, batch["labels"])
-
-
-def _at_supervised(
-    logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
-) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
     supervised = labels[:, 1:] != -100
     scores = logits[:, :-1][supervised]
     return scores.to(torch.promote_types(scores.dtype, torch.float32)), supervised
@@ -47,24 +47,20 @@ def token_losses(
     logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
 ) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at."""
-    scores, supervised = _at_supervised(logits, labels)
+    scores, supervised = supervised_logits(logits, labels)
     nll = F.cross_entropy(scores, labels[:, 1:][supervised], reduction="none")
     spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
     return spread, labels[:, 1:]
 
 
 def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " supervised"]:
-    """Negative log-likelihood in nats of each supervised token of the batch, row by row (see `supervised_logits`)."""
-    scores, supervised = supervised_logits(model, batch)
+    """Negative log-likelihood in nats of each supervised token of a padded or packed batch, row by row."""
+    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
     return F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
-    """l_i for each example of the batch, in nats per supervised token; 0 for one without supervised tokens.
-
-    Args:
-        model: A causal language model.
-        batch: Padded or packed examples (see `supervised_logits`).
-        layout: The batch's, if the caller has it.
-    """
-    return mean_over_tokens(supervised_losses(model, batch), batch["labels"][:, 1:] != -100, layout or Layout.of(batch))
+    """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
+    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
+    nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
+    return mean_over_tokens(nll, supervised, layout or Layout.of(batch))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
-from dualsft.objectives.likelihood import mean_over_tokens, supervised_logits
+from dualsft.objectives.likelihood import mean_over_tokens, model_inputs, supervised_logits
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -53,13 +53,14 @@ class SelfDistillation(Objective):
     ) -> Float[Tensor, " example"]:
         """τ² w_i KL_i of each example, in nats per supervised token."""
         assert teacher is not None
+        inputs = model_inputs(batch)
         with torch.no_grad():
-            old, supervised = supervised_logits(teacher, batch)
+            old, supervised = supervised_logits(teacher(**inputs).logits, batch["labels"])
             p_old = F.softmax(old / self.temperature, dim=1)
             weights = self._weights(old, supervised, layout)
             entropy = torch.special.entr(p_old).sum(1)
             del old
-        new, _ = supervised_logits(model, batch)
+        new, _ = supervised_logits(model(**inputs).logits, batch["labels"])
         divergence = F.cross_entropy(new.div_(self.temperature), p_old, reduction="none") - entropy
         return self.temperature**2 * weights * mean_over_tokens(divergence, supervised, layout)
 

@@ -20,8 +20,6 @@ from dualsft.sharding.shard_model import is_sharded
 class Budgets:
     """Chooses weights and examples by their scores, under the budgets of one run.
 
-    The ranks of a sharded model share a folder of the run.
-
     Raises:
         UserError: if a count is above what there is, or a pattern matches no parameter.
     """

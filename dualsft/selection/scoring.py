@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import check_covered
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
+from dualsft.matrix.spot_check import check_covered
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say

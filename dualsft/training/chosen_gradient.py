@@ -10,7 +10,6 @@ The layer's own backward is replaced. Other uses of its weight have their ordina
 to an embedding, or that an enclosing module uses without calling the layer.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dualsft.models.linear import exchange, is_linear
+from dualsft.models.linear import exchange
 
 MOST_RECTANGLES, LEAST_ROWS = 256, 4
 """Most rectangles, and fewest rows of each on average, above and below which calls cost more than the products."""
@@ -36,7 +35,7 @@ class Columns:
     """Some columns of a matrix.
 
     Attributes:
-        index: Which columns, ascending.
+        index: The columns' numbers, ascending.
         runs: The same as runs of adjacent columns, where these are few: they are copied without a gather.
     """
 
@@ -59,18 +58,12 @@ class Columns:
         parts = [matrix[:, run] for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def to(self, device: torch.device) -> "Columns":
-        """The same on another device."""
-        return Columns(self.index.to(device), self.runs)
-
 
 @dataclass(frozen=True)
 class Rectangle:
     """Some rows by some columns of a weight matrix.
 
     Attributes:
-        rows: Which rows: columns of the gradient of the layer's output.
-        columns: Which columns: those of the layer's input.
         entries: The rectangle's slice, row by row, of all chosen entries of the weight in row-major order.
     """
 
@@ -80,14 +73,14 @@ class Rectangle:
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same on another device."""
-        return Rectangle(self.rows.to(device), self.columns.to(device), self.entries)
+        rows, columns = (Columns(part.index.to(device), part.runs) for part in (self.rows, self.columns))
+        return Rectangle(rows, columns, self.entries)
 
 
 def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
     """The rectangles that chosen entries form: each of consecutive rows, but for empty ones, with equal columns.
 
-    Returns:
-        None if one dense product is faster: the rectangles are too many, or too large a part of the matrix.
+    None if one dense product is faster: the rectangles are too many, or too large a part of the matrix.
     """
     if mask.sum() > LARGEST_SHARE * mask.numel():
         return None
@@ -114,14 +107,6 @@ def chosen_products(
         left, right = part.rows.of_matrix(x), part.columns.of_matrix(y)
         torch.mm(left.t(), right, out=chosen[part.entries].view(left.shape[1], right.shape[1]))
     return chosen
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """The modules that compute a Wᵀ + b, or a W + b for Conv1D, and nothing else, each with its W."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if is_linear(module) and isinstance(weight, nn.Parameter):
-            yield module, weight
 
 
 class ChosenGradientHook:

@@ -20,7 +20,7 @@ own piece of them, so a state can be loaded on another number of ranks.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.linear import is_linear
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import is_shard, local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors, split_vectors
-from dualsft.training.chosen_gradient import ChosenGradientHook, linear_layers, rectangles
+from dualsft.training.chosen_gradient import ChosenGradientHook, rectangles
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
 """Parameter name -> which entries are trained, of the parameter's shape."""
@@ -56,10 +57,11 @@ class CompactParameters(nn.Module):
     Attributes:
         names: The parameters with a selected entry, in the model's order.
         masters: Their selected entries, each of shape (selected,); of a sharded model those on this rank.
+        num_selected: How many weights are trained, on all ranks together.
+        fingerprint: SHA-256 of which entries of which tensors are selected, on all ranks together.
 
     Raises:
-        KeyError: if the mask names a parameter that the model lacks.
-        ValueError: if a mask's shape is not its parameter's, or nothing is selected.
+        KeyError, ValueError: if the mask does not fit the model's parameters, or nothing is selected.
     """
 
     def __init__(self, model: nn.Module, mask: Mask | None = None) -> None:
@@ -70,7 +72,7 @@ class CompactParameters(nn.Module):
         self.names: list[str] = []
         self.masters = nn.ParameterList()
         self._weights: list[nn.Parameter] = []
-        self._num_selected, digest = 0, hashlib.sha256()
+        self.num_selected, digest = 0, hashlib.sha256()
         for name, weight in parameters.items():
             index = _selected_index(name, weight, mask)
             weight.requires_grad_(index is None or len(index) > 0)
@@ -80,7 +82,7 @@ class CompactParameters(nn.Module):
                 digest.update(b"all" if index is None else index.numpy().tobytes())
         if not self.names:
             raise ValueError("no weight is selected")
-        self._fingerprint = digest.hexdigest()
+        self.fingerprint = digest.hexdigest()
         self._sharded = is_sharded(model)
         if self._sharded:
             self.masters.register_state_dict_post_hook(_gather_state)
@@ -92,7 +94,7 @@ class CompactParameters(nn.Module):
     def _add(self, name: str, weight: nn.Parameter, index: Int[Tensor, " selected"] | None) -> int:
         """Add the master of a tensor, of all entries if the index is None; the number of entries on all ranks."""
         count = weight.numel() if index is None else len(index)
-        self._num_selected += count
+        self.num_selected += count
         shard = local_shard(weight.detach())
         if index is not None:
             index = _shard_index(index, weight).to(shard.device)
@@ -103,15 +105,8 @@ class CompactParameters(nn.Module):
         return count
 
     def index(self, k: int) -> Int[Tensor, " selected"] | None:
-        """Flat indices of the k-th tensor's selected entries, ascending; None where every entry is selected.
-
-        Of a sharded model these are indices into this rank's shard.
-        """
+        """Flat indices into the k-th (local) tensor of its selected entries, ascending; None if all are selected."""
         return self.get_buffer(f"index_{k}")
-
-    def num_selected(self) -> int:
-        """How many weights are trained, on all ranks together."""
-        return self._num_selected
 
     def attach(self) -> None:
         """Add every gradient to its master's as soon as it is complete, and drop it; idempotent."""
@@ -123,18 +118,20 @@ class CompactParameters(nn.Module):
             self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in self._chosen]
 
     def _chosen_gradients(self, model: nn.Module) -> list[tuple[nn.Module, ChosenGradientHook]]:
-        """The linear layers whose backward computes the chosen weights' gradient alone.
-
-        There are none in a sharded model: a rank's backward sees the full weight there, and the gradients of most of
-        its chosen entries are another rank's.
-        """
-        number = {weight: k for k, weight in enumerate(self._weights) if not is_shard(weight)}
+        """The linear layers whose backward computes the chosen weights' gradient alone."""
+        # none in a sharded model: a rank's backward sees the full weight, most of whose chosen entries are other ranks'
+        numbers = {weight: k for k, weight in enumerate(self._weights) if not is_shard(weight)}
         hooks = []
-        for module, weight in linear_layers(model):
-            index = self.index(number[weight]) if weight in number else None
-            parts = rectangles(_mask_of(index, weight)) if index is not None else None
-            if parts:
-                hooks.append((module, ChosenGradientHook(module, self.masters[number[weight]], parts)))
+        for module in filter(is_linear, model.modules()):
+            weight = module.weight
+            if not isinstance(weight, nn.Parameter) or weight not in numbers:
+                continue
+            if (index := self.index(k := numbers[weight])) is None:
+                continue
+            mask = torch.zeros(weight.numel(), dtype=torch.bool, device=index.device)
+            mask[index.long()] = True
+            if parts := rectangles(mask.view(weight.shape)):
+                hooks.append((module, ChosenGradientHook(module, self.masters[k], parts)))
         return hooks
 
     def detach(self) -> None:
@@ -146,7 +143,10 @@ class CompactParameters(nn.Module):
     def _add_gradient(self, k: int, weight: Tensor) -> None:
         assert weight.grad is not None
         master = self.masters[k]
-        gradient = _gather(_arrived(local_shard(weight.grad)), self.index(k)).to(master.dtype)
+        shard = local_shard(weight.grad)
+        if shard.is_pinned():  # offloaded: its copy must be complete, for which earlier releases of torch do not wait
+            torch.accelerator.current_stream().synchronize()
+        gradient = _gather(shard, self.index(k)).to(master.dtype)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         weight.grad = None
 
@@ -163,8 +163,7 @@ class CompactParameters(nn.Module):
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.
 
-        For an optimizer that evaluates the loss several times within a step (LBFGS), the masters are stored before each
-        evaluation.
+        For an optimizer that evaluates the loss several times in a step (LBFGS) they are stored before each evaluation.
         """
         optimizer.register_step_pre_hook(self._wrap_closure)
         optimizer.register_step_post_hook(self._finish_step)
@@ -191,10 +190,7 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Number of a tensor -> its master's gradient that no step has used yet, as within an accumulation.
-
-        Of a sharded model these are the full gradients, on rank zero alone.
-        """
+        """Number of a tensor -> its master's (full) gradient that no step has used yet; on rank zero alone."""
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
@@ -205,10 +201,6 @@ class CompactParameters(nn.Module):
             values = split_vectors(values, [len(self.masters[k]) for k in gradients])
         for k, gradient in zip(gradients, values, strict=True):
             self.masters[k].grad = gradient.to(self.masters[k])
-
-    def fingerprint(self) -> str:
-        """SHA-256 of which entries of which tensors are selected, on all ranks together."""
-        return self._fingerprint
 
 
 def _gather_state(masters: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -221,8 +213,7 @@ def _split_state(masters: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     """Replace the full masters in a state dict by this rank's."""
     lengths = {f"{prefix}{k}": len(master) for k, master in masters.named_parameters()}
     if lengths.keys() <= state.keys():
-        masters_of_all: Sequence[Tensor] = [state[name] for name in lengths]
-        state.update(zip(lengths, split_vectors(masters_of_all, [*lengths.values()]), strict=True))
+        state.update(zip(lengths, split_vectors([state[name] for name in lengths], [*lengths.values()]), strict=True))
 
 
 def _selected_index(name: str, weight: Tensor, mask: Mask | None) -> Tensor | None:
@@ -248,19 +239,6 @@ def _shard_index(index: Int[Tensor, " selected"], weight: Tensor) -> Int[Tensor,
     ends = torch.tensor([first, first + local_shard(weight.detach()).numel()], dtype=index.dtype)
     start, end = torch.searchsorted(index, ends).tolist()
     return index[start:end] - first
-
-
-def _mask_of(index: Int[Tensor, " selected"], weight: Tensor) -> Bool[Tensor, "m n"]:
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=index.device)
-    mask[index.long()] = True
-    return mask.view(weight.shape)
-
-
-def _arrived(gradient: Tensor) -> Tensor:
-    """A gradient whose copy to the host is complete; earlier releases of torch do not wait for it."""
-    if gradient.is_pinned():
-        torch.accelerator.current_stream().synchronize()
-    return gradient
 
 
 def _gather(dense: Tensor, index: Int[Tensor, " selected"] | None) -> Float[Tensor, " selected"]:

@@ -86,7 +86,7 @@ def test_fit_changes_the_selected_weights_alone(workspace: Workspace, folder: Pa
     for name, weight in weights(module).items():
         assert torch.equal(weight[~mask[name]], base[name][~mask[name]])
         moved += int((weight != base[name]).sum())
-    assert moved > 0.9 * module.compact.num_selected()
+    assert moved > 0.9 * module.compact.num_selected
 
 
 def test_validation_metrics_are_those_of_the_trained_weights(workspace: Workspace, folder: Path) -> None:
@@ -226,7 +226,7 @@ def test_bfloat16_weights_keep_float32_masters(tmp_path: Path) -> None:
         assert (named[name].dtype, master.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(stored, master.bfloat16())
         lost += int((stored.float() != master).sum())
-    assert lost > 0.9 * module.compact.num_selected()
+    assert lost > 0.9 * module.compact.num_selected
 
 
 def test_mixed_precision(workspace: Workspace, folder: Path) -> None:
@@ -384,7 +384,7 @@ def test_checkpoint_holds_compact_state_only(workspace: Workspace, folder: Path)
     callback = ModelCheckpoint(folder)
     trainer(folder, callbacks=[callback]).fit(module, datamodule=workspace.data())
     state = torch.load(callback.best_model_path, weights_only=True)
-    selected = module.compact.num_selected()
+    selected = module.compact.num_selected
     assert list(state["state_dict"]) == [f"compact.masters.{k}" for k in range(len(module.compact.names))]
     assert sum(master.numel() for master in state["state_dict"].values()) == selected
     moments = [v for s in state["optimizer_states"][0]["state"].values() for n, v in s.items() if n != "step"]

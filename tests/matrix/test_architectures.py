@@ -14,7 +14,7 @@ from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix import interaction, tap
 from dualsft.matrix import passes as gradients
-from dualsft.matrix.linear_tap import LinearHook
+from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
@@ -144,13 +144,13 @@ def test_rows_alone_form_no_weight_gradient(architecture: str, by_token: bool, m
     model, made, needed = make(architecture), [], []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
-    backward = LinearHook.backward
+    backward = LinearTap.backward
 
-    def watched(hook: LinearHook, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:
+    def watched(hook: LinearTap, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:
         needed.append(needs[1])
         return backward(hook, e, a, weight, needs)
 
-    monkeypatch.setattr(LinearHook, "backward", watched)
+    monkeypatch.setattr(LinearTap, "backward", watched)
     monkeypatch.setattr(gradients, "spot_check", lambda *_: None)  # whose reference is autograd's gradient
     options: dict[str, Any] = {"directions": [random_direction(model)], "by_token": by_token}
     gradient_pass(model, given([collate(EXAMPLES)]), columns=False, **options)

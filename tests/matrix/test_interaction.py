@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.errors import UserError
-from dualsft.matrix.interaction import ColumnSums, RowSums, check_covered
+from dualsft.matrix.interaction import ColumnSums, RowSums
+from dualsft.matrix.spot_check import check_covered
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
 from tests.cases import ARCHITECTURES, Example, Gradients, collate, llama, make, make_examples, random_direction
@@ -86,7 +87,7 @@ def test_taps_do_not_keep_checkpointed_activations() -> None:
 class Toy(nn.Module):
     """Embedding, a middle, and a mean over tokens: one number per example."""
 
-    def __init__(self, middle: nn.Module, use: Callable[[nn.Module, Tensor], Tensor] = lambda m, x: m(x)) -> None:
+    def __init__(self, middle: nn.Module, use: Callable[[Any, Tensor], Tensor] = lambda m, x: m(x)) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 4)
         self.middle, self._use = middle, use
@@ -124,16 +125,14 @@ def toy_sums(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
 def test_a_weight_used_outside_its_module_is_scored_where_it_is_used() -> None:
     """A forward that takes a child's weight past the child's own forward is differentiated by it."""
     torch.manual_seed(0)
-    model = Toy(
-        nn.Linear(4, 4), lambda linear, x: F.linear(x, linear.get_parameter("weight")) + linear.get_parameter("bias")
-    )
+    model = Toy(nn.Linear(4, 4), lambda linear, x: F.linear(x, linear.weight) + linear.bias)
     assert_exact(model.double(), torch.randint(11, (3, 5)))
 
 
 def test_a_weight_used_both_ways_is_scored_once_for_each_use() -> None:
     """Where the same weight is also used properly, both uses count, and neither twice."""
     torch.manual_seed(0)
-    model = Toy(nn.Linear(4, 4), lambda linear, x: linear(x) + F.linear(x.square(), linear.get_parameter("weight")))
+    model = Toy(nn.Linear(4, 4), lambda linear, x: linear(x) + F.linear(x.square(), linear.weight))
     assert_exact(model.double(), torch.randint(11, (3, 5)))
 
 

@@ -1,12 +1,24 @@
 """Which examples are left out, and which are set aside, with a forward pass and a look at single examples made up."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from dualsft.data.layout import Batch
-from dualsft.matrix.nonfinite import all_finite, drop_examples, finite_losses, nonfinite_examples
+from dualsft.matrix.nonfinite import FiniteLosses, all_finite, drop_examples, nonfinite_examples
 from tests.cases import collate, make_examples, pack
+
+
+def finite_losses(
+    batch: Batch, forward: Callable[[Batch], Tensor | None], is_finite: Callable[[Batch], bool], has_rows: bool
+) -> FiniteLosses:
+    """The losses of a batch by this forward pass, repeated as often as needed."""
+    found = FiniteLosses(batch, is_finite, has_rows)
+    while found.pending:
+        found.inspect(forward(found.batch))
+    return found
 
 
 def padded() -> Batch:
@@ -46,6 +58,7 @@ def test_what_is_not_finite_alone_is_left_out_and_what_its_company_spoils_set_as
 
     found = finite_losses(padded(), forward, lambda example: int(example["example_id"]) != 1, has_rows=False)
     assert found.nonfinite == {1}
+    assert found.losses is not None
     assert found.losses.tolist() == [0.0, 3.0]
     assert found.batch["example_id"].tolist() == [0, 3]
     assert [example["example_id"].tolist() for example in found.alone] == [[2]]
@@ -68,4 +81,4 @@ def test_nothing_finite_leaves_an_empty_batch() -> None:
     """Without another look at an example that is a batch of its own already."""
     batch = collate(make_examples((4,)))
     found = finite_losses(batch, lambda _: torch.tensor([torch.inf]), lambda _: pytest.fail("looked"), has_rows=True)
-    assert (len(found.losses), found.nonfinite, found.alone) == (0, {0}, [])
+    assert (found.losses, found.nonfinite, found.alone) == (None, {0}, [])

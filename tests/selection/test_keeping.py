@@ -134,7 +134,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
     batches: list[tuple[int, ...]] = []
-    for place, name in ((warmup, "example_losses"), (ModelCalls, "_forward")):
+    for place, name in ((warmup, "example_losses"), (ModelCalls, "begin")):
         original = getattr(place, name)
 
         def noting(first: Any, batch: Any, *rest: Any, original: Any = original) -> Any:

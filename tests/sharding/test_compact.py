@@ -48,8 +48,8 @@ def trained(dtype: torch.dtype, mask: Mask | None) -> dict[str, Any]:
     return {
         "names": compact.names,
         "requires_grad": [weight.requires_grad for weight in named.values()],
-        "fingerprint": compact.fingerprint(),
-        "selected": compact.num_selected(),
+        "fingerprint": compact.fingerprint,
+        "selected": compact.num_selected,
         "gradients": compact.pending_gradients(),
         "dense": [name for name, weight in named.items() if weight.grad is not None],
         "state": compact.state_dict(),

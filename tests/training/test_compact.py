@@ -229,7 +229,7 @@ def test_indices_are_ascending_int32_and_absent_where_all_are_selected() -> None
             assert index.dtype == torch.int32
             assert torch.equal(index.long(), mask[name].flatten().nonzero().squeeze(1))
     assert compact.index(compact.names.index("model.norm.weight")) is None
-    assert compact.num_selected() == sum(int(chosen.sum()) for chosen in mask.values())
+    assert compact.num_selected == sum(int(chosen.sum()) for chosen in mask.values())
 
 
 def test_bfloat16_updates_are_not_lost() -> None:
@@ -290,11 +290,11 @@ def test_fingerprint_tells_selections_apart() -> None:
     first = torch.zeros(32, dtype=torch.bool)
     first[:5] = True
     second = first.roll(1)
-    found = [CompactParameters(tiny_llama(), {"model.norm.weight": mask}).fingerprint() for mask in (first, second)]
+    found = [CompactParameters(tiny_llama(), {"model.norm.weight": mask}).fingerprint for mask in (first, second)]
     assert found[0] != found[1]
-    assert found[0] == CompactParameters(tiny_llama(seed=1), {"model.norm.weight": first}).fingerprint()
+    assert found[0] == CompactParameters(tiny_llama(seed=1), {"model.norm.weight": first}).fingerprint
     whole = CompactParameters(tiny_llama(), {"model.norm.weight": torch.ones(32, dtype=torch.bool)})
-    assert whole.fingerprint() not in found
+    assert whole.fingerprint not in found
 
 
 @pytest.mark.parametrize(
