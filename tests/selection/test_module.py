@@ -17,6 +17,7 @@ from dualsft.selection import Warmup
 from dualsft.selection.warmup import EPS
 from tests.references import assert_same_gradients, slow_scores
 from tests.world.data import LINES, OK, write_jsonl
+from tests.world.faults import InfiniteGradient
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 from tests.world.models import save_tiny_model
 
@@ -109,19 +110,6 @@ def test_gradient_checkpointing_changes_nothing(inputs: Inputs, tmp_path: Path) 
     assert contents(plain.folder) == contents(recomputed.folder)
 
 
-class Dead(torch.autograd.Function):
-    """The identity, with infinite gradients where told."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(where)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0].masked_fill(ctx.saved_tensors[0], torch.inf), None
-
-
 class Poisoned(SelectionModule):
     """The gradient is infinite on every text of at most this many tokens."""
 
@@ -133,7 +121,7 @@ class Poisoned(SelectionModule):
 
         def trap(_: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             lengths = (args[0] != self.model.config.pad_token_id).sum(1)
-            return Dead.apply(output, (lengths <= self.longest)[:, None, None].expand_as(output))
+            return InfiniteGradient.apply(output, (lengths <= self.longest)[:, None, None].expand_as(output))
 
         self.model.model.embed_tokens.register_forward_hook(trap)
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
+from tests.world.ranks import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -99,13 +99,6 @@ def assert_same(folder: Path, expected: Path, names: Sequence[str]) -> None:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def free_port() -> str:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job, and what one process selects."""
@@ -117,7 +110,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_nodes_started_with_torchrun_select_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks on loopback, by the shipped script: the same mask and subset to the byte."""
     script = [str(CONFIGS / "torchrun.sh"), *select(alone / "job.yaml", tmp_path / "nodes")]
-    nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": free_port(), "GPUS_PER_NODE": "2"}
+    nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": str(free_port()), "GPUS_PER_NODE": "2"}
     with started(script, tmp_path / "1.log", **nodes, NODE_RANK="1") as other:
         run(script, tmp_path / "0.log", **nodes, NODE_RANK="0")
         assert other.wait(60) == 0, (tmp_path / "1.log").read_text()
@@ -130,7 +123,7 @@ def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) 
     (tmp_path / "bin" / "srun").write_text(SRUN)
     (tmp_path / "bin" / "srun").chmod(0o755)
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_NODELIST": "127.0.0.1"}
-    slurm |= {"SLURM_JOB_NAME": "dualsft", "SLURM_JOB_ID": "1", "MASTER_PORT": free_port()}
+    slurm |= {"SLURM_JOB_NAME": "dualsft", "SLURM_JOB_ID": "1", "MASTER_PORT": str(free_port())}
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = ["bash", str(CONFIGS / "slurm.sbatch"), *select(alone / "job.yaml", tmp_path / "tasks")]
     run(script, tmp_path / "tasks.log", **slurm, PATH=path)

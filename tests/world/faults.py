@@ -26,7 +26,7 @@ SHORTAGES: dict[str, Exception] = {
 }
 
 
-class _Infinite(torch.autograd.Function):
+class InfiniteGradient(torch.autograd.Function):
     """The identity, with infinite gradients where told."""
 
     @staticmethod
@@ -52,7 +52,7 @@ def poison(model: PreTrainedModel, token: int, kind: Kind) -> None:
     def spring(_: Any, args: Any, output: Tensor) -> Tensor:
         if kind == "loss":
             return output.masked_fill(where[0], torch.nan)
-        return _Infinite.apply(output, where[0].expand_as(output))
+        return InfiniteGradient.apply(output, where[0].expand_as(output))
 
     model.model.embed_tokens.register_forward_pre_hook(look)
     model.model.layers[0].register_forward_hook(spring)

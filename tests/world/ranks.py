@@ -25,7 +25,7 @@ def run_on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[A
     Raises:
         AssertionError: with its traceback, if it fails on a rank, or if one has not answered after two minutes.
     """
-    port = _free_port()
+    port = free_port()
     ends, ranks = [], []
     for rank in range(count):
         ours, theirs = _CONTEXT.Pipe()
@@ -81,7 +81,8 @@ def data_parallel_mesh() -> DeviceMesh:
     return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
