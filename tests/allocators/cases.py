@@ -4,8 +4,11 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dualsft.allocators import ScoredExamples
 
 SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38, 1.0, -1.0, 1.0])
 
@@ -26,6 +29,18 @@ def random_scores(seed: int, shapes: Mapping[str, Sequence[int]], kinds: int = 4
         return SPECIAL[torch.randint(len(SPECIAL), tuple(shape), generator=generator)]
 
     return {name: values(shape) for name, shape in shapes.items()}
+
+
+def scored(
+    values: Tensor | np.ndarray | Sequence[float],
+    tokens: np.ndarray | Sequence[int] | None = None,
+    records: Sequence[Mapping[str, Any]] | None = None,
+) -> ScoredExamples:
+    """Examples with ids 10, 20, ... and these scores; of one token each, with empty records, if nothing is given."""
+    score = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    ids = torch.arange(1, len(score) + 1) * 10
+    lengths = torch.ones_like(ids) if tokens is None else torch.as_tensor(tokens)
+    return ScoredExamples(ids, score, lengths, [{} for _ in ids] if records is None else records)
 
 
 def budgets(total: int, *case: Any) -> list[int]:

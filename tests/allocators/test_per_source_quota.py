@@ -8,13 +8,14 @@ import torch
 from dualsft.allocators import PerSourceQuota, ScoredExamples
 from dualsft.allocators.apportion import apportion
 from dualsft.errors import UserError
+from tests.allocators.cases import scored
 
 
-def scored(sources: Sequence[object], values: Sequence[float] | None = None, column: str = "source") -> ScoredExamples:
-    """Examples with ids 10, 20, ... of these sources; scores fall from row to row if not given."""
-    ids = torch.arange(1, len(sources) + 1) * 10
-    score = torch.tensor(values) if values else -torch.arange(len(sources)).double()
-    return ScoredExamples(ids, score, torch.ones_like(ids), [{column: source} for source in sources])
+def of_sources(
+    sources: Sequence[object], values: Sequence[float] | None = None, column: str = "source"
+) -> ScoredExamples:
+    """Examples of these sources; scores fall from row to row if not given."""
+    return scored(values or range(0, -len(sources), -1), records=[{column: source} for source in sources])
 
 
 def random_examples(seed: int) -> tuple[list[str], list[float]]:
@@ -43,14 +44,14 @@ def test_each_source_gets_its_part_and_spends_it_on_its_best(seed: int, shares: 
         for name, part in zip(names, apportion(budget, weights, sizes), strict=True):
             own = [k for k in range(30) if sources[k] == name]
             expected += sorted(own, key=lambda k: (-values[k], k))[:part]
-        chosen = PerSourceQuota(shares=shares).allocate(scored(sources, values), budget).tolist()
+        chosen = PerSourceQuota(shares=shares).allocate(of_sources(sources, values), budget).tolist()
         assert chosen == sorted(10 * (k + 1) for k in expected)
         assert len(chosen) == budget
 
 
 def test_parts_are_in_proportion_equal_or_as_told() -> None:
     """Of 12, 6 and 2 rows: 6, 3, 1 in proportion; 4, 4, 2 if equal, as the smallest has no more; 2 and 6 by 1 : 3."""
-    examples = scored(["x"] * 12 + ["y"] * 6 + ["z"] * 2)
+    examples = of_sources(["x"] * 12 + ["y"] * 6 + ["z"] * 2)
     assert count(examples, PerSourceQuota().allocate(examples, 10)) == {"x": 6, "y": 3, "z": 1}
     assert count(examples, PerSourceQuota(shares="equal").allocate(examples, 10)) == {"x": 4, "y": 4, "z": 2}
     assert count(examples, PerSourceQuota(shares={"x": 1.0, "y": 3.0}).allocate(examples, 8)) == {"x": 2, "y": 6}
@@ -58,7 +59,7 @@ def test_parts_are_in_proportion_equal_or_as_told() -> None:
 
 def test_sources_without_a_share_get_what_the_others_leave() -> None:
     """Named sources that are taken whole leave the rest to those that are not named, never before."""
-    examples = scored(["x"] * 4 + ["y"] * 5)
+    examples = of_sources(["x"] * 4 + ["y"] * 5)
     only_y = PerSourceQuota(shares={"y": 1.0})
     assert count(examples, only_y.allocate(examples, 5)) == {"y": 5}
     assert count(examples, only_y.allocate(examples, 7)) == {"y": 5, "x": 2}
@@ -66,7 +67,7 @@ def test_sources_without_a_share_get_what_the_others_leave() -> None:
 
 def test_values_are_compared_as_text() -> None:
     """Numbers and null are sources too, each by what it looks like; 1 and "1" are one source."""
-    examples = scored([1, "1", None, 2.5, None, 1])
+    examples = of_sources([1, "1", None, 2.5, None, 1])
     shares = {"1": 2.0, "None": 1.0}
     assert PerSourceQuota(shares=shares).allocate(examples, 3).tolist() == [10, 20, 30]
     assert PerSourceQuota(shares={"2.5": 1.0}).allocate(examples, 1).tolist() == [40]
@@ -74,13 +75,13 @@ def test_values_are_compared_as_text() -> None:
 
 def test_the_column_can_be_named() -> None:
     """Another column than `source` tells the source."""
-    examples = scored(["x", "x", "y"], column="task")
+    examples = of_sources(["x", "x", "y"], column="task")
     assert PerSourceQuota("task", "equal").allocate(examples, 2).tolist() == [10, 30]
 
 
 def test_a_record_without_the_column_is_named() -> None:
     """Column, row and the columns that there are are in the error, and the option to set."""
-    examples = scored(["x", "y"])
+    examples = of_sources(["x", "y"])
     examples.records[1].clear()  # type: ignore[attr-defined]
     examples.records[1].update(prompt="p", task="t")  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"no column 'source' in row 20 .*has prompt, task\); give it .* as column\.$"):
@@ -90,9 +91,9 @@ def test_a_record_without_the_column_is_named() -> None:
 def test_a_share_for_an_unknown_source_is_told_the_known_ones() -> None:
     """The first few sources are told, and how many more there are."""
     with pytest.raises(UserError, match=r"a share to 'z', but column 'source' of the pool holds 'x', 'y'; name"):
-        PerSourceQuota(shares={"x": 1.0, "z": 1.0}).allocate(scored(["x", "y"]), 1)
+        PerSourceQuota(shares={"x": 1.0, "z": 1.0}).allocate(of_sources(["x", "y"]), 1)
     with pytest.raises(UserError, match=r"holds '0', '1', '2', '3', '4' and 3 more; name"):
-        PerSourceQuota(shares={"z": 1.0}).allocate(scored(list(range(8))), 1)
+        PerSourceQuota(shares={"z": 1.0}).allocate(of_sources(list(range(8))), 1)
 
 
 @pytest.mark.parametrize("share", [-0.5, float("nan"), float("inf")])
@@ -135,7 +136,7 @@ class _Counted(Sequence[Mapping[str, Any]]):
 
 def test_each_record_is_read_once() -> None:
     """Records are parsed anew whenever they are asked for, so the allocator goes through them a single time."""
-    examples = scored(["x", "y", "x"])
+    examples = of_sources(["x", "y", "x"])
     records = _Counted(examples.records)
     counted = ScoredExamples(examples.example_id, examples.score, examples.num_tokens, records)
     PerSourceQuota(shares={"x": 1.0}).allocate(counted, 2)

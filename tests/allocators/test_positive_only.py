@@ -1,14 +1,9 @@
 import pytest
 import torch
 
-from dualsft.allocators import PositiveOnly, ScoredExamples
+from dualsft.allocators import PositiveOnly
 from dualsft.errors import UserError
-
-
-def scored(values: list[float]) -> ScoredExamples:
-    """Examples with ids 10, 20, ... and these scores."""
-    ids = torch.arange(1, len(values) + 1) * 10
-    return ScoredExamples(ids, torch.tensor(values), torch.ones(len(values), dtype=torch.int64), [{} for _ in values])
+from tests.allocators.cases import scored
 
 
 @pytest.mark.parametrize("seed", range(8))

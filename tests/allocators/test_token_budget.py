@@ -1,20 +1,13 @@
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dualsft.allocators import ScoredExamples, TokenBudget
+from dualsft.allocators import TokenBudget
 from dualsft.allocators.token_budget import knapsack
 from dualsft.errors import UserError
-
-
-def scored(values: Any, tokens: Any) -> ScoredExamples:
-    """Examples with ids 10, 20, ... of these scores and lengths."""
-    score = torch.as_tensor(values, dtype=torch.float64)
-    ids = torch.arange(1, len(score) + 1) * 10
-    return ScoredExamples(ids, score, torch.as_tensor(tokens), [{} for _ in ids])
+from tests.allocators.cases import scored
 
 
 def rows(chosen: torch.Tensor) -> list[int]:

@@ -2,11 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dualsft.allocators import GlobalTopK, ScoredExamples, TopK
+from dualsft.allocators import GlobalTopK, TopK
 from dualsft.errors import UserError
-from tests.allocators.cases import best, budgets, entries, random_scores
+from tests.allocators.cases import best, budgets, entries, random_scores, scored
 
 SHAPES = {"b": (3, 5), "a.z": (7,), "a": (2, 2, 3)}
 """In no order of name."""
@@ -75,12 +74,6 @@ def test_unknown_ranking_is_refused() -> None:
     """Value and allowed set are told, unless annotations are checked at run time, which is a refusal as well."""
     with pytest.raises((UserError, TypeError), match=r"'magnitude'.*'signed'"):
         GlobalTopK("size")  # type: ignore[arg-type]
-
-
-def scored(values: Tensor) -> ScoredExamples:
-    """Examples with ids 10, 20, ... and these scores."""
-    ids = torch.arange(1, len(values) + 1) * 10
-    return ScoredExamples(ids, values, torch.ones(len(values), dtype=torch.int64), [{} for _ in values])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -18,7 +18,7 @@ from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.runs.folder import RunFolder
 from tests.commands.test_cli import failure
 from tests.world.data import sums
-from tests.world.jobs import write_inputs, write_job
+from tests.world.jobs import contents, write_inputs, write_job
 from tests.world.models import save_tiny_model
 
 
@@ -186,11 +186,6 @@ def test_nothing_passes_for_a_result_before_it_is_whole(
             assert (folder / "config.json").is_file()
         moves += 1
     assert moves > 5
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its place there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
