@@ -14,7 +14,7 @@ import torch
 
 from dualsft import SelectionModule, load_selection
 from dualsft.allocators import Diverse
-from dualsft.matrix import passes as gradients
+from dualsft.matrix import model_calls
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
@@ -135,7 +135,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
     batches: list[tuple[int, ...]] = []
-    for place, name in ((warmup, "example_losses"), (gradients._Pass, "_forward")):
+    for place, name in ((warmup, "example_losses"), (model_calls.ModelCalls, "begin")):
         original = getattr(place, name)
 
         def noting(first: Any, batch: Any, *rest: Any, original: Any = original) -> Any:
