@@ -1,4 +1,8 @@
-"""Selection: the phases from a base model and a pool to a selection directory."""
+"""Selection: `dualsft select`, the method step by step in `run.py`.
+
+In: a base model, a pool, validation sets and `SelectionSettings`. Out: a selection directory: scores of all examples
+and weights, the chosen examples, the mask, and a manifest.
+"""
 
 from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.module import SelectionModule
