@@ -20,8 +20,12 @@ torch.set_num_threads(1)
 check_annotations("dualsft")
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests, a quick start and the guides, come first: test processes that are done wait for none."""
+    """Heavy tests are slow too; the longest, a quick start and the guides, come first, so that no process waits."""
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in ("test_repository.py", "test_guides.py"))
 
 

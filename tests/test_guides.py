@@ -62,7 +62,7 @@ def class_of(selection: Path, part: str) -> dict[str, object]:
     return described
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_write_a_scorer(tmp_path: Path) -> None:
     """From an empty folder to a selection by a scorer of 20 lines, which differs from the built-in one's."""
     page = ROOT / "docs" / "write_a_scorer.md"
@@ -78,7 +78,7 @@ def test_write_a_scorer(tmp_path: Path) -> None:
     assert int(compared[1]) < 20
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_write_an_allocator(tmp_path: Path) -> None:
     """The template, copied, passes its tests, and what is put in place of its rules decides both sides."""
     printed = "".join(follow(ROOT / "docs" / "write_an_allocator.md", tmp_path).values())

@@ -17,6 +17,7 @@ def imported(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [
@@ -37,6 +38,7 @@ def test_help_imports_no_library() -> None:
     assert not imported("from dualsft.cli import run; run(['--help'])") & {*HEAVY, "torch", "numpy"}
 
 
+@pytest.mark.slow
 def test_configurations_are_printed_without_data_libraries() -> None:
     """A verb's options are known without the library that loads data sets, and without the code of any model."""
     printing = "from dualsft.cli import run\ntry: run(['select', '--print_config'])\nexcept SystemExit: pass"

@@ -29,12 +29,12 @@ def commands() -> list[str]:
 
 
 def test_ci_runs_the_readme_test_command() -> None:
-    """CI calls the very commands that the README gives for the tests, and the slow ones last."""
+    """CI calls the very commands that the README gives for the tests, and the heavy ones last."""
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     given = [line for line in commands() if "pytest" in line]
     assert given
     assert set(given) <= set(lines)
-    assert lines[-1] == "python -m pytest -n 2 -m slow"
+    assert lines[-1] == "python -m pytest -n 2 -m heavy"
 
 
 def test_readme_names_files_that_exist() -> None:
@@ -126,7 +126,7 @@ def test_scorer_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert torch.allclose(ours, first.clamp(min=0), rtol=1e-3, atol=1e-6 * float(first.abs().max())), name
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_quick_start_from_a_wheel(tmp_path: Path) -> None:
     """A wheel installed outside the repository runs the quick start, which shows the effect that it claims."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

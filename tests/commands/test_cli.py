@@ -513,6 +513,7 @@ ALLOCATIONS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALLOCATIONS)
 def test_allocate_is_select_without_the_scoring(job: Path, selection: Path, tmp_path: Path, options: str) -> None:
     """The files are those of a select with the same options over the same configuration, and replay to the same."""
@@ -680,7 +681,7 @@ def test_plugins_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) ->
         assert name in told
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_module_runs_as_the_script_does() -> None:
     """`python -m dualsft` is the same program, and ends with code 1 on a mistake."""
     done = subprocess.run(
@@ -730,6 +731,7 @@ FIT_MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", FIT_MISTAKES)
 def test_mistakes_in_a_fit_leave_the_folder_free(
     mistake: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -785,7 +787,7 @@ def test_own_checkpoints_are_resumed_from(job: Path, tmp_path: Path, monkeypatch
     assert not list((tmp_path / "out").glob("logs/version_1/metrics.csv")), "the finished epochs were trained again"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_path: Path) -> None:
     """SIGKILL after the first checkpoint, then --resume: the exported weights equal those of an unbroken run."""
     config = [

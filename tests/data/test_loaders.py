@@ -105,6 +105,7 @@ def test_no_warning_on_many_cores(pool: str, tmp_path: Path, monkeypatch: pytest
     fit(Watcher(), data(pool, validation=pool), tmp_path, max_epochs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("validate", [False, True])
 def test_resumption_at_every_step(pool: str, tmp_path: Path, accumulate: int, validate: bool) -> None:

@@ -288,6 +288,7 @@ def test_response_loss_is_that_of_the_library(tokenizer: PreTrainedTokenizerFast
     assert pretrain.response_loss(model, tokenizer, rows) == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pretraining_runs_and_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A miniature run writes everything, the same twice, with the shipped tokenizer."""
     monkeypatch.setattr(pretrain, "held_out_rows", lambda: {"general": shipped("test_general")[:20]})

@@ -66,6 +66,7 @@ class Losses(Callback):
             self.found.append(trainer.callback_metrics["val_loss"].item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averages_are_those_of_dense_weights(workspace: Workspace, folder: Path, average: str) -> None:
     """In float64 the final weights and the losses of validations on the way are those of a dense module."""

@@ -139,6 +139,7 @@ def same_results(first: Path, second: Path) -> None:
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_a_run_that_was_cut_ends_as_an_unbroken_one(
     workspace: Workspace, folder: Path, stopping: list[str], monkeypatch: pytest.MonkeyPatch

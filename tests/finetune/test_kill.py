@@ -34,7 +34,7 @@ def masters(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_sigkill_within_an_accumulation(tmp_path: Path) -> None:
     """Killed between two batches of one step, in mid-epoch, a resumed run ends with the same masters and files."""
     workspace = make_workspace(tmp_path, torch.bfloat16)

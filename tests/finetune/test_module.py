@@ -366,6 +366,7 @@ def test_resuming_with_named_validation_sets(workspace: Workspace, folder: Path)
         assert_equal(resumable(workspace, folder, SaveOften(folder / "c"), path, validation=sets), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"), [("0-0", "0-2"), ("0-1", "1-2"), ("0-2", "0-3"), ("0-4", "1-2"), ("1-0", "1-1")]
 )

@@ -37,6 +37,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_by_command_line(workspace: Workspace, folder: Path, name: str) -> None:
     """The rate of every step is that of torch's schedule, stepped once per optimizer step (on a metric: per epoch)."""

@@ -68,6 +68,7 @@ def assert_scores(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_are_those_of_autograd(architecture: str) -> None:
     """Rows and columns of one batch are those of autograd over unpadded single examples, in float64.

@@ -72,7 +72,7 @@ def agreement_of(way: str, data: InstructionDataModule, reference: Reference) ->
     return agreement(score(checkpoint.model(dtype), checkpoint.moments, data, ids, run), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("way", ["bfloat16", "float32, bfloat16 autocast"])
 def test_bfloat16_ranks_as_float64_does(way: str, data: InstructionDataModule, reference: Reference) -> None:
     """The whole chain in bfloat16 orders the examples, and chooses a tenth of the weights, as float64 does."""
@@ -82,7 +82,7 @@ def test_bfloat16_ranks_as_float64_does(way: str, data: InstructionDataModule, r
     assert found.overlap >= 0.97, found
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("reference", ["sgd"], indirect=True)
 def test_float32_scores_equal_float64_scores(data: InstructionDataModule, reference: Reference) -> None:
     """The whole chain in float32 gives the scores of float64 to five digits."""
@@ -154,7 +154,7 @@ COMPANY: dict[str, Batcher] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("company", COMPANY)
 def test_scores_do_not_depend_on_the_batches(
     company: str,
@@ -171,6 +171,7 @@ def test_scores_do_not_depend_on_the_batches(
     assert relative_error((found.sums[name], total) for name, total in alone.sums.items()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_batches_give_the_same_bits(dtype: Dtype, packing: bool, data: InstructionDataModule) -> None:
@@ -193,7 +194,7 @@ def share_of_zeros(tensors: Iterable[Tensor], dtype: torch.dtype) -> float:
     return sum(zeros for zeros, _ in counts) / sum(count for _, count in counts)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_small_scores_are_not_lost(model: PreTrainedModel, validation: str, tmp_path: Path) -> None:
     """At the step size 2e-5 float16 would lose u, and with it the scores; here next to no entry is zero."""
     lines = POOL.read_text(encoding="utf-8").splitlines(keepends=True)[::40]

@@ -27,7 +27,7 @@ for module in pkgutil.walk_packages(dualsft.__path__, "dualsft."):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_module_is_imported_without_posix() -> None:
     """Where `fcntl`, `resource` and their like do not exist for the package's own code."""
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)

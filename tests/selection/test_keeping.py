@@ -115,6 +115,7 @@ def resumed_until_done(
     raise AssertionError("no progress")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kill"), list(zip(CASES, itertools.cycle(KILLS), strict=False)), indirect=["case"])
 def test_a_run_killed_again_and_again_gives_the_same_bytes(
     forgetful: Inputs, tmp_path: Path, case: Case, unbroken: dict[str, bytes], kill: str

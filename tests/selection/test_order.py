@@ -213,6 +213,7 @@ def assert_found(selection: Selection, expected: Expected) -> None:
     assert_mask(selection, expected.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [PD, DP])
 @pytest.mark.parametrize(("kind", "rounds"), [("first order", 1), ("first order", 3), ("fisher", 2), ("hessian", 3)])
 def test_each_side_is_scored_by_the_other_as_last_chosen(
@@ -452,6 +453,7 @@ PASSED = {
 AGAIN = {"scores, round 2": LAST, "chosen examples gradient, round 2": CHOSEN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "order", "rounds"), [*((kind, order, 2) for kind, order in PASSED), ("first order", DP, 1)]
 )
@@ -485,6 +487,7 @@ def test_what_is_not_finite_is_left_out_of_every_pass(
     assert passed == due
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [PD, DP])
 def test_a_run_of_two_rounds_goes_on_from_any_pass(inputs: Inputs, tmp_path: Path, order: str) -> None:
     """Killed at each of its passes in turn, it repeats none that was finished, and leaves an unbroken run's bytes."""

@@ -99,7 +99,7 @@ def rows(path: Path, kind: str | None, count: int) -> list[dict[str, Any]]:
     return [record for record in records if kind is None or record["source"] == kind][:count]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_second_order_is_nearer_on_a_language_model(tmp_path: Path) -> None:
     """On the embedded Llama and real text the measured fall of the loss is nearer to the prediction with the term."""
     train = write_jsonl(tmp_path / "train.jsonl", rows(POOL, "target", 16))

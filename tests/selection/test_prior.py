@@ -140,6 +140,7 @@ def phases_of(selection: Selection) -> list[str]:
     return [phase["name"] for phase in selection.manifest["phases"]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(
     ("prior", "scorer"),
@@ -207,6 +208,7 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return kill_at(monkeypatch, strategy, "load_model", call=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS[:4])
 def test_the_base_model_is_its_own_teacher(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: str
@@ -224,6 +226,7 @@ def test_the_base_model_is_its_own_teacher(
     assert phases_of(found) == ["validation gradient", "prior gradient", "scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
 def test_a_copy_of_the_base_model_computes_as_the_model_does(
     inputs: Inputs, tmp_path: Path, precision: str, dtype: str
@@ -263,6 +266,7 @@ def test_the_prior_bends_the_objective_at_the_base_model(
     assert len(loads) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["base", "checkpoint"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_differences_by_the_usual_step_agree_with_second_derivatives(
@@ -384,6 +388,7 @@ BAD = {0, 9}
 """The only examples of the pool with a 4, or with a P."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "packing"), [("base", False), ("checkpoint", False), ("checkpoint", True)])
 def test_anchors_that_are_not_finite_are_left_out(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str, where: str, packing: bool
@@ -427,7 +432,7 @@ def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return contents(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [1, 3, 6, 8])
 def test_a_run_killed_at_any_pass_resumes_to_the_same_bytes(
     inputs: Inputs, tmp_path: Path, unbroken: dict[str, bytes], number: int
@@ -438,7 +443,7 @@ def test_a_run_killed_at_any_pass_resumes_to_the_same_bytes(
     assert contents(tmp_path) == unbroken
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("call", [2, 5, 8])
 def test_a_run_killed_within_the_prior_resumes_to_the_same_bytes(
     inputs: Inputs, tmp_path: Path, unbroken: dict[str, bytes], call: int
@@ -527,6 +532,7 @@ def slow_term(inputs: Inputs, objective: Ridge) -> Value:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide", "short_steps")
 @pytest.mark.parametrize(
     ("objective", "method", "packing"),

@@ -67,6 +67,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_it_is_what_select_would_have_written(inputs: Inputs, source: Path, tmp_path: Path, choice: str) -> None:
     """Every file is that of a run with these budgets and allocators, byte for byte, and so is every key but its own."""
@@ -78,6 +79,7 @@ def test_it_is_what_select_would_have_written(inputs: Inputs, source: Path, tmp_
     assert (tmp_path / "allocated" / "token_scores.parquet").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.6, 5, None])
 def test_budgets_count_what_select_counts(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any
@@ -126,6 +128,7 @@ ORDERS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "refused"), ORDERS)
 def test_what_the_scores_rest_on_stays(inputs: Inputs, tmp_path: Path, order: str, refused: str) -> None:
     """A side by whose choice the other was scored cannot be changed; the other can, to what select would choose."""

@@ -47,6 +47,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_resumed_run_gives_the_same_bytes(
     inputs: Inputs, tmp_path: Path, unbroken: dict[str, bytes], place: str
@@ -204,7 +205,7 @@ def run_and_kill(inputs: Inputs, folder: Path, seconds: float, *settings: dict[s
     return process.exitcode
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "data"),
     [
@@ -232,7 +233,7 @@ def test_kill_9_at_any_moment(tmp_path: Path, options: dict[str, Any], data: dic
     assert contents(out) == unbroken
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_sigterm_ends_a_run(tmp_path: Path) -> None:
     """As it ends any process, though Lightning would have it go on; nothing is lost that was kept."""
     inputs = write_inputs(tmp_path)

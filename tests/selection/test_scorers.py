@@ -78,6 +78,7 @@ def telling_step(dense: Dense, kind: str, preconditioner: str) -> float:
     return 0.5 * float(dense.validation.mean(0).norm() / bend) if bend else 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_equal_the_dense_method(dense: Dense, run: Run, name: str, preconditioner: str) -> None:
@@ -126,6 +127,7 @@ def test_the_prediction_is_told(dense: Dense, run: Run, name: str, preconditione
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("name", list(SCORERS)[1:])
 def test_the_automatic_step_is_the_minimiser(dense: Dense, run: Run, name: str, preconditioner: str) -> None:

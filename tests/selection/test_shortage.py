@@ -15,7 +15,7 @@ from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the address space cannot be measured"),
 ]
 

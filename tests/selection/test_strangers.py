@@ -111,6 +111,7 @@ class OddExamples(DataAllocator):
         return {"none": None, "matrix": ids[:, None].expand(-1, 2), "list": ids[:budget].tolist()}[self.kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

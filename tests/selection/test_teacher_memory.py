@@ -60,6 +60,7 @@ def scoring(model: PreTrainedModel, given: Callable[[int], Iterator[Batch]]) -> 
     return peak(work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_prior_is_not_the_peak_of_a_run(size: str, dtype: torch.dtype) -> None:

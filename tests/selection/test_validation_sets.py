@@ -198,6 +198,7 @@ SECOND_ORDER: dict[str, tuple[Scorer, float]] = {
 """The scorer and a step at which its second-order term counts."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECOND_ORDER)
 def test_second_order_sets_have_the_scores_that_they_have_alone(
     inputs: Inputs, sources: dict[str, str], tmp_path: Path, kind: str
@@ -285,6 +286,7 @@ WAYS: list[tuple[str, bool, bool]] = [
 """Only rows of whole examples that come with columns have more ways than one."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "columns", "by_token"), WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])

@@ -6,7 +6,7 @@ from dualsft.errors import UserError
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from tests.world.data import random_batch, random_mask
 from tests.world.models import tiny_llama
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 BATCH = random_batch(3, 8)
 Mask = dict[str, Tensor]

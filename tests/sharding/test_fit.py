@@ -24,7 +24,7 @@ from tests.world.jobs import CHOSEN, SaveOften, Workspace, make_workspace, save_
 from tests.world.ranks import run_on_ranks
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]

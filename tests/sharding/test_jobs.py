@@ -15,7 +15,7 @@ from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
 from tests.world.ranks import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 CHOSEN = ("mask.safetensors", "selected.jsonl")

@@ -22,7 +22,7 @@ from tests.models.test_loading import DAMAGES, change_weights, shard
 from tests.world.models import save_tiny_model
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from dualsft.sharding.shards import full_tensor, shard_of
 from tests.cases import ARCHITECTURES, collate, given, make, make_examples, pack, random_direction
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 
 def spoilt_losses(model: PreTrainedModel, batch: Batch, layout: Layout) -> Tensor:

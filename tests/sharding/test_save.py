@@ -23,7 +23,7 @@ from tests.cases import ARCHITECTURES, make
 from tests.world.models import save_tiny_model
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 split: Any = modeling_utils.split_torch_state_dict_into_shards
 

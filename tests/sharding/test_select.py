@@ -24,7 +24,7 @@ from dualsft.sharding.strategy import FSDP2
 from tests.world.jobs import ADAM, SGD, Inputs, select, write_inputs
 from tests.world.ranks import run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 PLAIN: dict[str, dict[str, Any]] = {
     "first order": {**SGD, "token_scores": True},

@@ -15,7 +15,7 @@ from dualsft.sharding.shards import local_shard, shard_offset
 from tests.cases import ARCHITECTURES, make
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 Loss = Callable[[nn.Module, int], Tensor]
 """A rank's loss, given the model and the rank."""

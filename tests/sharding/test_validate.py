@@ -21,7 +21,7 @@ from tests.world.jobs import Workspace, make_workspace, trainer
 from tests.world.models import VOCABULARY
 from tests.world.ranks import run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

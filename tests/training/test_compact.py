@@ -78,6 +78,7 @@ def mixed_mask(model: nn.Module) -> dict[str, Tensor]:
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("accumulated", [1, ACCUMULATED])
 @pytest.mark.parametrize("clip", CLIPPERS)

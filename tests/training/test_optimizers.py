@@ -112,6 +112,7 @@ def furthest(first: nn.Module, second: nn.Module) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", EQUAL)
 def test_equals_dense_training_with_masked_gradients(name: str, tied: bool) -> None:

@@ -96,6 +96,7 @@ def test_the_readme_has_every_name() -> None:
     assert len(TABLE) == len(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [(name, options.split()) for name, _, options in TABLE])
 def test_exact_budgets(job: Job, tmp_path: Path, name: str, options: list[str]) -> None:
     """With the options of the README's table, each chooses as many examples and weights as are due."""
@@ -118,6 +119,7 @@ BY_EXAMPLE: dict[str, tuple[list[str], Values]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_EXAMPLE)
 def test_examples_are_those_of_a_direct_computation(job: Job, direct: Direct, tmp_path: Path, case: str) -> None:
     """Norms, losses and cosines by autograd choose the same examples."""
