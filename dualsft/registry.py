@@ -42,7 +42,7 @@ def class_path(group: str, name: str) -> str:
     """The import path of a registered class, or of one given by a dotted path; either is imported.
 
     Raises:
-        UserError: if nothing has this name, two packages claim it, or what it stands for cannot be used.
+        UserError: if nothing has this name, two packages claim it, or the class cannot be used.
     """
     if "." in name:
         module, _, attribute = name.rpartition(".")
@@ -87,7 +87,7 @@ def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
         found = point.load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a stranger's import may do anything, and must not take the list down
+    except BaseException as error:  # a plugin's import may raise anything, and must not break the list
         return "", f"{type(error).__name__}: {error}"
     base = resolve_name(GROUPS[group])
     if not (isinstance(found, type) and issubclass(found, base)):

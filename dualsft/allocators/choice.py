@@ -76,7 +76,7 @@ class Choice:
             self.mask[name] |= chosen.view(self.mask[name].shape)
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
-        """Split a budget over groups of tensors, none in two of them, by their shares, and take the best of each group.
+        """Split a budget over disjoint groups of tensors by their shares, and take the best entries of each group.
 
         Args:
             groups: Names of tensors.
@@ -84,7 +84,7 @@ class Choice:
             budget: How many to choose.
 
         Returns:
-            How many were chosen: fewer than the budget if the groups have no more that are not chosen yet.
+            The number of entries chosen: fewer than the budget if the groups run out of entries.
         """
         free = [self.free(names) for names in groups]
         parts = apportion(min(budget, sum(free)), shares, free)
@@ -115,7 +115,7 @@ def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) ->
     """The k-th largest int32 key of all tensors, and how many entries equal to it are still needed to make k.
 
     Args:
-        sweep: Yields the keys of one tensor after another whenever it is called, which is twice.
+        sweep: Yields the keys of one tensor after another; called twice.
         k: From 1 to the number of entries.
 
     Raises:

@@ -18,7 +18,7 @@ _SHOWN = 5
 class PerSourceQuota(DataAllocator):
     """A part of the budget for each source, spent on its highest scores; ties to the earlier row.
 
-    A source that is too small for its part is taken whole, and the others share what it leaves, so that exactly the
+    A source that is too small for its part is taken in full, and the others share what it leaves, so that exactly the
     budget is chosen. Of equal remainders, the source that occurs first is rounded up.
 
     Args:
@@ -71,7 +71,7 @@ class PerSourceQuota(DataAllocator):
         return sources
 
     def _shares(self, sizes: Counter[str]) -> Sequence[int | float]:
-        """What each source's part is in proportion to."""
+        """The numbers that the sources' parts are proportional to."""
         if not isinstance(self.shares, dict):
             return list(sizes.values()) if self.shares == "proportional" else [1] * len(sizes)
         named = {str(source): share for source, share in self.shares.items()}

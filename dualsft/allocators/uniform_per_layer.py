@@ -15,7 +15,7 @@ class UniformPerLayer(ParameterAllocator):
 
     What is outside of all layers (embeddings, final norm, head) counts as one layer more, behind the others, unless it
     is not among the trainable parameters. Numbers differ by one at most, the first layers having more, but a layer too
-    small for its part is taken whole and leaves the rest to the others. Ties go to the first name, then the first
+    small for its part is taken in full and leaves the rest to the others. Ties go to the first name, then the first
     index.
 
     Args:

@@ -114,7 +114,7 @@ class QuickStart:
 
 
 def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:
-    """Which share of the examples and weights was trained, and of those examples which share is clean target."""
+    """The shares of examples and weights that were trained, and the share of clean target data in these examples."""
     if not trained:
         return {"examples": 0.0, "weights": 0.0, "clean_target": None}
     if selection is None:

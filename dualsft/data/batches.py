@@ -40,7 +40,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
 def length_batches(
     lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Cuts examples into batches by length, the longest first: what does not fit into memory shows at once.
+    """Cuts examples into batches by length, the longest first: a batch too large for memory fails at once.
 
     Args:
         lengths: Tokens of every example.

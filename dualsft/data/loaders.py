@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class RowLists(Dataset[list[Any]]):
     """Gives the examples of a batch for their ids.
 
-    With ``batch_size=None`` a loader asks for what the sampler yields; a sampler, unlike a batch sampler, is where
-    Lightning looks for ``set_epoch``.
+    With ``batch_size=None`` a loader fetches each item of its sampler as a batch. The ids come from a sampler, not from
+    a batch sampler, because Lightning calls ``set_epoch`` on the former.
     """
 
     def __init__(self, examples: "datasets.Dataset") -> None:
@@ -90,7 +90,7 @@ class ResumableLoader(DataLoader[Any]):
 class KeepEpochCount(Callback):
     """Keeps checkpoints resumable in a run that was itself resumed from the last batch of an epoch.
 
-    Lightning then starts the next epoch without counting it as begun, and takes every later checkpoint of that run for
+    Lightning then starts the next epoch without counting it as begun, and treats every later checkpoint of that run as
     one between two epochs: the loader's position would be ignored. Within an epoch, one more has begun than has ended.
     """
 

@@ -111,8 +111,8 @@ def _token_ranges(
 ) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "token"]]:
     """Start and end of each token within its text.
 
-    Some byte-level tokenizers trim white space off the ranges they report and leave a token of spaces alone with none:
-    such a token covers what lies between the token before it and its own end.
+    Some byte-level tokenizers trim white space off the ranges that they report, so that a token of spaces has an empty
+    range: such a token gets the range from the end of the token before it to its own end.
     """
     flat = chain.from_iterable(chain.from_iterable(offsets))
     start, end = np.fromiter(flat, dtype=np.int64, count=2 * int(sizes.sum())).reshape(-1, 2).T

@@ -154,7 +154,7 @@ def evaluate_tasks(
 
 
 def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
-    """The rules of the harness's own command line: a task that says 0 stays so, one that says nothing shows none."""
+    """Apply the rules of the harness's command line: a task with 0 shots stays so, one that says nothing gets none."""
     own = task.get_config("num_fewshot")
     if own is None or (few_shot is not None and own != 0):
         task.set_config(key="num_fewshot", value=few_shot or 0)

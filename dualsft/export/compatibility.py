@@ -17,9 +17,9 @@ from dualsft.models.stored import Weights
 
 _IRRELEVANT = re.compile(
     r"_name_or_path|architectures|(torch_)?dtype|use_cache|output_\w+|return_dict|\w+_version|problem_type"
-    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for who prepares the input and ends the output
-    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # for training alone
-    r"|chunk_size_feed_forward|pretraining_tp"  # how to compute the same
+    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for tokenizers and generation
+    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # only for training
+    r"|chunk_size_feed_forward|pretraining_tp"  # the same result, computed in another way
 )
 
 
@@ -35,7 +35,7 @@ def check_configurations(base: str, model: str) -> None:
 def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
     before, after = one.config.to_dict(), other.config.to_dict()
     if before["model_type"] != after["model_type"]:
-        return ["model_type"]  # of another kind all settings are others
+        return ["model_type"]  # all other settings differ as well
     kinds = ["architectures"] if _special(one) != _special(other) else []
     shared = before.keys() & after.keys()
     first, second = (dict(_settings({key: config[key] for key in shared})) for config in (before, after))
@@ -44,7 +44,7 @@ def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
 
 
 def _special(model: PreTrainedModel) -> set[str]:
-    """The classes that a configuration names, beside the one that is loaded and that without its head."""
+    """The classes that a configuration names, except the loaded class and its base without a head."""
     usual = {type(model).__name__, type(model.base_model).__name__}
     return set(model.config.architectures or ()) - usual
 

@@ -5,7 +5,7 @@
     metadata        base_fingerprint: the hash of the base weights; about: JSON, what is known of how it was made
 
 Where the tuned model is stored in another type than its base, the base is first converted to that type. An entry that
-was trained and came out with the bits that it had is left out: of an embedding, or in bfloat16, these may be many.
+was trained but kept its bits is left out: of an embedding, or in bfloat16, these may be many.
 """
 
 import json
@@ -87,7 +87,7 @@ class Delta:
     Attributes:
         path: Its file.
         base_fingerprint: The hash of the weights that it belongs to.
-        about: What it says of how it was made; empty if nothing.
+        about: The record of how it was made; empty if there is none.
         counts: Name of each changed parameter, sorted -> how many of its entries change.
         value_types: Name of each changed parameter -> the type of its new values.
     """
@@ -130,7 +130,7 @@ class Delta:
 
 
 def open_delta(path: Path) -> Delta:
-    """Open a delta; refuses a file that is none, or damaged."""
+    """Open a delta; refuses a file that is damaged or no delta."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a delta.safetensors.")
     try:

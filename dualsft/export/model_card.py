@@ -93,7 +93,7 @@ def _section(title: str, lines: list[str]) -> list[str]:
 
 
 def _selection(record: Mapping[str, Any] | None) -> list[str]:
-    """One line for each thing that is known of the selection."""
+    """One line for each entry of the selection's record."""
     if not record:
         return []
     lines = []

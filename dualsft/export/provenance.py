@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) -> dict[str, Any]:
-    """What was selected and how, by these keys of a selection's manifest; those that it has not are left out."""
+    """What was selected and how: these keys of a selection's manifest, missing ones left out."""
     record = {key: manifest[key] for key in published if manifest.get(key) is not None}
     if checkpoint := record["warmup"].get("checkpoint"):
         record["warmup"] = {**record["warmup"], "checkpoint": published_name(checkpoint)}

@@ -33,7 +33,7 @@ def _monitored(callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
 
 
 class RecentCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint every so often that saves no checkpoint just before a validation.
+    """A ModelCheckpoint at regular intervals that saves no checkpoint just before a validation.
 
     Lightning does not catch up on that validation when a run resumes from there, and early stopping, the best weights
     and the report, which depend on it, would differ.
@@ -75,14 +75,14 @@ class BestWeights(Callback):
 class EndOfTraining(Callback):
     """Calls ``on_train_end`` where a resumed run has nothing left to train, which Lightning does not.
 
-    That hook puts in averages and the best weights. This callback belongs before the callbacks that use the final
-    weights when the fit ends.
+    That hook loads averages and the best weights. This callback belongs before the callbacks that use the final weights
+    when the fit ends.
     """
 
     _ended = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has called it."""
+        """Remember that Lightning has called this hook."""
         self._ended = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -137,7 +137,7 @@ def _examples(trainer: Trainer) -> int:
 
 
 def _train_loss(progress: Progress) -> dict[str, Any]:
-    """The mean loss of the first and of the last batches, as many of each and none in both."""
+    """The mean loss of the first and of the last batches, equally many and without overlap."""
     count = max(1, min(_BATCHES, progress.batches // 2))
     parts = {"first": progress.first[:count], "last": progress.last[-count:]}
     means = {name: sum(losses) / len(losses) if losses else None for name, losses in parts.items()}

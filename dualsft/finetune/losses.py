@@ -5,8 +5,8 @@
 
 Tokens are supervised ones throughout. With gradient accumulation a step has several batches. Their example means are
 averaged, each batch weighing the same. Their token means would not add up to the step's, as batches differ in tokens,
-and how many tokens a step has is known at its last batch alone. So a batch's sum is divided by the tokens of the step's
-first batch, and the accumulated gradient is multiplied by what corrects that before it is clipped.
+and a step's number of tokens is known only at its last batch. So a batch's sum is divided by the tokens of the step's
+first batch, and the accumulated gradient is multiplied by the correcting factor before it is clipped.
 
 On several ranks n and T count all ranks, and each rank sums over its own rows; gradients are summed over ranks.
 """

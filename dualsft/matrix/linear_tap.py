@@ -47,7 +47,7 @@ class LinearTap(Tap):
     """A tap on a linear layer, whose backward is replaced by one that adds to the rows as well."""
 
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The output with the other backward."""
+        """The output with the replaced backward."""
         (a,) = args or kwargs.values()
         a, output = self.rows.layout.expand(a), self.rows.layout.expand(output)
         self.rows.check_shape(output.shape, self.where)

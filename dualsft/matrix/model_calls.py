@@ -1,8 +1,8 @@
 """The calls of a model that a pass makes, and their order among those of other ranks.
 
-All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), though they have other batches, and
-other examples to look at again. Until the kind of call that a rank wants is due on all of them, it takes part in other
-ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
+All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), although each has its own batches,
+and its own examples to re-examine. Until the kind of call that a rank wants is due on all of them, it takes part in
+other ranks' calls with a dummy example, which adds nothing. A single process never waits.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class ModelCalls:
 
     Attributes:
         gather: Makes a sharded model's directions available in backward.
-        void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
+        void: Whether a gradient that is not finite has been added to the sums, which are then invalid.
     """
 
     model: PreTrainedModel
@@ -92,7 +92,7 @@ class ModelCalls:
                 self.find_nonfinite(None)
 
     def begin(self, batch: Batch) -> tuple[Batch, Layout]:
-        """Make the taps ready for a batch; the batch on the model's device, and its layout."""
+        """Prepare the taps for a batch; return the batch on the model's device, and its layout."""
         layout = Layout.of(batch)
         self.gather.drop()
         if self.rows is not None:

@@ -7,8 +7,8 @@ Examples that are not finite are left out and reported. A *loss* that is not fin
 that is not finite shows only when parts of it have been added to the sums: the pass goes on to find all such examples,
 and is repeated without them.
 
-A killed run's pass goes on from the state that was kept between two batches. Each rank of a sharded model passes over
-batches of its own (`model_calls.py`); what is found of the examples is gathered in the end, and the sums stay shards.
+A killed run's pass resumes from the state that was kept between two batches. Each rank of a sharded model passes over
+batches of its own (`model_calls.py`); the examples' results are gathered in the end, and the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,7 +86,7 @@ def gradient_pass(
         measurement: What else to measure of each example; all but its loss takes a backward pass for each example.
         keeper: Keeps the state of the pass from time to time, and has what an earlier run kept.
         losses: l_i of each example of a batch.
-        derivative: What takes the place of a backward pass.
+        derivative: Replaces the backward pass.
         shards: The parameters of a sharded model, by name, if the model is unsharded during the pass: the ranks' sums
             are added up in the end, and each rank keeps its shards of them.
 
@@ -128,7 +128,7 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 class _Pass:
-    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`)."""
+    """Scores batches; starts over if a gradient turns out not to be finite (`ModelCalls.void`)."""
 
     def __init__(self, calls: ModelCalls, keep_losses: bool) -> None:
         self._calls, self._keep_losses = calls, keep_losses
@@ -189,7 +189,7 @@ class _Pass:
                 result.nonfinite |= calls.find_nonfinite(found.batch)
             elif not calls.void:
                 self._count(found.batch, found.losses)
-        # 4. What its company spoilt is scored by itself.
+        # 4. Score alone each example that only its batch spoilt.
         for example in found.alone:
             self.score(example)
 

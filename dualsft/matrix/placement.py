@@ -5,9 +5,9 @@ without calling the child, as state-space mixers do with their convolution. And 
 examples, as those of experts that sort tokens. Then an enclosing module is tapped, and its forward is differentiated
 with respect to all weights used in it that are not scored in a module inside it.
 
-Which module uses what is read off the autograd graph of one forward pass. Every module's output is marked in the graph,
-so that the weights reached from there, up to the module's inputs and the marks of its children, are those of its own
-forward.
+Which module uses which weight is read off the autograd graph of one forward pass. Every module's output is marked in
+the graph, so that the weights reached from there, up to the module's inputs and the marks of its children, are those of
+its own forward.
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ def find_placement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Placement:
-    """Where each parameter is scored, found by one forward pass of these arguments.
+    """Find where each parameter is scored, by one forward pass of these arguments.
 
     ``names`` has the name of each scored parameter by its identity. ``check_output`` raises a UserError for an output
     that cannot be split; it also gets the module's name and type.

@@ -62,10 +62,10 @@ def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tens
 
 
 class ExampleStatistics:
-    """Measures the gradient of one example, parameter by parameter as backward completes it, in this context.
+    """Measures one example's gradient, parameter by parameter as backward completes it, while the context is open.
 
-    Enter it before `ColumnSums`, which drops the gradient; without that, ``drop`` drops it here. The factors are those
-    of `sketch_factors`, of their parameters' full shapes in backward.
+    Enter it before `ColumnSums`, which drops each gradient; without `ColumnSums`, set ``drop``. ``factors`` are those
+    of `sketch_factors`; in backward they must be full tensors.
     """
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:

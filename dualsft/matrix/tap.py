@@ -135,7 +135,7 @@ class GeneralTap(Tap):
             self.rows.add(direction, x, y, self.where)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
-        """The tensors among a call's arguments; activation checkpointing gives them a single time."""
+        """The tensors among a call's arguments; under activation checkpointing they can be unpacked only once."""
         try:
             saved: tuple[Tensor, ...] = ctx.saved_tensors
         except RuntimeError as error:

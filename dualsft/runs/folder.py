@@ -41,8 +41,7 @@ class RunFolder(PhaseStore):
         written: Patterns of names that this command writes at the top of the folder, beside those of all commands.
 
     Attributes:
-        complete: Whether the folder to resume holds a finished selection: a user who resumes after each kill may do so
-            once too often.
+        complete: Whether the folder to resume holds a finished selection, as when a user resumes once too often.
 
     Raises:
         UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input.
@@ -94,7 +93,7 @@ class RunFolder(PhaseStore):
                 )
 
     def _check_ours(self, names: Sequence[str]) -> None:
-        """Refuse to overwrite what no run of ours wrote; each leaves a configuration and one of a few results."""
+        """Refuse to overwrite a folder that no run wrote; every run leaves a configuration and one of a few results."""
         foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in self._written)]
         finished = (self.path / "config.yaml").is_file() and any((self.path / name).is_file() for name in _RESULTS)
         if foreign or not (finished or self._state.is_dir()):
@@ -116,7 +115,7 @@ class RunFolder(PhaseStore):
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Lock the folder and write what this run is, so that no other run is taken for its continuation.
+        """Lock the folder and record the run's identity, so that only the same run resumes from it.
 
         Called once the input has been checked, so that a mistake leaves no trace in the folder.
 
@@ -218,7 +217,7 @@ def _empty(folder: Path, keep: str = "") -> None:
 
 
 def publish(staged: Path, folder: Path, last: str) -> None:
-    """Move staged results into their folder, the one last without which nothing there counts as a result."""
+    """Move staged results into their folder; the file ``last``, which marks them as complete, goes last."""
     for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
         if path.is_file():
             sync_to_disk(path)

@@ -1,4 +1,4 @@
-"""The selection directory: what was scored, what was chosen, and how. Its manifest is published last, as its seal."""
+"""The selection directory: scores, choices and a manifest, which is published last and marks it as complete."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Selection:
     Attributes:
         folder: The selection directory.
         manifest: ``manifest.json`` as it is.
-        about: The same with types.
+        about: The manifest as dataclasses.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ class Selection:
         return dict(self.stored_masks())
 
     def stored_masks(self) -> Mapping[str, Tensor]:
-        """The same, each unpacked when it is asked for."""
+        """The masks, each unpacked when it is read."""
         return stored_masks(self.folder / _MASK)
 
     def parameter_scores(self) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def data_budget(settings: SelectionSettings, num_tokens: Collection[int]) -> int
 def choose_data(
     settings: SelectionSettings, due: int, scores: Mapping[int, float], pool: Pool, measured: Measured
 ) -> ChosenExamples:
-    """Choose examples by their scores; non-finite ones and near-duplicates may lower what a fraction buys.
+    """Choose examples by their scores; non-finite ones and near-duplicates may lower the number that a fraction allows.
 
     Args:
         settings: The allocator, the budget, and which texts count as the same.

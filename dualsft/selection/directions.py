@@ -25,7 +25,7 @@ Combination = Literal["mean", "max", "min"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known at the scoring checkpoint for one validation set; see `ParameterStatistics` for the symbols.
+    """The tensors known at the scoring checkpoint for one validation set; see `ParameterStatistics` for the symbols.
 
     Every mapping is by parameter name, and may make its tensors when they are asked for. Of a sharded model the tensors
     are this rank's shards.
@@ -51,9 +51,9 @@ class Statistics:
     hessian_vector: Mapping[str, Tensor] | None = None
 
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
-        """Yield what a scorer is given, one trainable parameter after another, as full tensors.
+        """Yield the statistics that a scorer gets, one trainable parameter after another, as full tensors.
 
-        A scorer that modifies the weights is refused; all else is a copy of its own.
+        A scorer that modifies the weights is refused; all other tensors are copies.
         """
         optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
         for name, weight in trainable_parameters(self.model).items():
@@ -181,7 +181,7 @@ def combined_tokens(
 ) -> dict[int, Tensor]:
     """Combine the contributions of each example's tokens, by example id; they add up to its combined score.
 
-    Where the largest or the smallest score decides, they are those of the set that has it.
+    Where the largest or smallest score is taken, they are the contributions to that set's score.
     """
     if not tokens:
         return {}

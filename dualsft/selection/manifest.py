@@ -213,10 +213,10 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
 
 
 def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> dict[str, Any]:
-    """Of the inputs those that decide the scores, which another choice can be made from.
+    """The inputs that decide the scores; another choice from the same scores must leave them as they are.
 
-    A choice counts where the other side is scored by it. A step size that turns out to be of no use may be changed too,
-    until scores depend on it.
+    An option of a choice is among them if the other side is scored by that choice. A step size that turns out to be
+    unusable may still be changed until scores depend on it.
     """
     choice = [] if "then" in module.settings.order else keys("parameters", "data")
     free = {*keys("step"), *choice}
@@ -276,7 +276,7 @@ def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chos
 
 
 def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **examples: int) -> dict[str, Any]:
-    """The counts of a manifest after another choice of weights and, with these counts of its own, of examples."""
+    """The counts of a manifest after another choice of weights, and of examples with these counts."""
     before = manifest["counts"]
     return {
         **before,

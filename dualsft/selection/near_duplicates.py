@@ -114,7 +114,7 @@ class _Index:
         from datasketch import MinHash, MinHashLSH  # brings scipy, which nothing else needs
 
         self._threshold = threshold
-        self._blank = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # hashes already
+        self._blank = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # shingles are hashed already
         self._lsh = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(threshold))
         self._sets: list[np.ndarray] = []
 
@@ -122,7 +122,7 @@ class _Index:
         """Add a text unless one that was added before is like it; return whether it was added."""
         signature = self._blank.copy()
         hashes = shingles & np.uint64(0xFFFFFFFF)
-        for first in range(0, len(hashes), _AT_ONCE):  # each takes a place for every permutation
+        for first in range(0, len(hashes), _AT_ONCE):  # a batch takes memory for all of its permutations
             signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
         if any(jaccard(shingles, self._sets[k]) >= self._threshold for k in self._lsh.query(signature)):
             return False

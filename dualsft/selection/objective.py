@@ -1,4 +1,4 @@
-"""The objective V_k(θ) of each validation set k, and what is known of it: its gradient, and its curvature as needed.
+"""The objective V_k(θ) of each validation set k, with its gradient, and its curvature as needed.
 
     V_k(θ) = mean_{i in validation set k} l_i(θ) + Σ_t λ_t mean_i L_t,i(θ)
 
@@ -97,12 +97,12 @@ class ValidationObjective:
     def statistics(
         self, pool_sums: Mapping[str, Tensor] | None, num_examples: int, occasion: str = ""
     ) -> dict[str, Statistics]:
-        """Collect what is known of each set, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
+        """Collect the statistics of each set, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
 
         Args:
             pool_sums: Σ_i g_i by parameter name; None if it is not known yet.
             num_examples: n, how many examples it is over, or will be.
-            occasion: What distinguishes the passes from earlier ones, for their names.
+            occasion: Suffix that tells the passes' names from earlier ones'.
         """
         pool = None if pool_sums is None else self._total([(1 / num_examples, pool_sums)])
         products = {} if pool is None else self._hessian_vectors(pool, occasion)

@@ -127,16 +127,16 @@ class Passes:
 
 
 def _key(name: str) -> str:
-    """The name of a pass as that of a file."""
+    """The file name of a pass's state."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 
 @contextmanager
 def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode in which activation checkpointing works all the same.
+    """Evaluation mode with activation checkpointing, which layers otherwise do in training mode only.
 
     A layer asks its ``training`` flag whether to checkpoint, and may ask the same flag whether to drop out: the flag is
-    up for the first question alone.
+    set for the first question only.
     """
     model.eval()
     if not checkpointing:

@@ -9,7 +9,7 @@
     7. write                  the selection directory                                        artifact.py
 
 Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by what was chosen of the
-other (`order.py`). Whatever passes over data is a phase: resumed where it was killed, and never repeated (`passes.py`).
+other (`order.py`). Every pass over data is a phase: resumed where it was killed, and never repeated (`passes.py`).
 Source: arXiv 2605.06166.
 """
 

@@ -2,7 +2,7 @@
 
     rows     φ_i = <u, g_i>            columns     φ_j = u_j Σ_i g_ij            Σ_i φ_i = Σ_j φ_j
 
-A step uses what the steps before it left: the weights' scores use Σ_i g_i over the chosen examples, the examples'
+A step uses the results of earlier ones: the weights' scores use Σ_i g_i over the chosen examples, the examples'
 scores the direction u of the chosen weights. Whatever the order of the steps, the sum identity is checked as soon as
 both of its sides are known, for the direction and the examples of the last two steps.
 """
@@ -60,7 +60,7 @@ class ExampleScores:
     tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def without(self, ids: Collection[int]) -> "ExampleScores":
-        """The same without some of the examples."""
+        """These scores without some of the examples."""
         return ExampleScores(
             _without(self.scores, ids),
             {name: _without(scores, ids) for name, scores in self.by_set.items()},

@@ -59,7 +59,7 @@ def reach_scoring_checkpoint(
         weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
         run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
         del moments
-        saved = run.load(_PHASE)  # from where the moments need no memory until they are used
+        saved = run.load(_PHASE)  # lazy: the moments stay in the file until they are used
         assert saved is not None
     else:
         weights = _with_prefix("weight", saved[0])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:
 
     class OrDefault:
-        """An option that the command line takes null for, in place of which `__post_init__` puts the default."""
+        """An option for which the command line accepts null; `__post_init__` replaces null by the default."""
 
         def __class_getitem__(cls, kind: Any) -> Any:
             return kind | None
@@ -69,7 +69,7 @@ class Option(NamedTuple):
 
 
 def option(default: Any, role: Role, *, key: str = "", later: bool = False) -> Any:
-    """A field with its default and what `Option` says of it; the key is the field's name unless given."""
+    """A dataclass field with a default and `Option` metadata; the manifest's key is the field's name unless given."""
     return field(default=default, metadata={"role": role, "key": key, "later": later})
 
 

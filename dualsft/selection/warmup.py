@@ -151,9 +151,9 @@ class _WarmUp:
     def _step(self, batch: Batch, epoch: int, k: int) -> bool:
         """One optimizer step on the batch's mean loss; False if memory ran out, and it is to be taken again in halves.
 
-        What dropout draws goes by the step alone: a run that goes on from here draws the same.
+        Dropout's seed depends on the step alone, so a resumed run draws the same.
         """
-        mixed = np.random.SeedSequence((self._seed, epoch, k))  # as different as can be from any other step's
+        mixed = np.random.SeedSequence((self._seed, epoch, k))  # a hash: unrelated seeds for all steps
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
         try:
             self._backward(batch)
@@ -180,7 +180,7 @@ class _WarmUp:
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
     def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
-        """Begin the step again without the suspects that are not finite alone; refused if that is none, or all."""
+        """Begin the step again without the suspects that are not finite alone; refused if none or all are so."""
         self._drop_gradients()
         ids = batch["example_id"].tolist()
         bad = nonfinite_examples(batch, self._finite_alone, suspects)
@@ -219,7 +219,7 @@ class _WarmUp:
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def second_moment(self) -> dict[str, Tensor]:
-        """ĉ of every parameter, zero for one that takes no part; nothing is left of the optimizer's state."""
+        """ĉ of every parameter, zero for one that takes no part; frees the optimizer's state."""
         weights = dict(self._model.named_parameters())
         moments = {}
         for name, master in zip(self._compact.names, self._compact.masters, strict=True):
@@ -230,7 +230,7 @@ class _WarmUp:
         return moments
 
     def _state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it takes to go on with this batch of this epoch."""
+        """The state from which a run resumes with this batch of this epoch."""
         tensors = {}
         for k, master in enumerate(self._compact.masters):
             tensors[f"master:{k}"] = master

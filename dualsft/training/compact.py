@@ -16,7 +16,7 @@ Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits:
 
 Of a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
 of one process (`dualsft.sharding.vectors`). A state dict holds the full masters, on rank zero, and each rank loads its
-own piece of them, so a state can be loaded on another number of ranks.
+own part of them, so a state can be loaded on another number of ranks.
 """
 
 import hashlib
