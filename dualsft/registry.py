@@ -1,4 +1,4 @@
-"""Names for scorers and allocators: entry points, the built-in ones included. Only what is named is imported."""
+"""Names for scorers and allocators: entry points, the built-in ones included. Only named classes are imported."""
 
 import inspect
 import re
@@ -66,7 +66,7 @@ def class_path(group: str, name: str) -> str:
 
 
 def registered() -> Iterator[Registered]:
-    """Everything that is registered, in order, with what failed to load and why."""
+    """All registered names, in order, with the problem of each that failed to load."""
     for group in GROUPS:
         points = sorted(entry_points(group=group), key=lambda p: (p.name, _package(p) != OURS, _label(p)))
         for point in points:

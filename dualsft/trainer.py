@@ -44,14 +44,14 @@ class Trainer(LightningTrainer):
             model: What to score, how, and the budgets.
             datamodule: The pool (``train``) and the target's validation set.
             output_dir: Where the selection goes.
-            resume: Go on from what a killed run left in ``output_dir``.
+            resume: Resume the killed run in ``output_dir``.
             overwrite: Replace what an earlier run left in ``output_dir``.
             seed: Decides which examples the warm-up draws, and their order.
             config: YAML that replays the run, kept beside the results.
 
         Raises:
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
-                after one that shows later, ``resume`` goes on from the last finished phase.
+                after one that shows later, ``resume`` continues from the last finished phase.
         """
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(

@@ -32,9 +32,9 @@ def count_of(key: str, budget: Budget, available: int, of: str) -> int:
 
     Args:
         key: The option that gives the budget.
-        budget: A checked budget; a count above what is available raises a UserError.
+        budget: A checked budget; a count above the number available raises a UserError.
         available: How many items there are.
-        of: What they are, in the plural.
+        of: The items' name in the plural, for errors.
     """
     if budget is None:
         return available
@@ -141,7 +141,7 @@ class DataAllocator(ABC):
 
     Attributes:
         needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
-        unit: What the budget counts: examples, or supervised tokens, of which no more may be chosen than it says.
+        unit: The unit of the budget: examples, or supervised tokens, of which at most the budget may be chosen.
         exact: Whether exactly as many examples as the budget are chosen; otherwise from one to that many.
     """
 

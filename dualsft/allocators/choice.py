@@ -2,7 +2,7 @@
 
 Entries are not sorted. A float32 maps to an integer of the same order (its key), so the k-th largest entry of many
 tensors is found exactly by two histograms of 65,536 bins, over the upper and then the lower half of the keys' bits.
-Each is one sweep over the tensors. Memory holds the scores, one mask, and what is computed for one tensor at a time.
+Each is one sweep over the tensors. Memory holds the scores, one mask, and the keys of one tensor at a time.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Choice:
 
     Args:
         scores: Parameter name -> φ_j, of the parameter's shape.
-        by: What entries are ranked by.
+        by: The ranking of entries.
         reverse: Whether the lowest are the best.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Examples that together represent what is useful in the pool: greedy facility location on sketched gradients.
+"""Examples that together represent the useful part of the pool: greedy facility location on sketched gradients.
 
     F(A) = Σ_i w_i max_{k ∈ A} s_ik      s_ik = max(0, cos(√P ⊙ g_i, √P ⊙ g_k))      w_i = max(0, φ_i)
 

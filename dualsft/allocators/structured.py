@@ -139,7 +139,7 @@ class Structured(ParameterAllocator):
 
 
 def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
-    """Parameter name -> which entries, flat, are in the chosen units, which are numbered through all tensors."""
+    """Parameter name -> which entries, flat, are in the chosen units; units are numbered across all tensors."""
     counts = [tiling.count for tiling in tilings.values()]
     units = torch.zeros(sum(counts), dtype=torch.bool)
     units[chosen] = True
@@ -149,7 +149,7 @@ def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -
 
 
 def _locate(tilings: Mapping[str, Tiling], unit: int) -> tuple[str, int]:
-    """The tensor that a unit is in, and its number there."""
+    """The tensor that a unit is in, and its number in that tensor."""
     for name, tiling in tilings.items():
         if unit < tiling.count:
             return name, unit

@@ -66,7 +66,7 @@ def knapsack(score: Scores, tokens: Tokens, budget: int, cells: int = _CELLS) ->
 
 
 def _best(score: Scores, tokens: Tokens, budget: int, cells: int) -> Taken:
-    """The best of three choices, each filled up with what still fits; items are in order of score per token."""
+    """The best of three choices, each filled up with items that still fit; items are in order of score per token."""
     nothing, highest = np.zeros((2, len(score)), dtype=bool)
     highest[score.argmax()] = True
     starts = (_with_core(score, tokens, budget, cells), nothing, highest)

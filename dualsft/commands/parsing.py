@@ -176,7 +176,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[str, Any]:
-    """A configuration without the keys that only other verbs know; what none knows stays, for the parser to refuse."""
+    """A configuration without the keys of other verbs only; keys that no verb knows stay, for the parser to refuse."""
 
     def belongs(key: str) -> bool:
         others = (other for other in JOB if other != verb)

@@ -1,4 +1,4 @@
-"""The pool and the validation sets as a LightningDataModule: what ``data.*`` on the command line configures."""
+"""The pool and the validation sets as a LightningDataModule, configured by ``data.*`` on the command line."""
 
 import warnings
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ class InstructionDataModule(LightningDataModule):
         return {name: self._encoded(key) for name, key in self._keys.items()}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes what a stage needs, once.
+        """Reads and encodes the data that a stage needs, once.
 
         Args:
             stage: ``fit`` needs the pool and takes the validation sets there are, ``validate`` needs a validation set,

@@ -12,7 +12,7 @@ class TaskScore:
     Attributes:
         task: Its name.
         metric: The metric's name; for answers that went through a named filter, with a comma and the filter's name.
-        value: What was measured.
+        value: The measured value.
         stderr: Standard error of the value; None where the harness gives none.
         questions: The number of questions that the value is over.
         few_shot: Examples shown before each; None where the harness does not say.
@@ -43,7 +43,7 @@ def task_scores(results: Mapping[str, Any]) -> list[TaskScore]:
 
 
 def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """The scores by names for `metrics.json` that no validation set can have: ``tasks/TASK/METRIC[/stderr]``."""
+    """The scores as entries of `metrics.json`: ``tasks/TASK/METRIC[/stderr]``, unlike any validation set's name."""
     metrics = {}
     for score in task_scores(results):
         name = f"tasks/{score.task}/{score.metric}"

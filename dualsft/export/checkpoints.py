@@ -109,7 +109,7 @@ def prepare_revert(model: str, base: str, delta: str) -> Writer:
     """The base model, restored from a tuned one; only the changed entries' old values are read from the base.
 
     Raises:
-        UserError: if one cannot be read, they do not belong together, or what comes out is not the base's weights: if
+        UserError: if one cannot be read, they do not belong together, or the result is not the base's weights, because
             the model differs from the base elsewhere too, or was rounded to a narrower type.
     """
     change = open_delta(Path(delta))

@@ -2,7 +2,7 @@
 
     <name>.index    int64, flat, ascending: which entries of the parameter have other bits than in the base model
     <name>.value    their new values, in the tuned model's type
-    metadata        base_fingerprint: the hash of the base weights; about: JSON, what is known of how it was made
+    metadata        base_fingerprint: the hash of the base weights; about: JSON, the record of how it was made
 
 Where the tuned model is stored in another type than its base, the base is first converted to that type. An entry that
 was trained but kept its bits is left out: of an embedding, or in bfloat16, these may be many.

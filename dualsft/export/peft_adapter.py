@@ -39,7 +39,7 @@ class _Plan:
     Attributes:
         rank: SHiRA's r.
         sparse: Linear layers of which entries are stored -> the weight's parameter.
-        whole: Parameters of the modules that are stored whole, by their names in them -> the parameter.
+        whole: Every name of a parameter in the modules that are stored whole -> its first name.
         modules: The modules that are stored whole.
     """
 
@@ -170,7 +170,7 @@ def _write_tensors(path: Path, plan: _Plan, stored: Weights, change: Delta) -> N
 
 
 def _entries(weight: Tensor, change: Delta, name: str, rank: int) -> tuple[Tensor, Tensor]:
-    """Coordinates (2, entries) and values (entries) of what is added to a weight; filled up with zeros elsewhere."""
+    """Coordinates (2, entries) and values (entries) of a weight's differences, filled up with zeros elsewhere."""
     index, new = change.change(name)
     chosen = torch.zeros(weight.numel(), dtype=torch.bool)
     chosen[index] = True

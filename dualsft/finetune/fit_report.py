@@ -1,7 +1,7 @@
 """The report of a fit, interruptions included, as figures and as a table.
 
-On several ranks the figures are those of the whole job, as every rank iterates over all batches; peak memory is that of
-the rank with the most.
+On several ranks the figures are those of the job, as every rank iterates over all batches; peak memory is that of the
+rank with the most.
 """
 
 import time

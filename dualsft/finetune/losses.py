@@ -28,14 +28,14 @@ Loss = Literal["example_mean", "token_mean"]
 
 
 class StepLoss:
-    """The loss of the batches of a step, whose gradients are accumulated; its kind says what it is the mean over."""
+    """The loss over the batches of a step, whose gradients are accumulated: a mean over examples or over tokens."""
 
     def __init__(self, kind: Loss) -> None:
         self._kind = kind
         self._first = self._tokens = 0
 
     def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(the batch's own mean, this rank's share of what to differentiate for the step)."""
+        """(the batch's own mean, this rank's share of the loss to differentiate for the step)."""
         own = local_rows(batch)
         if self._kind == "example_mean":
             share = example_losses(model, own).sum() / len(batch["example_id"])

@@ -53,8 +53,8 @@ class Samples:
 class LogSamples(Callback):
     """Answers a few prompts at each validation, writes the answers to a file and shows one of each set.
 
-    The file has one JSON object a line, in order of steps. A resumed run that comes to a step again replaces what an
-    earlier one wrote from that step on, so that it ends as in an unbroken run.
+    The file has one JSON object a line, in order of steps. A resumed run that repeats a step replaces the samples from
+    that step on, so that the file ends as in an unbroken run.
     """
 
     def __init__(self, samples: Samples) -> None:

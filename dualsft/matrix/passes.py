@@ -77,14 +77,14 @@ def gradient_pass(
 
     Args:
         model: The model at the scoring checkpoint, in evaluation mode.
-        batches: Gives the batches, the same ones whenever it is called.
+        batches: Returns the batches, the same ones at each call.
         watch: Wraps the iteration, for progress.
-        directions: Any number of u, each per trainable parameter; rows are taken for all of them at once.
+        directions: Any number of u, each per trainable parameter; one pass takes the rows for all of them.
         columns: Whether to sum the gradients; without, no weight gradient is computed.
         squared: Whether to sum the squares of the gradients' entries instead, with a backward pass for each example.
         by_token: Whether to keep the rows' contributions by token.
-        measurement: What else to measure of each example; all but its loss takes a backward pass for each example.
-        keeper: Keeps the state of the pass from time to time, and has what an earlier run kept.
+        measurement: Statistics to measure of each example; all but its loss take a backward pass for each example.
+        keeper: Saves the state of the pass from time to time, and loads the state of an earlier run.
         losses: l_i of each example of a batch.
         derivative: Replaces the backward pass.
         shards: The parameters of a sharded model, by name, if the model is unsharded during the pass: the ranks' sums
@@ -221,7 +221,7 @@ class _Pass:
                 spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Go on from the state that an earlier run kept."""
+        """Resume from the state that an earlier run kept."""
         self._done, self._calls.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
         sums = self.result.sums  # the hooks add to these very tensors
         self.result = GradientPass.from_state(tensors, notes)

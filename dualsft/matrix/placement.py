@@ -45,7 +45,7 @@ def find_placement(
     with requires_grad(parameters, True), observer:  # in a pass for rows alone they do not
         model(*args, **kwargs)
     placement = observer.placement
-    # 1. What an enclosing module's derivative contains already is not scored inside it again.
+    # 1. A weight that an enclosing module's derivative covers is not scored inside that module again.
     for outer, scored in list(placement.items()):
         for inner in outer.modules():
             if inner is not outer and inner in placement:
@@ -118,9 +118,9 @@ class _Observer:
         call = self._calls.pop()
         leaves, structure = pytree.tree_flatten(output)
         outputs = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
-        # 1. What the module uses, with what its children could not score.
+        # 1. Parameters that the module uses, and those that its children could not score.
         used = call.deferred | self._used(list(outputs.values()), call)
-        # 2. What of that is scored here: parameters inside the module, if its outputs split.
+        # 2. Parameters scored here: those inside the module, if its outputs split.
         error = self._refusal(module, call, list(outputs.values())) if self._within[module] else None
         if error is not None:
             self.unsplit.add(module)

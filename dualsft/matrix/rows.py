@@ -50,7 +50,7 @@ class Rows:
         """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
 
         Raises:
-            RuntimeError: if no backward has run since `begin`; also what `check` raises.
+            RuntimeError: if no backward has run since `begin`; also raises as `check` does.
         """
         self.check()
         if not (self.complete or self._examples or self._tokens):

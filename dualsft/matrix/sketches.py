@@ -35,7 +35,7 @@ LOSS, NORM, PRECONDITIONED_NORM, SKETCH = "loss", "gradient_norm", "precondition
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to measure of each example.
+    """The statistics to measure of each example.
 
     Attributes:
         names: Any of loss, gradient_norm, preconditioned_gradient_norm and sketch.
@@ -91,7 +91,7 @@ class ExampleStatistics:
             total.zero_()
 
     def read(self) -> dict[str, Float[Tensor, "..."]]:
-        """Name -> what was measured of the example whose backward has run, on the host.
+        """Name -> the statistic of the example whose backward has run, on the host.
 
         Norms are float64 numbers, the sketch is a float32 vector. All are zero if the loss depends on no weight.
         """

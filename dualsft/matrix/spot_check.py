@@ -26,7 +26,7 @@ NO_PACKING = "do not pack examples"
 """A remedy (see `UserError`)."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_HALF_PRECISION_TOLERANCE = 5e-2  # of the size of what was added; up to 1.5e-2 has been seen on short examples
+_HALF_PRECISION_TOLERANCE = 5e-2  # relative to the terms' size; up to 1.5e-2 has been seen on short examples
 _BLOCK = 2**20
 """Entries that are multiplied at a time: copies of a large embedding would be the peak of the whole pass."""
 
@@ -43,7 +43,7 @@ def spot_check(
 
     Args:
         model: The model, without our hooks.
-        rows: What the taps have added to.
+        rows: The accumulator of the taps.
         batch: The batch.
         scores: Its row sums, for each direction.
         dtype: The activations' type, which decides how close the rows must be.

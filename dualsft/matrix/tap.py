@@ -28,7 +28,7 @@ class Tap(ABC):
     """A forward hook on one module whose backward adds the module's share of <u, g_i> to the rows.
 
     Args:
-        rows: What the tap adds to.
+        rows: The accumulator that the tap adds to.
         where: The module's name and type, for errors.
         names: The module's own names -> the model's name of each parameter that is scored here.
     """
@@ -58,7 +58,7 @@ class Tap(ABC):
 
     @abstractmethod
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with the tap on it, or None; raises what `Rows.check_shape` raises."""
+        """The output with the tap on it, or None; raises as `Rows.check_shape` does."""
 
 
 class GeneralTap(Tap):

@@ -1,4 +1,4 @@
-"""Replacing the backward of a linear layer, y = a Wᵀ + b: its output is kept, its graph is exchanged for another.
+"""Replaces the backward of a linear layer, y = a Wᵀ + b: the output is kept, with another graph behind it.
 
 For Linear, and for Conv1D, whose weight is Wᵀ.
 """

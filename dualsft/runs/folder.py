@@ -34,8 +34,8 @@ class RunFolder(PhaseStore):
 
     Args:
         folder: The folder for the results.
-        resume: Resume what a killed run left there; starts from the beginning where there is nothing.
-        overwrite: Replace what is there.
+        resume: Resume the run that a kill left there; starts from the beginning if there is none.
+        overwrite: Replace the results there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
         resumable: Whether the command knows --resume.
         written: Patterns of names that this command writes at the top of the folder, beside those of all commands.

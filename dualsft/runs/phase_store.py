@@ -82,12 +82,12 @@ class PhaseStore:
 
 
 class PhaseKeeper:
-    """Saves the state of a phase in progress every so many minutes; implements `dualsft.matrix.passes.Keeper`.
+    """Saves the state of a phase in progress at intervals of minutes; implements `dualsft.matrix.passes.Keeper`.
 
     Attributes:
-        earlier: What the phase cost before its present start, in a killed run or in a discarded attempt; empty for a
-            new phase.
-        meter: Measures what the phase costs, from its start.
+        earlier: The phase's cost before its present start, in a killed run or in a discarded attempt; empty for a new
+            phase.
+        meter: Measures the phase's cost, from its start.
     """
 
     def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
@@ -107,7 +107,7 @@ class PhaseKeeper:
         return time.monotonic() - self._last_save >= self._seconds
 
     def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Save the state, with what the phase has cost so far."""
+        """Save the state, with the phase's cost so far."""
         assert self.meter is not None
         self._store.save(self._name, tensors, {**notes, **self.meter.so_far()})
         self._last_save = time.monotonic()

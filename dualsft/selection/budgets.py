@@ -1,4 +1,4 @@
-"""Both budgets of one run, checked before any work; rank zero chooses, and all ranks learn what was chosen."""
+"""Both budgets of one run, checked before any work; rank zero chooses, and all ranks get its choice."""
 
 import itertools
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Budgets:
     """Chooses weights and examples by their scores, under the budgets of one run.
 
     Raises:
-        UserError: if a count is above what there is, or a pattern matches no parameter.
+        UserError: if a count exceeds the number available, or a pattern matches no parameter.
     """
 
     def __init__(
@@ -58,5 +58,5 @@ class Budgets:
         return stored_masks(folder / "mask.safetensors")
 
     def examples(self, scores: Mapping[int, float], measured: Measured) -> ChosenExamples:
-        """Choose examples by φ_i and by what else was measured of each, both by example id."""
+        """Choose examples by φ_i and by the statistics measured of each, both by example id."""
         return on_rank_zero(lambda: choose_data(self._settings, self._due, scores, self._pool, measured))

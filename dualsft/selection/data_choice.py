@@ -1,4 +1,4 @@
-"""The data budget: which examples are trained on, at most as many as the budget says, whatever the allocator."""
+"""The data budget: which examples are trained on, at most as many as the budget, under any allocator."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ def choose_data(
         due: How many examples, or supervised tokens, the budget is.
         scores: Example id -> φ_i, of the examples that could be scored.
         pool: All examples, apart from their scores.
-        measured: What else the allocator needs.
+        measured: Statistics that the allocator needs.
 
     Raises:
         UserError: if a count was asked for and too few examples are finite, or differ, or none is finite, or the

@@ -1,6 +1,6 @@
 """From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time.
 
-With several validation sets each has a direction and scores of its own, and a combination of the scores decides.
+With several validation sets each has its own direction and scores, and a combination of the scores decides.
 """
 
 import math
@@ -113,7 +113,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
 
 
 def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
-    """Check that what a scorer returned for a parameter is a finite tensor of its shape."""
+    """Check that a scorer returned a finite tensor of the parameter's shape."""
     vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == known.weight.shape
     if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
         raise UserError(

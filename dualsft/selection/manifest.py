@@ -1,4 +1,4 @@
-"""``manifest.json``: what a selection was made from and how, what came of it, and what it cost.
+"""``manifest.json``: the inputs, settings, results and costs of a selection.
 
 The sections are dataclasses, from which the file is written and by which it is read. The options of `dualsft select`
 have their places in it by `SelectionSettings`.
@@ -39,7 +39,7 @@ _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "datasets", "token
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The base model; the types of its weights and of what is computed with them."""
+    """The base model, the type of its weights, and the type of computations with them."""
 
     name_or_path: str
     fingerprint: str
@@ -82,7 +82,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleCounts:
-    """How many examples there are, and what became of them."""
+    """How many examples there are, by what became of them."""
 
     selected: int
     scored: int
@@ -118,7 +118,7 @@ class SumIdentity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the quadratic predicts of the pool step: <v, d>, dᵀHd, and the improvement at the step size."""
+    """The quadratic's prediction along the pool step: <v, d>, dᵀHd, and the improvement at the step size."""
 
     step_size: float
     slope: float
@@ -129,7 +129,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class RoundSide:
-    """What a round chose of one side, and which share of it the round before had chosen too."""
+    """One side's choice in a round, and the share of it that the round before had chosen too."""
 
     selected: int
     overlap: float | None
@@ -146,7 +146,7 @@ class Round:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What a phase passed over, and what that cost."""
+    """The work of a phase, and its cost."""
 
     name: str
     examples: int
@@ -177,9 +177,9 @@ class Manifest:
 
 
 def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
-    """The manifest of a selection: as plain JSON, with the keys that another program has put there, and with types.
+    """The manifest of a selection: as plain JSON, including keys that other programs have added, and as `Manifest`.
 
-    An option that is younger than the selection is there with its default.
+    An option that is newer than the selection has its default.
 
     Raises:
         UserError: if there is none, another version wrote it, or a key is missing or of a wrong type.
@@ -250,7 +250,7 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
 
 
 def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
-    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
+    """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
 
     The scores cover all of the model's weights but the frozen ones.
     """

@@ -40,7 +40,7 @@ class ValidationObjective:
 
     Args:
         model: The model at the scoring checkpoint.
-        settings: The scorer, which says what is needed, and the preconditioner.
+        settings: The preconditioner, and the scorer, whose ``needs`` decide the passes.
         passes: Runs the passes over the terms.
         validation: Validation set -> its term.
         further: The terms that all sets share.
@@ -77,7 +77,7 @@ class ValidationObjective:
         return self._second_order or bool(self._needs & {"pool_gradient", *HESSIAN})
 
     def measurement(self, names: Collection[str]) -> Measurement:
-        """What to measure of single examples, under the preconditioner."""
+        """The statistics to measure of single examples, under the preconditioner."""
         return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
@@ -168,7 +168,7 @@ class ValidationObjective:
         displaced_weights: bool = False,
         **options: Any,
     ) -> WeightedSum:
-        """Sum what a `gradient_pass` computes over a term's examples; its weight is λ over their number.
+        """Sum the results of a `gradient_pass` over a term's examples; the weight is λ over their number.
 
         The pass runs in the context ``around``, which may displace the weights; ``what`` names it.
         """

@@ -37,7 +37,7 @@ class Passes:
     Args:
         model: The model at the scoring checkpoint.
         run: Stores the state of finished passes, of the one in progress, and whether the batches have been halved.
-        log: Records what each pass cost, and shows progress.
+        log: Records each pass's cost, and shows progress.
         settings: Whether to recompute activations in the backward pass, and how often to store the state.
         data: The pool and the validation sets, whose longest example must fit a batch.
 
@@ -111,7 +111,7 @@ class Passes:
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
         """Prepare to begin the pass again with half the batch, once, if that has room for the longest example."""
         for parameter in self._model.parameters():
-            parameter.grad = None  # what the failed backward pass left
+            parameter.grad = None  # left by the failed backward pass
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         before, half = self.batch_tokens, self.batch_tokens // 2
         if self._halved or half < self._longest:

@@ -38,8 +38,8 @@ def reallocate(
 ) -> Selection:
     """Write the selection that `dualsft select` would have made with these budgets and allocators.
 
-    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight); nothing larger but
-    what an allocator needs beside: the base model's weights, or the sketches.
+    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight); nothing larger except
+    the data of an allocator's ``needs``: the base model's weights, or the sketches.
 
     Args:
         selection: A finished selection directory; it stays as it is. The new one shares its score files where the
@@ -47,7 +47,7 @@ def reallocate(
         output_dir: Folder to write the new selection to.
         train: Path of the records that the selection was made from; None for the recorded path.
         train_split: Split to load if that is a Hugging Face dataset; None for the recorded split.
-        overwrite: Replace what an earlier run left in ``output_dir``.
+        overwrite: Replace the results of an earlier run in ``output_dir``.
         config: YAML that replays the run, kept beside the results.
         choice: Options of `SelectionSettings` that decide a choice; `CHOICE` lists them.
 
@@ -176,7 +176,7 @@ def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor
 
 
 def _base_weights(source: Selection) -> dict[str, Tensor]:
-    """The weights of the model that the selection was made for; refused if it is another one by now, or has gone."""
+    """The weights of the model that the selection was made for; refused if it has changed or is gone."""
     model = source.about.model
     if model_fingerprint(model.name_or_path) != model.fingerprint:
         raise UserError(

@@ -74,7 +74,7 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 
 @dataclass
 class _Latest:
-    """What the latest steps have computed; of directions and rows one for each validation set."""
+    """The results of the latest steps; directions and rows for each validation set."""
 
     directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, for the latest pool gradient
     row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
@@ -96,7 +96,7 @@ class Scoring:
         data: The pool.
 
     Attributes:
-        measured: What was measured, by name of the statistic and example id.
+        measured: Name of a statistic -> example id -> its value.
         nonfinite: Ids of the pool examples whose loss or gradient was found not to be finite.
         identity: Name of a validation set -> both sides of the sum identity, as last checked.
     """
@@ -162,7 +162,7 @@ class Scoring:
         return examples
 
     def prediction(self) -> dict[str, object]:
-        """Describe what the quadratic predicts along the last pool step, for the manifest."""
+        """Describe the quadratic's prediction along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
             self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
@@ -176,7 +176,7 @@ class Scoring:
         return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
     def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
-        """The options of a pass for the rows of these directions; the first such pass also measures what is needed."""
+        """The options of a pass for the rows of these directions; the first such pass also takes the measurements."""
         measurement = self._objective.measurement(() if self.measured else self._settings.data_allocator.needs)
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": us, **options}
@@ -211,7 +211,7 @@ class Scoring:
         )
 
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
-        """Compute u of each validation set, with ḡ over so many examples if it is known."""
+        """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
         self._num_examples = count
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:

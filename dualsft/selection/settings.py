@@ -219,5 +219,5 @@ def add_later_options(stored: dict[str, Any], kind: type[SelectionSettings] = Se
 
 
 def stored_settings(stored: Mapping[str, Any], kind: type[SelectionSettings] = SelectionSettings) -> dict[str, Any]:
-    """The options that a manifest holds: name -> value, of a part its `Part`; a `Mismatch` if one is not as due."""
+    """The options that a manifest holds: name -> value, `Part` for a part; a `Mismatch` if one has a wrong type."""
     return {option.name: typed(option.type, at(stored, option.key), option.key) for option in recorded(kind)}

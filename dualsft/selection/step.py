@@ -1,4 +1,4 @@
-"""The step size η, and what the quadratic model of V predicts along the pool step d = P ⊙ ḡ.
+"""The step size η, and the prediction of the quadratic model of V along the pool step d = P ⊙ ḡ.
 
     V(θ) − V(θ − η d)  ≈  η <v, d> − ½ η² dᵀHd
 
@@ -38,7 +38,7 @@ class Along(NamedTuple):
     ratio: float | None
 
     def gain(self, step_size: float) -> float:
-        """The predicted improvement of V by a step of this size with all weights on the whole pool."""
+        """The predicted improvement of V by a step of this size with all weights on all of the pool."""
         return step_size * self.slope - step_size**2 / 2 * (self.curvature or 0.0)
 
 

@@ -79,7 +79,7 @@ class Teacher:
     def available(self, displaced: bool = False) -> Iterator[PreTrainedModel]:
         """Provide the base model in evaluation mode: a copy, unless the model is at the base model's weights itself.
 
-        ``displaced`` says whether the model's weights are not at the scoring checkpoint meanwhile.
+        ``displaced`` says whether the model's weights are displaced from the scoring checkpoint in this context.
         """
         if self._untouched and not displaced:
             yield self._model
@@ -114,7 +114,7 @@ def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
 
 
 def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:
-    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out."""
+    """Make all terms but the validation loss: the prior and the user's own; those of weight 0 are left out."""
     settings = module.settings
     untouched = settings.warmup.checkpoint is None and settings.warmup.fraction == 0
     teacher = Teacher(module.model, module.load_base, untouched)

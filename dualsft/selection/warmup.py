@@ -99,8 +99,8 @@ def warm_up(
         epochs: Passes over the batches.
         learning_rate: Constant.
         watch: Wraps the iteration, for progress.
-        keeper: Keeps the state of the warm-up every so often, and has what an earlier run kept.
-        seed: Decides what dropout leaves out.
+        keeper: Saves the state of the warm-up from time to time, and loads the state of an earlier run.
+        seed: Decides which activations dropout drops.
 
     Returns:
         Parameter name -> ĉ, the bias-corrected second moment, float32, of the parameter's shape.
@@ -119,7 +119,7 @@ def warm_up(
 
 
 class _WarmUp:
-    """The warm-up's model, masters and optimizer; its state at the start of a step is all that it needs to go on."""
+    """The warm-up's model, masters and optimizer; a run resumes from their state at the start of a step."""
 
     def __init__(self, model: PreTrainedModel, learning_rate: float, seed: int) -> None:
         self._model, self._seed = model, seed
@@ -139,7 +139,7 @@ class _WarmUp:
                 if keeper and any_rank(keeper.due()):
                     keeper.save(*self._state(epoch, k))
                 while not self._step(batch, epoch, k):
-                    if keeper:  # at once: the step must not be taken in one piece by a run that goes on from here
+                    if keeper:  # at once, as a resumed run must also take this step in halves
                         keeper.save(*self._state(epoch, k))
             done = 0
 
@@ -238,7 +238,7 @@ class _WarmUp:
         return tensors, {"epoch": epoch, "done": done, "parts": self._parts}
 
     def _take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
-        """Go on from the state that an earlier run kept; the epoch, and how many of its batches are done."""
+        """Resume from the state that an earlier run kept; return the epoch, and how many of its batches are done."""
         if kept is None:
             return 0, 0
         tensors, notes = kept

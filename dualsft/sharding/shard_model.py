@@ -48,7 +48,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are sharded, be it over a single rank."""
+    """Whether a model's parameters are sharded, even if over a single rank."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -100,8 +100,8 @@ def _main_type(module: nn.Module) -> torch.dtype:
 def _fill_in_missing_gradients(model: nn.Module) -> None:
     """Give every trainable parameter of a unit a gradient, if only zero, before the ranks reduce them.
 
-    FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, as of an expert that
-    only some ranks used, gradients of different parameters would be added.
+    FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, such as those of an
+    expert that only some ranks used, gradients of different parameters would be added.
     """
     all_names = [name for name, _ in model.named_parameters()]
     # before FSDP's own hook, which queues a callback at the end of backward for the units whose inputs got no gradient;

@@ -195,7 +195,7 @@ class CompactParameters(nn.Module):
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Set the masters' gradients to earlier `pending_gradients`, to go on with that accumulation."""
+        """Set the masters' gradients to earlier `pending_gradients`, to continue that accumulation."""
         values = [*gradients.values()]
         if self._sharded:
             values = split_vectors(values, [len(self.masters[k]) for k in gradients])
