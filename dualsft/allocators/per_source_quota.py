@@ -22,7 +22,7 @@ class PerSourceQuota(DataAllocator):
     budget is chosen. Of equal remainders, the source that occurs first is rounded up.
 
     Args:
-        column: Column of the records that tells an example's source.
+        column: Column of the records that names an example's source.
         shares: A source's part: by how many examples it has (proportional), the same for each (equal), or a mapping of
             sources to numbers that the parts are in proportion to; a source that is not named there gets only what all
             named ones leave.

@@ -72,7 +72,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches, epoch = list(self.sampler), cast(TrainingBatches, self.sampler).epoch
         if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
-            self._yielded = 0
+            self._yielded = 0  # a new epoch, or the restored one was finished
         self._epoch, self._restored = epoch, False
         remaining = DataLoader(  # a plain loader: the batches already seen are not even read
             self.dataset,

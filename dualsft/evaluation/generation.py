@@ -66,8 +66,7 @@ def generate_answers(
 ) -> tuple[list[str], list[str]]:
     """Greedy continuations of each example's last prompt, and the reference texts.
 
-    Every rank calls this with the same batch and answers its share of the prompts, at least one; all ranks get all
-    answers.
+    Every rank calls this with the same batch and answers its share of the prompts, at least one; all get all answers.
 
     Returns:
         (answers, references), special tokens removed.

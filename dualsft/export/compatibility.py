@@ -1,8 +1,7 @@
 """Whether two checkpoints differ by a delta alone: the same tensors, and configurations of the same model.
 
 Configurations are compared as the library reads them, with its defaults filled in and old names of settings replaced.
-Settings that the model does not know, that only one of the files has, or that do not change the model's results are
-left out.
+Settings that the model does not know, that one file lacks, or that do not change the model's results are left out.
 """
 
 import re

@@ -107,8 +107,7 @@ def example_gradients(
 ) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "out in"]]:
     """<e_iᵀ a_i, U> of every direction U and example, and Σ_i e_iᵀ a_i in this type, a block of the matrix at a time.
 
-    The block's longer side comes first, as matrix multiplication into few rows is slow; the sum over examples is
-    float32 at least.
+    The block's longer side comes first, as multiplication into few rows is slow; sums are float32 at least.
     """
     out_features, in_features = us[0].shape
     e, a = (part.reshape(layout.rows, layout.tokens, -1) for part in (e, a))

@@ -87,9 +87,9 @@ class ModelCalls:
             losses = self.losses(self.model, *self.begin(_DUMMY))
             if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
                 return
-            self.backward(0 * losses)
+            self.backward(0 * losses)  # weight zero: it adds nothing to sums or rows
             if any_rank(not self.finite):
-                self.find_nonfinite(None)
+                self.find_nonfinite(None)  # dummy probes, until the other ranks have found their examples
 
     def begin(self, batch: Batch) -> tuple[Batch, Layout]:
         """Prepare the taps for a batch; return the batch on the model's device, and its layout."""

@@ -6,8 +6,7 @@ examples, as those of experts that sort tokens. Then an enclosing module is tapp
 with respect to all weights used in it that are not scored in a module inside it.
 
 Which module uses which weight is read off the autograd graph of one forward pass. Every module's output is marked in
-the graph, so that the weights reached from there, up to the module's inputs and the marks of its children, are those of
-its own forward.
+it, so that the weights reached from there, up to the module's inputs and its children's marks, are its forward's own.
 """
 
 from collections import defaultdict

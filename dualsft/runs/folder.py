@@ -198,7 +198,7 @@ class RunFolder(PhaseStore):
         done = self.path / _FINISHED
         shutil.rmtree(done, ignore_errors=True)
         try:
-            self._state.replace(done)
+            self._state.replace(done)  # the one step: a folder without `.unfinished` holds a finished run
         except PermissionError:  # Windows renames no folder with an open file in it
             self._lock.release(force=True)
             self._state.replace(done)

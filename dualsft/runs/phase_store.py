@@ -32,9 +32,12 @@ class PhaseStore:
         Raises:
             UserError: on every rank, if one cannot write.
         """
+        # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
+        # 2. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
         on_all_ranks(lambda: self._write(path, tensors, notes))
+        # 3. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
         if world_size() > 1:
             for version in before:
                 self._file(phase, version).unlink(missing_ok=True)
@@ -56,7 +59,7 @@ class PhaseStore:
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes of a phase's state, or None; a tensor is read from its file when it is first used."""
         common = set.intersection(*map(set, all_gather(self._versions(phase))))
-        if not common:
+        if not common:  # a kill may leave a newer state on some ranks only
             return None
         with safe_open(self._file(phase, max(common)), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -85,8 +88,7 @@ class PhaseKeeper:
     """Saves the state of a phase in progress at intervals of minutes; implements `dualsft.matrix.passes.Keeper`.
 
     Attributes:
-        earlier: The phase's cost before its present start, in a killed run or in a discarded attempt; empty for a new
-            phase.
+        earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
         meter: Measures the phase's cost, from its start.
     """
 

@@ -29,8 +29,7 @@ class Along(NamedTuple):
     Attributes:
         slope: <v, d>.
         curvature: dᵀHd with the scorer's H; None for a scorer without one.
-        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖, if there is either; times η/2 it is the size of u's second-order term relative to the
-            first.
+        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖, if there is either; times η/2 it is u's second-order term against the first.
     """
 
     slope: float

@@ -132,7 +132,7 @@ class _WarmUp:
 
     def all_steps(self, batches: Iterable[Batch], epochs: int, watch: Watch, keeper: Keeper | None) -> None:
         """Take every step that an earlier run has not taken."""
-        first, done = self._take_up(keeper.load() if keeper else None)
+        first, done = self._resume(keeper.load() if keeper else None)
         self._model.train()
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
@@ -173,9 +173,9 @@ class _WarmUp:
         for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
-            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:
+            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
                 return self._backward_without("loss", batch, suspects)
-            (losses.sum() / count).backward()
+            (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean
         if not self._finite_gradients():
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
@@ -237,7 +237,7 @@ class _WarmUp:
             tensors |= {f"{name}:{k}": value for name, value in self._optimizer.state[master].items()}
         return tensors, {"epoch": epoch, "done": done, "parts": self._parts}
 
-    def _take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
+    def _resume(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
         """Resume from the state that an earlier run kept; return the epoch, and how many of its batches are done."""
         if kept is None:
             return 0, 0
@@ -246,7 +246,7 @@ class _WarmUp:
             master.data.copy_(tensors[f"master:{k}"])
             state = {name: tensors[f"{name}:{k}"] for name in _ADAM_STATE if f"{name}:{k}" in tensors}
             self._optimizer.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in state.items()}
-        self._compact.write_back()
+        self._compact.write_back()  # the weights are the masters, rounded, and need no storage
         self._parts = notes["parts"]
         return notes["epoch"], notes["done"]
 

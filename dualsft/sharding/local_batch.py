@@ -1,7 +1,6 @@
 """Data parallelism within a batch: every rank gets the full batch and works on its own rows.
 
-So counts over a batch need no communication, and the batches, their order and a run's position among them are those of
-a single process.
+So counts over a batch need no communication, and the order of the batches is that of a single process.
 """
 
 import torch

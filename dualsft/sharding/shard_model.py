@@ -121,7 +121,7 @@ def _fill_in_at_inputs(model: nn.Module, names: list[str], _: nn.Module, args: A
 
 def _fill_in_at_end(model: nn.Module, names: list[str], _: nn.Module, args: Any, output: Any) -> None:
     engine: Any = torch.autograd.Variable._execution_engine
-    for tensor in _differentiable(output):
+    for tensor in _differentiable(output):  # its gradient comes first in backward, too early to fill in anything
         tensor.register_hook(lambda _: engine.queue_callback(lambda: _fill_in_gradients(model, names)))
 
 
@@ -134,7 +134,7 @@ def _differentiable(tree: Any) -> list[Tensor]:
 def _unshard_if_unfrozen(model: nn.Module, names: list[str], was_trainable: list[bool], unit: Any, _: Any) -> None:
     """Have FSDP look again for the reduction's type, which it takes from the trainable weights it saw last."""
     trainable = any(model.get_parameter(name).requires_grad for name in names)
-    if was_trainable == [False] and trainable:
+    if was_trainable == [False] and trainable:  # unfrozen since its last forward
         unit.unshard()
     was_trainable[:] = [trainable]
 

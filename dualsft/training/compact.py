@@ -173,7 +173,7 @@ class CompactParameters(nn.Module):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             return args, kwargs
-        evaluated = False
+        evaluated = False  # at the first evaluation the model holds the masters' values already
 
         def write_back_and_evaluate() -> Any:
             nonlocal evaluated
