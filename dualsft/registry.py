@@ -78,7 +78,7 @@ def registered() -> Iterator[Registered]:
 
 
 def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
-    """The first line on the class, and why it cannot be used, of which one is empty."""
+    """The first line of the class's docstring, or why the class cannot be used; the other is empty."""
     if not _NAME.fullmatch(point.name):
         return "", f"the name {point.name!r} has other characters than letters, digits, _ and -"
     if not _TARGET.fullmatch(point.value):

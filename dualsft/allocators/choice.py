@@ -29,7 +29,7 @@ def check_by(allocator: str, by: str) -> None:
 
 
 def ranked(score: Float[Tensor, "..."], by: By) -> Float[Tensor, "..."]:
-    """|φ|, or φ itself (no copy)."""
+    """The values that rank the entries: |φ|, or φ itself (no copy)."""
     return score.abs() if by == "magnitude" else score
 
 
@@ -112,7 +112,7 @@ def ordered_keys(values: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
 
 
 def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) -> tuple[int, int]:
-    """The k-th largest int32 key of all tensors, and how many entries equal to it are still needed to make k.
+    """Find the k-th largest int32 key of all tensors, and how many entries equal to it are among the k largest.
 
     Args:
         sweep: Yields the keys of one tensor after another; called twice.

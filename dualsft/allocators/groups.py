@@ -1,4 +1,4 @@
-"""The layer and the kind of module that a parameter belongs to, both recognised by its name.
+"""Recognises by its name the layer and the kind of module that a parameter belongs to.
 
 Names are those that causal language models have in `transformers`: Llama and its kin (Qwen, Gemma, Mistral, Mixtral,
 DeepSeek, ...), GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Bloom, Falcon, BERT, RWKV, Mamba.

@@ -1,4 +1,4 @@
-"""The budget split over the sources that the records come from, and the highest scores within each."""
+"""Splits the budget over the sources of the records, and chooses the highest scores within each."""
 
 from collections import Counter
 from collections.abc import Sequence

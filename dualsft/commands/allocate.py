@@ -33,7 +33,7 @@ DESCRIPTION = (
 
 
 def allocate_command(arguments: Sequence[str]) -> None:
-    """Allocate, and print what was chosen; SELECTION is the first argument, unless a configuration names it."""
+    """Allocate, and print the choice; SELECTION is the first argument, unless a configuration names it."""
     config, replay = _parse(arguments)
     check_output_dir(config)
     try:
@@ -52,7 +52,7 @@ def allocate_command(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
-    """The settings, with the allocators made, and the YAML that replays them."""
+    """Parse the settings; return them with the allocators made, and the YAML that replays them."""
     parser = _parser()
     if arguments and not arguments[0].startswith("-"):
         named, rest = ["--selection", arguments[0]], arguments[1:]

@@ -114,7 +114,7 @@ class FitCLI(VerbCLI):
             raise
 
     def _checkpoint(self, folder: Path) -> Path | None:
-        """The checkpoint to resume from, if there is one; says which."""
+        """The checkpoint to resume from, if there is one; prints its name."""
         found = on_rank_zero(lambda: self._latest(folder))
         tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
         return found

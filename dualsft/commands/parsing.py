@@ -72,7 +72,7 @@ def plain_values(value: Any) -> Any:
 
 
 def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
-    """The arguments after a verb with configuration files narrowed to it, and names replaced by class paths."""
+    """Prepare a verb's arguments: narrow configuration files to its keys, and replace names by class paths."""
     prepared: list[str] = []
     split = _added_up([part for a in arguments for part in _split(_moved(a))])
     for option in split:

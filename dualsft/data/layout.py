@@ -72,7 +72,7 @@ class Layout:
         return sum(length for _, _, length in self.spans) / max(len(self.spans), 1)
 
     def by_example(self, values: Float[Tensor, "row token"]) -> Float[Tensor, "example longest"]:
-        """Values of tokens with one row per example, zero after its end.
+        """Rearrange values of tokens to one row per example, zero after its end.
 
         This is a gather, whose gradient adds up in the same order every time.
         """
@@ -110,7 +110,7 @@ class Layout:
         return axes[0] if axes else 0
 
     def check_rows(self, shape: Sequence[int], where: str) -> None:
-        """Check that a module's output splits into rows, whichever axis counts tokens, if any does.
+        """Check that a module's output splits into rows; an axis of tokens is not needed.
 
         Raises:
             AmbiguousShapeError: if its first axis may count tokens of an output without rows (learned positions).
@@ -151,7 +151,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) -> Batch:
-    """Some rows of a batch, ascending, with the examples in them; ``tokens`` must include these examples."""
+    """Select rows of a batch, ascending, with the examples in them; ``tokens`` must include these examples."""
     index = torch.tensor(rows, dtype=torch.int64, device=batch["input_ids"].device)
     part = {name: values[index, tokens] for name, values in batch.items() if name not in BY_EXAMPLE}
     if "spans" not in batch:

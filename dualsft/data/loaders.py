@@ -41,7 +41,7 @@ class PackedRowLists(RowLists):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the batches not yet seen.
+    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the remaining batches.
 
     Lightning saves and restores the state of a loader that has ``state_dict`` and ``load_state_dict``. It restores
     before it tells the sampler the epoch, hence the iterator decides where to start only when its first batch is
@@ -95,7 +95,7 @@ class KeepEpochCount(Callback):
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restores the count before the batch that a checkpoint may follow."""
+        """Restores the count; a checkpoint may follow this batch."""
         epochs = trainer.fit_loop.epoch_progress
         trackers: tuple[Any, ...] = (epochs.total, epochs.current)
         for tracker in trackers:

@@ -1,4 +1,4 @@
-"""Which sources are read, and how: the validation sets by name, and the format of records with its recognition."""
+"""The sources of validation sets by name, and the format of records with its recognition."""
 
 import re
 from collections.abc import Mapping

@@ -60,7 +60,7 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
 def _tokenise(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[_Offsets]]:
-    """Ids and character ranges; an end-of-sequence token is one character past the end of its text."""
+    """Tokenise to ids and character ranges; an end-of-sequence token's range is the character after its text."""
     with_special = rendered[0].add_eos
     encoding = tokenizer(
         [example.text for example in rendered],

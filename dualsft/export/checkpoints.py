@@ -75,7 +75,7 @@ def check_pair(change: Delta, base: str) -> dict[str, Any]:
 
 
 def loaded_type(change: Delta) -> str:
-    """The type that a delta needs its base loaded in: the one that it names, otherwise that of its values."""
+    """The type to load a delta's base in: the one that the delta names, otherwise that of its values."""
     names = {dtype_name(dtype) for dtype in change.value_types.values()}
     return str(change.about.get("base", {}).get("dtype") or (names.pop() if len(names) == 1 else "auto"))
 

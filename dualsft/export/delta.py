@@ -55,7 +55,7 @@ def changes(
 def sharded_changes(
     before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Change]:
-    """The change of each tensor of a sharded model that has changed, on rank zero alone; every rank must call this.
+    """The changed tensors of a sharded model, with their changes, on rank zero alone; every rank must call this.
 
     ``before`` gives this rank's rows of a tensor, ``after`` holds the model's sharded parameters.
     """
@@ -117,7 +117,7 @@ class Delta:
             )
 
     def check_entries(self, specs: Mapping[str, TensorSpec], named: str) -> None:
-        """Refuse entries that a model of these parameters does not have; one parameter is read at a time."""
+        """Refuse entries outside of a model's parameters; one parameter is read at a time."""
         for name in self.counts:
             if name not in specs:
                 raise UserError(

@@ -50,7 +50,7 @@ class _Plan:
 
 
 def prepare_peft(base: str, delta: str) -> Writer:
-    """An adapter of a delta, which PEFT loads onto the base model, a folder or hub id.
+    """A PEFT adapter for the base model (a folder or hub id) that makes the change of a delta.
 
     Raises:
         UserError: if either cannot be read, they do not belong together, or the delta does not fit an adapter.
@@ -118,7 +118,7 @@ def _check_no_buffers(model: nn.Module, modules: Iterable[str]) -> None:
 
 
 def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tuple[int, set[str]]:
-    """The r with which the adapter is smallest, and the layers that are then sparse; 0 if none can be.
+    """Find the r of the smallest adapter, and the layers that are sparse with it; 0 if none can be.
 
     Args:
         layers: Linear layer -> how many entries change, and its shape.

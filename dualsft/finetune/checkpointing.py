@@ -1,4 +1,4 @@
-"""Which checkpoints a fit keeps, and which weights it ends with."""
+"""The checkpoints that a fit keeps, and the weights that it ends with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ class RecentCheckpoint(ModelCheckpoint):
 
 
 class BestWeights(Callback):
-    """Ends a fit with the weights of the best checkpoint of the first ModelCheckpoint that monitors a metric."""
+    """Loads, when a fit ends, the best checkpoint of the first ModelCheckpoint that monitors a metric."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there will be a best checkpoint."""
@@ -62,7 +62,7 @@ class BestWeights(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the best weights; callbacks that average weights have run by now, and checkpoints hold averages."""
+        """Load the best weights, after callbacks that average weights; checkpoints hold averages."""
         checkpoint = _monitored(trainer.callbacks)  # type: ignore[attr-defined]
         if checkpoint is None or not checkpoint.best_model_path:
             say("there was no validation to tell which weights are best: the last ones are kept")

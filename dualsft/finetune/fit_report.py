@@ -47,7 +47,7 @@ class Progress:
 
 
 class FitReport(Callback):
-    """Counts and measures; its state is in the checkpoints, so that a resumed run reports on all of the fit."""
+    """Counts and times a fit; its state is in the checkpoints, so that a resumed run reports on all of the fit."""
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -59,7 +59,7 @@ class FitReport(Callback):
         self._start, self._device = time.perf_counter(), pl_module.device
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the base model's metrics if the check covered all batches; a resumed run's check is of another model."""
+        """Keep the base model's metrics if the check covered all batches; a resumed run would check a trained model."""
         if (
             trainer.global_step == 0
             and trainer.num_sanity_val_batches == trainer.fit_loop.epoch_loop.val_loop.max_batches

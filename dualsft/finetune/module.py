@@ -133,7 +133,7 @@ class MaskedFinetuneModule(LightningModule):
         return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a schedule; some fail only now on settings that they cannot work with."""
+        """Step a schedule; some refuse unusable settings only here."""
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ArithmeticError, ValueError, TypeError, IndexError) as error:
@@ -202,7 +202,7 @@ class MaskedFinetuneModule(LightningModule):
         self.compact.write_back()
 
     def on_train_end(self) -> None:
-        """End with the masters that callbacks have put in."""
+        """Copy the masters, which callbacks may have exchanged, into the model."""
         self.compact.write_back()
 
     def on_validation_epoch_end(self) -> None:

@@ -107,7 +107,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def check_smooth(
     forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], center: Mapping[str, Tensor], name: str
 ) -> None:
-    """Check that the gradient changes as much ahead of θ as behind it, as it does where it is smooth.
+    """Check that the gradient is smooth at θ: that it changes as much ahead of θ as behind it.
 
     It is not smooth where the model switches, as a router that sends a token to another expert does: the difference
     then measures a jump, and the second difference is not small against the first.

@@ -75,7 +75,7 @@ class LinearTap(Tap):
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
     def _weight_gradient(self, e: Tensor, a: Tensor, us: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
+        """Add <dW_i, U> to the rows by the cheaper way, and return the weight gradient Σ_i dW_i."""
         layout = self.rows.layout
         by_gradient = (
             not self.rows.by_token

@@ -45,9 +45,9 @@ _DUMMY: Batch = {
 
 @dataclass(eq=False)
 class ModelCalls:
-    """Forward, which is ``losses(model, *begin(batch))``, and backward, with the sums that backward adds to.
+    """The forward and backward calls of a pass, and the sums that backward adds to.
 
-    Sums that are not wanted are None.
+    A forward call is ``losses(model, *begin(batch))``. Sums that are not wanted are None.
 
     Attributes:
         gather: Makes a sharded model's directions available in backward.
@@ -69,11 +69,11 @@ class ModelCalls:
         return self.row_sums.rows if self.row_sums else None
 
     def wait(self, kind: CallKind) -> None:
-        """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
+        """Take part in other ranks' calls until calls of this kind are due on all ranks."""
         wait_for_turn(kind, self._take_part)
 
     def wait_for_probe(self) -> None:
-        """Return when gradients of single examples are due."""
+        """Take part in other ranks' calls until gradients of single examples are due on all ranks."""
         self.gather.drop()  # on all ranks, which gather again together
         self.wait(CallKind.PROBE)
 
@@ -124,11 +124,11 @@ class ModelCalls:
 
     @property
     def finite(self) -> bool:
-        """Whether the last backward was finite; without columns, as far as the rows show."""
+        """Whether the last backward was finite, by the columns or else by the rows."""
         return self.columns.finite if self.columns else self._has_finite_rows()
 
     def _has_finite_rows(self) -> bool:
-        """Whether the rows are finite, as far as they are known: an example alone may have ambiguous axes."""
+        """Whether the rows are finite, or unknown: an example alone may have ambiguous axes."""
         return self.rows is None or self.is_ambiguous() or bool(self.rows.read().isfinite().all())
 
     def has_finite_loss(self, example: Batch) -> bool:

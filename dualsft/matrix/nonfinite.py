@@ -1,7 +1,7 @@
-"""Which examples spoilt a batch: those whose loss or gradient is not finite by itself.
+"""Finds the examples that spoilt a batch: those whose loss or gradient is not finite by itself.
 
 Losses and gradients that are not finite do not show which example is to blame: in a packed row one example's NaN
-spreads to its neighbours, and gradients are sums over the batch. So the suspects are looked at one by one.
+spreads to its neighbours, and gradients are sums over the batch. So the suspects are inspected one by one.
 """
 
 from collections.abc import Callable, Collection
@@ -15,7 +15,7 @@ from dualsft.sharding.collectives import any_rank
 
 
 def all_finite(values: Tensor) -> Bool[Tensor, ""]:
-    """Whether all entries, of which there is one at least, are finite, without a copy; does not wait for the device."""
+    """Whether all entries (at least one) are finite; makes no copy, and does not wait for the device."""
     return torch.stack(torch.aminmax(values)).isfinite().all()  # both are NaN if any entry is
 
 
@@ -84,7 +84,7 @@ class FiniteLosses:
         width = self.batch["input_ids"].shape[1]
         alone = len(self.batch["input_ids"]) == 1 and Layout.of(self.batch).spans == (
             (0, 0, width),
-        )  # looked at already
+        )  # inspected already
         if bad := suspects if alone else set(nonfinite_examples(self.batch, self._is_finite, suspects)):
             self.nonfinite |= bad
             return drop_examples(self.batch, bad)

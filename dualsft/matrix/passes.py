@@ -135,7 +135,7 @@ class _Pass:
         self._begin(frozenset())
 
     def _begin(self, excluded: frozenset[int]) -> None:
-        """Begin without the examples that spoilt an earlier attempt."""
+        """Start (over), without the examples that spoilt an earlier attempt."""
         calls, self._excluded = self._calls, excluded
         calls.void, self._done = False, 0
         self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))

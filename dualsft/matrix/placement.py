@@ -132,7 +132,7 @@ class _Observer:
         return pytree.tree_unflatten(leaves, structure)
 
     def _used(self, outputs: list[Tensor], call: "_ObservedCall") -> set[str]:
-        """Names of the parameters from which these outputs, and the inputs of children, are made inside the call."""
+        """Names of the parameters that these outputs, and the inputs of children, depend on inside the call."""
         used = {self._names[id(x)] for x in outputs if id(x) in self._names}
         seen, todo = set(call.boundary), [x.grad_fn for x in outputs] + list(call.inner)
         while todo:

@@ -42,7 +42,7 @@ def spot_check(
     """Compare the rows of some of a batch's examples with autograd over each alone.
 
     Args:
-        model: The model, without our hooks.
+        model: The model, without taps.
         rows: The accumulator of the taps.
         batch: The batch.
         scores: Its row sums, for each direction.
@@ -83,7 +83,7 @@ def check_covered(model: nn.Module, covered: set[str], moved: Iterable[str]) -> 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
-    """Check that some examples of a packed batch have the losses there that they have alone, in evaluation mode.
+    """Check that some examples of a packed batch have the same losses as alone, in evaluation mode.
 
     Args:
         model: The model.
@@ -112,7 +112,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
 
 
 def _examples_to_check(batch: Batch) -> list[int]:
-    """The first example, the last, and one behind another in its row, as a row's first example sees no other."""
+    """The first example, the last, and one that follows another in its row, as a row's first example sees no other."""
     spans = Layout.of(batch).spans
     behind = [k for k, (_, first, _) in enumerate(spans) if first]
     return sorted({0, len(spans) - 1, *behind[-1:]})

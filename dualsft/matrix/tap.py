@@ -37,7 +37,7 @@ class Tap(ABC):
         self.rows, self.where, self.module, self._names = rows, where, module, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with the tap on it; None, which leaves the output, if nothing can be tapped.
+        """The module's output with the tap on it; None (the output stays) if nothing can be tapped.
 
         A refusal is noted, and raised at the end of the model's forward, where all ranks meet.
         """

@@ -1,4 +1,4 @@
-"""The prior term, which keeps what the base model knew: confidence-weighted self-distillation.
+"""The prior term, which keeps the model near the base model: confidence-weighted self-distillation.
 
     prior(θ) = mean_i  τ² w_i KL_i,     KL_i = mean_t KL( p_old(· | t) ‖ p_θ(· | t) ) at temperature τ
 

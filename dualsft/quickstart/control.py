@@ -1,4 +1,4 @@
-"""Controls for a selection: the same sizes drawn at random, or everything, on either side."""
+"""Controls for a selection: examples and weights drawn at random in the same numbers, or all of them."""
 
 import shutil
 from pathlib import Path

@@ -71,7 +71,7 @@ class RunFolder(PhaseStore):
             raise UserError("--resume and --overwrite contradict each other; give one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
-        if is_rank_zero():  # another rank may look when rank zero has written something already
+        if is_rank_zero():  # another rank might look after rank zero has written something
             self._check(resume, inputs)
 
     def _check(self, resume: bool, inputs: Sequence[str | None]) -> None:
@@ -110,7 +110,7 @@ class RunFolder(PhaseStore):
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Check by its manifest that the finished selection in the folder is the one that was asked for."""
+        """Check by its manifest that the finished selection in the folder has the run's identity."""
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 
@@ -163,7 +163,7 @@ class RunFolder(PhaseStore):
             pass
 
     def release(self) -> None:
-        """Undo a claim that has nothing worth resuming after a failure, so that the next try finds the folder free."""
+        """Undo a claim after a failure that left nothing worth resuming, so that the next try finds the folder free."""
         self._lock.release(force=True)
         resumable = [*self._state.glob("*.safetensors"), *self.path.rglob("*.ckpt")]
         if self._claimed and not resumable:

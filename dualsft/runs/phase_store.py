@@ -115,7 +115,7 @@ class PhaseKeeper:
         self._last_save = time.monotonic()
 
     def begin_again(self) -> None:
-        """Discard the saved state, but not the time that it took."""
+        """Discard the saved state, but keep the time spent on it."""
         assert self.meter is not None
         self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
         self.drop()
@@ -127,6 +127,6 @@ class PhaseKeeper:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Have the system write a file's contents to the disk before anything else happens to it."""
+    """Make the system write a file's contents to the disk now (fsync)."""
     with open(path, "r+b") as stream:  # Windows syncs only files that are open for writing
         os.fsync(stream.fileno())

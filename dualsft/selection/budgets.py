@@ -40,7 +40,7 @@ class Budgets:
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Choose weights by φ_j, of a sharded model this rank's shard: parameter name -> bool, of its full shape.
+        """Choose weights by φ_j: parameter name -> bool, of the full shape; ``scores`` are this rank's shards.
 
         The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator is
         given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.

@@ -1,4 +1,4 @@
-"""Refusals of options of `dualsft select` that contradict themselves or one another, before any work."""
+"""Refuses options of `dualsft select` that contradict themselves or one another, before any work."""
 
 import math
 import re

@@ -19,7 +19,7 @@ Measured = Mapping[str, Mapping[int, Tensor]]
 
 
 class ChosenExamples(NamedTuple):
-    """The ids of the chosen examples, and how many others collapsed: near-duplicates of one with a higher score."""
+    """The ids of the chosen examples, and the number of near-duplicates dropped for one with a higher score."""
 
     ids: set[int]
     collapsed: int
@@ -90,7 +90,7 @@ def choose_data(
 
 
 def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], cost: Mapping[int, int], budget: int) -> None:
-    """Check that an allocator chose different examples of the pool, within its budget."""
+    """Check that an allocator chose distinct examples of the pool, within its budget."""
     ids = set(chosen) & set(cost)
     total = sum(cost[i] for i in ids)
     fits = total == budget if allocator.exact and allocator.unit == "examples" else 0 < total <= budget

@@ -1,4 +1,4 @@
-"""From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time.
+"""Computes u from statistics, and the parameter scores from u and Σ_i g_i, one parameter at a time.
 
 With several validation sets each has its own direction and scores, and a combination of the scores decides.
 """

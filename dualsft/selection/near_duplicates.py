@@ -108,7 +108,7 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 class _Index:
-    """Texts of which no two were found to be alike."""
+    """An index of texts, none of them like another."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH  # brings scipy, which nothing else needs

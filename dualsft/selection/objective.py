@@ -81,7 +81,7 @@ class ValidationObjective:
         return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
-        """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed."""
+        """Pass over every term for v, and if needed once more over the validation sets for the empirical Fisher."""
         terms = [*self._validation.values(), *self._further]
         self._term_gradients = {term: self._pass(term, "gradient") for term in terms}
         shared = [self._term_gradients[term] for term in self._further]

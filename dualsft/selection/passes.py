@@ -109,7 +109,7 @@ class Passes:
         return GradientPass.from_state(*saved)
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
-        """Prepare to begin the pass again with half the batch, once, if that has room for the longest example."""
+        """Prepare to restart the pass with half the batch size, once, if the longest example fits in it."""
         for parameter in self._model.parameters():
             parameter.grad = None  # left by the failed backward pass
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
@@ -122,7 +122,7 @@ class Passes:
         self.batch_tokens, self._halved = half, True
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
         keeper.begin_again()
-        # only once the state of the larger batches is gone, as theirs is another order
+        # after the state of the larger batches is gone, as halved batches come in another order
         self._run.save(_HALVED, {}, {"batch_tokens": half})
 
 

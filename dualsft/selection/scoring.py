@@ -182,7 +182,7 @@ class Scoring:
         return {**self._over(self._finite), "directions": us, **options}
 
     def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
-        """Compute Σ_i g_i over these examples and the directions that belong to it, unless they are the latest."""
+        """Compute Σ_i g_i over these examples, and its directions, unless they are the latest ones already."""
         if self._latest.directions and self._latest.summed == frozenset(ids):
             return
         everything = ids == self._finite

@@ -42,7 +42,7 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _left_out(selection: Selection) -> dict[str, int]:
-    """Why examples could not be chosen -> how many."""
+    """Reason why examples could not be chosen -> their number."""
     left_out = {
         **{status: n for status, n in selection.about.data.train.status.items() if status != "ok"},
         "nonfinite": selection.examples["status"].to_pylist().count("nonfinite"),

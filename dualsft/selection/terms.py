@@ -64,7 +64,7 @@ class Term:
 
 
 class Teacher:
-    """Provides the base model for the time of a pass.
+    """Provides the base model during a pass.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -155,7 +155,7 @@ def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator
 
 
 def _check_losses(objective: Objective, found: object, examples: int) -> None:
-    """Check that an objective gave one loss for each example, and one that depends on the weights."""
+    """Check that an objective returned one loss per example, and that the losses depend on the weights."""
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (examples,):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(

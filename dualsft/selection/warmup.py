@@ -1,4 +1,4 @@
-"""Warm-up: a short dense fine-tune on a random part of the pool, for the scoring checkpoint θ and Adam's second moment.
+"""The warm-up: a short dense fine-tune on a random part of the pool that yields θ and Adam's second moment.
 
 ĉ = c / (1 − β₂^t), the bias-corrected second moment after t steps, feeds the preconditioner P = 1/(sqrt(ĉ)+eps).
 Source: arXiv 2605.06166 (10% of the pool, 1 epoch, learning rate 2e-5).
@@ -144,12 +144,12 @@ class _WarmUp:
             done = 0
 
     def close(self) -> None:
-        """Take the hooks from the model; the warm-up is over, or has failed."""
+        """Remove the hooks from the model after the warm-up, or its failure."""
         self._compact.detach()
         self._model.eval()
 
     def _step(self, batch: Batch, epoch: int, k: int) -> bool:
-        """One optimizer step on the batch's mean loss; False if memory ran out, and it is to be taken again in halves.
+        """Take an optimizer step on the batch's mean loss; False if memory ran out and it must be retaken in halves.
 
         Dropout's seed depends on the step alone, so a resumed run draws the same.
         """
@@ -168,7 +168,7 @@ class _WarmUp:
         return False
 
     def _backward(self, batch: Batch) -> None:
-        """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
+        """Compute the gradient of the mean loss over the batch's finite examples; each rank takes a share of them."""
         count = len(batch["example_id"])
         for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))

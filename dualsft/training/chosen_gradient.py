@@ -110,7 +110,7 @@ def chosen_products(
 
 
 class ChosenGradientHook:
-    """A forward hook that gives a linear layer a backward of its chosen weights alone.
+    """A forward hook after which a linear layer's backward computes its chosen weights' gradient only.
 
     Args:
         module: The layer.
@@ -123,7 +123,7 @@ class ChosenGradientHook:
         self._master, self._parts = master, parts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The module's output with the other backward; None, which leaves it, where nothing is differentiated."""
+        """The module's output with the replaced backward; None (the output stays) where gradients are disabled."""
         if not torch.is_grad_enabled():
             return None
         (a,) = args or kwargs.values()

@@ -190,7 +190,7 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Number of a tensor -> its master's (full) gradient that no step has used yet; on rank zero alone."""
+        """Number of a master -> its (full) gradient that no step has used yet; on rank zero alone."""
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
