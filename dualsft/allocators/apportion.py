@@ -18,7 +18,7 @@ def apportion(budget: int, shares: Sequence[int | float], capacities: Sequence[i
         capacities: The most that each group can take.
 
     Returns:
-        Integers that add up to the budget; of equal remainders the first group's is rounded up.
+        Integers that add up to the budget; among equal remainders the first group's is rounded up.
 
     Raises:
         ValueError: if the groups cannot take the budget.

@@ -45,7 +45,7 @@ def length_batches(
     Args:
         lengths: Tokens of every example.
         batch_tokens: Largest (examples x longest) of a batch.
-        batch_size: Largest number of examples of a batch, if there is to be one.
+        batch_size: Largest number of examples of a batch; None for no limit.
         ids: Examples to batch; all of them by default. Ties in length are in order of id.
 
     Raises:

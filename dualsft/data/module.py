@@ -237,7 +237,7 @@ class InstructionDataModule(LightningDataModule):
         }
 
     def training_ids(self) -> list[int]:
-        """Ids of the examples to train on: those with labels, of the selection where one is given.
+        """Ids of the examples to train on: those with labels, and in the selection if one is given.
 
         Raises:
             UserError: If none is left.

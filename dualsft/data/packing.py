@@ -4,7 +4,7 @@ A batch of r rows whose fullest has t tokens costs r·t tokens. The limits are t
 
     row_tokens                   largest row in tokens; no row is larger than a batch either
     batch_tokens                 largest r·t of a batch
-    batch_size, max_examples     largest number of examples of a batch or row, if there is to be one
+    batch_size, max_examples     largest number of examples of a batch or row; None for no limit
 
 An example that is longer than a row can be is a `UserError`. Each example occurs once in the result.
 """

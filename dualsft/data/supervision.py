@@ -35,8 +35,8 @@ class Chunk:
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
     """Tokenises prompt and response together and labels the tokens that overlap a supervised span.
 
-    The examples are of one format, and the tokenizer is a fast one; of each example the first ``max_length`` tokens
-    are kept.
+    The examples are of one format, and the tokenizer is a fast one; the first ``max_length`` tokens of each
+    example are kept.
     """
     ids, offsets = _tokenise(rendered, tokenizer)
     sizes = np.array([len(row) for row in ids], dtype=np.int64)

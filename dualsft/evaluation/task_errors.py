@@ -41,7 +41,7 @@ class TaskIndex:
             self._check_group(name, entry.cfg, entry.yaml_path, set(), ())
 
     def _where(self, name: str) -> str:
-        """Where a task was looked for, names that are close, and the harness's message on a file that may define it."""
+        """Where a task was looked for, close names, and the harness's message on a file that may define the task."""
         if self.folder:
             where = f"in {self.folder} or among the harness's own"
         else:

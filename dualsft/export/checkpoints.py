@@ -167,7 +167,7 @@ def prepare_extract(base: str, model: str) -> Writer:
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model as a Hugging Face folder; of a sharded one every rank calls this."""
+    """Write a model as a Hugging Face folder; every rank must call this for a sharded model."""
     if is_sharded(model):
         save_sharded(model, folder)
     else:

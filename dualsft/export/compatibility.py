@@ -79,7 +79,7 @@ def float_types(weights: Weights) -> set[str]:
 
 
 def common_type(old: Weights, tuned: Weights) -> str:
-    """The type to load the base in so that it differs from the tuned model by a delta alone; refuses if none does."""
+    """The type to load the base in so that only a delta separates it from the tuned model; refuses if there is none."""
     names = float_types(tuned)
     same = all(old.specs[name].dtype == spec.dtype for name, spec in tuned.specs.items())
     if not same and not (len(names) == 1 and names <= set(get_args(Dtype))):

@@ -38,7 +38,7 @@ class _Plan:
 
     Attributes:
         rank: SHiRA's r.
-        sparse: Linear layers of which entries are stored -> the weight's parameter.
+        sparse: Linear layer stored as sparse entries -> its weight's parameter.
         whole: Every name of a parameter in the modules that are stored whole -> its first name.
         modules: The modules that are stored whole.
     """
@@ -82,7 +82,7 @@ def _plan(model: nn.Module, change: Delta) -> _Plan:
         UserError: if not a single layer's change fits SHiRA, or a module that is to be stored whole has a buffer.
     """
     names = _parameter_names(model)
-    changed: dict[str, set[str]] = defaultdict(set)  # module -> its own changed parameters, by their names in it
+    changed: dict[str, set[str]] = defaultdict(set)  # module -> its changed parameters, by their names in the module
     for name, first in names.items():
         if first in change.counts:
             module, _, leaf = name.rpartition(".")

@@ -48,7 +48,7 @@ class StepLoss:
 
     @torch.no_grad()
     def finish(self, parameters: Iterable[Tensor], accumulated: int) -> None:
-        """End the step: bring the gradients, of losses each divided by ``accumulated``, to that of the step's loss."""
+        """End the step: rescale the gradients, whose losses were divided by ``accumulated``, to the step's loss."""
         if self._kind == "example_mean":
             return
         factor = accumulated * self._first / self._tokens

@@ -24,7 +24,7 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
     """The optimizer over the compact parameters, whose gradients are accumulated over ``accumulated`` batches.
 
     Raises:
-        UserError: if it refuses its settings, or cannot work on these parameters.
+        UserError: if the optimizer refuses its settings, or cannot work on these parameters.
     """
     try:
         optimizer = factory(parameters)

@@ -20,7 +20,7 @@ def all_finite(values: Tensor) -> Bool[Tensor, ""]:
 
 
 def nonfinite_examples(batch: Batch, is_finite: Callable[[Batch], bool], suspects: Collection[int]) -> list[int]:
-    """The ids of the suspects that are not finite in a batch of their own, in the order of the batch."""
+    """The ids of the suspects that are not finite alone, in the order of the batch."""
     ids = batch["example_id"].tolist()
     return [i for k, i in enumerate(ids) if i in suspects and not is_finite(one_example(batch, k))]
 
@@ -45,7 +45,7 @@ class FiniteLosses:
     Attributes:
         losses: l_i of each example of the batch, all finite; None while pending, and if no example is left.
         batch: The batch of the next forward pass, and in the end that of the losses.
-        alone: Examples that only padding or neighbours spoil: each is to be differentiated as a batch of its own.
+        alone: Examples that only padding or neighbours spoil: each must be differentiated as its own batch.
         nonfinite: Ids of the examples whose loss is not finite.
     """
 

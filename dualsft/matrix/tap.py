@@ -53,7 +53,7 @@ class Tap(ABC):
         return tapped
 
     def tangents(self) -> Iterator[dict[str, Tensor]]:
-        """Each u by the module's own names; a sharded model has it in backward alone."""
+        """Each u by the module's own names; for a sharded model, it is available only in backward."""
         return ({own: u[name] for own, name in self._names.items()} for u in self.rows.directions)
 
     @abstractmethod

@@ -150,7 +150,7 @@ def model_fingerprint(name_or_path: str) -> str:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a model, by name; safetensors files that are not the model's are ignored."""
+    """The file of each tensor of a model, by name; safetensors files that do not belong to the model are ignored."""
     if (folder / _WEIGHTS).is_file():
         with safe_open(folder / _WEIGHTS, framework="pt") as stored:
             return dict.fromkeys(stored.keys(), folder / _WEIGHTS)

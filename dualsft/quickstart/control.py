@@ -26,7 +26,7 @@ def write_control(
         pool: The records it chose from.
         folder: Folder to write the control to.
         seed: Decides random draws.
-        examples: Which examples to choose, of those that were scored.
+        examples: Which of the scored examples to choose.
         weights: Which weights to choose.
     """
     generator = torch.Generator().manual_seed(seed)

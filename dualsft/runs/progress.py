@@ -96,7 +96,7 @@ class Meter:
             self._bar.update(len(batch["example_id"]))
 
     def so_far(self) -> dict[str, Any]:
-        """The cost of the phase so far, that of an earlier run included."""
+        """The cost of the phase so far, including that of an earlier run."""
         peak = max(self._phase.peak_memory_bytes, peak_memory(self._device))
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 

@@ -61,7 +61,7 @@ class Selection:
     def examples(self) -> pa.Table:
         """One row per record of ``data.train``: example_id, score, num_tokens, status, selected.
 
-        With several validation sets also score_NAME of each, of which score is the combination.
+        Several validation sets add a column score_NAME each; ``score`` combines these.
         """
         return pq.read_table(self.folder / _EXAMPLES)
 

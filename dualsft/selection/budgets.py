@@ -42,8 +42,8 @@ class Budgets:
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Choose weights by φ_j: parameter name -> bool, of the full shape; ``scores`` are this rank's shards.
 
-        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator is
-        given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
+        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator
+        gets all scores at once, so rank zero's host holds them in this step, like that of a single process.
         """
         if not is_sharded(self._model):
             return choose_parameters(self._settings, scores, self._base)

@@ -52,7 +52,7 @@ def choose_data(
     Args:
         settings: The allocator, the budget, and which texts count as the same.
         due: How many examples, or supervised tokens, the budget is.
-        scores: Example id -> φ_i, of the examples that could be scored.
+        scores: Example id -> φ_i, for the examples that could be scored.
         pool: All examples, apart from their scores.
         measured: Statistics that the allocator needs.
 

@@ -98,7 +98,7 @@ def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> La
 
 @torch.no_grad()
 def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """Compute u at the step size η for every trainable parameter; of a sharded model, this rank's shard of it.
+    """Compute u at the step size η for every trainable parameter: this rank's shard if the model is sharded.
 
     Raises:
         UserError: if a direction is not finite, or not of its parameter's shape.
@@ -125,7 +125,7 @@ def check_vector(scorer: Scorer, method: str, found: object, known: ParameterSta
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute u ⊙ m; parameters without a chosen weight are left out, so that no tap is placed on them.
 
-    Of a sharded model u has this rank's shards, but the mask full shapes; ``like`` are the model's parameters.
+    If the model is sharded, u has this rank's shards and the mask full shapes; ``like`` are the model's parameters.
     """
     return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 

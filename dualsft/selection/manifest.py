@@ -68,7 +68,7 @@ class TrainSource(Source):
 
 @dataclass(frozen=True)
 class DataSection:
-    """The records and how they are read and batched; of several validation sets each by its name."""
+    """The records and how they are read and batched; several validation sets are listed by name."""
 
     train: TrainSource
     validation: Source | dict[str, Source]
@@ -108,7 +108,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class SumIdentity:
-    """Both sides of Σ_i φ_i = Σ_j φ_j; of several validation sets those that differ most."""
+    """Both sides of Σ_i φ_i = Σ_j φ_j, for the validation set where they differ most."""
 
     row_sum: float
     column_sum: float

@@ -1,4 +1,4 @@
-"""The collapse of near-duplicates before examples are chosen: of texts that say the same, the best one stays.
+"""Drops near-duplicates before examples are chosen: among similar texts the best one stays.
 
     J(A, B) = |A ∩ B| / |A ∪ B|
 
@@ -60,8 +60,8 @@ def collapse(
 ) -> list[int]:
     """The ids of the examples that stay, ascending.
 
-    From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is like one
-    that stays already. Equal texts always collapse.
+    From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is similar
+    to one that stays already. Equal texts always collapse.
 
     Args:
         settings: From which similarity on two texts are alike.

@@ -76,7 +76,7 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 class _Latest:
     """The results of the latest steps; directions and rows for each validation set."""
 
-    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, for the latest pool gradient
+    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, from the latest pool gradient
     row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover

@@ -2,8 +2,8 @@
 
     V(θ) − V(θ − η d)  ≈  η <v, d> − ½ η² dᵀHd
 
-is largest at η = <v, d> / dᵀHd, if the curvature dᵀHd is positive: the ``auto`` step size. H is the scorer's own.
-Source of the quadratic: arXiv 2605.06166; the step size by its minimum goes beyond it.
+is largest at η = <v, d> / dᵀHd, if the curvature dᵀHd is positive: the ``auto`` step size. H is the one that the
+scorer uses. The quadratic is from arXiv 2605.06166; choosing η by its minimum is this package's addition.
 """
 
 import math

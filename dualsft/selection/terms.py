@@ -1,9 +1,9 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them.
 
-Some terms compare the model with the untouched base model. A second copy of the weights is held while the pass of such
-a term runs, and at no other time. In a gradient's pass there is one accumulator beside the model, where scoring holds
-an accumulator and a direction: there the copy adds nothing to the peak of the run, but for the teacher's probabilities
-of a batch's supervised tokens. At the base model itself the model is its own teacher.
+Some terms compare the model with the untouched base model. A second copy of the weights is held only while the pass of
+such a term runs. In a gradient's pass there is one accumulator beside the model, where scoring holds an accumulator and
+a direction: there the copy adds nothing to the peak of the run, but for the teacher's probabilities of a batch's
+supervised tokens. At the base model's weights the model is its own teacher.
 """
 
 from collections.abc import Callable, Iterator
