@@ -19,7 +19,7 @@ class PerSourceQuota(DataAllocator):
     """A part of the budget for each source, spent on its highest scores; ties to the earlier row.
 
     A source that is too small for its part is taken in full, and the others share what it leaves, so that exactly the
-    budget is chosen. Of equal remainders, the source that occurs first is rounded up.
+    budget is chosen. Among equal remainders, the source that occurs first is rounded up.
 
     Args:
         column: Column of the records that names an example's source.

@@ -1,1 +1,1 @@
-"""The quick start: an embedded base model and data, and a selection and fine-tunes with them."""
+"""The quick start: an embedded base model and data, and the whole job on them."""
