@@ -23,9 +23,9 @@ class PerSourceQuota(DataAllocator):
 
     Args:
         column: Column of the records that names an example's source.
-        shares: A source's part: by how many examples it has (proportional), the same for each (equal), or a mapping of
-            sources to numbers that the parts are in proportion to; a source that is not named there gets only what all
-            named ones leave.
+        shares: Parts of the sources: by numbers of examples (proportional), all the same (equal), or proportional to
+            numbers in a mapping of sources; a source that the mapping does not name gets a part only if all named ones
+            are taken in full.
 
     Raises:
         UserError: if a share is negative or not finite, or none is positive.
