@@ -2,12 +2,12 @@
 
 1. `data` turns records into text with supervised spans, examples and batches.
 2. `models` loads the base model; `sharding` splits it over processes.
-3. `objectives` holds the loss l_i of one example and the terms of V(θ), what the selection is to improve.
+3. `objectives` holds the loss l_i of one example and the terms of V(θ), the validation objective.
 4. `scorers` choose a direction u; `matrix` takes the row and column sums of M_ij = g_ij u_j without forming M.
-5. `allocators` spend a budget on each of the two sums: which weights, which examples.
-6. `selection` runs 1 to 5 and writes a selection directory; `finetune` trains what it names, by way of `training`.
+5. `allocators` choose weights and examples by these sums, under a budget for each.
+6. `selection` runs 1 to 5 and writes a selection directory; `finetune` trains the selected weights by `training`.
 7. `export` turns base and change into checkpoints and adapters; `evaluation` measures any checkpoint.
-8. `commands` and `cli` are the command line; `runs` keeps what an interrupted run needs to go on.
+8. `commands` and `cli` are the command line; `runs` keeps the state from which an interrupted run resumes.
 
 The public names below are imported when they are first used.
 """

@@ -1,4 +1,4 @@
-"""`python -m dualsft`."""
+"""Runs the command line: `python -m dualsft`."""
 
 from dualsft.cli import main
 

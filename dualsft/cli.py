@@ -1,4 +1,4 @@
-"""The command line: the table of its verbs, and how it answers a mistake.
+"""The command line: the table of its verbs, and its reports of errors.
 
 A verb's module is imported when the verb is run, so that help and the small verbs start fast.
 """

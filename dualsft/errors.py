@@ -1,4 +1,4 @@
-"""The exception whose message users read, and the recognition of exceptions for lack of memory or lost contact."""
+"""The exception for users' mistakes, and tests for exceptions of lack of memory or lost contact."""
 
 import errno
 import re

@@ -1,4 +1,4 @@
-"""Names for scorers and allocators: entry points, the built-in ones included. Only what is named is imported."""
+"""Names for scorers and allocators: entry points, the built-in ones included. Only named classes are imported."""
 
 import inspect
 import re
@@ -42,7 +42,7 @@ def class_path(group: str, name: str) -> str:
     """The import path of a registered class, or of one given by a dotted path; either is imported.
 
     Raises:
-        UserError: if nothing has this name, two packages claim it, or what it stands for cannot be used.
+        UserError: if nothing has this name, two packages claim it, or the class cannot be used.
     """
     if "." in name:
         module, _, attribute = name.rpartition(".")
@@ -66,7 +66,7 @@ def class_path(group: str, name: str) -> str:
 
 
 def registered() -> Iterator[Registered]:
-    """Everything that is registered, in order, with what failed to load and why."""
+    """All registered names, in order, with the problem of each that failed to load."""
     for group in GROUPS:
         points = sorted(entry_points(group=group), key=lambda p: (p.name, _package(p) != OURS, _label(p)))
         for point in points:
@@ -78,7 +78,7 @@ def registered() -> Iterator[Registered]:
 
 
 def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
-    """The first line on the class, and why it cannot be used, of which one is empty."""
+    """The first line of the class's docstring, or why the class cannot be used; the other is empty."""
     if not _NAME.fullmatch(point.name):
         return "", f"the name {point.name!r} has other characters than letters, digits, _ and -"
     if not _TARGET.fullmatch(point.value):
@@ -87,7 +87,7 @@ def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
         found = point.load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a stranger's import may do anything, and must not take the list down
+    except BaseException as error:  # a plugin's import may raise anything, and must not break the list
         return "", f"{type(error).__name__}: {error}"
     base = resolve_name(GROUPS[group])
     if not (isinstance(found, type) and issubclass(found, base)):

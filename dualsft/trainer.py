@@ -44,14 +44,14 @@ class Trainer(LightningTrainer):
             model: What to score, how, and the budgets.
             datamodule: The pool (``train``) and the target's validation set.
             output_dir: Where the selection goes.
-            resume: Go on from what a killed run left in ``output_dir``.
+            resume: Resume the killed run in ``output_dir``.
             overwrite: Replace what an earlier run left in ``output_dir``.
             seed: Decides which examples the warm-up draws, and their order.
             config: YAML that replays the run, kept beside the results.
 
         Raises:
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
-                after one that shows later, ``resume`` goes on from the last finished phase.
+                after one that shows later, ``resume`` continues from the last finished phase.
         """
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(
@@ -93,7 +93,7 @@ class _SelectionLoop(_PredictionLoop):
 
 
 def _obey_sigterm(trainer: LightningTrainer) -> None:
-    """Let SIGTERM end the process as it would without Lightning, which keeps it for loops that look out for it."""
+    """Restore the earlier SIGTERM handler, as Lightning's relies on loops that check for the signal."""
     handlers: dict[Any, Any] = trainer._signal_connector._original_handlers
     before = handlers.get(signal.SIGTERM)
     if before is not None and threading.current_thread() is threading.main_thread():
@@ -101,7 +101,7 @@ def _obey_sigterm(trainer: LightningTrainer) -> None:
 
 
 def _fresh_casts(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast, where it is on, without its cache, which would keep a weight's cast from before the warm-up.
+    """Autocast, where it is on, without its cache, which would keep casts of weights from before the warm-up.
 
     Lightning's newest releases leave the cache out by themselves; not all that we run under do.
     """

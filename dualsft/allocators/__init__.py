@@ -1,4 +1,4 @@
-"""Allocators: budgets on the two score vectors, that is, how many weights and examples are chosen, and which.
+"""Allocators: rules that choose weights and examples by their scores, under a budget.
 
 In: the scores φ_j of the weights or φ_i of the examples, and a budget. Out: masks, or the chosen example ids.
 """

@@ -1,7 +1,7 @@
-"""A budget split over groups by their shares, in whole numbers that add up to it exactly.
+"""Splits a budget over groups in proportion to shares, in integers that add up to the budget exactly.
 
-The method of largest remainders: every group gets its share rounded down, and what is left goes, one each, to the
-largest fractions. A group that is too small for its share is filled, and the others share the remainder.
+The method of largest remainders: every group gets its share rounded down, and the rest goes, one each, to the groups
+with the largest fractions. A group that is too small for its share is filled, and the others share the remainder.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from fractions import Fraction
 
 
 def apportion(budget: int, shares: Sequence[int | float], capacities: Sequence[int]) -> list[int]:
-    """How much of a budget each group gets.
+    """Split a budget over groups.
 
     Args:
         budget: The total, at most the sum of the capacities.
-        shares: What each group's part is in proportion to; finite and not negative. If all that have a share are full,
-            the others share what is left evenly.
+        shares: Numbers that the groups' parts are proportional to; finite and not negative. If all groups with a share
+            are full, the others split the rest evenly.
         capacities: The most that each group can take.
 
     Returns:
-        Whole numbers that add up to the budget; of equal remainders the first group's is rounded up.
+        Integers that add up to the budget; among equal remainders the first group's is rounded up.
 
     Raises:
         ValueError: if the groups cannot take the budget.
@@ -46,7 +46,7 @@ def _ideal(budget: int, shares: Sequence[int | float]) -> list[Fraction]:
 
 
 def _round(parts: list[int], budget: int, groups: Sequence[int], exact: Sequence[Fraction]) -> list[int]:
-    """Rounded down, and up again for the largest remainders; below its capacity, no group is overfilled by that."""
+    """Round down, then up for the largest remainders; a group below its capacity has room for one more."""
     for k, part in zip(groups, exact, strict=True):
         parts[k] = int(part)
     by_remainder = sorted(zip(exact, groups, strict=True), key=lambda pair: (int(pair[0]) - pair[0], pair[1]))

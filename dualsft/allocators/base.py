@@ -28,13 +28,13 @@ def check_budget(key: str, budget: Budget) -> None:
 
 
 def count_of(key: str, budget: Budget, available: int, of: str) -> int:
-    """How many of the available items a budget buys: a fraction is rounded down, but never below one.
+    """Return how many of the available items a budget allows: a fraction is rounded down, but never below one.
 
     Args:
         key: The option that gives the budget.
-        budget: A checked budget; a count above what is available raises a UserError.
+        budget: A checked budget; a count above the number available raises a UserError.
         available: How many items there are.
-        of: What they are, in the plural.
+        of: The items' name in the plural, for errors.
     """
     if budget is None:
         return available
@@ -68,7 +68,7 @@ class ScoredExamples:
         gradient_norm: ‖g_i‖, the Euclidean norm of the gradient.
         preconditioned_gradient_norm: ‖P ⊙ g_i‖, with P the optimizer's diagonal preconditioner.
         sketch: S (√P ⊙ g_i), a random projection S to few dimensions with E[SᵀS] = 1: the product of two rows estimates
-            g_iᵀ P g_k, what a preconditioned step on the one example lowers the loss of the other by, per unit of η.
+            g_iᵀ P g_k, by which a preconditioned step on one example lowers the loss of the other, per unit of η.
     """
 
     example_id: Int[Tensor, " example"]
@@ -105,7 +105,7 @@ class ScoredParameters(Mapping[str, Tensor]):
 
 
 def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None:
-    """Refuse scores of which none is positive, for an allocator that chooses no others."""
+    """Refuse scores without a positive one, for an allocator that chooses only positive scores."""
     if not bool((score > 0).any()):
         raise UserError(
             f"None of the {len(score):,} scored examples has a positive score, and {allocator} takes no others; choose "
@@ -114,7 +114,7 @@ def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None
 
 
 class ParameterAllocator(ABC):
-    """A rule that chooses as many weights as the parameter budget says by their scores.
+    """A rule that chooses weights by their scores, exactly as many as the parameter budget.
 
     Attributes:
         needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
@@ -141,8 +141,8 @@ class DataAllocator(ABC):
 
     Attributes:
         needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
-        unit: What the budget counts: examples, or supervised tokens, of which no more may be chosen than it says.
-        exact: Whether exactly as many examples as the budget says are chosen; otherwise one to so many.
+        unit: The unit of the budget: examples, or supervised tokens, of which at most the budget may be chosen.
+        exact: Whether exactly as many examples as the budget are chosen; otherwise from one to that many.
     """
 
     needs: tuple[ExampleStatistic, ...] = ()
@@ -155,7 +155,7 @@ class DataAllocator(ABC):
 
         Args:
             examples: The examples to choose from, with the statistics in ``needs``. Not to be modified.
-            budget: How many, at most what there is.
+            budget: The number of examples or tokens, at most the number available.
 
         Returns:
             The chosen ``example_id``, ascending.

@@ -2,7 +2,7 @@
 
 Entries are not sorted. A float32 maps to an integer of the same order (its key), so the k-th largest entry of many
 tensors is found exactly by two histograms of 65,536 bins, over the upper and then the lower half of the keys' bits.
-Each is one sweep over the tensors. Memory holds the scores, one mask, and what is computed for one tensor at a time.
+Each is one sweep over the tensors. Memory holds the scores, one mask, and the keys of one tensor at a time.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def check_by(allocator: str, by: str) -> None:
 
 
 def ranked(score: Float[Tensor, "..."], by: By) -> Float[Tensor, "..."]:
-    """|φ|, or φ itself (no copy)."""
+    """The values that rank the entries: |φ|, or φ itself (no copy)."""
     return score.abs() if by == "magnitude" else score
 
 
@@ -38,7 +38,7 @@ class Choice:
 
     Args:
         scores: Parameter name -> φ_j, of the parameter's shape.
-        by: What entries are ranked by.
+        by: The ranking of entries.
         reverse: Whether the lowest are the best.
 
     Attributes:
@@ -76,7 +76,7 @@ class Choice:
             self.mask[name] |= chosen.view(self.mask[name].shape)
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
-        """Split a budget over groups of tensors, none in two of them, by their shares, and take the best of each group.
+        """Split a budget over disjoint groups of tensors by their shares, and take the best entries of each group.
 
         Args:
             groups: Names of tensors.
@@ -84,7 +84,7 @@ class Choice:
             budget: How many to choose.
 
         Returns:
-            How many were chosen: fewer than the budget if the groups have no more that are not chosen yet.
+            The number of entries chosen: fewer than the budget if the groups run out of entries.
         """
         free = [self.free(names) for names in groups]
         parts = apportion(min(budget, sum(free)), shares, free)
@@ -112,10 +112,10 @@ def ordered_keys(values: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
 
 
 def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) -> tuple[int, int]:
-    """The k-th largest int32 key of all tensors, and how many entries equal to it are still needed to make k.
+    """Find the k-th largest int32 key of all tensors, and how many entries equal to it are among the k largest.
 
     Args:
-        sweep: Yields the keys of one tensor after another whenever it is called, which is twice.
+        sweep: Yields the keys of one tensor after another; called twice.
         k: From 1 to the number of entries.
 
     Raises:

@@ -1,12 +1,12 @@
-"""Examples that together represent what is useful in the pool: greedy facility location on sketched gradients.
+"""Examples that together represent the useful part of the pool: greedy facility location on sketched gradients.
 
     F(A) = Σ_i w_i max_{k ∈ A} s_ik      s_ik = max(0, cos(√P ⊙ g_i, √P ⊙ g_k))      w_i = max(0, φ_i)
 
-An example is worth its score times how near its gradient is to one that is chosen, so that a second example of the same
-kind adds little. F is monotone and submodular, and the greedy choice reaches at least 1 − 1/e of the best (Nemhauser,
-Wolsey, Fisher 1978); facility location on gradients is Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient
-Training of Machine Learning Models", arXiv 1906.01827. What an example adds can only fall as others are chosen, so its
-last known gain is a bound, and most gains are never computed again (Minoux 1978).
+An example counts with its score times its similarity to the nearest chosen example, so a second example of the same
+kind adds little. F is monotone and submodular, and the greedy choice reaches at least 1 − 1/e of the optimum
+(Nemhauser, Wolsey, Fisher 1978); facility location on gradients: Mirzasoleiman, Bilmes, Leskovec, "Coresets for
+Data-efficient Training of Machine Learning Models", arXiv 1906.01827. An example's gain can only fall as others are
+chosen, so its last known gain is an upper bound, and most gains are never computed again (Minoux 1978).
 """
 
 import torch
@@ -35,7 +35,7 @@ class Diverse(DataAllocator):
         if not bool(examples.sketch.isfinite().all()):
             raise UserError("The sketches hold NaN or infinity, which diverse cannot compare; take another allocator.")
         positive = (examples.score > 0).nonzero().squeeze(1)
-        # a row of zeros stays one, and is like no other
+        # a row of zeros stays zero: it is similar to no example
         units = normalize(examples.sketch[positive].double(), eps=torch.finfo(torch.float64).tiny).float()
         picked = positive[_greedy(units, examples.score[positive].double(), budget)]
         left = torch.ones(len(examples.score), dtype=torch.bool)
@@ -48,7 +48,7 @@ class Diverse(DataAllocator):
 def _greedy(
     units: Float[Tensor, "example sketch"], worth: Float[Tensor, " example"], count: int
 ) -> Int[Tensor, " picked"]:
-    """The picked rows of length one, in order, until there are ``count`` or none adds anything; worth is w_i > 0."""
+    """Pick rows (of length one) greedily until there are ``count`` or none adds anything; worth is w_i > 0."""
     covered = torch.zeros_like(worth)
     bounds = torch.full_like(worth, torch.inf)
     picked: list[int] = []
@@ -80,7 +80,7 @@ def _refresh(units: Tensor, worth: Tensor, covered: Tensor, bounds: Tensor, stal
 
 
 def _likeness(units: Tensor, block: Tensor) -> Float[Tensor, "candidate example"]:
-    """s_ik of some candidates k with all examples i; of an example with itself it is one, whatever the rounding."""
+    """s_ik of some candidates k with all examples i; s_kk is set to exactly one, or zero for a row of zeros."""
     likeness = (units[block] @ units.t()).double().clamp_(0, 1)
     likeness[torch.arange(len(block)), block] = (units[block].abs().sum(1) > 0).double()
     return likeness

@@ -1,4 +1,4 @@
-"""The layer and the kind of module that a parameter belongs to, both recognised by its name.
+"""Recognises by its name the layer and the kind of module that a parameter belongs to.
 
 Names are those that causal language models have in `transformers`: Llama and its kin (Qwen, Gemma, Mistral, Mixtral,
 DeepSeek, ...), GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Bloom, Falcon, BERT, RWKV, Mamba.
@@ -48,8 +48,8 @@ def layer_of(name: str) -> tuple[str, int] | None:
 def kind_of(name: str) -> str:
     """One of `KINDS`, by the module that a parameter belongs to: ``q_proj.bias`` is q.
 
-    What holds several kinds in one tensor (``c_attn``, ``query_key_value``, ``gate_up_proj``, ...) is other, as are
-    routers, norms and embeddings.
+    A module that holds several kinds in one tensor (``c_attn``, ``query_key_value``, ``gate_up_proj``, ...) is other,
+    as are routers, norms and embeddings.
     """
     *path, module = _PARAMETER.sub("", name).split(".")
     attention = any("attn" in part or "attention" in part for part in path)

@@ -16,10 +16,10 @@ from dualsft.errors import UserError
 class LayerQuota(ParameterAllocator):
     """A part of the budget spread evenly over layers, a part over kinds of modules, the rest to the best of the model.
 
-    First the best of each layer are taken; then, of what is not chosen yet, the best of each kind (q, k, v, o, gate,
-    up, down, other; a name decides, see `dualsft.allocators.groups`); then the best of what is left. A layer or a kind
-    too small for its part leaves the rest to the others, and what none of them can take goes to the last step. Parts
-    are rounded down to whole weights. Ties go to the first name, then the first index.
+    The steps choose the best weights of each layer, then the best remaining ones of each kind (q, k, v, o, gate, up,
+    down, other, by the name, see `dualsft.allocators.groups`), then the best remaining ones of the model. A layer or
+    kind too small for its part leaves the rest to the others; a rest that none of them can take goes to the last step.
+    Parts are rounded down to integers. Ties go to the first name, then the first index.
 
     Args:
         layer_share: Part of the budget that is spread evenly over the layers, in [0, 1].

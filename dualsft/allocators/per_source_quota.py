@@ -1,4 +1,4 @@
-"""The budget split over the sources that the records come from, and the highest scores within each."""
+"""Splits the budget over the sources of the records, and chooses the highest scores within each."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _SHOWN = 5
 class PerSourceQuota(DataAllocator):
     """A part of the budget for each source, spent on its highest scores; ties to the earlier row.
 
-    A source that is too small for its part is taken whole, and the others share what it leaves, so that exactly the
-    budget is chosen. Of equal remainders, the source that occurs first is rounded up.
+    A source that is too small for its part is taken in full, and the others share what it leaves, so that exactly the
+    budget is chosen. Among equal remainders, the source that occurs first is rounded up.
 
     Args:
-        column: Column of the records that tells an example's source.
-        shares: A source's part: by how many examples it has (proportional), the same for each (equal), or a mapping of
-            sources to numbers that the parts are in proportion to; a source that is not named there gets only what all
-            named ones leave.
+        column: Column of the records that names an example's source.
+        shares: Parts of the sources: by numbers of examples (proportional), all the same (equal), or proportional to
+            numbers in a mapping of sources; a source that the mapping does not name gets a part only if all named ones
+            are taken in full.
 
     Raises:
         UserError: if a share is negative or not finite, or none is positive.
@@ -71,7 +71,7 @@ class PerSourceQuota(DataAllocator):
         return sources
 
     def _shares(self, sizes: Counter[str]) -> Sequence[int | float]:
-        """What each source's part is in proportion to."""
+        """The numbers that the sources' parts are proportional to."""
         if not isinstance(self.shares, dict):
             return list(sizes.values()) if self.shares == "proportional" else [1] * len(sizes)
         named = {str(source): share for source, share in self.shares.items()}

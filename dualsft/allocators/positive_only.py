@@ -13,6 +13,6 @@ class PositiveOnly(DataAllocator):
     exact = False
 
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
-        """At most ``budget`` examples (see `DataAllocator.allocate`); refuses scores of which none is positive."""
+        """At most ``budget`` examples (see `DataAllocator.allocate`); refuses scores without a positive one."""
         check_any_positive("positive_only", examples.score)
         return TopK().allocate(examples, min(budget, int((examples.score > 0).sum())))

@@ -1,4 +1,4 @@
-"""Each tensor by its part of the positive score: quota_t ∝ Σ_{j in t} max(φ_j, 0)."""
+"""A quota for each tensor by its part of the positive score: quota_t ∝ Σ_{j in t} max(φ_j, 0)."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Proportional(ParameterAllocator):
     """As many weights of each tensor as its part of the positive score says, the best of each.
 
     The sum of a tensor's positive scores is what training it alone is predicted to gain. Numbers are rounded by largest
-    remainders. A tensor too small for its part is taken whole and leaves the rest to the others; those without any
+    remainders. A tensor too small for its part is taken in full and leaves the rest to the others; those without any
     positive score come last, and if there is none at all, parts are by size. Ties go to the first name, then the first
     index.
 

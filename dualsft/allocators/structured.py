@@ -29,7 +29,7 @@ class Tiling:
     The tiles of the last row and of the last column may be smaller.
 
     Attributes:
-        shape: The tensor's as a batch of matrices.
+        shape: The tensor's shape as a batch of matrices.
         tile: Height and width of a tile.
     """
 
@@ -38,7 +38,7 @@ class Tiling:
 
     @classmethod
     def of(cls, shape: Sequence[int], height: int | None, width: int | None) -> "Tiling":
-        """Tiles of at most this height and width; None for those of the matrix."""
+        """Tiles of at most this height and width; None means the matrix's own."""
         *batch, rows, columns = shape if len(shape) > 1 else (*shape, *[1] * (2 - len(shape)))
         # at least one by one: an empty matrix has no tiles, whatever their size
         tile = (max(1, min(height or rows, rows)), max(1, min(width or columns, columns)))
@@ -56,7 +56,7 @@ class Tiling:
         return self.shape[0] * prod(self.grid)
 
     def sums(self, values: Float[Tensor, "..."]) -> Float[Tensor, " unit"]:
-        """Each tile's sum, added in float64."""
+        """The sum of each tile's entries, in float64."""
         (down, across), (height, width) = self.grid, self.tile
         matrices, (batch, rows, columns) = values.reshape(self.shape), self.shape
         padding = (0, across * width - columns, 0, down * height - rows)
@@ -79,7 +79,7 @@ class Tiling:
         return padded.reshape(batch, down * height, across * width)[:, :rows, :columns].flatten().contiguous()
 
     def slices(self, unit: int) -> tuple[int, slice, slice]:
-        """The place of a tile in the batch of matrices."""
+        """The position of a tile: its matrix in the batch, its rows and its columns."""
         (down, across), (height, width) = self.grid, self.tile
         place, column = divmod(unit, across)
         matrix, row = divmod(place, down)
@@ -139,7 +139,7 @@ class Structured(ParameterAllocator):
 
 
 def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -> dict[str, Bool[Tensor, " entry"]]:
-    """Parameter name -> which entries, flat, are in the chosen units, which are numbered through all tensors."""
+    """Parameter name -> which entries, flat, are in the chosen units; units are numbered across all tensors."""
     counts = [tiling.count for tiling in tilings.values()]
     units = torch.zeros(sum(counts), dtype=torch.bool)
     units[chosen] = True
@@ -149,7 +149,7 @@ def _unit_masks(tilings: Mapping[str, Tiling], chosen: Int[Tensor, " chosen"]) -
 
 
 def _locate(tilings: Mapping[str, Tiling], unit: int) -> tuple[str, int]:
-    """The tensor that a unit is in, and its number there."""
+    """The tensor that a unit is in, and its number in that tensor."""
     for name, tiling in tilings.items():
         if unit < tiling.count:
             return name, unit

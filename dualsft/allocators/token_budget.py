@@ -1,4 +1,4 @@
-"""The most total score that a number of supervised tokens buys: a 0/1 knapsack.
+"""The choice of largest total score within a budget of supervised tokens: a 0/1 knapsack.
 
     maximise Σ_k x_k φ_k   subject to   Σ_k x_k w_k ≤ W,   x_k ∈ {0, 1}
 
@@ -8,11 +8,11 @@ other way costs the relaxation at least
 
     loss_k = |φ_k - w_k φ_b / w_b|
 
-so examples of large loss, those far better or far worse than b, are decided as there; the others, the core of the
-problem, are decided exactly, by dynamic programming over the tokens that are left for them. Sources: Balas & Zemel, An
-Algorithm for Large Zero-One Knapsack Problems (1980); Pisinger, A Minimal Algorithm for the 0-1 Knapsack Problem
-(1997). A general solver of integer programmes is no substitute: on pools of 20,000 examples `scipy.optimize.milp`
-(HiGHS) takes a minute, or stops at less, where this takes a tenth of a second.
+so examples of large loss, those far better or far worse than b, are decided as in the relaxation; the others, the core,
+are decided exactly, by dynamic programming over the tokens that are left for them. Sources: Balas & Zemel, An Algorithm
+for Large Zero-One Knapsack Problems (1980); Pisinger, A Minimal Algorithm for the 0-1 Knapsack Problem (1997). A
+general solver of integer programmes is no substitute: on pools of 20,000 examples `scipy.optimize.milp` (HiGHS) takes a
+minute, or stops at less, where this takes a tenth of a second.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ def knapsack(score: Scores, tokens: Tokens, budget: int, cells: int = _CELLS) ->
 
 
 def _best(score: Scores, tokens: Tokens, budget: int, cells: int) -> Taken:
-    """The best of three choices, each filled up with what still fits; items are in order of score per token."""
+    """The best of three choices, each filled up with items that still fit; items are in order of score per token."""
     nothing, highest = np.zeros((2, len(score)), dtype=bool)
     highest[score.argmax()] = True
     starts = (_with_core(score, tokens, budget, cells), nothing, highest)
@@ -105,7 +105,7 @@ def _solved(score: Scores, tokens: Tokens, budget: int) -> Taken:
 
 
 def _filled(taken: Taken, tokens: Tokens, budget: int) -> Taken:
-    """The choice with every further item, first to last, that still fits."""
+    """Add every further item that still fits, first to last."""
     filled = taken.copy()
     left = budget - int(tokens[taken].sum())
     for k in np.flatnonzero(~taken & (tokens <= left)).tolist():
@@ -116,7 +116,7 @@ def _filled(taken: Taken, tokens: Tokens, budget: int) -> Taken:
 
 
 def _earliest(taken: Taken, score: Scores, tokens: Tokens) -> Taken:
-    """As many items of each score and number of tokens, but the first of them."""
+    """The same choice, with the first of the items that are equal in score and tokens."""
     order = np.lexsort((tokens, score))
     new_kind = (np.diff(score[order], prepend=-1) != 0) | (np.diff(tokens[order], prepend=-1) != 0)
     starts = np.flatnonzero(new_kind)

@@ -1,4 +1,4 @@
-"""The highest scores win, or the lowest, in reverse."""
+"""Top-k allocators: they choose the highest scores, or the lowest in reverse."""
 
 from collections.abc import Mapping
 

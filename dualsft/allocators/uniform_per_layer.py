@@ -13,9 +13,9 @@ from dualsft.allocators.groups import layer_of, layers
 class UniformPerLayer(ParameterAllocator):
     """The same number of weights in every layer, the best of each.
 
-    What is outside of all layers (embeddings, final norm, head) counts as one layer more, behind the others, unless it
-    is not among the trainable parameters. Numbers differ by one at most, the first layers having more, but a layer too
-    small for its part is taken whole and leaves the rest to the others. Ties go to the first name, then the first
+    Trainable parameters outside of all layers (embeddings, final norm, head) count as one more layer, the last. Numbers
+    differ by one at most, and the first layers get more, but a layer too small for its part is taken in full and leaves
+    the rest to the others. Ties go to the first name, then the first
     index.
 
     Args:

@@ -1,4 +1,4 @@
-"""The command line, one module a verb.
+"""The command line, one module per verb.
 
 In: arguments as typed. Out: artifacts and a printed summary, or one clear sentence.
 """

@@ -33,7 +33,7 @@ DESCRIPTION = (
 
 
 def allocate_command(arguments: Sequence[str]) -> None:
-    """Allocate, and print what was chosen; SELECTION is the first argument, unless a configuration names it."""
+    """Allocate, and print the choice; SELECTION is the first argument, unless a configuration names it."""
     config, replay = _parse(arguments)
     check_output_dir(config)
     try:
@@ -52,11 +52,11 @@ def allocate_command(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
-    """The settings, with the allocators made, and the YAML that replays them."""
+    """Parse the settings; return them with the allocators made, and the YAML that replays them."""
     parser = _parser()
     if arguments and not arguments[0].startswith("-"):
         named, rest = ["--selection", arguments[0]], arguments[1:]
-        # last, so that it outdoes a configuration; but what follows a request for help is taken for a part's option
+        # last, to override a configuration; but what follows a help option would be read as an option of its class
         arguments = [*named, *rest] if _asks_for_help(rest) else [*rest, *named]
     arguments = prepare(arguments, "allocate", parser)
     selection = _selection(arguments)
@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
 
 
 def _parser() -> ArgumentParser:
-    """The options; those that `select` has too are the same, in type and in help."""
+    """Build the parser; options that `select` has too have the same type and help."""
     usage = "dualsft allocate SELECTION --output_dir DIR [options]"
     parser = ArgumentParser(prog="dualsft allocate", usage=usage, description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("-c", *CONFIG[:1], action="config", help="Path to a configuration file in yaml format.")
@@ -90,12 +90,12 @@ def _parser() -> ArgumentParser:
         others = set(inspect.signature(kind).parameters) - set(taken)
         parser.add_class_arguments(kind, section, skip=others, sub_configs=True, instantiate=False)
         assert parser.groups is not None
-        parser.groups[section].title = title  # the class's own says what `select` does
+        parser.groups[section].title = title  # the class's own title describes `select`
     return parser
 
 
 def _selection(arguments: Sequence[str]) -> str | None:
-    """The selection that the command line names, or its last configuration to name one."""
+    """The selection named on the command line, otherwise by the last configuration that names one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--selection")
     parser.add_argument(*CONFIG, dest="configs", action="append", default=[])
@@ -109,9 +109,9 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def _stay_as_they_were(parser: ArgumentParser, manifest: Manifest, arguments: Sequence[str]) -> list[str]:
-    """Make what a selection was made with the default of every option; the keys for which that cannot be done.
+    """Make the selection's settings the options' defaults; return the keys for which that is impossible.
 
-    An allocator's options stay as long as it does: those of another one have defaults of their own.
+    An allocator's stored options are defaults only for the same allocator: another one has its own.
     """
     train, lost = manifest.data.train, []
     defaults: dict[str, Any] = {"data.train": train.path, "data.train_split": train.split}
@@ -124,18 +124,18 @@ def _stay_as_they_were(parser: ArgumentParser, manifest: Manifest, arguments: Se
         try:
             given = class_given(arguments, key)
             if not given or resolve_name(given) is resolve_name(stored.class_path):
-                defaults[key] = _made_again(name, stored)
-        except Exception:  # its package may be gone, or its options cannot be told from what it keeps
+                defaults[key] = _setting_of(name, stored)
+        except Exception:  # its package may be gone, or `_setting_of` fails
             lost.append(key)
     parser.set_defaults(defaults)
     return lost
 
 
-def _made_again(name: str, stored: Part) -> dict[str, Any]:
-    """The setting of an allocator that makes what a manifest describes.
+def _setting_of(name: str, stored: Part) -> dict[str, Any]:
+    """The setting from which the parser makes the allocator that a manifest describes.
 
     Raises:
-        ValueError: if another one comes of it, as it keeps its options under other names than it takes them by.
+        ValueError: if it makes another one, because the allocator stores its options under other names.
     """
     taken = inspect.signature(resolve_name(stored.class_path)).parameters
     options = {key: value for key, value in stored.options.items() if key in taken}

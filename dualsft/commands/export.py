@@ -1,7 +1,7 @@
 """`dualsft export`: from base and delta to the tuned model, back, and other forms of the same change.
 
-A result that --overwrite replaces stays until the new one is whole: that is written to a hidden folder next to it and
-moved in at the end. Whenever this is cut short, the old or the new one is whole, and the same command starts anew.
+A result that --overwrite replaces stays until the new one, written to a hidden folder next to it, is complete and moved
+into place. After an interruption either the old or the new one is complete, and the same command starts again.
 """
 
 import os
@@ -77,7 +77,7 @@ FORMS = {
 
 
 def export_command(arguments: Sequence[str]) -> None:
-    """Take a change from one form to another; the output folder is as it was after a mistake in the settings."""
+    """Convert a change from one form to another; a mistake in the settings leaves the output folder as it was."""
     quieten()
     if not arguments or (not arguments[0].startswith("-") and arguments[0] not in FORMS):
         told = f"has no form {arguments[0]!r}; its" if arguments else "needs to know what to make; its"
@@ -139,7 +139,7 @@ def _export(form: Form, options: Namespace, replay: str) -> None:
 
 
 def _holds_a_result(folder: Path) -> bool:
-    """Whether there is a finished result to keep until another, which is written next to it, is complete."""
+    """Whether the folder has a finished result, which is kept until its replacement is complete."""
     full = folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_dir()
     if full and os.path.ismount(folder):
         raise UserError(
@@ -150,14 +150,14 @@ def _holds_a_result(folder: Path) -> bool:
 
 
 def _beside(folder: Path) -> Path:
-    """Where a result is written that is to replace another one: on the same drive."""
+    """The hidden folder, on the same drive, for a result that is to replace another."""
     place = folder.resolve()
     return place.with_name(f".{place.name}.partial")
 
 
 @contextmanager
 def _claimed(run: RunFolder, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """A claimed folder's place for results; after a failure the folder is as it was, for nothing is worth resuming."""
+    """Claim a folder and yield where its results go; after a failure it is as it was, as nothing is worth resuming."""
     run.claim(identity)
     try:
         yield run.staging()
@@ -167,7 +167,7 @@ def _claimed(run: RunFolder, identity: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _make(staged: Path, write: Writer, replay: str) -> None:
-    """Write a result; once it is on the disk, moving it is all that is left, which takes no room."""
+    """Write a result and sync it to the disk, so that only the move is left, which needs no space."""
     write(staged)
     (staged / "config.yaml").write_text(replay, encoding="utf-8")
     for path in staged.rglob("*"):

@@ -65,7 +65,7 @@ class FitCLI(VerbCLI):
     def _checkpoints(self, folder: Path, given: list[Callback]) -> list[Callback]:
         options = self.config.model
         own: list[Callback] = []
-        # before the others, whose checkpoints then know of it
+        # before the other checkpoint callbacks, whose checkpoints then include its state
         if options.export == "best" and (best := best_checkpoint(folder, given)):
             own.append(best)
         if not any(isinstance(c, ModelCheckpoint) for c in given):
@@ -103,7 +103,7 @@ class FitCLI(VerbCLI):
     def _fit(self, folder: RunFolder) -> None:
         checkpoint = self._checkpoint(folder.path) if self.config.resume else None
         if checkpoint:
-            self.trainer.num_sanity_val_steps = 0  # the base model has been validated, and this is none
+            self.trainer.num_sanity_val_steps = 0  # it validates the base model, and this one is trained
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Exception as error:
@@ -114,7 +114,7 @@ class FitCLI(VerbCLI):
             raise
 
     def _checkpoint(self, folder: Path) -> Path | None:
-        """The checkpoint to resume from, if there is one; says which."""
+        """The checkpoint to resume from, if there is one; prints its name."""
         found = on_rank_zero(lambda: self._latest(folder))
         tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
         return found

@@ -1,4 +1,4 @@
-"""What select, fit and validate share: LightningCLI with the options of one verb."""
+"""The base of select, fit and validate: LightningCLI with the options of one verb."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class VerbCLI(LightningCLI, ABC):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options about the run itself, and let the model's name and the seed decide what follows from them."""
+        """Add the options about the run itself, and link the options that follow from the model's name and the seed."""
         add_folder_options(parser, resumable=True)
         parser.link_arguments("model.model_name_or_path", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -72,8 +72,8 @@ class VerbCLI(LightningCLI, ABC):
         self.replay = replay_of(self.parser, config)
 
     def instantiate_classes(self) -> None:
-        """Make the trainer, the module and the data module; what a library refuses there, the user gave it."""
-        with explaining_settings():  # loggers, accelerators, strategies: each refuses in a way of its own
+        """Make the trainer, the module and the data module; libraries' errors here are mistakes in the settings."""
+        with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
             super().instantiate_classes()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
@@ -97,7 +97,7 @@ class VerbCLI(LightningCLI, ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Do what the verb is for, with the trainer, the module and the data module."""
+        """Run the verb; the trainer, the module and the data module have been made."""
 
 
 def tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a user is shown when something is wrong, and not shown when nothing is.
+"""Error messages for users, and silence about anything that they cannot mend.
 
 Errors of the parser and of the libraries below become one plain sentence each.
 """
@@ -49,7 +49,7 @@ def _is_misconfiguration(error: BaseException) -> bool:
 
 
 def quieten() -> None:
-    """Silence other libraries' tips, and their warnings of their own deprecations, of which a user can mend nothing."""
+    """Silence other libraries' tips and deprecation warnings, about which a user can do nothing."""
     from transformers.utils import logging as transformers_logging  # messages of other verbs need no transformers
 
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
@@ -59,13 +59,13 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    # which copies the masters alone
+    # the override copies only the masters, which is intended
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
 
 
 @contextmanager
 def explaining_settings() -> Iterator[None]:
-    """Say in one sentence why a class cannot be made with its settings: in its own words, without the parser's."""
+    """Turn an error of making a class from its settings into one sentence, in the class's words, not the parser's."""
     try:
         yield
     except (UserError, ArgumentError):

@@ -1,4 +1,4 @@
-"""Arguments are prepared here for jsonargparse, which knows neither shared configurations nor registered names.
+"""Prepares arguments for jsonargparse, which knows neither shared configurations nor registered names.
 
 One configuration file describes a job, so each verb takes its own keys from it and skips those of other verbs. A key
 that no verb knows is an error. Wherever a class path is expected, a registered name may be given in its place.
@@ -63,7 +63,7 @@ def replay_of(parser: ArgumentParser, config: Namespace) -> str:
 
 
 def plain_values(value: Any) -> Any:
-    """A parsed configuration with the enumerations that defaults hold replaced by their values, which YAML can hold."""
+    """A parsed configuration with enumerations (in defaults) replaced by their values, which YAML can hold."""
     if isinstance(value, Namespace):
         return Namespace(**{key: plain_values(part) for key, part in vars(value).items()})
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def plain_values(value: Any) -> Any:
 
 
 def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
-    """The arguments after a verb with configuration files narrowed to it, and names replaced by class paths."""
+    """Prepare a verb's arguments: narrow configuration files to its keys, and replace names by class paths."""
     prepared: list[str] = []
     split = _added_up([part for a in arguments for part in _split(_moved(a))])
     for option in split:
@@ -87,20 +87,20 @@ def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list
             prepared.append(_expand_option(key, value))
             if key.endswith(".help") and _group(key):
                 found = resolve_name(prepared[-1])
-                if not inspect.signature(found).parameters:  # the parser's help prints nothing for it
+                if not inspect.signature(found).parameters:  # the parser prints no help for a class without options
                     print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
     return prepared
 
 
 def _moved(text: str) -> str:
-    """A text with class paths from before modules moved replaced by those of today."""
+    """Replace class paths of modules that have moved since by today's."""
     return re.sub(r"\w+(\.\w+)+", lambda path: MOVED.get(path[0], path[0]), text)
 
 
 def _added_up(arguments: list[str]) -> list[str]:
-    """The arguments with ``--tasks`` written ``--tasks+`` from its second time on.
+    """Rewrite ``--tasks`` as ``--tasks+`` from its second occurrence on.
 
-    So the first replaces what a configuration says, and the others add to it.
+    So the first replaces the tasks of a configuration, and the others add to it.
     """
     before = accumulate(arguments, lambda seen, argument: seen or argument == _ADD_UP, initial=False)
     return [f"{a}+" if a == _ADD_UP and again else a for a, again in zip(arguments, before, strict=False)]
@@ -123,7 +123,7 @@ def _group(option: str) -> str:
 
 
 def class_given(arguments: Sequence[str], key: str) -> str | None:
-    """The class path that prepared arguments give for a key last; None if they leave the class open."""
+    """The class path that prepared arguments give last for a key; None if they give none."""
     section, _, name = key.partition(".")
     found = None
     for option, value in zip(["", *arguments], arguments, strict=False):
@@ -151,7 +151,7 @@ def _expand_option(option: str, value: str) -> str:
 
 
 def _loaded(text: str) -> Any:
-    """What YAML says, or the text itself where it is none, so that the parser says what is wrong."""
+    """The value of a YAML text; the text itself if it is not YAML, so that the parser reports the error."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -176,7 +176,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[str, Any]:
-    """A configuration without the keys that only other verbs know; what none knows stays, for the parser to refuse."""
+    """A configuration without the keys of other verbs only; keys that no verb knows stay, for the parser to refuse."""
 
     def belongs(key: str) -> bool:
         others = (other for other in JOB if other != verb)

@@ -48,13 +48,13 @@ def quickstart_command(arguments: Sequence[str]) -> None:
 
 
 class QuickStart:
-    """The steps, in order, all with one seed; each writes into a folder of its own."""
+    """The steps of the quick start, all with one seed; each writes into its own folder."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._seed = folder, seed
 
     def rows(self) -> list[Row]:
-        """Run every step; one row of figures per model."""
+        """Run every step; return one row of figures per model."""
         chosen = self.select()
         control = self._folder / "random-selection"
         write_control(load_selection(chosen), POOL, control, self._seed, examples="random", weights="random")
@@ -66,7 +66,7 @@ class QuickStart:
         ]
 
     def select(self) -> Path:
-        """Select under the quick start's settings; the selection directory."""
+        """Select under the quick start's settings; return the selection directory."""
         self._run("select", "--output_dir", self._folder / "selection")
         return self._folder / "selection"
 
@@ -114,7 +114,7 @@ class QuickStart:
 
 
 def _shares(selection: Path | None, trained: bool) -> dict[str, Any]:
-    """Which share of the examples and weights was trained, and of those examples which share is clean target."""
+    """The shares of examples and weights that were trained, and the share of clean target data in these examples."""
     if not trained:
         return {"examples": 0.0, "weights": 0.0, "clean_target": None}
     if selection is None:

@@ -23,14 +23,14 @@ class ValidateCLI(VerbCLI):
     needs_folder = False  # the metrics may only be printed
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the one option of the trainer's method, and the tasks."""
+        """Add the option of `Trainer.validate`, and those of the tasks."""
         super().add_arguments_to_parser(parser)
         given = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
         parser.add_method_arguments(Trainer, "validate", skip=given)
         parser.add_class_arguments(TaskOptions)
 
     def run(self) -> None:
-        """Evaluate; what the tasks need is loaded first, so that a mistake in them shows at once."""
+        """Evaluate; the tasks are loaded first, so that a mistake in them shows at once."""
         config, model, data = self.config, self.model, self.datamodule
         options = TaskOptions(**{field.name: config[field.name] for field in fields(TaskOptions)})
         tasks = load_tasks(self.trainer, options)

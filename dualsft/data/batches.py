@@ -40,12 +40,12 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
 def length_batches(
     lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Cuts examples into batches by length, the longest first: what does not fit into memory shows at once.
+    """Cuts examples into batches by length, the longest first: a batch too large for memory fails at once.
 
     Args:
         lengths: Tokens of every example.
         batch_tokens: Largest (examples x longest) of a batch.
-        batch_size: Largest number of examples of a batch, if there is to be one.
+        batch_size: Largest number of examples of a batch; None for no limit.
         ids: Examples to batch; all of them by default. Ties in length are in order of id.
 
     Raises:

@@ -23,13 +23,13 @@ class Conversation:
     where: str
 
     def spans(self, text: str, first: int) -> Iterator[tuple[int, int]]:
-        """Yields the character range of every assistant turn from turn ``first`` on that says something.
+        """Yields the character range of every non-empty assistant turn from turn ``first`` on.
 
         A range of ``text``, the rendered conversation, starts where generation would start and includes the template's
         end-of-turn marker.
 
         Raises:
-            UserError: If the template writes a turn in a way that it cannot be found in the text.
+            UserError: If the template writes a turn such that it cannot be found in the text.
         """
         for turn, message in enumerate(self.messages):
             if turn >= first and message["role"] == "assistant" and message["content"].strip():

@@ -49,7 +49,7 @@ class Examples:
         return len(self.status)
 
     def ok_ids(self) -> list[int]:
-        """Ids of the examples that have something to learn, ascending."""
+        """Ids of the examples that have labels, ascending."""
         return [example_id for example_id, status in enumerate(self.status) if status == "ok"]
 
     def largest_id(self) -> int:

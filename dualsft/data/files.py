@@ -74,7 +74,7 @@ def _dump(record: Any) -> str:
 
 
 def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line with its end), split at LF alone: U+2028 and friends occur inside records."""
+    """Yields (line number from 1, line with its end), split at LF alone: U+2028 and the like occur inside records."""
     with file.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             try:
@@ -97,7 +97,7 @@ def _json_lines(file: Path) -> Iterator[SourceLine]:
         content = json.loads(text)
     except JSONDecodeError as error:
         if not text.lstrip().startswith("["):
-            yield from _jsonl_lines(file)  # which tells the broken line from the sound ones
+            yield from _jsonl_lines(file)  # names the broken line in its error
             return
         raise UserError(f"{file.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
     records = content if isinstance(content, list) else [content]
@@ -146,7 +146,7 @@ def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
 
     try:
         records = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises many kinds: none of them is for the reader of a command line
+    except Exception as error:  # the hub's client raises many kinds, none of them worded for users
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "

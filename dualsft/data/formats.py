@@ -58,7 +58,7 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
 
 
 def _render_alpaca(record: Mapping[str, Any], where: str) -> Rendered:
-    """Renders the two prompts that the Alpaca data came with, which models tuned on such data expect to the letter."""
+    """Renders the two prompts of the Alpaca data, which models tuned on such data expect verbatim."""
     context = _text(record, "input", where) if record.get("input") is not None else ""
     pairing, section = "", ""
     if context.strip():

@@ -35,9 +35,9 @@ BY_EXAMPLE = ("example_id", "spans")
 
 
 class AmbiguousShapeError(Exception):
-    """Two axes of an output have the same length, so it is not known which counts rows or tokens.
+    """Two axes of an output have the same length, so the one that counts rows or tokens is ambiguous.
 
-    In a batch with one more token to a row their lengths differ.
+    After `widen` adds one token of padding to every row, their lengths differ.
     """
 
 
@@ -72,7 +72,7 @@ class Layout:
         return sum(length for _, _, length in self.spans) / max(len(self.spans), 1)
 
     def by_example(self, values: Float[Tensor, "row token"]) -> Float[Tensor, "example longest"]:
-        """Values of tokens with one row per example, zero after its end.
+        """Rearrange values of tokens to one row per example, zero after its end.
 
         This is a gather, whose gradient adds up in the same order every time.
         """
@@ -89,7 +89,7 @@ class Layout:
         return ((row * self.tokens + first)[:, None] + steps).where(inside, 0), inside
 
     def token_axes(self, shape: Sequence[int]) -> list[int]:
-        """The axes, behind that of rows, of an output's shape that are as long as a row."""
+        """The axes of an output's shape, after the axis of rows, that are as long as a row."""
         if not shape or shape[0] != self.rows:
             return []
         return [axis for axis in range(1, len(shape)) if shape[axis] == self.tokens]
@@ -110,7 +110,7 @@ class Layout:
         return axes[0] if axes else 0
 
     def check_rows(self, shape: Sequence[int], where: str) -> None:
-        """Check that a module's output splits into rows, whichever axis counts tokens, if any does.
+        """Check that a module's output splits into rows; an axis of tokens is not needed.
 
         Raises:
             AmbiguousShapeError: if its first axis may count tokens of an output without rows (learned positions).
@@ -139,7 +139,7 @@ class Layout:
         return values.movedim(axis, 1).reshape(self.rows * self.tokens, -1)
 
     def expand(self, output: Tensor) -> Tensor:
-        """The output with an axis of rows, also where the batch shares one row of it (learned positions)."""
+        """The output with one row per row of the batch, also if the model computes one for all (learned positions)."""
         if output.dim() > 2 and output.shape[0] == 1 < self.rows and output.shape[1] == self.tokens:
             return output.expand(self.rows, *output.shape[1:])
         return output
@@ -151,7 +151,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) -> Batch:
-    """Some rows of a batch, ascending, with the examples in them; ``tokens`` must include these examples."""
+    """Select rows of a batch, ascending, with the examples in them; ``tokens`` must include these examples."""
     index = torch.tensor(rows, dtype=torch.int64, device=batch["input_ids"].device)
     part = {name: values[index, tokens] for name, values in batch.items() if name not in BY_EXAMPLE}
     if "spans" not in batch:
@@ -163,7 +163,7 @@ def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) 
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """The batch in at most this many parts of consecutive rows, as even as can be."""
+    """Split a batch into at most this many parts of consecutive rows, as even as possible."""
     return [select_rows(batch, rows.tolist()) for rows in torch.arange(len(batch["input_ids"])).chunk(parts)]
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class RowLists(Dataset[list[Any]]):
     """Gives the examples of a batch for their ids.
 
-    With ``batch_size=None`` a loader asks for what the sampler yields; a sampler, unlike a batch sampler, is where
-    Lightning looks for ``set_epoch``.
+    With ``batch_size=None`` a loader fetches each item of its sampler as a batch. The ids come from a sampler, not from
+    a batch sampler, because Lightning calls ``set_epoch`` on the former.
     """
 
     def __init__(self, examples: "datasets.Dataset") -> None:
@@ -41,7 +41,7 @@ class PackedRowLists(RowLists):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the batches not yet seen.
+    """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the remaining batches.
 
     Lightning saves and restores the state of a loader that has ``state_dict`` and ``load_state_dict``. It restores
     before it tells the sampler the epoch, hence the iterator decides where to start only when its first batch is
@@ -72,7 +72,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches, epoch = list(self.sampler), cast(TrainingBatches, self.sampler).epoch
         if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
-            self._yielded = 0
+            self._yielded = 0  # a new epoch, or the restored one was finished
         self._epoch, self._restored = epoch, False
         remaining = DataLoader(  # a plain loader: the batches already seen are not even read
             self.dataset,
@@ -90,12 +90,12 @@ class ResumableLoader(DataLoader[Any]):
 class KeepEpochCount(Callback):
     """Keeps checkpoints resumable in a run that was itself resumed from the last batch of an epoch.
 
-    Lightning then starts the next epoch without counting it as begun, and takes every later checkpoint of that run for
+    Lightning then starts the next epoch without counting it as begun, and treats every later checkpoint of that run as
     one between two epochs: the loader's position would be ignored. Within an epoch, one more has begun than has ended.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restores the count before the batch that a checkpoint may follow."""
+        """Restores the count; a checkpoint may follow this batch."""
         epochs = trainer.fit_loop.epoch_progress
         trackers: tuple[Any, ...] = (epochs.total, epochs.current)
         for tracker in trackers:

@@ -1,4 +1,4 @@
-"""The pool and the validation sets as a LightningDataModule: what ``data.*`` on the command line configures."""
+"""The pool and the validation sets as a LightningDataModule, configured by ``data.*`` on the command line."""
 
 import warnings
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ class InstructionDataModule(LightningDataModule):
         return {name: self._encoded(key) for name, key in self._keys.items()}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes what a stage needs, once.
+        """Reads and encodes the data that a stage needs, once.
 
         Args:
             stage: ``fit`` needs the pool and takes the validation sets there are, ``validate`` needs a validation set,
@@ -173,16 +173,16 @@ class InstructionDataModule(LightningDataModule):
 
         Args:
             ids: The examples; by default all that have labels.
-            start: How many of the first batches to leave out; they are not even read.
+            start: Number of batches to skip at the start; they are not read.
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
-            step: Of how many batches from there on to take one, the first.
+            step: Takes every ``step``-th batch from there on, starting with the first.
         """
         return self._scoring_loader(_TRAIN, self.packing, ids, start, batch_tokens, step)
 
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch]:
-        """Batches for scoring over the examples with labels of a set in `validation_sets`, as of `pool_loader`."""
+        """Batches for scoring over the examples with labels of a set in `validation_sets`; see `pool_loader`."""
         return self._scoring_loader(self._keys[name], self.packing, None, start, batch_tokens, step)
 
     def padding_share(self) -> float:
@@ -200,7 +200,7 @@ class InstructionDataModule(LightningDataModule):
             path, split = self._sources[key]
             if path is None:
                 raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
-            tokenizer = self.tokenizer  # whose mistakes are not the source's
+            tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
                 self._examples[key] = encode_examples(
                     read_records(path, split), tokenizer, self.options, self.max_length
@@ -228,7 +228,7 @@ class InstructionDataModule(LightningDataModule):
         return DataLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
 
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
-        """The arguments of a `DataLoader`, but its sampler."""
+        """The arguments of a `DataLoader` except its sampler."""
         return {
             "dataset": (PackedRowLists if packing else RowLists)(examples.dataset),
             "batch_size": None,
@@ -237,7 +237,7 @@ class InstructionDataModule(LightningDataModule):
         }
 
     def training_ids(self) -> list[int]:
-        """Ids of the examples to train on: those with labels, of the selection where one is given.
+        """Ids of the examples to train on: those with labels, and in the selection if one is given.
 
         Raises:
             UserError: If none is left.

@@ -1,4 +1,4 @@
-"""Which sources are read, and how: the validation sets by name, and the format of records with its recognition."""
+"""The sources of validation sets by name, and the format of records with its recognition."""
 
 import re
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class FormatOptions:
         )
 
     def text_columns(self, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """The columns that records with these columns are read from, and no others: prompt before response."""
+        """The columns that the format reads, given all columns of the records: prompt before response."""
         match self.recognise(columns):
             case "alpaca":
                 return ("instruction", "input", "output")

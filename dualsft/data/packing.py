@@ -1,10 +1,10 @@
-"""Examples -> packed rows -> batches: several examples end to end in a row, instead of one each and padding behind it.
+"""Examples -> packed rows -> batches: several examples end to end in a row, instead of one padded example per row.
 
 A batch of r rows whose fullest has t tokens costs r·t tokens. The limits are the same throughout:
 
     row_tokens                   largest row in tokens; no row is larger than a batch either
     batch_tokens                 largest r·t of a batch
-    batch_size, max_examples     largest number of examples of a batch or row, if there is to be one
+    batch_size, max_examples     largest number of examples of a batch or row; None for no limit
 
 An example that is longer than a row can be is a `UserError`. Each example occurs once in the result.
 """
@@ -60,8 +60,8 @@ def _joined(parts: Iterable[Iterable[int]]) -> Int[Tensor, " t"]:
 def pack_rows(lengths: Lengths, ids: Sequence[int], row_tokens: int, max_examples: int | None = None) -> list[Row]:
     """Packs examples into few rows: the longest first, each into the fullest row that has room for it.
 
-    This is best-fit decreasing, which needs at most 11/9 of the fewest rows there could be (and a row more); with the
-    lengths of real text it leaves next to nothing empty. The rows are in the order in which they were begun.
+    This is best-fit decreasing, which needs at most 11/9 of the minimum number of rows (plus one); with lengths of real
+    text almost no slot stays empty. The rows are in the order in which they were begun.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     rows: list[Row] = []
@@ -122,7 +122,7 @@ def packed_batches(
     batch_size: int | None = None,
     ids: Sequence[int] | None = None,
 ) -> list[list[Row]]:
-    """Packs examples into rows and cuts the rows into batches, the fullest first: what is too large shows at once."""
+    """Packs examples into rows and cuts these into batches, the fullest first: too large ones fail at once."""
     lengths = np.asarray(lengths, dtype=np.int64)
     rows = pack_rows(lengths, range(len(lengths)) if ids is None else ids, min(row_tokens, batch_tokens), batch_size)
     rows.sort(key=lambda row: -_tokens(lengths, row))

@@ -34,7 +34,7 @@ class Records:
         return (json.loads(line.text) for line in self._lines)
 
     def line(self, row: int) -> str:
-        """The record as one JSON line without its line end; of a JSON lines file, the line itself."""
+        """The record as one JSON line without its line end; the line itself if the source is JSON lines."""
         return self._lines[row].text
 
     def location(self, row: int) -> str:
@@ -78,7 +78,7 @@ def _parse(line: SourceLine, row: int) -> dict[str, Any]:
 
 
 def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """The text of a record: prompt before response, one line per text; of a conversation the contents of its turns.
+    """The text of a record: prompt before response, one line per text; a conversation gives its turns' contents.
 
     The columns are those of `FormatOptions.text_columns`; absent and null ones add nothing.
     """
@@ -91,7 +91,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
     elif isinstance(value, dict):
         for key, part in value.items():
-            if key != "role":  # who speaks is not what is said
+            if key != "role":  # the role is not part of the text
                 yield from _texts(part)
     elif value is not None:
         yield str(value)

@@ -1,4 +1,4 @@
-"""What training reads of a selection: the chosen ids, checked against the pool they were chosen from."""
+"""The part of a selection that training reads: the chosen ids, checked against the pool they were chosen from."""
 
 import json
 import math

@@ -35,8 +35,8 @@ class Chunk:
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
     """Tokenises prompt and response together and labels the tokens that overlap a supervised span.
 
-    The examples are of one format, and the tokenizer is a fast one; of each example the first ``max_length`` tokens
-    are kept.
+    The examples are of one format, and the tokenizer is a fast one; the first ``max_length`` tokens of each
+    example are kept.
     """
     ids, offsets = _tokenise(rendered, tokenizer)
     sizes = np.array([len(row) for row in ids], dtype=np.int64)
@@ -60,7 +60,7 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
 def _tokenise(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[_Offsets]]:
-    """Ids and character ranges; an end-of-sequence token is one character past the end of its text."""
+    """Tokenise to ids and character ranges; an end-of-sequence token's range is the character after its text."""
     with_special = rendered[0].add_eos
     encoding = tokenizer(
         [example.text for example in rendered],
@@ -111,8 +111,8 @@ def _token_ranges(
 ) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "token"]]:
     """Start and end of each token within its text.
 
-    Some byte-level tokenizers trim white space off the ranges they report and leave a token of spaces alone with none:
-    such a token covers what lies between the token before it and its own end.
+    Some byte-level tokenizers trim white space off the ranges that they report, so that a token of spaces has an empty
+    range: such a token gets the range from the end of the token before it to its own end.
     """
     flat = chain.from_iterable(chain.from_iterable(offsets))
     start, end = np.fromiter(flat, dtype=np.int64, count=2 * int(sizes.sum())).reshape(-1, 2).T

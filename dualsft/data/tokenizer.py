@@ -1,4 +1,4 @@
-"""Tokenizers: loading one by name, and the id that it pads with."""
+"""Loads a tokenizer by name, and finds the id that it pads with."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: any will do, since padding is masked; the tokenizer's own where it has one."""
+    """The id to pad with: the tokenizer's own, or any id, since padding is masked."""
     return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

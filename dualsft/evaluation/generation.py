@@ -66,8 +66,7 @@ def generate_answers(
 ) -> tuple[list[str], list[str]]:
     """Greedy continuations of each example's last prompt, and the reference texts.
 
-    On many ranks, which call this with the same batch, each answers its share of the prompts, at least one, and all get
-    all answers.
+    Every rank calls this with the same batch and answers its share of the prompts, at least one; all get all answers.
 
     Returns:
         (answers, references), special tokens removed.
@@ -100,7 +99,7 @@ def _continuations(
     device: torch.device,
     max_new_tokens: int,
 ) -> list[str]:
-    """The texts of greedy continuations; every rank makes as many calls of the model as the last to finish."""
+    """The texts of greedy continuations; every rank calls the model as often as the rank that finishes last."""
     pad, rows = pad_id(tokenizer), [torch.tensor(prompt) for prompt in prompts]
     # on the left, so that every prompt ends in the last column
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)

@@ -19,7 +19,7 @@ from dualsft.sharding.local_batch import local_rows
 
 
 class LanguageModelMetrics(torch.nn.Module):
-    """Loss, perplexity and accuracy per supervised token, each token weighing the same."""
+    """Loss, perplexity and accuracy over supervised tokens, with equal weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class LanguageModelMetrics(torch.nn.Module):
         self.accuracy = MeanMetric(nan_strategy="disable")
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Add a model's predictions for one padded batch, of which each rank evaluates its own rows."""
+        """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
         own = local_rows(batch)
         logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
         self.update(logits, own["labels"])
@@ -86,7 +86,7 @@ def validation_names(trainer: Trainer) -> list[str | None]:
 
 
 def check_validation_data(trainer: Trainer) -> None:
-    """Refuse a validation set without labels, which Lightning would skip without a word."""
+    """Refuse a validation set without labels, which Lightning would skip silently."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, InstructionDataModule):
         return

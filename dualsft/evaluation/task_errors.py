@@ -1,4 +1,4 @@
-"""One sentence for what is wrong with task files of the lm-evaluation-harness, which itself raises any exception.
+"""One sentence for each mistake in task files of the lm-evaluation-harness, which itself raises any exception.
 
 Unknown names and groups without tasks show in the files alone and are found before any data is read. A split that the
 data do not have, or a file without rows, is recognised by the exception.
@@ -33,7 +33,7 @@ class TaskIndex:
     unread: Mapping[Path, str]
 
     def check(self, name: str) -> None:
-        """Refuse a name that is no task, group or tag, and a group without tasks or with a task that is none."""
+        """Refuse a name that is no task, group or tag, and a group without tasks or with an unknown member."""
         if name not in self.entries:
             raise UserError(f"There is no task {name!r} {self._where(name)}.")
         entry = self.entries[name]
@@ -41,7 +41,7 @@ class TaskIndex:
             self._check_group(name, entry.cfg, entry.yaml_path, set(), ())
 
     def _where(self, name: str) -> str:
-        """Where a task was looked for, names that are close, and the harness's message on a file that may define it."""
+        """Where a task was looked for, close names, and the harness's message on a file that may define the task."""
         if self.folder:
             where = f"in {self.folder} or among the harness's own"
         else:

@@ -11,10 +11,10 @@ class TaskScore:
 
     Attributes:
         task: Its name.
-        metric: The metric's name; of answers that went through a filter with a name, followed by a comma and that.
-        value: What was measured.
+        metric: The metric's name; for answers that went through a named filter, with a comma and the filter's name.
+        value: The measured value.
         stderr: Standard error of the value; None where the harness gives none.
-        questions: How many questions it is over.
+        questions: The number of questions that the value is over.
         few_shot: Examples shown before each; None where the harness does not say.
     """
 
@@ -43,7 +43,7 @@ def task_scores(results: Mapping[str, Any]) -> list[TaskScore]:
 
 
 def task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Names for `metrics.json`, which no validation set's can be: ``tasks/TASK/METRIC``, and ``.../stderr``."""
+    """The scores as entries of `metrics.json`: ``tasks/TASK/METRIC[/stderr]``, unlike any validation set's name."""
     metrics = {}
     for score in task_scores(results):
         name = f"tasks/{score.task}/{score.metric}"
@@ -70,5 +70,5 @@ def _row(score: TaskScore) -> tuple[str, ...]:
 
 
 def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Align words to the left, numbers to the right."""
     return [f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]

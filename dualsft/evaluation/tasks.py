@@ -154,7 +154,7 @@ def evaluate_tasks(
 
 
 def _prepare(task: Any, few_shot: int | None, seed: int) -> None:
-    """The rules of the harness's own command line: a task that says 0 stays so, one that says nothing shows none."""
+    """Apply the rules of the harness's command line: a task with 0 shots stays so, one that says nothing gets none."""
     own = task.get_config("num_fewshot")
     if own is None or (few_shot is not None and own != 0):
         task.set_config(key="num_fewshot", value=few_shot or 0)
@@ -243,7 +243,7 @@ def _no_code_from_the_hub() -> Iterator[None]:
 
 @contextmanager
 def _captured_log(level: int = logging.WARNING) -> Iterator[list[logging.LogRecord]]:
-    """Captures what the harness logs meanwhile, and keeps it off the screen."""
+    """Captures the harness's log in this context, and keeps it off the screen."""
     logger, handler = logging.getLogger("lm_eval"), BufferingHandler(maxsize)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -258,7 +258,7 @@ def _captured_log(level: int = logging.WARNING) -> Iterator[list[logging.LogReco
 
 @contextmanager
 def _explaining(what: str, advice: str = "") -> Iterator[None]:
-    """Turns what the harness, the data sets or a task's own functions raise into one sentence."""
+    """Turns an exception of the harness, the data sets or a task's own functions into one sentence."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,10 @@
-"""From base and delta to the tuned checkpoint, back again, and from two checkpoints to their delta.
+"""Applying a delta to its base, reverting that, and extracting the delta of two checkpoints.
 
 Models are given as folders or hub ids, deltas as files. Each ``prepare_`` function checks everything that can be wrong,
-and returns what then writes the result into an empty folder. Where the files hold the parameters under the model's own
-names, both steps read one tensor at a time and write file by file, divided into files as the base is; memory holds one
-parameter, and in `prepare_extract` the delta. Where they do not (see `dualsft.models.stored`), or where the delta's
-values are of another type than the stored base, the model is loaded.
+and returns a function that writes the result into an empty folder. Where the files hold the parameters under the
+model's own names, both steps read one tensor at a time and write file by file, divided into files as the base is;
+memory holds one parameter, and in `prepare_extract` the delta. Otherwise (see `dualsft.models.stored`), or where the
+delta's values are of another type than the stored base, the model is loaded.
 """
 
 import shutil
@@ -64,7 +64,7 @@ def _keeps_types(change: Delta, stored: Weights) -> bool:
 
 
 def check_pair(change: Delta, base: str) -> dict[str, Any]:
-    """Refuse a change that belongs to another base, and return what is known of how it was made."""
+    """Refuse a change that belongs to another base, and return the record of how it was made."""
     change.check_base(fingerprint := model_fingerprint(base), base)
     counts = {"changed": sum(change.counts.values()), "all": empty_model(base).num_parameters()}
     return {
@@ -75,7 +75,7 @@ def check_pair(change: Delta, base: str) -> dict[str, Any]:
 
 
 def loaded_type(change: Delta) -> str:
-    """The type that a delta needs its base loaded in: the one that it names, otherwise that of its values."""
+    """The type to load a delta's base in: the one that the delta names, otherwise that of its values."""
     names = {dtype_name(dtype) for dtype in change.value_types.values()}
     return str(change.about.get("base", {}).get("dtype") or (names.pop() if len(names) == 1 else "auto"))
 
@@ -106,10 +106,10 @@ def _write_files(layout: Weights, read: Callable[[str], Tensor], folder: Path) -
 
 
 def prepare_revert(model: str, base: str, delta: str) -> Writer:
-    """The base model again, from a tuned one: of the base only the changed entries' old values are taken.
+    """The base model, restored from a tuned one; only the changed entries' old values are read from the base.
 
     Raises:
-        UserError: if one cannot be read, they do not belong together, or what comes out is not the base's weights: if
+        UserError: if one cannot be read, they do not belong together, or the result is not the base's weights, because
             the model differs from the base elsewhere too, or was rounded to a narrower type.
     """
     change = open_delta(Path(delta))
@@ -138,7 +138,7 @@ def prepare_revert(model: str, base: str, delta: str) -> Writer:
 
 
 def prepare_extract(base: str, model: str) -> Writer:
-    """A ``delta.safetensors`` that makes the tuned model of the base.
+    """A ``delta.safetensors`` that turns the base into the tuned model.
 
     Raises:
         UserError: if one cannot be read, they do not make the same model of the same weights, nothing differs, or
@@ -167,7 +167,7 @@ def prepare_extract(base: str, model: str) -> Writer:
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model as a Hugging Face folder; of a sharded one every rank calls this."""
+    """Write a model as a Hugging Face folder; every rank must call this for a sharded model."""
     if is_sharded(model):
         save_sharded(model, folder)
     else:

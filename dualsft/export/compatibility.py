@@ -1,8 +1,7 @@
 """Whether two checkpoints differ by a delta alone: the same tensors, and configurations of the same model.
 
 Configurations are compared as the library reads them, with its defaults filled in and old names of settings replaced.
-Settings that the model does not know, that only one of the files has, or that do not change what the model computes are
-left out.
+Settings that the model does not know, that one file lacks, or that do not change the model's results are left out.
 """
 
 import re
@@ -17,9 +16,9 @@ from dualsft.models.stored import Weights
 
 _IRRELEVANT = re.compile(
     r"_name_or_path|architectures|(torch_)?dtype|use_cache|output_\w+|return_dict|\w+_version|problem_type"
-    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for who prepares the input and ends the output
-    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # for training alone
-    r"|chunk_size_feed_forward|pretraining_tp"  # how to compute the same
+    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for tokenizers and generation
+    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # only for training
+    r"|chunk_size_feed_forward|pretraining_tp"  # the same result, computed in another way
 )
 
 
@@ -35,7 +34,7 @@ def check_configurations(base: str, model: str) -> None:
 def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
     before, after = one.config.to_dict(), other.config.to_dict()
     if before["model_type"] != after["model_type"]:
-        return ["model_type"]  # of another kind all settings are others
+        return ["model_type"]  # all other settings differ as well
     kinds = ["architectures"] if _special(one) != _special(other) else []
     shared = before.keys() & after.keys()
     first, second = (dict(_settings({key: config[key] for key in shared})) for config in (before, after))
@@ -44,7 +43,7 @@ def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
 
 
 def _special(model: PreTrainedModel) -> set[str]:
-    """The classes that a configuration names, beside the one that is loaded and that without its head."""
+    """The classes that a configuration names, except the loaded class and its base without a head."""
     usual = {type(model).__name__, type(model.base_model).__name__}
     return set(model.config.architectures or ()) - usual
 
@@ -80,7 +79,7 @@ def float_types(weights: Weights) -> set[str]:
 
 
 def common_type(old: Weights, tuned: Weights) -> str:
-    """The type to load the base in so that it differs from the tuned model by a delta alone; refuses if none does."""
+    """The type to load the base in so that only a delta separates it from the tuned model; refuses if there is none."""
     names = float_types(tuned)
     same = all(old.specs[name].dtype == spec.dtype for name, spec in tuned.specs.items())
     if not same and not (len(names) == 1 and names <= set(get_args(Dtype))):

@@ -2,10 +2,10 @@
 
     <name>.index    int64, flat, ascending: which entries of the parameter have other bits than in the base model
     <name>.value    their new values, in the tuned model's type
-    metadata        base_fingerprint: the hash of the base weights; about: JSON, what is known of how it was made
+    metadata        base_fingerprint: the hash of the base weights; about: JSON, the record of how it was made
 
 Where the tuned model is stored in another type than its base, the base is first converted to that type. An entry that
-was trained and came out with the bits that it had is left out: of an embedding, or in bfloat16, these may be many.
+was trained but kept its bits is left out: of an embedding, or in bfloat16, these may be many.
 """
 
 import json
@@ -55,7 +55,7 @@ def changes(
 def sharded_changes(
     before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Change]:
-    """The change of each tensor of a sharded model that has changed, on rank zero alone; every rank must call this.
+    """The changed tensors of a sharded model, with their changes, on rank zero alone; every rank must call this.
 
     ``before`` gives this rank's rows of a tensor, ``after`` holds the model's sharded parameters.
     """
@@ -87,7 +87,7 @@ class Delta:
     Attributes:
         path: Its file.
         base_fingerprint: The hash of the weights that it belongs to.
-        about: What it says of how it was made; empty if nothing.
+        about: The record of how it was made; empty if there is none.
         counts: Name of each changed parameter, sorted -> how many of its entries change.
         value_types: Name of each changed parameter -> the type of its new values.
     """
@@ -117,7 +117,7 @@ class Delta:
             )
 
     def check_entries(self, specs: Mapping[str, TensorSpec], named: str) -> None:
-        """Refuse entries that a model of these parameters does not have; one parameter is read at a time."""
+        """Refuse entries outside of a model's parameters; one parameter is read at a time."""
         for name in self.counts:
             if name not in specs:
                 raise UserError(
@@ -130,7 +130,7 @@ class Delta:
 
 
 def open_delta(path: Path) -> Delta:
-    """Open a delta; refuses a file that is none, or damaged."""
+    """Open a delta; refuses a file that is damaged or no delta."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a delta.safetensors.")
     try:

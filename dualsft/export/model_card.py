@@ -1,7 +1,7 @@
 """The model card: what was selected and how, how it was trained, how to load it, and how to get from base to result.
 
 It is written from the record that a delta carries (`dualsft.export.provenance`), so that applying the delta gives the
-same card as the training did; what the record does not hold, the card leaves out.
+same card as the training did; the card leaves out whatever the record lacks.
 """
 
 import json
@@ -93,7 +93,7 @@ def _section(title: str, lines: list[str]) -> list[str]:
 
 
 def _selection(record: Mapping[str, Any] | None) -> list[str]:
-    """One line for each thing that is known of the selection."""
+    """One line for each entry of the selection's record."""
     if not record:
         return []
     lines = []

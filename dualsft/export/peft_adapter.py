@@ -38,8 +38,8 @@ class _Plan:
 
     Attributes:
         rank: SHiRA's r.
-        sparse: Linear layers of which entries are stored -> the weight's parameter.
-        whole: Parameters of the modules that are stored whole, by their names in them -> the parameter.
+        sparse: Linear layer stored as sparse entries -> its weight's parameter.
+        whole: Every name of a parameter in the modules that are stored whole -> its first name.
         modules: The modules that are stored whole.
     """
 
@@ -50,7 +50,7 @@ class _Plan:
 
 
 def prepare_peft(base: str, delta: str) -> Writer:
-    """An adapter of a delta, which PEFT loads onto the base model, a folder or hub id.
+    """A PEFT adapter for the base model (a folder or hub id) that makes the change of a delta.
 
     Raises:
         UserError: if either cannot be read, they do not belong together, or the delta does not fit an adapter.
@@ -82,7 +82,7 @@ def _plan(model: nn.Module, change: Delta) -> _Plan:
         UserError: if not a single layer's change fits SHiRA, or a module that is to be stored whole has a buffer.
     """
     names = _parameter_names(model)
-    changed: dict[str, set[str]] = defaultdict(set)  # module -> its own changed parameters, by their names in it
+    changed: dict[str, set[str]] = defaultdict(set)  # module -> its changed parameters, by their names in the module
     for name, first in names.items():
         if first in change.counts:
             module, _, leaf = name.rpartition(".")
@@ -118,7 +118,7 @@ def _check_no_buffers(model: nn.Module, modules: Iterable[str]) -> None:
 
 
 def _cheapest(layers: Mapping[str, tuple[int, torch.Size]], change: Delta) -> tuple[int, set[str]]:
-    """The r with which the adapter is smallest, and the layers that are then sparse; 0 if none can be.
+    """Find the r of the smallest adapter, and the layers that are sparse with it; 0 if none can be.
 
     Args:
         layers: Linear layer -> how many entries change, and its shape.
@@ -170,7 +170,7 @@ def _write_tensors(path: Path, plan: _Plan, stored: Weights, change: Delta) -> N
 
 
 def _entries(weight: Tensor, change: Delta, name: str, rank: int) -> tuple[Tensor, Tensor]:
-    """Coordinates (2, entries) and values (entries) of what is added to a weight; filled up with zeros elsewhere."""
+    """Coordinates (2, entries) and values (entries) of a weight's differences, filled up with zeros elsewhere."""
     index, new = change.change(name)
     chosen = torch.zeros(weight.numel(), dtype=torch.bool)
     chosen[index] = True

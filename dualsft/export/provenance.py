@@ -19,7 +19,7 @@ _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
 
 
 def published_name(name_or_path: str) -> str:
-    """A hub id unchanged; the last name of a file or folder."""
+    """Return a hub id unchanged, and a path's last component."""
     path = Path(name_or_path).expanduser()
     is_local = path.exists() or name_or_path.startswith(("/", ".", "~")) or name_or_path.count(os.sep) > 1
     return path.resolve().name if is_local else name_or_path
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) -> dict[str, Any]:
-    """What was selected and how, by these keys of a selection's manifest; those that it has not are left out."""
+    """What was selected and how: these keys of a selection's manifest, missing ones left out."""
     record = {key: manifest[key] for key in published if manifest.get(key) is not None}
     if checkpoint := record["warmup"].get("checkpoint"):
         record["warmup"] = {**record["warmup"], "checkpoint": published_name(checkpoint)}
@@ -47,7 +47,7 @@ def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) ->
 
 
 def _describe_data(source: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Name, fingerprint and rows of a source; of named validation sets one each."""
+    """Describe a source by name, fingerprint and rows; named validation sets one by one."""
     if not isinstance(source.get("fingerprint"), str):
         return [{"set": name, **_describe_data(one)[0]} for name, one in source.items()]
     name = {"name": published_name(source["path"])} if source.get("path") else {}

@@ -1,4 +1,4 @@
-"""Which checkpoints a fit keeps, and which weights it ends with."""
+"""The checkpoints that a fit keeps, and the weights that it ends with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def _monitored(callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
 
 
 class RecentCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint every so often that saves no checkpoint just before a validation.
+    """A ModelCheckpoint at regular intervals that saves no checkpoint just before a validation.
 
     Lightning does not catch up on that validation when a run resumes from there, and early stopping, the best weights
     and the report, which depend on it, would differ.
@@ -49,7 +49,7 @@ class RecentCheckpoint(ModelCheckpoint):
 
 
 class BestWeights(Callback):
-    """Ends a fit with the weights of the best checkpoint of the first ModelCheckpoint that monitors a metric."""
+    """Loads, when a fit ends, the best checkpoint of the first ModelCheckpoint that monitors a metric."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there will be a best checkpoint."""
@@ -62,7 +62,7 @@ class BestWeights(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the best weights; callbacks that average weights have run by now, and checkpoints hold averages."""
+        """Load the best weights, after callbacks that average weights; checkpoints hold averages."""
         checkpoint = _monitored(trainer.callbacks)  # type: ignore[attr-defined]
         if checkpoint is None or not checkpoint.best_model_path:
             say("there was no validation to tell which weights are best: the last ones are kept")
@@ -75,14 +75,14 @@ class BestWeights(Callback):
 class EndOfTraining(Callback):
     """Calls ``on_train_end`` where a resumed run has nothing left to train, which Lightning does not.
 
-    That hook puts in averages and the best weights. This callback belongs before the callbacks that use the final
-    weights when the fit ends.
+    That hook loads averages and the best weights. This callback belongs before the callbacks that use the final weights
+    when the fit ends.
     """
 
     _ended = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has called it."""
+        """Remember that Lightning has called this hook."""
         self._ended = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

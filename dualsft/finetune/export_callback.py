@@ -31,7 +31,7 @@ class ExportModel(Callback):
         self._folder = Path(output_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export finite weights, and refuse others; Lightning does not come here after an interruption or an error."""
+        """Export finite weights, and refuse others; Lightning does not call this after an interruption or an error."""
         if not isinstance(pl_module, MaskedFinetuneModule):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
         if any_rank(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):

@@ -1,7 +1,7 @@
 """The report of a fit, interruptions included, as figures and as a table.
 
-On several ranks the figures are those of the whole job, as every rank iterates over all batches; peak memory is that of
-the rank with the most.
+On several ranks the figures are those of the job, as every rank iterates over all batches; peak memory is that of the
+rank with the most.
 """
 
 import time
@@ -47,7 +47,7 @@ class Progress:
 
 
 class FitReport(Callback):
-    """Counts and measures; its state is in the checkpoints, so that a resumed run reports on all of the fit."""
+    """Counts and times a fit; its state is in the checkpoints, so that a resumed run reports on all of the fit."""
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -59,7 +59,7 @@ class FitReport(Callback):
         self._start, self._device = time.perf_counter(), pl_module.device
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the base model's metrics if the check covered all batches; a resumed run's check is of another model."""
+        """Keep the base model's metrics if the check covered all batches; a resumed run would check a trained model."""
         if (
             trainer.global_step == 0
             and trainer.num_sanity_val_batches == trainer.fit_loop.epoch_loop.val_loop.max_batches
@@ -137,7 +137,7 @@ def _examples(trainer: Trainer) -> int:
 
 
 def _train_loss(progress: Progress) -> dict[str, Any]:
-    """The mean loss of the first and of the last batches, as many of each and none in both."""
+    """The mean loss of the first and of the last batches, equally many and without overlap."""
     count = max(1, min(_BATCHES, progress.batches // 2))
     parts = {"first": progress.first[:count], "last": progress.last[-count:]}
     means = {name: sum(losses) / len(losses) if losses else None for name, losses in parts.items()}

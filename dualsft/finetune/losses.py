@@ -5,8 +5,8 @@
 
 Tokens are supervised ones throughout. With gradient accumulation a step has several batches. Their example means are
 averaged, each batch weighing the same. Their token means would not add up to the step's, as batches differ in tokens,
-and how many tokens a step has is known at its last batch alone. So a batch's sum is divided by the tokens of the step's
-first batch, and the accumulated gradient is multiplied by what corrects that before it is clipped.
+and a step's number of tokens is known only at its last batch. So a batch's sum is divided by the tokens of the step's
+first batch, and the accumulated gradient is multiplied by the correcting factor before it is clipped.
 
 On several ranks n and T count all ranks, and each rank sums over its own rows; gradients are summed over ranks.
 """
@@ -28,14 +28,14 @@ Loss = Literal["example_mean", "token_mean"]
 
 
 class StepLoss:
-    """The loss of the batches of a step, whose gradients are accumulated; its kind says what it is the mean over."""
+    """The loss over the batches of a step, whose gradients are accumulated: a mean over examples or over tokens."""
 
     def __init__(self, kind: Loss) -> None:
         self._kind = kind
         self._first = self._tokens = 0
 
     def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(the batch's own mean, this rank's share of what to differentiate for the step)."""
+        """(the batch's own mean, this rank's share of the loss to differentiate for the step)."""
         own = local_rows(batch)
         if self._kind == "example_mean":
             share = example_losses(model, own).sum() / len(batch["example_id"])
@@ -48,7 +48,7 @@ class StepLoss:
 
     @torch.no_grad()
     def finish(self, parameters: Iterable[Tensor], accumulated: int) -> None:
-        """End the step: bring the gradients, of losses each divided by ``accumulated``, to that of the step's loss."""
+        """End the step: rescale the gradients, whose losses were divided by ``accumulated``, to the step's loss."""
         if self._kind == "example_mean":
             return
         factor = accumulated * self._first / self._tokens

@@ -133,7 +133,7 @@ class MaskedFinetuneModule(LightningModule):
         return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a schedule; some fail only now on settings that they cannot work with."""
+        """Step a schedule; some refuse unusable settings only here."""
         try:
             super().lr_scheduler_step(scheduler, metric)
         except (ArithmeticError, ValueError, TypeError, IndexError) as error:
@@ -202,7 +202,7 @@ class MaskedFinetuneModule(LightningModule):
         self.compact.write_back()
 
     def on_train_end(self) -> None:
-        """End with the masters that callbacks have put in."""
+        """Copy the masters, which callbacks may have exchanged, into the model."""
         self.compact.write_back()
 
     def on_validation_epoch_end(self) -> None:
@@ -215,7 +215,7 @@ class MaskedFinetuneModule(LightningModule):
         self.log_dict(metrics, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the masters belong to, and the gradients of an unfinished accumulation."""
+        """Save the origin of the masters, and the gradients of an unfinished accumulation."""
         checkpoint["dualsft"] = {
             "origin": self._origin,
             "gradients": self.compact.pending_gradients(),
@@ -246,7 +246,7 @@ class MaskedFinetuneModule(LightningModule):
         self._resumed_gradients = {}
 
     def _describe_origin(self) -> dict[str, str]:
-        """What a checkpoint belongs to: the base weights, the trained ones among them, and the chosen examples."""
+        """The origin of a checkpoint: the base weights, the trained ones among them, and the chosen examples."""
         ids = self.selection.example_ids if self.selection else None
         examples = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         return {"base": self.base_fingerprint, "weights": self.compact.fingerprint, "examples": examples}

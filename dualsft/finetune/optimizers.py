@@ -1,8 +1,8 @@
 """The optimizer and the learning rate schedule of a masked fine-tune, from the user's factories.
 
 An optimizer sees the selected entries of each tensor as one vector. Most of torch's work entry by entry, and LBFGS on
-inner products, to which the entries left out add nothing: they train as on the dense tensors under masked gradients.
-What needs the tensor's shape is refused, or says what it does instead.
+inner products, to which omitted entries add nothing: they train as on dense tensors with masked gradients. An optimizer
+that needs the tensor's shape is refused, or the log says what it does instead.
 """
 
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ from dualsft.sharding.collectives import world_size
 
 
 def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:
-    """The optimizer over the compact parameters, whose gradients are accumulated over so many batches.
+    """The optimizer over the compact parameters, whose gradients are accumulated over ``accumulated`` batches.
 
     Raises:
-        UserError: if it refuses its settings, or cannot do its work on these parameters.
+        UserError: if the optimizer refuses its settings, or cannot work on these parameters.
     """
     try:
         optimizer = factory(parameters)

@@ -53,8 +53,8 @@ class Samples:
 class LogSamples(Callback):
     """Answers a few prompts at each validation, writes the answers to a file and shows one of each set.
 
-    The file has one JSON object a line, in order of steps. A resumed run that comes to a step again replaces what an
-    earlier one wrote from that step on, so that it ends as in an unbroken run.
+    The file has one JSON object a line, in order of steps. A resumed run that repeats a step replaces the samples from
+    that step on, so that the file ends as in an unbroken run.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -63,7 +63,7 @@ class LogSamples(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Answer before the first batch: only then is the model sure to hold the weights that are validated."""
+        """Answer before the first batch, when the model is sure to hold the weights that are validated."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING and trainer.logger is not None
         resumed = trainer.sanity_checking and trainer.global_step > 0  # no validation of that step

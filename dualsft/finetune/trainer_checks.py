@@ -101,6 +101,6 @@ def check_monitor(trainer: Trainer, where: str, part: object, known: Sequence[st
 
 
 def _may_log(callback: Callback) -> bool:
-    """Whether a callback may log metrics of its own: any foreign one, and Lightning's LearningRateMonitor."""
+    """Whether a callback may log metrics: any but Lightning's own, and Lightning's LearningRateMonitor."""
     foreign = type(callback).__module__.split(".")[0] not in ("lightning", "dualsft")
     return foreign or isinstance(callback, LearningRateMonitor)

@@ -76,7 +76,7 @@ class HessianVectorProduct:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """The model with plain attention, as fused kernels have no second derivative, and unsharded, in this context."""
+    """Give the model plain attention, as fused kernels have no second derivative, and unshard it, in this context."""
     with unsharded(model), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -107,10 +107,10 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def check_smooth(
     forward: Mapping[str, Tensor], backward: Mapping[str, Tensor], center: Mapping[str, Tensor], name: str
 ) -> None:
-    """Check that the gradient changes as much ahead of θ as behind it, as it does where it is smooth.
+    """Check that the gradient is smooth at θ: that it changes as much ahead of θ as behind it.
 
-    It is not smooth where the model switches, as a router that sends a token to another expert does: the difference is
-    then that of a jump, and the second difference not small against the first.
+    It is not smooth where the model switches, as a router that sends a token to another expert does: the difference
+    then measures a jump, and the second difference is not small against the first.
 
     Args:
         forward: Σ_i g_i of the term of this name at θ + εd, by parameter name.

@@ -78,7 +78,7 @@ class ColumnSums:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for parameter in self._parameters.values():  # of a backward that an error has cut short
+        for parameter in self._parameters.values():  # left by a backward that an error interrupted
             parameter.grad = None
 
     def _add(self, name: str, parameter: Tensor) -> None:
@@ -142,7 +142,7 @@ class RowSums:
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find which module uses which parameter, if it is not known yet, by another forward pass of the same input."""
         if self._placement is None and torch.is_grad_enabled():
-            self._placement = {}  # not None: that pass comes here too
+            self._placement = {}  # not None, as that pass calls this hook too
             try:
                 self._placement = find_placement(model, self._names, self.rows.check_output, args, kwargs)
             except BaseException:

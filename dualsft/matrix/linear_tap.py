@@ -47,7 +47,7 @@ class LinearTap(Tap):
     """A tap on a linear layer, whose backward is replaced by one that adds to the rows as well."""
 
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The output with the other backward."""
+        """The output with the replaced backward."""
         (a,) = args or kwargs.values()
         a, output = self.rows.layout.expand(a), self.rows.layout.expand(output)
         self.rows.check_shape(output.shape, self.where)
@@ -75,7 +75,7 @@ class LinearTap(Tap):
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
     def _weight_gradient(self, e: Tensor, a: Tensor, us: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The weight gradient Σ_i dW_i, having added <dW_i, U> to the rows by the cheaper way."""
+        """Add <dW_i, U> to the rows by the cheaper way, and return the weight gradient Σ_i dW_i."""
         layout = self.rows.layout
         by_gradient = (
             not self.rows.by_token
@@ -107,8 +107,7 @@ def example_gradients(
 ) -> tuple[Float[Tensor, "direction example"], Float[Tensor, "out in"]]:
     """<e_iᵀ a_i, U> of every direction U and example, and Σ_i e_iᵀ a_i in this type, a block of the matrix at a time.
 
-    The block's longer side comes first, which is what matrix multiplication into few rows is slow at; the sum over
-    examples is float32 at least.
+    The block's longer side comes first, as multiplication into few rows is slow; sums are float32 at least.
     """
     out_features, in_features = us[0].shape
     e, a = (part.reshape(layout.rows, layout.tokens, -1) for part in (e, a))

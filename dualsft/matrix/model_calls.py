@@ -1,8 +1,8 @@
 """The calls of a model that a pass makes, and their order among those of other ranks.
 
-All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), though they have other batches, and
-other examples to look at again. Until the kind of call that a rank wants is due on all of them, it takes part in other
-ranks' calls with a dummy example, which adds nothing. On one process nothing waits.
+All ranks of a sharded model make each call together (`dualsft.sharding.lockstep`), although each has its own batches,
+and its own examples to re-examine. Until the kind of call that a rank wants is due on all of them, it takes part in
+other ranks' calls with a dummy example, which adds nothing. A single process never waits.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,13 +45,13 @@ _DUMMY: Batch = {
 
 @dataclass(eq=False)
 class ModelCalls:
-    """Forward, which is ``losses(model, *begin(batch))``, and backward, with the sums that backward adds to.
+    """The forward and backward calls of a pass, and the sums that backward adds to.
 
-    Sums that are not wanted are None.
+    A forward call is ``losses(model, *begin(batch))``. Sums that are not wanted are None.
 
     Attributes:
         gather: Makes a sharded model's directions available in backward.
-        void: Whether a gradient that is not finite has been added to the sums, which are of no use since.
+        void: Whether a gradient that is not finite has been added to the sums, which are then invalid.
     """
 
     model: PreTrainedModel
@@ -69,11 +69,11 @@ class ModelCalls:
         return self.row_sums.rows if self.row_sums else None
 
     def wait(self, kind: CallKind) -> None:
-        """Return when calls of this kind are due on all ranks, having taken part in those that other ranks made."""
+        """Take part in other ranks' calls until calls of this kind are due on all ranks."""
         wait_for_turn(kind, self._take_part)
 
     def wait_for_probe(self) -> None:
-        """Return when gradients of single examples are due."""
+        """Take part in other ranks' calls until gradients of single examples are due on all ranks."""
         self.gather.drop()  # on all ranks, which gather again together
         self.wait(CallKind.PROBE)
 
@@ -87,12 +87,12 @@ class ModelCalls:
             losses = self.losses(self.model, *self.begin(_DUMMY))
             if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
                 return
-            self.backward(0 * losses)
+            self.backward(0 * losses)  # weight zero: it adds nothing to sums or rows
             if any_rank(not self.finite):
-                self.find_nonfinite(None)
+                self.find_nonfinite(None)  # dummy probes, until the other ranks have found their examples
 
     def begin(self, batch: Batch) -> tuple[Batch, Layout]:
-        """Make the taps ready for a batch; the batch on the model's device, and its layout."""
+        """Prepare the taps for a batch; return the batch on the model's device, and its layout."""
         layout = Layout.of(batch)
         self.gather.drop()
         if self.rows is not None:
@@ -124,11 +124,11 @@ class ModelCalls:
 
     @property
     def finite(self) -> bool:
-        """Whether the last backward was finite; without columns, as far as the rows show."""
+        """Whether the last backward was finite, by the columns or else by the rows."""
         return self.columns.finite if self.columns else self._has_finite_rows()
 
     def _has_finite_rows(self) -> bool:
-        """Whether the rows are finite, as far as they are known: an example alone may have ambiguous axes."""
+        """Whether the rows are finite, or unknown: an example alone may have ambiguous axes."""
         return self.rows is None or self.is_ambiguous() or bool(self.rows.read().isfinite().all())
 
     def has_finite_loss(self, example: Batch) -> bool:

@@ -1,7 +1,7 @@
-"""Which examples spoilt a batch: those whose loss or gradient is not finite by itself.
+"""Finds the examples that spoilt a batch: those whose loss or gradient is not finite by itself.
 
 Losses and gradients that are not finite do not show which example is to blame: in a packed row one example's NaN
-spreads to its neighbours, and gradients are sums over the batch. So the suspects are looked at one by one.
+spreads to its neighbours, and gradients are sums over the batch. So the suspects are inspected one by one.
 """
 
 from collections.abc import Callable, Collection
@@ -15,12 +15,12 @@ from dualsft.sharding.collectives import any_rank
 
 
 def all_finite(values: Tensor) -> Bool[Tensor, ""]:
-    """Whether all entries, of which there is one at least, are finite, without a copy; does not wait for the device."""
+    """Whether all entries (at least one) are finite; makes no copy, and does not wait for the device."""
     return torch.stack(torch.aminmax(values)).isfinite().all()  # both are NaN if any entry is
 
 
 def nonfinite_examples(batch: Batch, is_finite: Callable[[Batch], bool], suspects: Collection[int]) -> list[int]:
-    """The ids of the suspects that are not finite in a batch of their own, in the order of the batch."""
+    """The ids of the suspects that are not finite alone, in the order of the batch."""
     ids = batch["example_id"].tolist()
     return [i for k, i in enumerate(ids) if i in suspects and not is_finite(one_example(batch, k))]
 
@@ -45,7 +45,7 @@ class FiniteLosses:
     Attributes:
         losses: l_i of each example of the batch, all finite; None while pending, and if no example is left.
         batch: The batch of the next forward pass, and in the end that of the losses.
-        alone: Examples that only padding or neighbours spoil: each is to be differentiated as a batch of its own.
+        alone: Examples that only padding or neighbours spoil: each must be differentiated as its own batch.
         nonfinite: Ids of the examples whose loss is not finite.
     """
 
@@ -84,7 +84,7 @@ class FiniteLosses:
         width = self.batch["input_ids"].shape[1]
         alone = len(self.batch["input_ids"]) == 1 and Layout.of(self.batch).spans == (
             (0, 0, width),
-        )  # looked at already
+        )  # inspected already
         if bad := suspects if alone else set(nonfinite_examples(self.batch, self._is_finite, suspects)):
             self.nonfinite |= bad
             return drop_examples(self.batch, bad)

@@ -7,8 +7,8 @@ Examples that are not finite are left out and reported. A *loss* that is not fin
 that is not finite shows only when parts of it have been added to the sums: the pass goes on to find all such examples,
 and is repeated without them.
 
-A killed run's pass goes on from the state that was kept between two batches. Each rank of a sharded model passes over
-batches of its own (`model_calls.py`); what is found of the examples is gathered in the end, and the sums stay shards.
+A killed run's pass resumes from the state that was kept between two batches. Each rank of a sharded model passes over
+batches of its own (`model_calls.py`); the examples' results are gathered in the end, and the sums stay shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,16 +77,16 @@ def gradient_pass(
 
     Args:
         model: The model at the scoring checkpoint, in evaluation mode.
-        batches: Gives the batches, the same ones whenever it is called.
+        batches: Returns the batches, the same ones at each call.
         watch: Wraps the iteration, for progress.
-        directions: Any number of u, each per trainable parameter; rows are taken for all of them at once.
+        directions: Any number of u, each per trainable parameter; one pass takes the rows for all of them.
         columns: Whether to sum the gradients; without, no weight gradient is computed.
         squared: Whether to sum the squares of the gradients' entries instead, with a backward pass for each example.
         by_token: Whether to keep the rows' contributions by token.
-        measurement: What else to measure of each example; all but its loss takes a backward pass for each example.
-        keeper: Keeps the state of the pass from time to time, and has what an earlier run kept.
+        measurement: Statistics to measure of each example; all but its loss take a backward pass for each example.
+        keeper: Saves the state of the pass from time to time, and loads the state of an earlier run.
         losses: l_i of each example of a batch.
-        derivative: What takes the place of a backward pass.
+        derivative: Replaces the backward pass.
         shards: The parameters of a sharded model, by name, if the model is unsharded during the pass: the ranks' sums
             are added up in the end, and each rank keeps its shards of them.
 
@@ -128,14 +128,14 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 class _Pass:
-    """The scoring of batches, which begins again if a gradient is met that is not finite (`ModelCalls.void`)."""
+    """Scores batches; starts over if a gradient turns out not to be finite (`ModelCalls.void`)."""
 
     def __init__(self, calls: ModelCalls, keep_losses: bool) -> None:
         self._calls, self._keep_losses = calls, keep_losses
         self._begin(frozenset())
 
     def _begin(self, excluded: frozenset[int]) -> None:
-        """Begin without the examples that spoilt an earlier attempt."""
+        """Start (over), without the examples that spoilt an earlier attempt."""
         calls, self._excluded = self._calls, excluded
         calls.void, self._done = False, 0
         self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))
@@ -189,7 +189,7 @@ class _Pass:
                 result.nonfinite |= calls.find_nonfinite(found.batch)
             elif not calls.void:
                 self._count(found.batch, found.losses)
-        # 4. What its company spoilt is scored by itself.
+        # 4. Score alone each example that only its batch spoilt.
         for example in found.alone:
             self.score(example)
 
@@ -221,7 +221,7 @@ class _Pass:
                 spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
     def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Go on from the state that an earlier run kept."""
+        """Resume from the state that an earlier run kept."""
         self._done, self._calls.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
         sums = self.result.sums  # the hooks add to these very tensors
         self.result = GradientPass.from_state(tensors, notes)

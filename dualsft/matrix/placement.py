@@ -5,9 +5,8 @@ without calling the child, as state-space mixers do with their convolution. And 
 examples, as those of experts that sort tokens. Then an enclosing module is tapped, and its forward is differentiated
 with respect to all weights used in it that are not scored in a module inside it.
 
-Which module uses what is read off the autograd graph of one forward pass. Every module's output is marked in the graph,
-so that the weights reached from there, up to the module's inputs and the marks of its children, are those of its own
-forward.
+Which module uses which weight is read off the autograd graph of one forward pass. Every module's output is marked in
+it, so that the weights reached from there, up to the module's inputs and its children's marks, are its forward's own.
 """
 
 from collections import defaultdict
@@ -32,7 +31,7 @@ def find_placement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Placement:
-    """Where each parameter is scored, found by one forward pass of these arguments.
+    """Find where each parameter is scored, by one forward pass of these arguments.
 
     ``names`` has the name of each scored parameter by its identity. ``check_output`` raises a UserError for an output
     that cannot be split; it also gets the module's name and type.
@@ -45,7 +44,7 @@ def find_placement(
     with requires_grad(parameters, True), observer:  # in a pass for rows alone they do not
         model(*args, **kwargs)
     placement = observer.placement
-    # 1. What an enclosing module's derivative contains already is not scored inside it again.
+    # 1. A weight that an enclosing module's derivative covers is not scored inside that module again.
     for outer, scored in list(placement.items()):
         for inner in outer.modules():
             if inner is not outer and inner in placement:
@@ -118,9 +117,9 @@ class _Observer:
         call = self._calls.pop()
         leaves, structure = pytree.tree_flatten(output)
         outputs = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
-        # 1. What the module uses, with what its children could not score.
+        # 1. Parameters that the module uses, and those that its children could not score.
         used = call.deferred | self._used(list(outputs.values()), call)
-        # 2. What of that is scored here: parameters inside the module, if its outputs split.
+        # 2. Parameters scored here: those inside the module, if its outputs split.
         error = self._refusal(module, call, list(outputs.values())) if self._within[module] else None
         if error is not None:
             self.unsplit.add(module)
@@ -133,7 +132,7 @@ class _Observer:
         return pytree.tree_unflatten(leaves, structure)
 
     def _used(self, outputs: list[Tensor], call: "_ObservedCall") -> set[str]:
-        """Names of the parameters from which these outputs, and the inputs of children, are made inside the call."""
+        """Names of the parameters that these outputs, and the inputs of children, depend on inside the call."""
         used = {self._names[id(x)] for x in outputs if id(x) in self._names}
         seen, todo = set(call.boundary), [x.grad_fn for x in outputs] + list(call.inner)
         while todo:

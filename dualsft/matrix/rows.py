@@ -50,7 +50,7 @@ class Rows:
         """<u, g_i> of the batch whose backward has run, float64, in the order of its layout.
 
         Raises:
-            RuntimeError: if no backward has run since `begin`; also what `check` raises.
+            RuntimeError: if no backward has run since `begin`; also raises as `check` does.
         """
         self.check()
         if not (self.complete or self._examples or self._tokens):
@@ -64,7 +64,7 @@ class Rows:
         return rows
 
     def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
-        """Each token's contribution to <u, g_i> of the k-th u: that of every use of a weight at its position."""
+        """Each token's contribution to <u, g_i> of the k-th u, from all uses of weights at the token's position."""
         if (tokens := self._tokens.get(k)) is None:
             tokens = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
         return self.layout.by_example(tokens)

@@ -35,7 +35,7 @@ LOSS, NORM, PRECONDITIONED_NORM, SKETCH = "loss", "gradient_norm", "precondition
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to measure of each example.
+    """The statistics to measure of each example.
 
     Attributes:
         names: Any of loss, gradient_norm, preconditioned_gradient_norm and sketch.
@@ -62,10 +62,10 @@ def sketch_factors(model: nn.Module, measurement: Measurement) -> dict[str, Tens
 
 
 class ExampleStatistics:
-    """Measures the gradient of one example, parameter by parameter as backward completes it, in this context.
+    """Measures one example's gradient, parameter by parameter as backward completes it, while the context is open.
 
-    Enter it before `ColumnSums`, which drops the gradient; without that, ``drop`` drops it here. The factors are those
-    of `sketch_factors`, of their parameters' full shapes in backward.
+    Enter it before `ColumnSums`, which drops each gradient; without `ColumnSums`, set ``drop``. ``factors`` are those
+    of `sketch_factors`; in backward they must be full tensors.
     """
 
     def __init__(self, model: nn.Module, measurement: Measurement, factors: Mapping[str, Tensor], drop: bool) -> None:
@@ -91,7 +91,7 @@ class ExampleStatistics:
             total.zero_()
 
     def read(self) -> dict[str, Float[Tensor, "..."]]:
-        """Name -> what was measured of the example whose backward has run, on the host.
+        """Name -> the statistic of the example whose backward has run, on the host.
 
         Norms are float64 numbers, the sketch is a float32 vector. All are zero if the loss depends on no weight.
         """

@@ -26,7 +26,7 @@ NO_PACKING = "do not pack examples"
 """A remedy (see `UserError`)."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_HALF_PRECISION_TOLERANCE = 5e-2  # of the size of what was added; up to 1.5e-2 has been seen on short examples
+_HALF_PRECISION_TOLERANCE = 5e-2  # relative to the terms' size; up to 1.5e-2 has been seen on short examples
 _BLOCK = 2**20
 """Entries that are multiplied at a time: copies of a large embedding would be the peak of the whole pass."""
 
@@ -42,8 +42,8 @@ def spot_check(
     """Compare the rows of some of a batch's examples with autograd over each alone.
 
     Args:
-        model: The model, without our hooks.
-        rows: What the taps have added to.
+        model: The model, without taps.
+        rows: The accumulator of the taps.
         batch: The batch.
         scores: Its row sums, for each direction.
         dtype: The activations' type, which decides how close the rows must be.
@@ -83,7 +83,7 @@ def check_covered(model: nn.Module, covered: set[str], moved: Iterable[str]) -> 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
-    """Check that some examples of a packed batch have the losses there that they have alone, in evaluation mode.
+    """Check that some examples of a packed batch have the same losses as alone, in evaluation mode.
 
     Args:
         model: The model.
@@ -112,7 +112,7 @@ def check_packing(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> N
 
 
 def _examples_to_check(batch: Batch) -> list[int]:
-    """The first example, the last, and one behind another in its row, as a row's first example sees no other."""
+    """The first example, the last, and one that follows another in its row, as a row's first example sees no other."""
     spans = Layout.of(batch).spans
     behind = [k for k, (_, first, _) in enumerate(spans) if first]
     return sorted({0, len(spans) - 1, *behind[-1:]})

@@ -28,7 +28,7 @@ class Tap(ABC):
     """A forward hook on one module whose backward adds the module's share of <u, g_i> to the rows.
 
     Args:
-        rows: What the tap adds to.
+        rows: The accumulator that the tap adds to.
         where: The module's name and type, for errors.
         names: The module's own names -> the model's name of each parameter that is scored here.
     """
@@ -37,7 +37,7 @@ class Tap(ABC):
         self.rows, self.where, self.module, self._names = rows, where, module, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with the tap on it; None, which leaves the output, if nothing can be tapped.
+        """The module's output with the tap on it; None (the output stays) if nothing can be tapped.
 
         A refusal is noted, and raised at the end of the model's forward, where all ranks meet.
         """
@@ -53,12 +53,12 @@ class Tap(ABC):
         return tapped
 
     def tangents(self) -> Iterator[dict[str, Tensor]]:
-        """Each u by the module's own names; a sharded model has it in backward alone."""
+        """Each u by the module's own names; for a sharded model, it is available only in backward."""
         return ({own: u[name] for own, name in self._names.items()} for u in self.rows.directions)
 
     @abstractmethod
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with the tap on it, or None; raises what `Rows.check_shape` raises."""
+        """The output with the tap on it, or None; raises as `Rows.check_shape` does."""
 
 
 class GeneralTap(Tap):
@@ -135,7 +135,7 @@ class GeneralTap(Tap):
             self.rows.add(direction, x, y, self.where)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
-        """The tensors among a call's arguments; activation checkpointing gives them a single time."""
+        """The tensors among a call's arguments; under activation checkpointing they can be unpacked only once."""
         try:
             saved: tuple[Tensor, ...] = ctx.saved_tensors
         except RuntimeError as error:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A read-only mapping of names to tensors; each tensor is made anew whenever it is read, and none is kept.
+    """A read-only mapping of names to tensors; each tensor is made at every read, and none is kept.
 
     Asking which names there are, in the order given, makes no tensor.
     """

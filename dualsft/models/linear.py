@@ -1,4 +1,4 @@
-"""Replacing the backward of a linear layer, y = a Wᵀ + b: its output is kept, its graph is exchanged for another.
+"""Replaces the backward of a linear layer, y = a Wᵀ + b: the output is kept, with another graph behind it.
 
 For Linear, and for Conv1D, whose weight is Wᵀ.
 """
@@ -36,7 +36,7 @@ class LinearBackward(Protocol):
 def exchange(
     module: nn.Module, a: Tensor, output: Tensor, other: Tensor, behind: LinearBackward, *, weight_too: bool
 ) -> Tensor:
-    """The output of a layer with input a, with another backward.
+    """Return the output of a layer with input a, with its backward replaced.
 
     The other tensor gets a gradient too; it makes autograd call the backward even if nothing else does. A weight that
     requires a gradient gets it from this backward if ``weight_too``.

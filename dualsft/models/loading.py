@@ -103,7 +103,7 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
-    """Have a model recompute its activations in backward while it trains; options of `torch.utils.checkpoint`.
+    """Turn on activation checkpointing in training mode, with these options of `torch.utils.checkpoint`.
 
     Raises:
         UserError: if its architecture does not support that.
@@ -150,7 +150,7 @@ def model_fingerprint(name_or_path: str) -> str:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a model, by name; safetensors files that are not the model's are ignored."""
+    """The file of each tensor of a model, by name; safetensors files that do not belong to the model are ignored."""
     if (folder / _WEIGHTS).is_file():
         with safe_open(folder / _WEIGHTS, framework="pt") as stored:
             return dict.fromkeys(stored.keys(), folder / _WEIGHTS)
@@ -172,7 +172,7 @@ def _first_line(error: Exception) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over a tokenizer's vocabulary, rules and chat template: all that determines how text becomes tokens."""
+    """SHA-256 over everything that determines a tokenizer's tokens: vocabulary, rules and chat template."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Writing a safetensors file one tensor at a time, with the same bytes on every run.
 
     8 bytes     length of the header, little-endian
-    header      JSON: name -> dtype, shape and [begin, end) in what follows; "__metadata__" -> strings
+    header      JSON: name -> dtype, shape and [begin, end) in the rest; "__metadata__" -> strings
     tensors     row-major, without gaps, the widest types first, so that each is aligned
 
 The writer of safetensors needs all tensors in memory at once, and writes several entries of metadata in an order that

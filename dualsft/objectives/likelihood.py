@@ -46,7 +46,7 @@ def mean_over_tokens(
 def token_losses(
     logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
 ) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
-    """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels it was taken at."""
+    """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels used."""
     scores, supervised = supervised_logits(logits, labels)
     nll = F.cross_entropy(scores, labels[:, 1:][supervised], reduction="none")
     spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)

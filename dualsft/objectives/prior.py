@@ -1,4 +1,4 @@
-"""The prior term, which keeps what the base model knew: confidence-weighted self-distillation.
+"""The prior term, which keeps the model near the base model: confidence-weighted self-distillation.
 
     prior(θ) = mean_i  τ² w_i KL_i,     KL_i = mean_t KL( p_old(· | t) ‖ p_θ(· | t) ) at temperature τ
 
@@ -43,7 +43,7 @@ class SelfDistillation(Objective):
         self.weight, self.fraction, self.temperature, self.confidence = weight, fraction, temperature, confidence
 
     def draw(self, pool: Sequence[int], seed: int) -> list[int]:
-        """A random fraction of the pool, of one example at least, in source order; another one than the warm-up's."""
+        """A random fraction of the pool, at least one example, in source order; drawn independently of the warm-up."""
         count = max(1, round(self.fraction * len(pool)))
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed + 1))
         return [pool[k] for k in sorted(order[:count].tolist())]

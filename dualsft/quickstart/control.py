@@ -1,4 +1,4 @@
-"""Controls for a selection: the same sizes drawn at random, or everything, on either side."""
+"""Controls for a selection: examples and weights drawn at random in the same numbers, or all of them."""
 
 import shutil
 from pathlib import Path
@@ -19,14 +19,14 @@ Draw = Literal["chosen", "random", "all"]
 def write_control(
     selection: Selection, pool: Path, folder: Path, seed: int, *, examples: Draw, weights: Draw
 ) -> Selection:
-    """Write a selection that differs from another in what it chooses alone.
+    """Write a selection that differs from another only in its choices.
 
     Args:
-        selection: Whose scores and sizes to keep.
+        selection: The selection whose scores and sizes to keep.
         pool: The records it chose from.
-        folder: Where the control goes.
+        folder: Folder to write the control to.
         seed: Decides random draws.
-        examples: Which examples to choose, of those that were scored.
+        examples: Which of the scored examples to choose.
         weights: Which weights to choose.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def write_control(
 
 
 def random_mask(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """As many entries as another mask has, uniformly over all weights."""
+    """A random mask with as many entries as another, uniform over all weights."""
     sizes = [mask.numel() for mask in like.values()]
     count = sum(int(mask.sum()) for mask in like.values())
     flat = torch.zeros(sum(sizes), dtype=torch.bool)

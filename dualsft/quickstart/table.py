@@ -8,7 +8,7 @@ from dualsft.runs.table import markdown_table
 
 @dataclass(frozen=True)
 class Row:
-    """What was trained, and what it gave on held-out rows.
+    """One model and its figures on held-out rows.
 
     Attributes:
         name: Which model.

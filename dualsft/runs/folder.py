@@ -34,15 +34,14 @@ class RunFolder(PhaseStore):
 
     Args:
         folder: The folder for the results.
-        resume: Resume what a killed run left there; starts from the beginning where there is nothing.
-        overwrite: Replace what is there.
+        resume: Resume the run that a kill left there; starts from the beginning if there is none.
+        overwrite: Replace the results there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
         resumable: Whether the command knows --resume.
         written: Patterns of names that this command writes at the top of the folder, beside those of all commands.
 
     Attributes:
-        complete: Whether the folder to resume holds a finished selection: a user who resumes after each kill may do so
-            once too often.
+        complete: Whether the folder to resume holds a finished selection, as when a user resumes once too often.
 
     Raises:
         UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input.
@@ -72,7 +71,7 @@ class RunFolder(PhaseStore):
             raise UserError("--resume and --overwrite contradict each other; give one of them.")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
-        if is_rank_zero():  # another rank may look when rank zero has written something already
+        if is_rank_zero():  # another rank might look after rank zero has written something
             self._check(resume, inputs)
 
     def _check(self, resume: bool, inputs: Sequence[str | None]) -> None:
@@ -94,7 +93,7 @@ class RunFolder(PhaseStore):
                 )
 
     def _check_ours(self, names: Sequence[str]) -> None:
-        """Refuse to overwrite what no run of ours wrote; each leaves a configuration and one of a few results."""
+        """Refuse to overwrite a folder that no run wrote; every run leaves a configuration and one of a few results."""
         foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in self._written)]
         finished = (self.path / "config.yaml").is_file() and any((self.path / name).is_file() for name in _RESULTS)
         if foreign or not (finished or self._state.is_dir()):
@@ -111,12 +110,12 @@ class RunFolder(PhaseStore):
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Check by its manifest that the finished selection in the folder is the one that was asked for."""
+        """Check by its manifest that the finished selection in the folder has the run's identity."""
         self._compare({key: manifest.get(key) for key in identity}, json.loads(json.dumps(identity)))
         shutil.rmtree(self.path / _FINISHED, ignore_errors=True)  # left by a kill at the very end
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Lock the folder and write what this run is, so that no other run is taken for its continuation.
+        """Lock the folder and record the run's identity, so that only the same run resumes from it.
 
         Called once the input has been checked, so that a mistake leaves no trace in the folder.
 
@@ -164,7 +163,7 @@ class RunFolder(PhaseStore):
             pass
 
     def release(self) -> None:
-        """Undo a claim that has nothing worth resuming after a failure, so that the next try finds the folder free."""
+        """Undo a claim after a failure that left nothing worth resuming, so that the next try finds the folder free."""
         self._lock.release(force=True)
         resumable = [*self._state.glob("*.safetensors"), *self.path.rglob("*.ckpt")]
         if self._claimed and not resumable:
@@ -199,7 +198,7 @@ class RunFolder(PhaseStore):
         done = self.path / _FINISHED
         shutil.rmtree(done, ignore_errors=True)
         try:
-            self._state.replace(done)
+            self._state.replace(done)  # the one step: a folder without `.unfinished` holds a finished run
         except PermissionError:  # Windows renames no folder with an open file in it
             self._lock.release(force=True)
             self._state.replace(done)
@@ -218,7 +217,7 @@ def _empty(folder: Path, keep: str = "") -> None:
 
 
 def publish(staged: Path, folder: Path, last: str) -> None:
-    """Move staged results into their folder, the one last without which nothing there counts as a result."""
+    """Move staged results into their folder; the file ``last``, which marks them as complete, goes last."""
     for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
         if path.is_file():
             sync_to_disk(path)

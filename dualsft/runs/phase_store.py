@@ -32,9 +32,12 @@ class PhaseStore:
         Raises:
             UserError: on every rank, if one cannot write.
         """
+        # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
+        # 2. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
         on_all_ranks(lambda: self._write(path, tensors, notes))
+        # 3. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
         if world_size() > 1:
             for version in before:
                 self._file(phase, version).unlink(missing_ok=True)
@@ -56,7 +59,7 @@ class PhaseStore:
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes of a phase's state, or None; a tensor is read from its file when it is first used."""
         common = set.intersection(*map(set, all_gather(self._versions(phase))))
-        if not common:
+        if not common:  # a kill may leave a newer state on some ranks only
             return None
         with safe_open(self._file(phase, max(common)), framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -82,12 +85,11 @@ class PhaseStore:
 
 
 class PhaseKeeper:
-    """Saves the state of a phase in progress every so many minutes; implements `dualsft.matrix.passes.Keeper`.
+    """Saves the state of a phase in progress at intervals of minutes; implements `dualsft.matrix.passes.Keeper`.
 
     Attributes:
-        earlier: What the phase cost before its present start, in a killed run or in a discarded attempt; empty for a
-            new phase.
-        meter: Measures what the phase costs, from its start.
+        earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
+        meter: Measures the phase's cost, from its start.
     """
 
     def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
@@ -107,13 +109,13 @@ class PhaseKeeper:
         return time.monotonic() - self._last_save >= self._seconds
 
     def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Save the state, with what the phase has cost so far."""
+        """Save the state, with the phase's cost so far."""
         assert self.meter is not None
         self._store.save(self._name, tensors, {**notes, **self.meter.so_far()})
         self._last_save = time.monotonic()
 
     def begin_again(self) -> None:
-        """Discard the saved state, but not the time that it took."""
+        """Discard the saved state, but keep the time spent on it."""
         assert self.meter is not None
         self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
         self.drop()
@@ -125,6 +127,6 @@ class PhaseKeeper:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Have the system write a file's contents to the disk before anything else happens to it."""
+    """Make the system write a file's contents to the disk now (fsync)."""
     with open(path, "r+b") as stream:  # Windows syncs only files that are open for writing
         os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""Progress bars for the phases of a run, and what each phase cost."""
+"""Progress bars for the phases of a run, and each phase's cost."""
 
 import re
 import sys
@@ -46,7 +46,7 @@ class PhaseLog:
     def phase(
         self, name: str, examples: int, earlier: dict[str, Any] | None = None, dealt: bool = True
     ) -> Iterator["Meter"]:
-        """Measure a phase of so many examples; its batches go through the meter.
+        """Measure a phase of this many examples; its batches go through the meter.
 
         The cost of the part that a killed run finished (`Meter.so_far`) is ``earlier``; the examples are ``dealt`` if
         each rank processes its own.
@@ -77,7 +77,7 @@ class PhaseLog:
 
 
 class Meter:
-    """Counts the batches of a phase, and advances its bar; ``phase`` is what the part of an earlier run cost."""
+    """Counts the batches of a phase, and advances its bar; ``phase`` holds the cost in an earlier run."""
 
     def __init__(self, phase: Phase, bar: Any, device: torch.device) -> None:
         self._phase, self._bar, self._device = phase, bar, device
@@ -96,7 +96,7 @@ class Meter:
             self._bar.update(len(batch["example_id"]))
 
     def so_far(self) -> dict[str, Any]:
-        """The cost of the phase so far, that of an earlier run included."""
+        """The cost of the phase so far, including that of an earlier run."""
         peak = max(self._phase.peak_memory_bytes, peak_memory(self._device))
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 

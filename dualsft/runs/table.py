@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of as many cells each under their headings, the first row; the first column is left-aligned, the rest right.
+    """Format rows of equally many cells, the headings first; the first column is left-aligned, the rest right.
 
     Every column is as wide as its widest cell.
     """

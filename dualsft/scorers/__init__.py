@@ -1,6 +1,6 @@
 """Scorers: a scorer is a choice of the direction u in M_ij = g_ij u_j, and nothing else.
 
-In: for each parameter its weights, the validation gradient, the preconditioner and what else the scorer needs
+In: for each parameter its weights, the validation gradient, the preconditioner and other statistics on request
 (`ParameterStatistics`). Out: the parameter's part of u.
 """
 

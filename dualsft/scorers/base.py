@@ -30,8 +30,8 @@ class ParameterStatistics:
         validation_gradient: v = ∇V(θ).
         preconditioner: P, a diagonal: 1 for SGD, 1/(sqrt(ĉ)+eps) for Adam.
         step_size: η, the length of the step that restricted training takes.
-        num_examples: n, over how many pool examples the mean gradient is taken; before it is known, how many are to be
-            scored, of which some may turn out not to be finite.
+        num_examples: n, the number of pool examples in the mean gradient; before that is known, the number of examples
+            to score, some of which may turn out not to be finite.
         pool_gradient: ḡ, the mean gradient over the pool.
         second_moment: ĉ, the bias-corrected second moment that the warm-up's Adam kept.
         empirical_fisher: The mean of the squared entries of the validation examples' gradients.

@@ -1,4 +1,4 @@
-"""u = (η/n) P ⊙ v: what one preconditioned gradient step on the pool gains, to first order.
+"""u = (η/n) P ⊙ v: the gain of one preconditioned gradient step on the pool, to first order.
 
 Source: arXiv 2605.06166; the quadratic term −½ η H (P ⊙ ḡ) of the full direction is dropped.
 """

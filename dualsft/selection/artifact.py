@@ -1,4 +1,4 @@
-"""The selection directory: what was scored, what was chosen, and how. Its manifest is published last, as its seal."""
+"""The selection directory: scores, choices and a manifest, which is published last and marks it as complete."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Selection:
     Attributes:
         folder: The selection directory.
         manifest: ``manifest.json`` as it is.
-        about: The same with types.
+        about: The manifest as dataclasses.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Selection:
     def examples(self) -> pa.Table:
         """One row per record of ``data.train``: example_id, score, num_tokens, status, selected.
 
-        With several validation sets also score_NAME of each, of which score is the combination.
+        Several validation sets add a column score_NAME each; ``score`` combines these.
         """
         return pq.read_table(self.folder / _EXAMPLES)
 
@@ -88,7 +88,7 @@ class Selection:
         return dict(self.stored_masks())
 
     def stored_masks(self) -> Mapping[str, Tensor]:
-        """The same, each unpacked when it is asked for."""
+        """The masks, each unpacked when it is read."""
         return stored_masks(self.folder / _MASK)
 
     def parameter_scores(self) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def write_selection(
     token_scores: Mapping[str, Sequence[Any]] | None = None,
     sketches: Mapping[int, Tensor] | None = None,
 ) -> None:
-    """Write the parts of a selection into a folder of its own; see `publish` for the step that makes it visible.
+    """Write the parts of a selection into an empty folder; see `publish` for the step that makes it visible.
 
     Args:
         folder: A folder that is empty, or holds the files of those scores that are not given.
@@ -181,9 +181,9 @@ def publish(staged: Path, folder: Path) -> None:
 
 
 def example_table(data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, list[Any]]:
-    """Column name -> one value per record of ``data.train``: what ``examples.parquet`` holds.
+    """The columns of ``examples.parquet``: name -> one value per record of ``data.train``.
 
-    Each validation set has a column of its own if the sets have names, and each statistic measured, but for sketches.
+    Each named validation set has a column for its scores, and each measured statistic, except sketches, has one.
     """
     pool, found = data.train_examples, chosen.example_scores
     ids = range(len(pool.status))
@@ -201,7 +201,7 @@ def example_table(data: InstructionDataModule, chosen: Chosen, scoring: Scoring)
 
 
 def token_table(data: InstructionDataModule, chosen: Chosen) -> dict[str, list[Any]]:
-    """Column name -> one value per scored example: what ``token_scores.parquet`` holds."""
+    """The columns of ``token_scores.parquet``: name -> one value per scored example."""
     tokens, pool = chosen.example_scores.tokens, data.train_examples.dataset
     ids = sorted(tokens)
     return {

@@ -1,4 +1,4 @@
-"""Both budgets of one run, checked before any work; rank zero chooses, and all ranks learn what was chosen."""
+"""Both budgets of one run, checked before any work; rank zero chooses, and all ranks get its choice."""
 
 import itertools
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Budgets:
     """Chooses weights and examples by their scores, under the budgets of one run.
 
     Raises:
-        UserError: if a count is above what there is, or a pattern matches no parameter.
+        UserError: if a count exceeds the number available, or a pattern matches no parameter.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Budgets:
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Choose weights by φ_j, of a sharded model this rank's shard: parameter name -> bool, of its full shape.
+        """Choose weights by φ_j: parameter name -> bool, of the full shape; ``scores`` are this rank's shards.
 
-        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator is
-        given all scores at once, so rank zero's host holds them meanwhile, as that of one process does.
+        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator
+        gets all scores at once, so rank zero's host holds them in this step, like that of a single process.
         """
         if not is_sharded(self._model):
             return choose_parameters(self._settings, scores, self._base)
@@ -58,5 +58,5 @@ class Budgets:
         return stored_masks(folder / "mask.safetensors")
 
     def examples(self, scores: Mapping[int, float], measured: Measured) -> ChosenExamples:
-        """Choose examples by φ_i and by what else was measured of each, both by example id."""
+        """Choose examples by φ_i and by the statistics measured of each, both by example id."""
         return on_rank_zero(lambda: choose_data(self._settings, self._due, scores, self._pool, measured))

@@ -1,4 +1,4 @@
-"""Refusals of options of `dualsft select` that contradict themselves or one another, before any work."""
+"""Refuses options of `dualsft select` that contradict themselves or one another, before any work."""
 
 import math
 import re
@@ -70,7 +70,7 @@ def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> Non
 
 
 def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Refuse terms without a finite weight, or whose name is taken or not fit for the files that its passes leave."""
+    """Refuse terms without a finite weight, or whose name is taken or unfit for a file name."""
     for objective in objectives:
         with blaming(objective, "name, or weight,"):
             finite, _ = math.isfinite(objective.weight), str(objective.name)

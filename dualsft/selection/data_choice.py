@@ -1,4 +1,4 @@
-"""The data budget: which examples are trained on, at most as many as the budget says, whatever the allocator."""
+"""The data budget: which examples are trained on, at most as many as the budget, under any allocator."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ Measured = Mapping[str, Mapping[int, Tensor]]
 
 
 class ChosenExamples(NamedTuple):
-    """The ids of the chosen examples, and how many others collapsed: near-duplicates of one with a higher score."""
+    """The ids of the chosen examples, and the number of near-duplicates dropped for one with a higher score."""
 
     ids: set[int]
     collapsed: int
@@ -47,14 +47,14 @@ def data_budget(settings: SelectionSettings, num_tokens: Collection[int]) -> int
 def choose_data(
     settings: SelectionSettings, due: int, scores: Mapping[int, float], pool: Pool, measured: Measured
 ) -> ChosenExamples:
-    """Choose examples by their scores; non-finite ones and near-duplicates may lower what a fraction buys.
+    """Choose examples by their scores; non-finite ones and near-duplicates may lower the number that a fraction allows.
 
     Args:
         settings: The allocator, the budget, and which texts count as the same.
         due: How many examples, or supervised tokens, the budget is.
-        scores: Example id -> φ_i, of the examples that could be scored.
+        scores: Example id -> φ_i, for the examples that could be scored.
         pool: All examples, apart from their scores.
-        measured: What else the allocator needs.
+        measured: Statistics that the allocator needs.
 
     Raises:
         UserError: if a count was asked for and too few examples are finite, or differ, or none is finite, or the
@@ -90,7 +90,7 @@ def choose_data(
 
 
 def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], cost: Mapping[int, int], budget: int) -> None:
-    """Check that an allocator chose different examples of the pool, within its budget."""
+    """Check that an allocator chose distinct examples of the pool, within its budget."""
     ids = set(chosen) & set(cost)
     total = sum(cost[i] for i in ids)
     fits = total == budget if allocator.exact and allocator.unit == "examples" else 0 < total <= budget

@@ -1,6 +1,6 @@
-"""From statistics to the direction u, and from u and Σ_i g_i to the parameter scores, one parameter at a time.
+"""Computes u from statistics, and the parameter scores from u and Σ_i g_i, one parameter at a time.
 
-With several validation sets each has a direction and scores of its own, and a combination of the scores decides.
+With several validation sets each has its own direction and scores, and a combination of the scores decides.
 """
 
 import math
@@ -25,7 +25,7 @@ Combination = Literal["mean", "max", "min"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known at the scoring checkpoint for one validation set; see `ParameterStatistics` for the symbols.
+    """The tensors known at the scoring checkpoint for one validation set; see `ParameterStatistics` for the symbols.
 
     Every mapping is by parameter name, and may make its tensors when they are asked for. Of a sharded model the tensors
     are this rank's shards.
@@ -51,9 +51,9 @@ class Statistics:
     hessian_vector: Mapping[str, Tensor] | None = None
 
     def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
-        """Yield what a scorer is given, one trainable parameter after another, as full tensors.
+        """Yield the statistics that a scorer gets, one trainable parameter after another, as full tensors.
 
-        A scorer that modifies the weights is refused; all else is a copy of its own.
+        A scorer that modifies the weights is refused; all other tensors are copies.
         """
         optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
         for name, weight in trainable_parameters(self.model).items():
@@ -98,7 +98,7 @@ def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> La
 
 @torch.no_grad()
 def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """Compute u at the step size η for every trainable parameter; of a sharded model, this rank's shard of it.
+    """Compute u at the step size η for every trainable parameter: this rank's shard if the model is sharded.
 
     Raises:
         UserError: if a direction is not finite, or not of its parameter's shape.
@@ -113,7 +113,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
 
 
 def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
-    """Check that what a scorer returned for a parameter is a finite tensor of its shape."""
+    """Check that a scorer returned a finite tensor of the parameter's shape."""
     vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == known.weight.shape
     if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
         raise UserError(
@@ -125,7 +125,7 @@ def check_vector(scorer: Scorer, method: str, found: object, known: ParameterSta
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute u ⊙ m; parameters without a chosen weight are left out, so that no tap is placed on them.
 
-    Of a sharded model u has this rank's shards, but the mask full shapes; ``like`` are the model's parameters.
+    If the model is sharded, u has this rank's shards and the mask full shapes; ``like`` are the model's parameters.
     """
     return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 
@@ -181,7 +181,7 @@ def combined_tokens(
 ) -> dict[int, Tensor]:
     """Combine the contributions of each example's tokens, by example id; they add up to its combined score.
 
-    Where the largest or the smallest score decides, they are those of the set that has it.
+    Where the largest or smallest score is taken, they are the contributions to that set's score.
     """
     if not tokens:
         return {}

@@ -1,7 +1,7 @@
 """JSON values read as values of Python types, with the key of one that does not fit, and descriptions of parts as JSON.
 
-A reader of its own, as a library's (pydantic's) would give a value that fits none of several types one error for each
-type, with the types' names in the key, and would need a schema for every class of a part.
+A reader of its own, because a library's (pydantic's) would report one error per type for a value that fits none of
+several types, with the types' names in the key, and would need a schema for every class of a part.
 """
 
 import json
@@ -18,7 +18,7 @@ _DUE: dict[Any, str] = {
 
 
 class Mismatch(Exception):  # noqa: N818 (of a value with its type)
-    """A key is missing, or holds another type than is due."""
+    """A key is missing, or holds another type than expected."""
 
     def __init__(self, key: str, problem: str = "is missing") -> None:
         super().__init__(f"{key} {problem}")
@@ -47,7 +47,7 @@ def describe_part(part: object) -> dict[str, Any]:
 
 
 def at(stored: Any, key: str) -> Any:
-    """What a JSON object holds at a key, or at SECTION.KEY; a `Mismatch` if there is nothing."""
+    """The value of a JSON object at a key, or at SECTION.KEY; a `Mismatch` if there is none."""
     section, _, name = key.rpartition(".")
     found = typed(dict[str, Any], at(stored, section) if section else stored, section)
     if name not in found:
@@ -88,7 +88,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
             return typed(kind, value, key)
         except Mismatch as failure:
             failures.append(failure)
-    closest = max(failures, key=lambda failure: len(re.findall(r"[.[]", failure.key)))  # fits furthest down
+    closest = max(failures, key=lambda failure: len(re.findall(r"[.[]", failure.key)))  # its error is nested deepest
     raise closest if closest.key != key else _other(value, key, " or ".join(map(_due, kinds)))
 
 

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a selection was made from and how, what came of it, and what it cost.
+"""``manifest.json``: the inputs, settings, results and costs of a selection.
 
 The sections are dataclasses, from which the file is written and by which it is read. The options of `dualsft select`
 have their places in it by `SelectionSettings`.
@@ -39,7 +39,7 @@ _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "datasets", "token
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The base model; the types of its weights and of what is computed with them."""
+    """The base model, the type of its weights, and the type of computations with them."""
 
     name_or_path: str
     fingerprint: str
@@ -68,7 +68,7 @@ class TrainSource(Source):
 
 @dataclass(frozen=True)
 class DataSection:
-    """The records and how they are read and batched; of several validation sets each by its name."""
+    """The records and how they are read and batched; several validation sets are listed by name."""
 
     train: TrainSource
     validation: Source | dict[str, Source]
@@ -82,7 +82,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleCounts:
-    """How many examples there are, and what became of them."""
+    """How many examples there are, by what became of them."""
 
     selected: int
     scored: int
@@ -108,7 +108,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class SumIdentity:
-    """Both sides of Σ_i φ_i = Σ_j φ_j; of several validation sets those that differ most."""
+    """Both sides of Σ_i φ_i = Σ_j φ_j, for the validation set where they differ most."""
 
     row_sum: float
     column_sum: float
@@ -118,7 +118,7 @@ class SumIdentity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the quadratic predicts of the pool step: <v, d>, dᵀHd, and the improvement at the step size."""
+    """The quadratic's prediction along the pool step: <v, d>, dᵀHd, and the improvement at the step size."""
 
     step_size: float
     slope: float
@@ -129,7 +129,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class RoundSide:
-    """What a round chose of one side, and which share of it the round before had chosen too."""
+    """One side's choice in a round, and the share of it that the round before had chosen too."""
 
     selected: int
     overlap: float | None
@@ -146,7 +146,7 @@ class Round:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What a phase passed over, and what that cost."""
+    """The work of a phase, and its cost."""
 
     name: str
     examples: int
@@ -177,9 +177,9 @@ class Manifest:
 
 
 def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
-    """The manifest of a selection: as plain JSON, with the keys that another program has put there, and with types.
+    """The manifest of a selection: as plain JSON, including keys that other programs have added, and as `Manifest`.
 
-    An option that is younger than the selection is there with its default.
+    An option that is newer than the selection has its default.
 
     Raises:
         UserError: if there is none, another version wrote it, or a key is missing or of a wrong type.
@@ -213,10 +213,10 @@ def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed
 
 
 def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> dict[str, Any]:
-    """Of the inputs those that decide the scores, which another choice can be made from.
+    """The inputs that decide the scores; another choice from the same scores must leave them as they are.
 
-    A choice counts where the other side is scored by it. A step size that turns out to be of no use may be changed too,
-    until scores depend on it.
+    An option of a choice is among them if the other side is scored by that choice. A step size that turns out to be
+    unusable may still be changed until scores depend on it.
     """
     choice = [] if "then" in module.settings.order else keys("parameters", "data")
     free = {*keys("step"), *choice}
@@ -250,7 +250,7 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
 
 
 def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
-    """What was scored and chosen, how well the sums agree, what is predicted, and with which versions.
+    """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
 
     The scores cover all of the model's weights but the frozen ones.
     """
@@ -276,7 +276,7 @@ def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chos
 
 
 def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **examples: int) -> dict[str, Any]:
-    """The counts of a manifest after another choice of weights and, with these counts of its own, of examples."""
+    """The counts of a manifest after another choice of weights, and of examples with these counts."""
     before = manifest["counts"]
     return {
         **before,

@@ -25,7 +25,7 @@ class SelectionModule(LightningModule):
 
     Args:
         model_name_or_path: The base model: a Hugging Face folder or hub id with safetensors weights.
-        settings: The options; see `SelectionSettings`, as which they are kept.
+        settings: The options, fields of `SelectionSettings`.
 
     Raises:
         UserError: if an option is out of range, or two contradict each other.

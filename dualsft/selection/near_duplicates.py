@@ -1,4 +1,4 @@
-"""The collapse of near-duplicates before examples are chosen: of texts that say the same, the best one stays.
+"""Drops near-duplicates before examples are chosen: among similar texts the best one stays.
 
     J(A, B) = |A ∩ B| / |A ∪ B|
 
@@ -60,8 +60,8 @@ def collapse(
 ) -> list[int]:
     """The ids of the examples that stay, ascending.
 
-    From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is like one
-    that stays already. Equal texts always collapse.
+    From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is similar
+    to one that stays already. Equal texts always collapse.
 
     Args:
         settings: From which similarity on two texts are alike.
@@ -108,13 +108,13 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 class _Index:
-    """Texts of which no two were found to be alike."""
+    """An index of texts, none of them like another."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH  # brings scipy, which nothing else needs
 
         self._threshold = threshold
-        self._blank = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # hashes already
+        self._blank = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # shingles are hashed already
         self._lsh = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(threshold))
         self._sets: list[np.ndarray] = []
 
@@ -122,7 +122,7 @@ class _Index:
         """Add a text unless one that was added before is like it; return whether it was added."""
         signature = self._blank.copy()
         hashes = shingles & np.uint64(0xFFFFFFFF)
-        for first in range(0, len(hashes), _AT_ONCE):  # each takes a place for every permutation
+        for first in range(0, len(hashes), _AT_ONCE):  # a batch takes memory for all of its permutations
             signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
         if any(jaccard(shingles, self._sets[k]) >= self._threshold for k in self._lsh.query(signature)):
             return False

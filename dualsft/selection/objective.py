@@ -1,4 +1,4 @@
-"""The objective V_k(θ) of each validation set k, and what is known of it: its gradient, and its curvature as needed.
+"""The objective V_k(θ) of each validation set k, with its gradient, and its curvature as needed.
 
     V_k(θ) = mean_{i in validation set k} l_i(θ) + Σ_t λ_t mean_i L_t,i(θ)
 
@@ -40,7 +40,7 @@ class ValidationObjective:
 
     Args:
         model: The model at the scoring checkpoint.
-        settings: The scorer, which says what is needed, and the preconditioner.
+        settings: The preconditioner, and the scorer, whose ``needs`` decide the passes.
         passes: Runs the passes over the terms.
         validation: Validation set -> its term.
         further: The terms that all sets share.
@@ -77,11 +77,11 @@ class ValidationObjective:
         return self._second_order or bool(self._needs & {"pool_gradient", *HESSIAN})
 
     def measurement(self, names: Collection[str]) -> Measurement:
-        """What to measure of single examples, under the preconditioner."""
+        """The statistics to measure of single examples, under the preconditioner."""
         return Measurement(names, self.preconditioner if self._adam else None)
 
     def take_gradients(self) -> None:
-        """Pass over every term for v, and over the validation sets once more for their empirical Fisher, if needed."""
+        """Pass over every term for v, and if needed once more over the validation sets for the empirical Fisher."""
         terms = [*self._validation.values(), *self._further]
         self._term_gradients = {term: self._pass(term, "gradient") for term in terms}
         shared = [self._term_gradients[term] for term in self._further]
@@ -97,12 +97,12 @@ class ValidationObjective:
     def statistics(
         self, pool_sums: Mapping[str, Tensor] | None, num_examples: int, occasion: str = ""
     ) -> dict[str, Statistics]:
-        """Collect what is known of each set, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
+        """Collect the statistics of each set, with passes for products with the Hessian along P ⊙ ḡ if they are needed.
 
         Args:
             pool_sums: Σ_i g_i by parameter name; None if it is not known yet.
             num_examples: n, how many examples it is over, or will be.
-            occasion: What distinguishes the passes from earlier ones, for their names.
+            occasion: Suffix that tells the passes' names from earlier ones'.
         """
         pool = None if pool_sums is None else self._total([(1 / num_examples, pool_sums)])
         products = {} if pool is None else self._hessian_vectors(pool, occasion)
@@ -168,7 +168,7 @@ class ValidationObjective:
         displaced_weights: bool = False,
         **options: Any,
     ) -> WeightedSum:
-        """Sum what a `gradient_pass` computes over a term's examples; its weight is λ over their number.
+        """Sum the results of a `gradient_pass` over a term's examples; the weight is λ over their number.
 
         The pass runs in the context ``around``, which may displace the weights; ``what`` names it.
         """

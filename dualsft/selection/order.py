@@ -5,7 +5,7 @@
     parameters_then_data     the weights are chosen, then the examples re-scored by these weights alone (u ⊙ m)
     data_then_parameters     the examples are chosen, then ḡ computed over these alone and the weights re-scored
 
-The last two may go on for more rounds, each side re-scored with the other as last chosen.
+The last two may take more rounds, in which each side is re-scored with the latest choice of the other.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from dualsft.selection.scoring import ExampleScores, Scoring
 
 @dataclass
 class Chosen:
-    """Both sides: their latest scores, and what was chosen by them.
+    """Both sides: their latest scores, and the choices by them.
 
     Attributes:
         parameter_scores: φ_j by parameter name, float32.
@@ -29,7 +29,7 @@ class Chosen:
         example_scores: φ_i.
         examples: Ids of the chosen examples.
         collapsed: How many examples could not be chosen, being near-duplicates of others.
-        rounds: What each round chose, and how much of the last round's choice it kept.
+        rounds: The choices of each round, and the share of the last round's choices that it kept.
     """
 
     parameter_scores: dict[str, Tensor] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Chosen:
 
 
 def choose_by_turns(order: Order, rounds: int, scoring: Scoring, budgets: Budgets, pool: list[int]) -> Chosen:
-    """Score and choose one side after the other, for so many rounds."""
+    """Score and choose one side after the other, for ``rounds`` rounds."""
     chosen = Chosen()
     for number in range(1, rounds + 1):
         occasion = f", round {number}" if number > 1 else ""

@@ -1,4 +1,4 @@
-"""The parameter budget: which weights are trained, exactly as many as the budget says, whatever the allocator."""
+"""The parameter budget: which weights are trained, exactly as many as the budget, under any allocator."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -99,7 +99,7 @@ def check_mask(allocator: str, chosen: object, scores: Mapping[str, Tensor], bud
 
 
 def _mask_problem(mask: object, score: Tensor) -> str:
-    """What is wrong with a mask; empty if nothing is."""
+    """The problem of a mask; empty if there is none."""
     if not isinstance(mask, Tensor):
         return f"a {type(mask).__name__}"
     if mask.dtype != torch.bool or mask.layout != torch.strided or mask.device != score.device:

@@ -37,7 +37,7 @@ class Passes:
     Args:
         model: The model at the scoring checkpoint.
         run: Stores the state of finished passes, of the one in progress, and whether the batches have been halved.
-        log: Records what each pass cost, and shows progress.
+        log: Records each pass's cost, and shows progress.
         settings: Whether to recompute activations in the backward pass, and how often to store the state.
         data: The pool and the validation sets, whose longest example must fit a batch.
 
@@ -109,9 +109,9 @@ class Passes:
         return GradientPass.from_state(*saved)
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
-        """Prepare to begin the pass again with half the batch, once, if that has room for the longest example."""
+        """Prepare to restart the pass with half the batch size, once, if the longest example fits in it."""
         for parameter in self._model.parameters():
-            parameter.grad = None  # what the failed backward pass left
+            parameter.grad = None  # left by the failed backward pass
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         before, half = self.batch_tokens, self.batch_tokens // 2
         if self._halved or half < self._longest:
@@ -122,21 +122,21 @@ class Passes:
         self.batch_tokens, self._halved = half, True
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
         keeper.begin_again()
-        # only once the state of the larger batches is gone, as theirs is another order
+        # after the state of the larger batches is gone, as halved batches come in another order
         self._run.save(_HALVED, {}, {"batch_tokens": half})
 
 
 def _key(name: str) -> str:
-    """The name of a pass as that of a file."""
+    """The file name of a pass's state."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 
 @contextmanager
 def scoring_mode(model: PreTrainedModel, checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode in which activation checkpointing works all the same.
+    """Evaluation mode with activation checkpointing, which layers otherwise do in training mode only.
 
     A layer asks its ``training`` flag whether to checkpoint, and may ask the same flag whether to drop out: the flag is
-    up for the first question alone.
+    set for the first question only.
     """
     model.eval()
     if not checkpointing:

@@ -38,16 +38,16 @@ def reallocate(
 ) -> Selection:
     """Write the selection that `dualsft select` would have made with these budgets and allocators.
 
-    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight); nothing larger but
-    what an allocator needs beside: the base model's weights, or the sketches.
+    Memory holds the records, the parameter scores (float32) and the mask (one byte per weight); nothing larger except
+    the data of an allocator's ``needs``: the base model's weights, or the sketches.
 
     Args:
         selection: A finished selection directory; it stays as it is. The new one shares its score files where the
             file system has hard links.
-        output_dir: Where the new selection goes.
-        train: Path of the records that the selection was made from; None for the path of then.
-        train_split: Split to load if that is a Hugging Face dataset; None for the one that it was made from.
-        overwrite: Replace what an earlier run left in ``output_dir``.
+        output_dir: Folder to write the new selection to.
+        train: Path of the records that the selection was made from; None for the recorded path.
+        train_split: Split to load if that is a Hugging Face dataset; None for the recorded split.
+        overwrite: Replace the results of an earlier run in ``output_dir``.
         config: YAML that replays the run, kept beside the results.
         choice: Options of `SelectionSettings` that decide a choice; `CHOICE` lists them.
 
@@ -102,7 +102,7 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
 
 
 def _check_order(source: Selection, options: dict[str, Any]) -> None:
-    """Refuse to change a side that the other was scored by: with that, the scores would be others."""
+    """Refuse to change a side that the other was scored by: the scores would change with it."""
     before, now = source.about.settings, stored_settings({**source.manifest, **options})
     changed = {option.role for option in recorded() if before[option.name] != now[option.name]}
     order, rounds = before["order"], before["rounds"]
@@ -149,7 +149,7 @@ def _examples(source: Selection, records: Records, settings: SelectionSettings) 
 
 
 def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int, Tensor]]:
-    """What the allocator needs beside the scores, as the selection holds it; refused if it does not."""
+    """The statistics that the allocator needs, read from the selection; refused if it does not hold them."""
     found: dict[str, dict[int, Tensor]] = {}
     for name in allocator.needs:
         if name == SKETCH:
@@ -176,7 +176,7 @@ def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor
 
 
 def _base_weights(source: Selection) -> dict[str, Tensor]:
-    """The weights of the model that the selection was made for; refused if it is another one by now, or has gone."""
+    """The weights of the model that the selection was made for; refused if it has changed or is gone."""
     model = source.about.model
     if model_fingerprint(model.name_or_path) != model.fingerprint:
         raise UserError(
@@ -187,7 +187,7 @@ def _base_weights(source: Selection) -> dict[str, Tensor]:
 
 
 def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
-    """What another choice leaves true; a control that chose otherwise than by its scores is none any more."""
+    """The manifest's entries that another choice keeps; a control's mark is dropped, as scores decide again."""
     train = {**manifest["data"]["train"], "path": path, "split": split}
     kept = {**manifest, "data": {**manifest["data"], "train": train}}
     return {key: value for key, value in kept.items() if key != "control"}
@@ -197,7 +197,7 @@ def _with_selected(examples: pa.Table, chosen: set[int]) -> pa.Table:
     place = examples.schema.get_field_index("selected")
     selected = pa.array([i in chosen for i in examples["example_id"].to_pylist()], pa.bool_())
     table = examples.set_column(place, examples.schema.field(place), selected)
-    return table.combine_chunks()  # as it was read it would be written in other pages than a fresh table
+    return table.combine_chunks()  # otherwise its pages on disk would differ from a fresh table's
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The remedies that the mathematics' errors propose, said with configuration keys."""
+"""Remedies for errors of the mathematics, in terms of configuration keys."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

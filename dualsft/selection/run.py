@@ -3,13 +3,13 @@
     1. check the input, and claim the output folder                                          module.py, budgets.py
     2. warm up                θ, and Adam's second moment ĉ                                  scoring_checkpoint.py
     3. differentiate V        v = ∇V(θ), and its curvature where the scorer uses it          objective.py
-    4. direction              u = η/n P ⊙ (v − ½ η H (P ⊙ ḡ)), or what else the scorer says  directions.py
+    4. direction              u = η/n P ⊙ (v − ½ η H (P ⊙ ḡ)), or as another scorer defines  directions.py
     5. rows and columns       φ_i = <u, g_i>  and  φ_j = u_j Σ_i g_ij                        scoring.py
     6. budgets                a subset of the examples, a mask of the weights                budgets.py
     7. write                  the selection directory                                        artifact.py
 
-Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by what was chosen of the
-other (`order.py`). Whatever passes over data is a phase: resumed where it was killed, and never repeated (`passes.py`).
+Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by the latest choice of the
+other (`order.py`). Every pass over data is a phase: resumed where it was killed, never repeated (`passes.py`).
 Source: arXiv 2605.06166.
 """
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def run_selection(
     module: "SelectionModule", data: InstructionDataModule, run: RunFolder, seed: int, config: str, show: bool
 ) -> Selection:
-    """Select examples and weights, going on from what an earlier, killed run has finished.
+    """Select examples and weights, resuming from the finished parts of an earlier, killed run.
 
     Args:
         module: The model and the settings.
@@ -69,7 +69,7 @@ def run_selection(
         finished = load_selection(run.path)
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
         return finished
-    ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each keeps states of its own
+    ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each rank stores its own states
     run.claim({**what_scores_rest_on(module, inputs), **ranks})
     log = PhaseLog(show, compute_device(model))
     passes = Passes(model, run, log, settings, data)
@@ -84,7 +84,7 @@ def run_selection(
 
     # 4. to 6. Direction, rows and columns, budgets.
     scoring = Scoring(model, settings, objective, passes, run, data)
-    if "then" in settings.order:  # each side is scored by what was chosen of the other
+    if "then" in settings.order:  # each side is scored by the choice of the other
         chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
     else:
         weights, examples = scoring.both()

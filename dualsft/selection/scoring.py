@@ -2,7 +2,7 @@
 
     rows     φ_i = <u, g_i>            columns     φ_j = u_j Σ_i g_ij            Σ_i φ_i = Σ_j φ_j
 
-A step uses what the steps before it left: the weights' scores use Σ_i g_i over the chosen examples, the examples'
+A step uses the results of earlier ones: the weights' scores use Σ_i g_i over the chosen examples, the examples'
 scores the direction u of the chosen weights. Whatever the order of the steps, the sum identity is checked as soon as
 both of its sides are known, for the direction and the examples of the last two steps.
 """
@@ -60,7 +60,7 @@ class ExampleScores:
     tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def without(self, ids: Collection[int]) -> "ExampleScores":
-        """The same without some of the examples."""
+        """These scores without some of the examples."""
         return ExampleScores(
             _without(self.scores, ids),
             {name: _without(scores, ids) for name, scores in self.by_set.items()},
@@ -74,9 +74,9 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 
 @dataclass
 class _Latest:
-    """What the latest steps have computed; of directions and rows one for each validation set."""
+    """The results of the latest steps; directions and rows for each validation set."""
 
-    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, for the latest pool gradient
+    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, from the latest pool gradient
     row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
@@ -96,7 +96,7 @@ class Scoring:
         data: The pool.
 
     Attributes:
-        measured: What was measured, by name of the statistic and example id.
+        measured: Name of a statistic -> example id -> its value.
         nonfinite: Ids of the pool examples whose loss or gradient was found not to be finite.
         identity: Name of a validation set -> both sides of the sum identity, as last checked.
     """
@@ -162,7 +162,7 @@ class Scoring:
         return examples
 
     def prediction(self) -> dict[str, object]:
-        """Describe what the quadratic predicts along the last pool step, for the manifest."""
+        """Describe the quadratic's prediction along the last pool step, for the manifest."""
         assert self._step is not None
         if not self._along:
             self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
@@ -176,13 +176,13 @@ class Scoring:
         return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
     def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
-        """The options of a pass for the rows of these directions; the first such pass also measures what is needed."""
+        """The options of a pass for the rows of these directions; the first such pass also takes the measurements."""
         measurement = self._objective.measurement(() if self.measured else self._settings.data_allocator.needs)
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": us, **options}
 
     def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
-        """Compute Σ_i g_i over these examples and the directions that belong to it, unless they are the latest."""
+        """Compute Σ_i g_i over these examples, and its directions, unless they are the latest ones already."""
         if self._latest.directions and self._latest.summed == frozenset(ids):
             return
         everything = ids == self._finite
@@ -211,7 +211,7 @@ class Scoring:
         )
 
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
-        """Compute u of each validation set, with ḡ over so many examples if it is known."""
+        """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
         self._num_examples = count
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:

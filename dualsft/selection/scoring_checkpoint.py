@@ -37,7 +37,7 @@ def reach_scoring_checkpoint(
     log: PhaseLog,
     seed: int,
 ) -> Moments:
-    """Bring the model to θ, unless it was loaded from there, and return ĉ where it is needed and known.
+    """Bring the model to θ, unless θ was loaded, and return ĉ where it is needed and known.
 
     Raises:
         UserError: if the warm-up's loss stops being finite, memory runs out, or a ready checkpoint has no usable ĉ.
@@ -59,7 +59,7 @@ def reach_scoring_checkpoint(
         weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
         run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
         del moments
-        saved = run.load(_PHASE)  # from where the moments need no memory until they are used
+        saved = run.load(_PHASE)  # lazy: the moments stay in the file until they are used
         assert saved is not None
     else:
         weights = _with_prefix("weight", saved[0])
@@ -106,7 +106,7 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
-    """Load ĉ of a ready scoring checkpoint; on the host, in its file until it is used."""
+    """Load ĉ of a ready scoring checkpoint to the host; each tensor stays in its file until it is used."""
     path = second_moment_file(checkpoint)
     weights = trainable_parameters(model)
     try:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:
 
     class OrDefault:
-        """An option that the command line takes null for, in place of which `__post_init__` puts the default."""
+        """An option for which the command line accepts null; `__post_init__` replaces null by the default."""
 
         def __class_getitem__(cls, kind: Any) -> Any:
             return kind | None
@@ -69,7 +69,7 @@ class Option(NamedTuple):
 
 
 def option(default: Any, role: Role, *, key: str = "", later: bool = False) -> Any:
-    """A field with its default and what `Option` says of it; the key is the field's name unless given."""
+    """A dataclass field with a default and `Option` metadata; the manifest's key is the field's name unless given."""
     return field(default=default, metadata={"role": role, "key": key, "later": later})
 
 
@@ -219,5 +219,5 @@ def add_later_options(stored: dict[str, Any], kind: type[SelectionSettings] = Se
 
 
 def stored_settings(stored: Mapping[str, Any], kind: type[SelectionSettings] = SelectionSettings) -> dict[str, Any]:
-    """The options that a manifest holds: name -> value, of a part its `Part`; a `Mismatch` if one is not as due."""
+    """The options that a manifest holds: name -> value, `Part` for a part; a `Mismatch` if one has a wrong type."""
     return {option.name: typed(option.type, at(stored, option.key), option.key) for option in recorded(kind)}

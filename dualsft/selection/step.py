@@ -1,9 +1,9 @@
-"""The step size η, and what the quadratic model of V predicts along the pool step d = P ⊙ ḡ.
+"""The step size η, and the prediction of the quadratic model of V along the pool step d = P ⊙ ḡ.
 
     V(θ) − V(θ − η d)  ≈  η <v, d> − ½ η² dᵀHd
 
-is largest at η = <v, d> / dᵀHd, if the curvature dᵀHd is positive: the ``auto`` step size. H is the scorer's own.
-Source of the quadratic: arXiv 2605.06166; the step size by its minimum goes beyond it.
+is largest at η = <v, d> / dᵀHd, if the curvature dᵀHd is positive: the ``auto`` step size. H is the one that the
+scorer uses. The quadratic is from arXiv 2605.06166; choosing η by its minimum is this package's addition.
 """
 
 import math
@@ -29,8 +29,7 @@ class Along(NamedTuple):
     Attributes:
         slope: <v, d>.
         curvature: dᵀHd with the scorer's H; None for a scorer without one.
-        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖, if there is either; times η/2 it is how large the second-order term of u is against
-            the first.
+        ratio: ‖P ⊙ Hd‖ / ‖P ⊙ v‖, if there is either; times η/2 it is u's second-order term against the first.
     """
 
     slope: float
@@ -38,7 +37,7 @@ class Along(NamedTuple):
     ratio: float | None
 
     def gain(self, step_size: float) -> float:
-        """The predicted improvement of V by a step of this size with all weights on the whole pool."""
+        """The predicted improvement of V by a step of this size with all weights on all of the pool."""
         return step_size * self.slope - step_size**2 / 2 * (self.curvature or 0.0)
 
 
@@ -66,7 +65,7 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
 
 
 def settle(setting: StepSize, along: Collection[Along], bound: bool = False) -> float:
-    """η: the number given, or the one that minimises the mean of the validation sets' quadratics.
+    """Return η: the number given, or the one that minimises the mean of the validation sets' quadratics.
 
     ``bound`` says whether earlier scores of the run depend on the setting.
 
@@ -110,7 +109,7 @@ def bind(run: RunFolder, setting: StepSize) -> None:
 
 
 def describe(step_size: float, along: Mapping[str, Along], named: bool) -> dict[str, Any]:
-    """What the manifest says of the step and the predicted improvement, of each validation set too if named."""
+    """The manifest's entry on the step and the predicted improvement, for each validation set too if named."""
     sets = {name: _describe(step_size, of) for name, of in along.items()}
     mean = _describe(step_size, _mean(along.values()))
     return {"step_size": step_size, **mean, **({"sets": sets} if named else {})}
@@ -134,7 +133,7 @@ def _mean(along: Collection[Along]) -> Along:
 
 
 def warning(description: Mapping[str, Any]) -> str | None:
-    """What there is to say of a second-order term too small to change anything, or too large to be believed."""
+    """A warning about a second-order term too small to matter or too large to be believed; None otherwise."""
     share, size = description["second_order_share"], description["step_size"]
     if share is not None and share > 1:
         return (

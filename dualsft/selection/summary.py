@@ -9,7 +9,7 @@ _SHOWN_EXAMPLES, _SHOWN_TOKENS = 3, 5
 
 
 def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """What was scored and chosen, what was left out and why, what it cost, and where the files are.
+    """Summarise what was scored, chosen and left out, the costs, and the files.
 
     Args:
         selection: A finished selection.
@@ -42,7 +42,7 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _left_out(selection: Selection) -> dict[str, int]:
-    """Why examples could not be chosen -> how many."""
+    """Reason why examples could not be chosen -> their number."""
     left_out = {
         **{status: n for status, n in selection.about.data.train.status.items() if status != "ok"},
         "nonfinite": selection.examples["status"].to_pylist().count("nonfinite"),
@@ -52,7 +52,7 @@ def _left_out(selection: Selection) -> dict[str, int]:
 
 
 def _prediction(m: Manifest) -> list[str]:
-    """The step, what is predicted of it, and how much of either choice the last round kept."""
+    """The step, the predicted improvement, and the share of either choice that the last round kept."""
     lines = [
         f"step        {m.prediction.step_size:.3g}, predicted improvement {m.prediction.predicted_improvement:.3g}"
     ]

@@ -1,9 +1,9 @@
 """The terms of V_k(θ) = mean validation loss of set k + Σ_t λ_t mean_i L_t,i(θ), as passes run over them.
 
-Some terms compare the model with the untouched base model. A second copy of the weights is held while the pass of such
-a term runs, and at no other time. In a gradient's pass there is one accumulator beside the model, where scoring holds
-an accumulator and a direction: there the copy adds nothing to the peak of the run, but for the teacher's probabilities
-of a batch's supervised tokens. At the base model itself the model is its own teacher.
+Some terms compare the model with the untouched base model. A second copy of the weights is held only while the pass of
+such a term runs. In a gradient's pass there is one accumulator beside the model, where scoring holds an accumulator and
+a direction: there the copy adds nothing to the peak of the run, but for the teacher's probabilities of a batch's
+supervised tokens. At the base model's weights the model is its own teacher.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ class Term:
 
 
 class Teacher:
-    """Provides the base model for the time of a pass.
+    """Provides the base model during a pass.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -79,7 +79,7 @@ class Teacher:
     def available(self, displaced: bool = False) -> Iterator[PreTrainedModel]:
         """Provide the base model in evaluation mode: a copy, unless the model is at the base model's weights itself.
 
-        ``displaced`` says whether the model's weights are not at the scoring checkpoint meanwhile.
+        ``displaced`` says whether the model's weights are displaced from the scoring checkpoint in this context.
         """
         if self._untouched and not displaced:
             yield self._model
@@ -114,7 +114,7 @@ def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
 
 
 def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:
-    """Make the terms beside the validation loss: the prior and the user's own, those of weight 0 left out."""
+    """Make all terms but the validation loss: the prior and the user's own; those of weight 0 are left out."""
     settings = module.settings
     untouched = settings.warmup.checkpoint is None and settings.warmup.fraction == 0
     teacher = Teacher(module.model, module.load_base, untouched)
@@ -155,7 +155,7 @@ def _losses(objective: Objective, teacher: Teacher, displaced: bool) -> Iterator
 
 
 def _check_losses(objective: Objective, found: object, examples: int) -> None:
-    """Check that an objective gave one loss for each example, and one that depends on the weights."""
+    """Check that an objective returned one loss per example, and that the losses depend on the weights."""
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != (examples,):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UserError(

@@ -1,4 +1,4 @@
-"""Warm-up: a short dense fine-tune on a random part of the pool, for the scoring checkpoint θ and Adam's second moment.
+"""The warm-up: a short dense fine-tune on a random part of the pool that yields θ and Adam's second moment.
 
 ĉ = c / (1 − β₂^t), the bias-corrected second moment after t steps, feeds the preconditioner P = 1/(sqrt(ĉ)+eps).
 Source: arXiv 2605.06166 (10% of the pool, 1 epoch, learning rate 2e-5).
@@ -99,8 +99,8 @@ def warm_up(
         epochs: Passes over the batches.
         learning_rate: Constant.
         watch: Wraps the iteration, for progress.
-        keeper: Keeps the state of the warm-up every so often, and has what an earlier run kept.
-        seed: Decides what dropout leaves out.
+        keeper: Saves the state of the warm-up from time to time, and loads the state of an earlier run.
+        seed: Decides which activations dropout drops.
 
     Returns:
         Parameter name -> ĉ, the bias-corrected second moment, float32, of the parameter's shape.
@@ -119,7 +119,7 @@ def warm_up(
 
 
 class _WarmUp:
-    """The warm-up's model, masters and optimizer; its state at the start of a step is all that it needs to go on."""
+    """The warm-up's model, masters and optimizer; a run resumes from their state at the start of a step."""
 
     def __init__(self, model: PreTrainedModel, learning_rate: float, seed: int) -> None:
         self._model, self._seed = model, seed
@@ -132,28 +132,28 @@ class _WarmUp:
 
     def all_steps(self, batches: Iterable[Batch], epochs: int, watch: Watch, keeper: Keeper | None) -> None:
         """Take every step that an earlier run has not taken."""
-        first, done = self._take_up(keeper.load() if keeper else None)
+        first, done = self._resume(keeper.load() if keeper else None)
         self._model.train()
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
                 if keeper and any_rank(keeper.due()):
                     keeper.save(*self._state(epoch, k))
                 while not self._step(batch, epoch, k):
-                    if keeper:  # at once: the step must not be taken in one piece by a run that goes on from here
+                    if keeper:  # at once, as a resumed run must also take this step in halves
                         keeper.save(*self._state(epoch, k))
             done = 0
 
     def close(self) -> None:
-        """Take the hooks from the model; the warm-up is over, or has failed."""
+        """Remove the hooks from the model after the warm-up, or its failure."""
         self._compact.detach()
         self._model.eval()
 
     def _step(self, batch: Batch, epoch: int, k: int) -> bool:
-        """One optimizer step on the batch's mean loss; False if memory ran out, and it is to be taken again in halves.
+        """Take an optimizer step on the batch's mean loss; False if memory ran out and it must be retaken in halves.
 
-        What dropout draws goes by the step alone: a run that goes on from here draws the same.
+        Dropout's seed depends on the step alone, so a resumed run draws the same.
         """
-        mixed = np.random.SeedSequence((self._seed, epoch, k))  # as different as can be from any other step's
+        mixed = np.random.SeedSequence((self._seed, epoch, k))  # a hash: unrelated seeds for all steps
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
         try:
             self._backward(batch)
@@ -168,19 +168,19 @@ class _WarmUp:
         return False
 
     def _backward(self, batch: Batch) -> None:
-        """The gradient of the batch's mean loss, without the examples that are not finite; each rank takes a share."""
+        """Compute the gradient of the mean loss over the batch's finite examples; each rank takes a share of them."""
         count = len(batch["example_id"])
         for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
-            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:
+            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
                 return self._backward_without("loss", batch, suspects)
-            (losses.sum() / count).backward()
+            (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean
         if not self._finite_gradients():
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
     def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
-        """Begin the step again without the suspects that are not finite alone; refused if that is none, or all."""
+        """Begin the step again without the suspects that are not finite alone; refused if none or all are so."""
         self._drop_gradients()
         ids = batch["example_id"].tolist()
         bad = nonfinite_examples(batch, self._finite_alone, suspects)
@@ -219,7 +219,7 @@ class _WarmUp:
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def second_moment(self) -> dict[str, Tensor]:
-        """ĉ of every parameter, zero for one that takes no part; nothing is left of the optimizer's state."""
+        """ĉ of every parameter, zero for one that takes no part; frees the optimizer's state."""
         weights = dict(self._model.named_parameters())
         moments = {}
         for name, master in zip(self._compact.names, self._compact.masters, strict=True):
@@ -230,15 +230,15 @@ class _WarmUp:
         return moments
 
     def _state(self, epoch: int, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What it takes to go on with this batch of this epoch."""
+        """The state from which a run resumes with this batch of this epoch."""
         tensors = {}
         for k, master in enumerate(self._compact.masters):
             tensors[f"master:{k}"] = master
             tensors |= {f"{name}:{k}": value for name, value in self._optimizer.state[master].items()}
         return tensors, {"epoch": epoch, "done": done, "parts": self._parts}
 
-    def _take_up(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
-        """Go on from the state that an earlier run kept; the epoch, and how many of its batches are done."""
+    def _resume(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int]:
+        """Resume from the state that an earlier run kept; return the epoch, and how many of its batches are done."""
         if kept is None:
             return 0, 0
         tensors, notes = kept
@@ -246,7 +246,7 @@ class _WarmUp:
             master.data.copy_(tensors[f"master:{k}"])
             state = {name: tensors[f"{name}:{k}"] for name in _ADAM_STATE if f"{name}:{k}" in tensors}
             self._optimizer.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in state.items()}
-        self._compact.write_back()
+        self._compact.write_back()  # the weights are the masters, rounded, and need no storage
         self._parts = notes["parts"]
         return notes["epoch"], notes["done"]
 

@@ -31,9 +31,9 @@ _MAX_FILE = 5 * 10**9
 
 
 def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors that are gathered to the host when they are read; every rank must read them, in the same order."""
+    """Full tensors that are all-gathered to the host when read; every rank must read them, in the same order."""
 
-    @lru_cache(maxsize=2)  # the two stacks of a layer's experts, whose slices alternate in a model's file
+    @lru_cache(maxsize=2)  # a model's file alternates slices of a layer's two stacks of experts
     def gather(name: str) -> Tensor:
         return full_tensor(shards[name], like[name]).cpu()
 

@@ -1,4 +1,4 @@
-"""Loading a model in shards: each rank reads and holds its own rows of the weights alone.
+"""Loads a model in shards: each rank reads and holds only its own rows of the weights.
 
 The library loads the model as always, but from files that give lazy tensors (`dualsft.sharding.lazy_tensor`). They
 record what the loader does to them (it renames, casts, and stacks the experts of a layer), and each rank then reads its

@@ -1,7 +1,6 @@
-"""Data parallelism within a batch: every rank is given the full batch and works on its own rows of it.
+"""Data parallelism within a batch: every rank gets the full batch and works on its own rows.
 
-Counts over a batch then need no communication, and batches, their order and a run's place among them are those of one
-process.
+So counts over a batch need no communication, and the order of the batches is that of a single process.
 """
 
 import torch

@@ -32,5 +32,5 @@ def wait_for_turn(kind: CallKind, dummy_call: Callable[[CallKind], None]) -> Non
     """
     if world_size() == 1:
         return
-    while (next_kind := CallKind(all_reduce_max(kind))) != kind:
+    while (next_kind := CallKind(all_reduce_max(kind))) != kind:  # another rank wants a larger kind
         dummy_call(next_kind)

@@ -48,7 +48,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are sharded, be it over a single rank."""
+    """Whether a model's parameters are sharded, even if over a single rank."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -100,8 +100,8 @@ def _main_type(module: nn.Module) -> torch.dtype:
 def _fill_in_missing_gradients(model: nn.Module) -> None:
     """Give every trainable parameter of a unit a gradient, if only zero, before the ranks reduce them.
 
-    FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, as of an expert that
-    only some ranks used, gradients of different parameters would be added.
+    FSDP2 reduces the gradients that a rank has, concatenated. If another rank has more of them, such as those of an
+    expert that only some ranks used, gradients of different parameters would be added.
     """
     all_names = [name for name, _ in model.named_parameters()]
     # before FSDP's own hook, which queues a callback at the end of backward for the units whose inputs got no gradient;
@@ -121,7 +121,7 @@ def _fill_in_at_inputs(model: nn.Module, names: list[str], _: nn.Module, args: A
 
 def _fill_in_at_end(model: nn.Module, names: list[str], _: nn.Module, args: Any, output: Any) -> None:
     engine: Any = torch.autograd.Variable._execution_engine
-    for tensor in _differentiable(output):
+    for tensor in _differentiable(output):  # its gradient comes first in backward, too early to fill in anything
         tensor.register_hook(lambda _: engine.queue_callback(lambda: _fill_in_gradients(model, names)))
 
 
@@ -134,7 +134,7 @@ def _differentiable(tree: Any) -> list[Tensor]:
 def _unshard_if_unfrozen(model: nn.Module, names: list[str], was_trainable: list[bool], unit: Any, _: Any) -> None:
     """Have FSDP look again for the reduction's type, which it takes from the trainable weights it saw last."""
     trainable = any(model.get_parameter(name).requires_grad for name in names)
-    if was_trainable == [False] and trainable:
+    if was_trainable == [False] and trainable:  # unfrozen since its last forward
         unit.unshard()
     was_trainable[:] = [trainable]
 

@@ -74,7 +74,7 @@ class FSDP2(ModelParallelStrategy):
         return _replaced(state, zip(chunks, gather_vectors([*chunks.values()]), strict=True))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers' full states, of which each rank takes its chunks."""
+        """Load the optimizers' full states; each rank keeps its chunks of them."""
         states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
         local = [_local_state(optimizer, state) for optimizer, state in states]
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": local})
@@ -121,7 +121,7 @@ def _replaced(state: dict[str, Any], tensors: Iterable[tuple[_Key, Tensor]]) -> 
 
 
 def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
-    """Under `FSDP2`, launch the ranks that no launcher has, and create the process group before the trainer runs."""
+    """Under `FSDP2`, launch the missing ranks, and create the process group before the trainer runs."""
     strategy = trainer.strategy
     if not isinstance(strategy, FSDP2):
         return

@@ -64,8 +64,9 @@ class UnitGather:
                 value.register_hook(lambda _: self._gather(unit))
 
     def _gather(self, unit: nn.Module) -> None:
-        if unit in self._open_units:
+        if unit in self._open_units:  # a unit may have several outputs
             return
+        # backward is through with the open units, except those around this one
         outer = [other for other in self._open_units if unit in set(other.modules())]
         for closed in set(self._open_units) - set(outer):
             for gathered in self._gathered:

@@ -6,8 +6,8 @@ with e the gradient of y, and tokens as rows of e and a. Whole rows, whole colum
 as many floating-point operations as there are chosen entries; the dense gradient, a third of a training step, is never
 formed. Entries in any pattern would take a product for every row, which is slower than the dense one.
 
-The layer's own backward is replaced. Other uses of its weight have their ordinary gradient, as of a weight that is tied
-to an embedding, or that an enclosing module uses without calling the layer.
+The layer's own backward is replaced. Other uses of its weight keep their ordinary gradient: a tied embedding, or an
+enclosing module that uses the weight without calling the layer.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class Rectangle:
 
 
 def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
-    """The rectangles that chosen entries form: each of consecutive rows, but for empty ones, with equal columns.
+    """The rectangles that the chosen entries form: runs of rows with equal columns, ignoring empty rows.
 
     None if one dense product is faster: the rectangles are too many, or too large a part of the matrix.
     """
@@ -101,7 +101,7 @@ def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
 def chosen_products(
     x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], parts: list[Rectangle]
 ) -> Float[Tensor, " selected"]:
-    """The entries of xᵀ y in these rectangles, in row-major order of the whole matrix."""
+    """The entries of xᵀ y in these rectangles, in row-major order of the full matrix."""
     chosen = x.new_empty(parts[-1].entries.stop)
     for part in parts:
         left, right = part.rows.of_matrix(x), part.columns.of_matrix(y)
@@ -110,7 +110,7 @@ def chosen_products(
 
 
 class ChosenGradientHook:
-    """A forward hook that gives a linear layer a backward of its chosen weights alone.
+    """A forward hook after which a linear layer's backward computes its chosen weights' gradient only.
 
     Args:
         module: The layer.
@@ -123,7 +123,7 @@ class ChosenGradientHook:
         self._master, self._parts = master, parts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        """The module's output with the other backward; None, which leaves it, where nothing is differentiated."""
+        """The module's output with the replaced backward; None (the output stays) where gradients are disabled."""
         if not torch.is_grad_enabled():
             return None
         (a,) = args or kwargs.values()

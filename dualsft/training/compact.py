@@ -14,9 +14,9 @@ other weights are never written. The cost is w itself plus, per selected weight,
 gradient (4, from backward to step) and the optimizer's state (8 for Adam), and one layer's dense gradient at a time.
 Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits: 1,000 steps of 1e-5 on 0.02 are lost.
 
-Of a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
+In a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
 of one process (`dualsft.sharding.vectors`). A state dict holds the full masters, on rank zero, and each rank loads its
-own piece of them, so a state can be loaded on another number of ranks.
+own part of them, so a state can be loaded on another number of ranks.
 """
 
 import hashlib
@@ -55,8 +55,8 @@ class CompactParameters(nn.Module):
         mask: Which entries to train; None trains every entry of every trainable parameter.
 
     Attributes:
-        names: The parameters with a selected entry, in the model's order.
-        masters: Their selected entries, each of shape (selected,); of a sharded model those on this rank.
+        names: Names of the parameters with a selected entry, in the model's order.
+        masters: Their selected entries, each of shape (selected,); this rank's only if the model is sharded.
         num_selected: How many weights are trained, on all ranks together.
         fingerprint: SHA-256 of which entries of which tensors are selected, on all ranks together.
 
@@ -173,7 +173,7 @@ class CompactParameters(nn.Module):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             return args, kwargs
-        evaluated = False
+        evaluated = False  # at the first evaluation the model holds the masters' values already
 
         def write_back_and_evaluate() -> Any:
             nonlocal evaluated
@@ -190,12 +190,12 @@ class CompactParameters(nn.Module):
             master.grad = None
 
     def pending_gradients(self) -> dict[int, Tensor]:
-        """Number of a tensor -> its master's (full) gradient that no step has used yet; on rank zero alone."""
+        """Number of a master -> its (full) gradient that no step has used yet; on rank zero alone."""
         pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
         return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
-        """Set the masters' gradients to earlier `pending_gradients`, to go on with that accumulation."""
+        """Set the masters' gradients to earlier `pending_gradients`, to continue that accumulation."""
         values = [*gradients.values()]
         if self._sharded:
             values = split_vectors(values, [len(self.masters[k]) for k in gradients])
