@@ -14,6 +14,7 @@ from dualsft.commands.messages import explaining_settings, quieten
 from dualsft.commands.parsing import add_folder_options, check_output_dir, plain_values, prepare, replay_of
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
+from dualsft.errors import naming
 from dualsft.models.loading import model_folder
 from dualsft.runs.folder import RunFolder
 from dualsft.sharding.collectives import is_rank_zero
@@ -58,6 +59,10 @@ class VerbCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
         self.config = parser.parse_args(prepare(args, self.verb, parser))
+
+    def _set_seed(self) -> None:
+        with naming("seed_everything"), explaining_settings():  # numpy takes no negative seed
+            super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Check the output folder before anything is loaded."""

@@ -63,13 +63,13 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        return pq.read_table(self.folder / _EXAMPLES)
+        return _read_table(self.folder / _EXAMPLES)
 
     @cached_property
     def token_scores(self) -> pa.Table | None:
         """One row per scored example, if scores by token were asked for: example_id, token_id and score (lists)."""
         path = self.folder / _TOKENS
-        return pq.read_table(path) if path.is_file() else None
+        return _read_table(path) if path.is_file() else None
 
     @property
     def example_ids(self) -> list[int]:
@@ -80,7 +80,8 @@ class Selection:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The selected records, in source order."""
-        with open(self.folder / _SELECTED, encoding="utf-8", newline="\n") as lines:
+        path = self.folder / _SELECTED
+        with refusing_damage(path), open(path, encoding="utf-8", newline="\n") as lines:
             return [json.loads(line) for line in lines]
 
     def mask(self) -> dict[str, Tensor]:
@@ -112,6 +113,11 @@ class Selection:
     def score_files(self) -> list[Path]:
         """The files that hold scores and nothing of the choice: those of weights, and of tokens and sketches if any."""
         return sorted(path for name in (f"{WEIGHT_SCORES}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
+
+
+def _read_table(path: Path) -> pa.Table:
+    with refusing_damage(path):
+        return pq.read_table(path)
 
 
 def load_selection(folder: str | os.PathLike[str]) -> Selection:

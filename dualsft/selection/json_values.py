@@ -6,6 +6,7 @@ several types, with the types' names in the key, and would need a schema for eve
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -76,7 +77,7 @@ def typed(kind: Any, value: Any, key: str) -> Any:
         return _section(origin if is_dataclass(origin) else Part, value, key)
     if type(value) is origin:
         return value
-    if origin is float and type(value) is int:
+    if origin is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     raise _other(value, key, _due(kind))
 

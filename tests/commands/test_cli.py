@@ -310,6 +310,7 @@ class Demanding(GlobalTopK):
 BUDGET = "--model.data_budget"
 WEIGHTS = ["--model.parameter_allocator"]
 MISTAKES = {
+    "seed": (["--seed_everything", "-1"], 1, "seed_everything: These settings cannot be used: -1 is not in bounds"),
     "missing file": (["--data.train", "nowhere.jsonl"], 1, "nowhere.jsonl does not exist"),
     "no budget": ([BUDGET, "0"], 1, "model.data_budget is 0"),
     "fraction above one": ([BUDGET, "1.5"], 1, "model.data_budget is 1.5"),

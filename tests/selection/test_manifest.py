@@ -159,6 +159,7 @@ def test_a_wrong_type_is_named(tmp_path: Path, example: dict[str, Any]) -> None:
         (("budgets", "data"), "all", 'budgets.data is "all", an integer or a number or null is due'),
         (("combination",), "sum", 'combination is "sum", "mean" or "max" or "min" is due'),
         (("phases", 0, "seconds"), "1", 'phases[0].seconds is "1", a number is due'),
+        (("coverage",), 10**400, f"coverage is 1{'0' * 39}…, a number is due"),
         (("data", "validation", "rows"), "2", 'data.validation.rows is "2", an integer is due'),
         (("data", "validation"), {"a": {"rows": 2}}, "data.validation.a.path is missing"),
         (("frozen",), ["a" * 60], ""),
