@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
             f"{folder} has schema version {version}, this dualsft reads {SCHEMA_VERSION}; use the version that wrote "
             "it or select again."
