@@ -249,7 +249,6 @@ def test_no_rank_ever_holds_the_model(folders: dict[str, str], tmp_path: Path) -
     sizes: dict[str, Any] = {
         "hidden_size": 256,
         "intermediate_size": 768,
-        "num_attention_heads": 4,
         "num_hidden_layers": 12,
     }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_attention_heads=4, **sizes))

@@ -15,7 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # a server that has imported everything forks a rank in no time; the test process cannot, once it has used autograd
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "lightning", "transformers", "dualsft.cli", __name__])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils", "datasets"]
+    + [f"dualsft.commands.{verb}" for verb in ("select", "fit", "validate")]
+    + ["tests.world.jobs", "tests.world.fits", "tests.references", __name__]
+)
 _SECONDS = 120
 
 
