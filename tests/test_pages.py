@@ -49,6 +49,7 @@ def dualsft_commands() -> list[str]:
 COMMANDS = dualsft_commands()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] in VERBS], ids=str)
 def test_commands_parse(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command for select, fit and validate has options and values that these verbs know."""

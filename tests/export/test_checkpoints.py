@@ -73,6 +73,7 @@ def assert_same_model(found: Path, expected: str) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Extract, apply and revert: the tuned model to the bit, then the base to the bit; in the base's own files.

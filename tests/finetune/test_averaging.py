@@ -112,6 +112,7 @@ def averaged(workspace: Workspace, folder: Path, average: str, resume: Path | No
     return weights(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["EMA", "mean"])
 def test_resuming_goes_on_with_the_averages(workspace: Workspace, folder: Path, average: str) -> None:
     """From any step, in mid-epoch too, to the bits of an unbroken run; checkpoints hold masters and averages alone."""

@@ -306,6 +306,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 def test_a_schedule_that_asks_for_the_run_s_length_resumes(workspace: Workspace, folder: Path) -> None:
     """In mid-epoch too: to ask sets up the data, which must not be before the place to go on from is known."""
 
@@ -355,6 +356,7 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(workspace: Workspace, folder
         assert_equal(resumable(workspace, folder, again, path), unbroken)
 
 
+@pytest.mark.slow
 def test_resuming_with_named_validation_sets(workspace: Workspace, folder: Path) -> None:
     """From a checkpoint after any batch but the last, the weights are those of a run with one validation set."""
     unbroken = resumable(workspace, folder, SaveOften(folder / "a"), None)

@@ -100,6 +100,7 @@ def test_lbfgs_under_the_trainer(workspace: Workspace, folder: Path, clip: float
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-10)  # its inner products amplify rounding
 
 
+@pytest.mark.slow
 def test_averaging_by_command_line(workspace: Workspace, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The exported model, and the delta, hold the averages, without a word about a memory that is not used."""
     plain, given = folder / "plain", ["--optimizer", "SGD", "--optimizer.lr", "0.1"]

@@ -75,6 +75,7 @@ def test_a_checkpoint_of_another_model_is_refused(inputs: Inputs, tmp_path: Path
         select(inputs, tmp_path / "out2", {"warmup": Warmup(checkpoint=str(checkpoint))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [

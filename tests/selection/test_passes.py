@@ -68,6 +68,7 @@ def found_at_start(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 # the model's runs: validation 1; one pass: a look at the weights' uses 2, a batch 3, its spot check 4 and 5, more
 # batches 6 and 7; two passes: batches 2 to 4, then a look 5, a batch 6, its spot check 7 and 8, and more batches
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scorer", "run", "backward"),
     [("one", 1, True), ("one", 3, False), ("one", 4, False), ("one", 6, True), ("two", 4, True), ("two", 8, False)],
@@ -231,6 +232,7 @@ def test_other_errors_are_not_taken_for_a_shortage(
         select(inputs, tmp_path, SGD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "run"), [(SGD, 5), (ADAM, 2), (TWICE, 5)], ids=["one pass", "warm-up", "two passes"]
 )

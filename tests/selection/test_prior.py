@@ -247,6 +247,7 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(curvature._RELATIVE_STEP, torch.float64, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide", "short_steps")
 def test_the_prior_bends_the_objective_at_the_base_model(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -307,6 +308,7 @@ def teachers_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[weakref.ref[Any
     return loaded, alive, made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "finite_difference"])
 @pytest.mark.parametrize("where", ["base", "checkpoint"])
 def test_the_teacher_is_held_for_its_passes_alone(

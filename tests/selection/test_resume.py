@@ -80,6 +80,7 @@ def test_finished_phases_are_not_repeated(inputs: Inputs, tmp_path: Path, monkey
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -189,6 +189,7 @@ class Spoiling(Scorer):
         return u
 
 
+@pytest.mark.slow
 def test_what_a_scorer_is_given_is_its_own(inputs: Inputs, tmp_path: Path) -> None:
     """Statistics that it modifies spoil nothing, in any round."""
     options = {**ADAM, "order": "data_then_parameters", "rounds": 2}

@@ -72,6 +72,7 @@ def test_the_prior_is_not_the_peak_of_a_run(size: str, dtype: torch.dtype) -> No
     assert distilling(model, given, untouched=False) <= scoring(model, given) + probabilities + few
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_would_show(dtype: torch.dtype) -> None:
     """The record sees a copy of the weights, and that there is none where the model is its own teacher."""

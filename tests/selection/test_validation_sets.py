@@ -88,6 +88,7 @@ def assert_same(found: Tensor, expected: Tensor, relative: float = SAME) -> None
     torch.testing.assert_close(found, expected, rtol=0.0, atol=relative * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINE)
 def test_each_set_has_the_scores_that_it_has_alone(
     together: Together, apart: dict[str, Selection], combination: str
@@ -222,6 +223,7 @@ def test_second_order_sets_have_the_scores_that_they_have_alone(
     assert (passed.count("pool gradient"), passed.count("scores")) == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_auto_step_minimises_the_mean_of_the_quadratics(
     inputs: Inputs, sources: dict[str, str], tmp_path: Path
 ) -> None:
@@ -240,6 +242,7 @@ def test_the_auto_step_minimises_the_mean_of_the_quadratics(
         assert_same(column(auto, name), column(by_number, name), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["parameters_then_data", "data_then_parameters"])
 def test_a_fixed_side_is_one_for_all_sets(inputs: Inputs, sources: dict[str, str], tmp_path: Path, order: str) -> None:
     """The combined scores choose it, each set re-scores by it, and the sums of each set agree over it."""

@@ -63,6 +63,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert all(p.grad is None and p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_learn_in_float32() -> None:
     """Many updates far below bfloat16's spacing move the weights all the same."""
     model = make("llama", torch.bfloat16)
