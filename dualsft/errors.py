@@ -7,11 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
+_HEAD, _TAIL = 500, 350  # characters: where something is wrong, and what to do
+
+
+def clipped(message: str) -> str:
+    """Cut a message of more than 850 characters in the middle, which is where it quotes what was given."""
+    return message if len(message) <= _HEAD + _TAIL else f"{message[:_HEAD]} ... {message[-_TAIL:]}"
+
 
 class UserError(Exception):
     """A mistake in the input; the message says in one sentence what is wrong, where, and what to do.
 
-    The command line prints its message without a traceback and exits with code 1.
+    The command line prints its message without a traceback and exits with code 1. A long message is `clipped`.
 
     Args:
         problem: The sentence.
@@ -20,7 +27,7 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(f"{problem.removesuffix('.')}; {remedy}." if remedy else problem)
+        super().__init__(clipped(f"{problem.removesuffix('.')}; {remedy}." if remedy else problem))
         self.problem, self.remedy = problem, remedy
 
 

@@ -20,6 +20,15 @@ def test_a_shortage_is_told_in_a_few_words(kind: str) -> None:
     assert str(told.value) == f"Memory ran out in the warm-up ({TOLD[kind]}); buy more."
 
 
+def test_a_long_message_keeps_both_ends() -> None:
+    """Where something is wrong and what to do stay; of a long value in between the middle goes."""
+    told = str(UserError(f"pool.jsonl, row 3: {'x' * 5000} is no role", "rename it"))
+    assert len(told) < 900
+    assert told.startswith("pool.jsonl, row 3: xxx")
+    assert told.endswith("xxx is no role; rename it.")
+    assert " ... " in told
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -1,6 +1,7 @@
 """The base of select, fit and validate: LightningCLI with the options of one verb."""
 
 from abc import ABC, abstractmethod
+from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -59,6 +60,10 @@ class VerbCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
         self.config = parser.parse_args(prepare(args, self.verb, parser))
+        try:
+            parser.validate(self.config, False)  # null too, which the parser lets pass
+        except TypeError as error:
+            raise ArgumentError(None, str(error)) from error
 
     def _set_seed(self) -> None:
         with naming("seed_everything"), explaining_settings():  # numpy takes no negative seed

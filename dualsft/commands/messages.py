@@ -13,7 +13,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dualsft.errors import UserError, is_lost_contact, is_out_of_memory, shortage
+from dualsft.errors import UserError, clipped, is_lost_contact, is_out_of_memory, shortage
 from dualsft.sharding.collectives import is_rank_zero, rank
 
 LOST_CONTACT = (
@@ -39,7 +39,7 @@ def explanation(error: BaseException) -> tuple[str, int] | None:
     else:
         return None
     place = "" if is_rank_zero() else f" (rank {rank()})"
-    return f"dualsft: error{place}: {' '.join(message.split())}", code
+    return f"dualsft: error{place}: {clipped(' '.join(message.split()))}", code
 
 
 def _is_misconfiguration(error: BaseException) -> bool:
@@ -131,7 +131,7 @@ def _sentence(message: str) -> str:
     if not key:
         return message
     if re.search(r"Got value: None\b", message):
-        return f"{key[1]} is not given, and has no default."
+        return f"{key[1]} is not given, or null, and needs a value."
     if nested := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)", message):
         return f"{key[1]}.{nested[1]} does not take {nested[2]}; `--{key[1]}.help NAME` shows what there is."
     value = re.search(r"Given value: (.*)", message)

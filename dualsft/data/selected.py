@@ -47,6 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(manifest, ensure_ascii=False).encode()  # a lone surrogate, as an escape, could not be written again
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None

@@ -139,7 +139,8 @@ def open_delta(path: Path) -> Delta:
             shapes = {key: part.get_shape() for key, part in parts.items()}
             dtypes = {key: DTYPES[part.get_dtype()] for key, part in parts.items()}
         about = json.loads(metadata.get(_ABOUT, "{}"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        json.dumps(about, ensure_ascii=False).encode()  # a lone surrogate, as an escape, could not be written again
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, or no delta ({error}); give a delta.safetensors.") from error
     if _BASE not in metadata:
         raise UserError(f"{path} is not a delta: its metadata name no base weights; give a delta.safetensors.")

@@ -321,6 +321,7 @@ MISTAKES = {
     "unknown name": (["--model.scorer", "x_rays"], 1, "known names: diagonal_fisher, first_order, hessian_vector"),
     "wrong type": (["--data.batch_tokens", "many"], 2, "data.batch_tokens does not take many: it must be an integer."),
     "none of these": (["--model.order", "sideways"], 2, "model.order does not take sideways: it must be one of both, "),
+    "null": (["--model.dtype", "null"], 2, "model.dtype is not given, or null, and needs a value."),
     "a section": (["--model.prior", "0.2"], 2, "model.prior does not take 0.2: it has keys of its own"),
     "option of a class": (
         ["--model.scorer", "diagonal_fisher", "--model.scorer.source", "fisher"],
