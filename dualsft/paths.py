@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dualsft.errors import UserError
 
-_LONGEST_PART, _SHOWN = 255, 120
+_LONGEST_PART, _LONGEST, _SHOWN = 255, 4000, 120
 _UNSET = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
@@ -23,14 +23,16 @@ def expanded(path: str) -> str:
     if "\0" in path:
         raise UserError(f"The path {named(path)} holds a NUL character, which no file system takes.")
     try:
-        longest = max(map(len, path.encode().split(b"/")))
+        raw = path.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The path {named(path)} is not UTF-8; rename it.") from error
-    if longest > _LONGEST_PART:
+    if (longest := max(map(len, raw.split(b"/")))) > _LONGEST_PART:
         raise UserError(
             f"The path {named(path)} has a part of {longest:,} bytes, where file systems take {_LONGEST_PART}; give a "
             "shorter one."
         )
+    if len(raw) > _LONGEST:
+        raise UserError(f"The path {named(path)} has {len(raw):,} bytes, where systems take {_LONGEST}; shorten it.")
     return path
 
 
@@ -51,8 +53,12 @@ def named(path: str | os.PathLike[str]) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 2 :]}"
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--output_dir") -> None:
     """Refuse a folder in which nothing can be written, existing or still to be made; nothing is left there.
+
+    Args:
+        folder: The folder.
+        option: The option that gives it.
 
     Raises:
         UserError: If it cannot, with the system's reason.
@@ -64,6 +70,4 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".dualsft-", dir=place):
             pass
     except OSError as error:
-        raise UserError(
-            f"{named(folder)} cannot be written ({error.strerror}); choose another --output_dir."
-        ) from error
+        raise UserError(f"{named(folder)} cannot be written ({error.strerror}); choose another {option}.") from error

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from dualsft.commands.messages import explaining_settings, quieten
 from dualsft.commands.parsing import add_folder_options, check_output_dir, plain_values, prepare, replay_of
+from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.errors import naming
@@ -58,7 +59,7 @@ class VerbCLI(LightningCLI, ABC):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
-        self.config = parser.parse_args(prepare(args, self.verb, parser))
+        self.config = expand_paths(parser.parse_args(prepare(args, self.verb, parser)))
 
     def _set_seed(self) -> None:
         with naming("seed_everything"), explaining_settings():  # numpy takes no negative seed

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from dualsft.data.records import Records
 from dualsft.errors import UserError
+from dualsft.paths import expanded
 
 SCHEMA_VERSION = 1
 
@@ -20,7 +22,7 @@ def selected_ids(path: str | Path, records: Records) -> list[int]:
     Raises:
         UserError: If the selection is unfinished, unreadable or was made for other data than ``records``.
     """
-    folder = Path(path)
+    folder = Path(expanded(os.fspath(path)))
     try:
         fingerprint = read_manifest(folder)["data"]["train"]["fingerprint"]
     except (LookupError, TypeError) as error:

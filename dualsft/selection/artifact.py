@@ -20,6 +20,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
+from dualsft.paths import expanded
 from dualsft.runs import folder as run_folder
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
@@ -127,7 +128,7 @@ def load_selection(folder: str | os.PathLike[str]) -> Selection:
         UserError: if there is none, it was not finished, it has lost a part, another version wrote it, or its manifest
             is damaged.
     """
-    path = Path(folder)
+    path = Path(expanded(os.fspath(folder)))
     if not path.is_dir():
         raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
     manifest, about = open_manifest(path)
