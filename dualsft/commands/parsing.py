@@ -146,8 +146,9 @@ def _expand_option(option: str, value: str) -> str:
     if re.fullmatch(r"[\w-]+", value):
         return class_path(group, value)
     inline = value.lstrip().startswith("{")
-    if inline or os.path.isfile(value):
-        given = _loaded(value if inline else Path(value).read_text(encoding="utf-8"))
+    file = os.path.expandvars(os.path.expanduser(value))
+    if inline or os.path.isfile(file):
+        given = _loaded(value if inline else Path(file).read_text(encoding="utf-8"))
         return json.dumps(_expand_value(group, given)) if isinstance(given, dict) else value
     return class_path(group, value) if re.fullmatch(r"[\w.]+", value) else value
 

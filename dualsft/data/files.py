@@ -63,6 +63,8 @@ def find_source(path: str, split: str) -> Source:
     Raises:
         UserError: If there is nothing to read at ``path``; iteration raises it for what cannot be read.
     """
+    if not path:
+        raise UserError(f"The source is an empty text: give {_SOURCES}.")
     place = Path(expanded(path))
     if place.is_dir():
         return _folder(place, split)
@@ -70,9 +72,7 @@ def find_source(path: str, split: str) -> Source:
         return Source(_reader(place)(place))
     if _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
         return Source(_hub_lines(path, split))
-    raise UserError(
-        f"{named(place)} does not exist: give a {_KINDS} file, a folder of them or a Hugging Face dataset id."
-    )
+    raise UserError(f"{named(path)} does not exist: give {_SOURCES}.")
 
 
 def _folder(folder: Path, split: str) -> Source:
@@ -191,3 +191,4 @@ _READERS: dict[str, Callable[[Path], Iterator[SourceLine]]] = {
 }
 _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _KINDS = ", ".join(_READERS)
+_SOURCES = f"a {_KINDS} file, a folder of them or a Hugging Face dataset id"
