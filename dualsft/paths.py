@@ -1,5 +1,6 @@
 """What a path means, the same for every option: its shorthands written out, what no system takes refused."""
 
+import errno
 import os
 import re
 import tempfile
@@ -67,7 +68,9 @@ def check_writable(folder: Path, option: str = "--output_dir") -> None:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".dualsft-", dir=place):
-            pass
+        if place != folder:
+            tempfile.TemporaryDirectory(prefix=".dualsft-", dir=place).cleanup()
+        elif not os.access(folder, os.W_OK | os.X_OK):  # nothing is made in it, which another process might find there
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"{named(folder)} cannot be written ({error.strerror}); choose another {option}.") from error

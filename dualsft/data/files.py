@@ -66,10 +66,13 @@ def find_source(path: str, split: str) -> Source:
     if not path:
         raise UserError(f"The source is an empty text: give {_SOURCES}.")
     place = Path(expanded(path))
-    if place.is_dir():
-        return _folder(place, split)
-    if place.exists():
-        return Source(_reader(place)(place))
+    try:
+        if place.is_dir():
+            return _folder(place, split)
+        if place.exists():
+            return Source(_reader(place)(place))
+    except OSError as error:
+        raise UserError(f"{named(error.filename or place)} cannot be read ({error.strerror}).") from error
     if _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
         return Source(_hub_lines(path, split))
     raise UserError(f"{named(path)} does not exist: give {_SOURCES}.")
@@ -78,10 +81,7 @@ def find_source(path: str, split: str) -> Source:
 def _folder(folder: Path, split: str) -> Source:
     if is_saved_to_disk(folder):
         return Source(_table_lines(saved_records(folder, split), folder.name))
-    try:
-        files, left_out = files_of(folder, split, lambda file: _kind(file) in _READERS)
-    except OSError as error:
-        raise UserError(f"{named(error.filename or folder)} cannot be read ({error.strerror}).") from error
+    files, left_out = files_of(folder, split, lambda file: _kind(file) in _READERS)
     if not files:
         others = f", but {listed(left_out)}" if left_out else ""
         raise UserError(f"The folder {named(folder)} holds no {_KINDS} file{others}.")

@@ -79,7 +79,7 @@ class RunFolder(PhaseStore):
                 check_writable(self.path)
 
     def _check(self, resume: bool, inputs: Sequence[str | None]) -> None:
-        names = [path.name for path in sorted(self.path.iterdir())] if self.path.is_dir() else []
+        names = [path.name for path in sorted(self.path.iterdir())] if os.path.isdir(self.path) else []
         if self._overwrite:
             if names:
                 self._check_ours(names)

@@ -92,3 +92,15 @@ def test_json_that_python_does_not_take(line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"p\.jsonl, line 1 \(row 0\): not a record") as refused:
         read_records(str(tmp_path / "p.jsonl"))
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("method", ["is_dir", "exists"])
+def test_what_may_not_be_looked_at(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's reason is told: the source may well exist."""
+
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UserError, match=r"p\.jsonl cannot be read \(Permission denied\)"):
+        read_records(str(tmp_path / "p.jsonl"))
