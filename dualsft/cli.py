@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pkgutil import resolve_name
 
+from dualsft.commands.terminal import tolerant_output
+
 VERBS = {
     "select": ("score every example and every weight, and choose a subset of each", "select:SelectCLI.command"),
     "fit": ("fine-tune the chosen weights on the chosen examples", "fit:FitCLI.command"),
@@ -63,14 +65,15 @@ def _help() -> str:
 
 def main() -> None:
     """Run the console script: a user's mistake ends in one sentence and exit code 1, 2 for options, 130 for Ctrl-C."""
-    try:
-        run(sys.argv[1:])
-    except (Exception, KeyboardInterrupt) as error:
-        from dualsft.commands.messages import explanation  # imports torch
+    with tolerant_output():
+        try:
+            run(sys.argv[1:])
+        except (Exception, KeyboardInterrupt) as error:
+            from dualsft.commands.messages import explanation  # imports torch
 
-        explained = explanation(error)
-        if explained is None:
-            raise
-        sentence, code = explained
-        print(sentence, file=sys.stderr)
-        sys.exit(code)
+            explained = explanation(error)
+            if explained is None:
+                raise
+            sentence, code = explained
+            print(sentence, file=sys.stderr)
+            sys.exit(code)

@@ -149,6 +149,16 @@ class DataAllocator(ABC):
     unit: Literal["examples", "tokens"] = "examples"
     exact: bool = True
 
+    def check(self, records: Mapping[int, Mapping[str, object]]) -> None:  # noqa: B027
+        """Refuse records that the allocator cannot choose from, before anything is scored; none by default.
+
+        Args:
+            records: Row number in the pool -> record, of every example that has something to learn.
+
+        Raises:
+            UserError: if a record lacks what the allocator reads.
+        """
+
     @abstractmethod
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
         """Choose ``budget`` examples, or examples of at most ``budget`` supervised tokens.

@@ -1,7 +1,7 @@
 """Splits the budget over the sources of the records, and chooses the highest scores within each."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -42,13 +42,20 @@ class PerSourceQuota(DataAllocator):
             )
         self.column, self.shares = column, shares
 
+    def check(self, records: Mapping[int, Mapping[str, object]]) -> None:
+        """Refuse records of which one lacks the column, or none is of a source that has a share."""
+        self._shares(Counter(self._source(row, record) for row, record in records.items()))
+
     def allocate(self, examples: ScoredExamples, budget: int) -> Int[Tensor, " chosen"]:
         """Exactly ``budget`` examples; see `DataAllocator.allocate`.
 
         Raises:
             UserError: if a record lacks the column, or a source that has a share does not occur.
         """
-        sources = self._sources(examples)
+        sources = [
+            self._source(row, record)
+            for row, record in zip(examples.example_id.tolist(), examples.records, strict=True)
+        ]
         sizes = Counter(sources)
         parts = apportion(budget, self._shares(sizes), list(sizes.values()))
         left = dict(zip(sizes, parts, strict=True))
@@ -59,16 +66,13 @@ class PerSourceQuota(DataAllocator):
                 chosen.append(k)
         return examples.example_id[sorted(chosen)]
 
-    def _sources(self, examples: ScoredExamples) -> list[str]:
-        sources = []
-        for example_id, record in zip(examples.example_id.tolist(), examples.records, strict=True):
-            if self.column not in record:
-                raise UserError(
-                    f"per_source_quota finds no column {self.column!r} in row {example_id} of the pool (the record has "
-                    f"{', '.join(record) or 'none'}); give it the name of one as column."
-                )
-            sources.append(str(record[self.column]))
-        return sources
+    def _source(self, row: int, record: Mapping[str, object]) -> str:
+        if self.column not in record:
+            raise UserError(
+                f"per_source_quota finds no column {self.column!r} in row {row} of the pool (the record has "
+                f"{', '.join(record) or 'none'}); give it the name of one as column."
+            )
+        return str(record[self.column])
 
     def _shares(self, sizes: Counter[str]) -> Sequence[int | float]:
         """The numbers that the sources' parts are proportional to."""

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dualsft.commands.messages import explaining_settings
 from dualsft.commands.parsing import CONFIG, add_folder_options, check_output_dir, class_given, prepare, replay_of
+from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.selection import load_selection
@@ -68,7 +69,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:
         parser.set_defaults(dict.fromkeys(kept, "as in SELECTION"))
     else:
         raise UserError("The selection is not given; name it first: `dualsft allocate SELECTION --output_dir DIR`.")
-    config = parser.parse_args(arguments)
+    config = expand_paths(parser.parse_args(arguments))
     for key in lost:
         if config[key] is None:
             raise UserError(f"The {key} of {selection} cannot be made again from its manifest; give --{key}.")

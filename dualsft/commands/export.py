@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from dualsft.commands.messages import quieten
 from dualsft.commands.parsing import CONFIG, replay_of
+from dualsft.commands.path_options import expand_paths
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.peft_adapter import prepare_peft
@@ -84,7 +85,7 @@ def export_command(arguments: Sequence[str]) -> None:
         raise UserError(f"dualsft export {told} forms are {', '.join(FORMS)}.")
     parser, parsers = _parsers()
     config = parser.parse_args(list(arguments))
-    name, options = config.form, config[config.form]
+    name, options = config.form, expand_paths(config[config.form])
     for key in (*FORMS[name].options, "output_dir"):
         if not options[key]:
             raise UserError(f"--{key} is not given; `dualsft export {name} --help` says what it is.")
@@ -112,7 +113,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 def _export(form: Form, options: Namespace, replay: str) -> None:
     given = {key: options[key] for key in form.options}
-    folder = Path(options.output_dir).expanduser()
+    folder = Path(options.output_dir)
     how: dict[str, Any] = {"inputs": tuple(given.values()), "resumable": False, "written": WRITTEN}
     run = RunFolder(folder, overwrite=options.overwrite, **how)
     full = _holds_a_result(folder)

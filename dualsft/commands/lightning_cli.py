@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from dualsft.commands.messages import explaining_settings, quieten
 from dualsft.commands.parsing import add_folder_options, check_output_dir, plain_values, prepare, replay_of
+from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.errors import naming
@@ -59,7 +60,7 @@ class VerbCLI(LightningCLI, ABC):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
-        self.config = parser.parse_args(prepare(args, self.verb, parser))
+        self.config = expand_paths(parser.parse_args(prepare(args, self.verb, parser)))
         try:
             parser.validate(self.config, False)  # null too, which the parser lets pass
         except TypeError as error:

@@ -6,6 +6,7 @@ that no verb knows is an error. Wherever a class path is expected, a registered 
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -19,6 +20,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, capture_parser
 
 from dualsft.errors import UserError
+from dualsft.paths import expanded
 from dualsft.registry import class_path
 
 NAMED = {
@@ -144,8 +146,9 @@ def _expand_option(option: str, value: str) -> str:
     if re.fullmatch(r"[\w-]+", value):
         return class_path(group, value)
     inline = value.lstrip().startswith("{")
-    if inline or Path(value).is_file():
-        given = _loaded(value if inline else Path(value).read_text(encoding="utf-8"))
+    file = os.path.expandvars(os.path.expanduser(value))
+    if inline or os.path.isfile(file):
+        given = _loaded(value if inline else Path(file).read_text(encoding="utf-8"))
         return json.dumps(_expand_value(group, given)) if isinstance(given, dict) else value
     return class_path(group, value) if re.fullmatch(r"[\w.]+", value) else value
 
@@ -161,7 +164,7 @@ def _loaded(text: str) -> Any:
 def _read_config(path: str) -> dict[str, Any]:
     """A YAML configuration, which must be a mapping."""
     try:
-        loaded = yaml.safe_load(_moved(Path(path).read_text(encoding="utf-8")))
+        loaded = yaml.safe_load(_moved(Path(expanded(path)).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -88,7 +88,7 @@ class QuickStart:
             tokens = [] if kind == "general" else ["--model.generation.max_new_tokens", "0"]
             at = ["--model.model_name_or_path", model, "--data.validation", data]
             self._run("validate", *at, *tokens, "--output_dir", output)
-            measured[kind] = json.loads((output / "metrics.json").read_text())
+            measured[kind] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return Row(
             name=name,
             target_loss=measured["target"]["loss"],

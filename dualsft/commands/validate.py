@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dualsft.commands.lightning_cli import VerbCLI, tell
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.runs.folder import write_atomically
+from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.trainer import Trainer
 
@@ -53,6 +54,7 @@ class ValidateCLI(VerbCLI):
         """List the metrics of named sets ourselves; Lightning's table would repeat all of them for each set."""
         named, verbose = self.datamodule.named_validation, self.config.verbose
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=verbose and not named)
+        tell_of_data(self.datamodule)
         if verbose and named:
             width = max(map(len, self.trainer.callback_metrics), default=0)
             for name, value in self.trainer.callback_metrics.items():

@@ -1,6 +1,7 @@
 """Examples: the encoded pool that both selection and fine-tuning compute on."""
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from dualsft.data.folders import listed
 from dualsft.data.formats import Rendered, make_renderer
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, read_records
@@ -74,9 +76,10 @@ def load_examples(
     """Reads and encodes a pool as both commands train and score on it.
 
     Args:
-        path: A json, jsonl, parquet, csv or tsv file, a folder of them, or a Hugging Face dataset id.
+        path: A jsonl, json, csv, tsv (each may be compressed), parquet or arrow file, a folder of them or of
+            save_to_disk, or a Hugging Face dataset id.
         tokenizer: A fast tokenizer, or the path or hub id of one.
-        split: Split of a Hugging Face dataset.
+        split: Split of a Hugging Face dataset, or of a folder with several splits.
         max_length: Tokens to keep of each example.
         **format_options: Fields of `FormatOptions`.
 
@@ -87,7 +90,10 @@ def load_examples(
         UserError: If the records, the tokenizer or the options cannot be used.
     """
     options = FormatOptions(**format_options)
-    return encode_examples(read_records(path, split), load_tokenizer(tokenizer), options, max_length).dataset
+    records = read_records(path, split)
+    if records.left_out:
+        warnings.warn(f"{path}: {listed(records.left_out)} is not read.", stacklevel=2)
+    return encode_examples(records, load_tokenizer(tokenizer), options, max_length).dataset
 
 
 def encode_examples(

@@ -5,21 +5,24 @@ knows about file kinds. JSON lines are passed on verbatim: a selection hands its
 """
 
 import csv
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from dualsft.data.folders import files_of, listed
+from dualsft.data.json_text import parsed
+from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet_records, saved_records
+from dualsft.data.text_lines import COMPRESSED, text_lines
 from dualsft.errors import UserError
+from dualsft.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
 class SourceLine(NamedTuple):
@@ -40,105 +43,126 @@ class SourceLine(NamedTuple):
         return f"{self.source}, row {row}" if self.number is None else f"{self.source}, line {self.number} (row {row})"
 
 
-def source_lines(path: str, split: str) -> Iterator[SourceLine]:
-    """Reads a file, a folder of files (by name) or, where nothing of that name exists, a Hugging Face dataset.
+class Source(NamedTuple):
+    """A file, a folder or a dataset that has been found, and not yet read.
+
+    Attributes:
+        lines: Its records.
+        left_out: Names of what lies in the folder beside the files that are read.
+    """
+
+    lines: Iterator[SourceLine]
+    left_out: tuple[str, ...] = ()
+
+
+def find_source(path: str, split: str) -> Source:
+    """Finds a file, a folder of files or, where nothing of that name exists, a Hugging Face dataset.
+
+    Of a folder with several splits the files of ``split`` are read, by name.
 
     Raises:
-        UserError: If there is nothing to read at ``path`` or it cannot be read.
+        UserError: If there is nothing to read at ``path``; iteration raises it for what cannot be read.
     """
-    place = Path(path)
-    if place.is_dir():
-        names = sorted(file for file in place.iterdir() if not file.name.startswith("."))
-        files = [file for file in names if file.suffix.lower() in _READERS and file.is_file()]
-        if not files:
-            raise UserError(f"The folder {place} holds no {_KINDS} file.")
-        for file in files:
-            yield from _READERS[file.suffix.lower()](file)
-    elif place.exists():
-        if place.suffix.lower() not in _READERS:
-            raise UserError(f"{place} is not a kind of file that can be read: give a {_KINDS} file.")
-        yield from _READERS[place.suffix.lower()](place)
-    elif _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
-        yield from _hub_lines(path, split)
-    else:
-        raise UserError(f"{path} does not exist: give a {_KINDS} file, a folder of them or a Hugging Face dataset id.")
-
-
-def _dump(record: Any) -> str:
-    line = json.dumps(record, ensure_ascii=False, default=str)
+    if not path:
+        raise UserError(f"The source is an empty text: give {_SOURCES}.")
+    place = Path(expanded(path))
     try:
-        line.encode()
-    except UnicodeEncodeError:  # a lone surrogate cannot be written as UTF-8, only escaped
-        return json.dumps(record, default=str)
-    return line
+        if place.is_dir():
+            return _folder(place, split)
+        if place.exists():
+            return Source(_reader(place)(place))
+    except OSError as error:
+        raise UserError(f"{named(error.filename or place)} cannot be read ({error.strerror}).") from error
+    if _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
+        return Source(_hub_lines(path, split))
+    raise UserError(f"{named(path)} does not exist: give {_SOURCES}.")
 
 
-def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line with its end), split at LF alone: U+2028 and the like occur inside records."""
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{file.name}, line {number}, byte {error.start + 1} of the line"
-                raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+def _folder(folder: Path, split: str) -> Source:
+    if is_saved_to_disk(folder):
+        return Source(_table_lines(saved_records(folder, split), folder.name))
+    files, left_out = files_of(folder, split, lambda file: _kind(file) in _READERS)
+    if not files:
+        others = f", but {listed(left_out)}" if left_out else ""
+        raise UserError(f"The folder {named(folder)} holds no {_KINDS} file{others}.")
+    return Source((line for file in files for line in _reader(file)(file)), left_out)
+
+
+def _kind(file: Path) -> str:
+    """The ending that tells how a file is read: of a compressed one that before the compression's."""
+    endings = [ending.lower() for ending in file.suffixes[-2:]]
+    is_compressed = len(endings) == 2 and endings[1] in COMPRESSED and endings[0] in _COMPRESSIBLE
+    return endings[0] if is_compressed else "".join(endings[-1:])
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[SourceLine]]:
+    if (kind := _kind(file)) in _READERS:
+        return _READERS[kind]
+    if kind in (*_ARCHIVES, *COMPRESSED):
+        what = "an archive" if kind in _ARCHIVES else f"compressed, and {', '.join(_COMPRESSIBLE)} alone may be"
+        raise UserError(f"{named(file)} is {what}: unpack it, and give the file or the folder in it.")
+    raise UserError(f"{named(file)} is not a kind of file that can be read: give a {_KINDS} file.")
 
 
 def _jsonl_lines(file: Path) -> Iterator[SourceLine]:
-    for number, text in _text_lines(file):
+    for number, text in text_lines(file):
         if text.strip():
             yield SourceLine(text.rstrip("\r\n"), file.name, number)
 
 
 def _json_lines(file: Path) -> Iterator[SourceLine]:
     """A .json file: an array of records, an object around one such array, or JSON lines under another name."""
-    text = "".join(line for _, line in _text_lines(file))
+    text = "".join(line for _, line in text_lines(file))
     try:
-        content = json.loads(text)
+        content = parsed(text)
     except JSONDecodeError as error:
         if not text.lstrip().startswith("["):
             yield from _jsonl_lines(file)  # names the broken line in its error
             return
         raise UserError(f"{file.name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except ValueError as error:
+        raise UserError(f"{file.name}: not a record ({error}); mend it.") from error
     records = content if isinstance(content, list) else [content]
     if isinstance(content, dict) and len(content) == 1:
         (inner,) = content.values()
         if isinstance(inner, list) and not _is_conversation(inner):
             records = inner
-    for record in records:
-        yield SourceLine(_dump(record), file.name, None)
+    yield from _table_lines(records, file.name)
 
 
 def _is_conversation(items: list[Any]) -> bool:
     """Tells one record ``{"messages": [...]}`` from an object that holds a list of records."""
-    return bool(items) and all(isinstance(item, dict) and "role" in item for item in items)
+    return bool(items) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in items)
 
 
-def _csv_lines(file: Path) -> Iterator[SourceLine]:
+def _csv_lines(file: Path, delimiter: str) -> Iterator[SourceLine]:
     csv.field_size_limit(_LARGEST_CSV_FIELD)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    rows = csv.reader((line for _, line in _text_lines(file)), delimiter=delimiter, strict=True)
+    rows = csv.reader((line for _, line in text_lines(file)), delimiter=delimiter, strict=True)
     try:
         header = next(filter(None, rows), [])
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise UserError(f"{file.name} has two columns of the name {twice[0]!r}; give each a name of its own.")
         start = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):
                 raise UserError(f"{file.name}, line {start}: {len(row)} fields where the header names {len(header)}.")
             if row:
-                yield SourceLine(_dump(dict(zip(header, row, strict=True))), file.name, start)
+                yield SourceLine(dumped(dict(zip(header, row, strict=True)), file.name), file.name, start)
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file.name}, line {rows.line_num}: not valid CSV ({error}).") from error
 
 
+def _table_lines(records: Iterable[Any], name: str) -> Iterator[SourceLine]:
+    return (SourceLine(dumped(record, name), name, None) for record in records)
+
+
 def _parquet_lines(file: Path) -> Iterator[SourceLine]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    yield SourceLine(_dump(record), file.name, None)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.name} cannot be read as Parquet ({error}).") from error
+    return _table_lines(parquet_records(file), file.name)
+
+
+def _arrow_lines(file: Path) -> Iterator[SourceLine]:
+    return _table_lines(arrow_records(file), file.name)
 
 
 def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
@@ -152,16 +176,19 @@ def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
             f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
             f"(split {split!r}): {reason}"
         ) from error
-    for record in records:
-        yield SourceLine(_dump(record), f"{name} [{split}]", None)
+    yield from _table_lines(records, f"{name} [{split}]")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[SourceLine]]] = {
     ".jsonl": _jsonl_lines,
     ".ndjson": _jsonl_lines,
     ".json": _json_lines,
+    ".csv": partial(_csv_lines, delimiter=","),
+    ".tsv": partial(_csv_lines, delimiter="\t"),
     ".parquet": _parquet_lines,
-    ".csv": _csv_lines,
-    ".tsv": _csv_lines,
+    ".arrow": _arrow_lines,
+    ".feather": _arrow_lines,
 }
+_COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _KINDS = ", ".join(_READERS)
+_SOURCES = f"a {_KINDS} file, a folder of them or a Hugging Face dataset id"

@@ -14,21 +14,22 @@ from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batc
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists
-from dualsft.data.options import Format, FormatOptions, validation_key, validation_sources
+from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
 from dualsft.data.packing import collate_packed, packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.tokenizer import load_tokenizer, pad_id
 from dualsft.errors import UserError, naming
 
-_TRAIN, _VALIDATION = "data.train", validation_key(None)
+_VALIDATION = validation_key(None)
 
 
 class InstructionDataModule(LightningDataModule):
     """Instruction data for selection and fine-tuning.
 
     Args:
-        train: The pool: a jsonl, json, parquet, csv or tsv file, a folder of them, or a Hugging Face dataset id.
+        train: The pool: a jsonl, json, csv, tsv (each may be compressed), parquet or arrow file, a folder of them or of
+            save_to_disk, or a Hugging Face dataset id.
         validation: What the model is meant to get better at: a source of the same kinds, or a mapping of names to
             several.
         tokenizer: A tokenizer, or the path or hub id of one; on the command line the model's own.
@@ -43,8 +44,9 @@ class InstructionDataModule(LightningDataModule):
         batch_size: Largest number of examples of a training batch.
         packing: Pack several examples into one row of max_length tokens instead of padding each; attention stays
             within an example.
-        train_split: Split to load if ``train`` is a Hugging Face dataset.
-        validation_split: Split to load of each source of ``validation`` that is a Hugging Face dataset.
+        train_split: Split to read if ``train`` is a Hugging Face dataset or a folder with several splits.
+        validation_split: Split to read of each source of ``validation`` that is a Hugging Face dataset or a folder with
+            several splits.
         selection: Directory of a finished selection: train on its selected examples alone.
         seed: Decides which examples meet in a training batch and the order of the batches.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
@@ -91,7 +93,7 @@ class InstructionDataModule(LightningDataModule):
         paths = validation_sources(validation)
         self._keys = {name: validation_key(name if self.named_validation else None) for name in paths}
         self._sources: dict[str, tuple[str | None, str]] = {
-            _TRAIN: (train, train_split),
+            TRAIN: (train, train_split),
             _VALIDATION: (None, validation_split),
             **{key: (paths[name], validation_split) for name, key in self._keys.items()},
         }
@@ -109,7 +111,7 @@ class InstructionDataModule(LightningDataModule):
     @property
     def train_examples(self) -> Examples:
         """The pool, encoded on first use."""
-        return self._encoded(_TRAIN)
+        return self._encoded(TRAIN)
 
     @property
     def validation_sets(self) -> dict[str, Examples]:
@@ -118,6 +120,11 @@ class InstructionDataModule(LightningDataModule):
         A single source has the name ``validation``; without a source there is no set.
         """
         return {name: self._encoded(key) for name, key in self._keys.items()}
+
+    @property
+    def encoded(self) -> dict[str, Examples]:
+        """What has been encoded so far, by the option that gives its source."""
+        return dict(self._examples)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and encodes the data that a stage needs, once.
@@ -136,11 +143,11 @@ class InstructionDataModule(LightningDataModule):
         validation = list(self._keys.values())
         if not validation and stage != "fit":
             validation = [_VALIDATION]  # which is refused as not given
-        needed = validation if stage == "validate" else [_TRAIN, *validation]
+        needed = validation if stage == "validate" else [TRAIN, *validation]
         for key in sorted(needed, key=lambda key: self._sources[key][0] is not None):  # missing ones cost no reading
             self._encoded(key)
         # some mistakes show only when batches are cut
-        if _TRAIN in self._examples:
+        if TRAIN in self._examples:
             _ = self.train_dataloader() if stage == "fit" else self.pool_loader()
         for name in self._keys:
             self.validation_loader(name)
@@ -177,7 +184,7 @@ class InstructionDataModule(LightningDataModule):
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
             step: Takes every ``step``-th batch from there on, starting with the first.
         """
-        return self._scoring_loader(_TRAIN, self.packing, ids, start, batch_tokens, step)
+        return self._scoring_loader(TRAIN, self.packing, ids, start, batch_tokens, step)
 
     def validation_loader(
         self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
@@ -254,7 +261,7 @@ class InstructionDataModule(LightningDataModule):
 
 def _naming_set(key: str) -> AbstractContextManager[None]:
     """Says which of several validation sets a mistake is in."""
-    return nullcontext() if key in (_TRAIN, _VALIDATION) else naming(key)
+    return nullcontext() if key in (TRAIN, _VALIDATION) else naming(key)
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from dualsft.errors import UserError
 
+TRAIN = "data.train"
+"""The option that gives the source of the pool."""
 _SET_NAME = re.compile(r"[\w-]+")
 
 Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]

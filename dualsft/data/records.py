@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import Any
 
-from dualsft.data.files import SourceLine, source_lines
+from dualsft.data.files import SourceLine, find_source
+from dualsft.data.json_text import parsed
 from dualsft.errors import UserError
 
 
@@ -18,11 +19,13 @@ class Records:
     Attributes:
         columns: Every key that occurs, in order of first appearance.
         fingerprint: SHA-256 (hex) over the lines: equal exactly when the lines are.
+        left_out: Names of what lies in the source's folder and was not read.
     """
 
     columns: tuple[str, ...]
     fingerprint: str
     _lines: tuple[SourceLine, ...]
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -48,13 +51,14 @@ def read_records(path: str, split: str = "train") -> Records:
     Raises:
         UserError: If the source is missing, unreadable or holds no record, or if a row is not a JSON object.
     """
-    records = build_records(source_lines(path, split))
+    source = find_source(path, split)
+    records = build_records(source.lines, source.left_out)
     if not len(records):
         raise UserError(f"{path} holds no record.")
     return records
 
 
-def build_records(lines: Iterable[SourceLine]) -> Records:
+def build_records(lines: Iterable[SourceLine], left_out: tuple[str, ...] = ()) -> Records:
     """Refuses a line that is not a JSON object, and gathers the columns."""
     columns: dict[str, None] = {}
     digest = hashlib.sha256()
@@ -63,15 +67,17 @@ def build_records(lines: Iterable[SourceLine]) -> Records:
         columns.update(dict.fromkeys(_parse(line, row)))
         digest.update(line.text.encode() + b"\n")
         kept.append(line)
-    return Records(tuple(columns), digest.hexdigest(), tuple(kept))
+    return Records(tuple(columns), digest.hexdigest(), tuple(kept), left_out)
 
 
 def _parse(line: SourceLine, row: int) -> dict[str, Any]:
     try:
-        record = json.loads(line.text)
+        record = parsed(line.text)
     except JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg}, column {error.colno})"
         raise UserError(f"{line.location(row)}: {reason}; mend or remove this row.") from error
+    except ValueError as error:
+        raise UserError(f"{line.location(row)}: not a record ({error}); mend or remove this row.") from error
     if not isinstance(record, dict):
         raise UserError(f"{line.location(row)}: a record must be a JSON object, not {type(record).__name__}.")
     return record

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
+from dualsft.paths import expanded
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -28,7 +29,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         name = str(folder)
         if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):

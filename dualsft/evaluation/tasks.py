@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.errors import UserError, advising, is_out_of_memory
 from dualsft.evaluation.task_errors import TaskIndex, check_same, explanation, task_at_fault
 from dualsft.models import PreTrainedModel
+from dualsft.paths import expanded
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"
@@ -58,7 +59,7 @@ class TaskOptions:
         idle = [f.name for f in fields(self) if f.name != "tasks" and getattr(self, f.name) != f.default]
         if idle and not self.names:
             raise UserError(f"Without tasks there is no use for {' and '.join(idle)}; name tasks, or leave it out.")
-        if self.task_folder is not None and not Path(self.task_folder).expanduser().is_dir():
+        if self.task_folder is not None and not Path(expanded(self.task_folder)).is_dir():
             raise UserError(f"task_folder={self.task_folder!r} is not a folder; name one that holds task files.")
 
     @property
@@ -71,7 +72,7 @@ class TaskOptions:
     @property
     def folder(self) -> Path | None:
         """The folder of task files, absolute."""
-        return Path(self.task_folder).expanduser().resolve() if self.task_folder is not None else None
+        return Path(expanded(self.task_folder)).resolve() if self.task_folder is not None else None
 
 
 def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:

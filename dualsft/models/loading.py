@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
+from dualsft.paths import expanded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -31,7 +32,7 @@ def model_folder(name_or_path: str) -> Path:
         UserError: if there is no such folder and the hub has no such model, or if the folder lacks ``config.json`` or
             safetensors weights (pickled ``*.bin`` weights are never read).
     """
-    folder = Path(name_or_path).expanduser()
+    folder = Path(expanded(name_or_path))
     if not folder.is_dir():
         folder = _download(name_or_path)
     if not (folder / "config.json").is_file():

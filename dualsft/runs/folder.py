@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dualsft.errors import UserError
+from dualsft.paths import check_writable, expanded
 from dualsft.runs.phase_store import PhaseStore, sync_to_disk
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 
@@ -44,7 +45,8 @@ class RunFolder(PhaseStore):
         complete: Whether the folder to resume holds a finished selection, as when a user resumes once too often.
 
     Raises:
-        UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input.
+        UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input or cannot
+            be written.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class RunFolder(PhaseStore):
         resumable: bool = True,
         written: Sequence[str] = (),
     ) -> None:
-        self.path = Path(folder)
+        self.path = Path(expanded(os.fspath(folder)))
         self._state = self.path / UNFINISHED
         super().__init__(self._state)
         self._written, self._resumable, self._overwrite = (*_WRITTEN.split(), *written), resumable, overwrite
@@ -66,16 +68,18 @@ class RunFolder(PhaseStore):
             self._state / _LOCK, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False
         )
         self.complete = self._claimed = False
-        self._is_new = not self.path.exists()
+        self._is_new = not os.path.exists(self.path)
         if resume and overwrite:
             raise UserError("--resume and --overwrite contradict each other; give one of them.")
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         if is_rank_zero():  # another rank might look after rank zero has written something
             self._check(resume, inputs)
+            if not self.complete:
+                check_writable(self.path)
 
     def _check(self, resume: bool, inputs: Sequence[str | None]) -> None:
-        names = [path.name for path in sorted(self.path.iterdir())] if self.path.is_dir() else []
+        names = [path.name for path in sorted(self.path.iterdir())] if os.path.isdir(self.path) else []
         if self._overwrite:
             if names:
                 self._check_ours(names)
@@ -106,7 +110,7 @@ class RunFolder(PhaseStore):
     def _check_inputs(self, inputs: Sequence[str | None]) -> None:
         here = self.path.resolve()
         for path in filter(None, inputs):
-            if here in (place := Path(path).expanduser().resolve()).parents or here == place:
+            if here in (place := Path(expanded(path)).resolve()).parents or here == place:
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.data.selected import SCHEMA_VERSION
+from dualsft.data.selected import SCHEMA_VERSION, check_columns
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
+from dualsft.paths import expanded
 from dualsft.runs import folder as run_folder
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
@@ -63,7 +64,9 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        return _read_table(self.folder / _EXAMPLES)
+        table = _read_table(self.folder / _EXAMPLES)
+        check_columns(self.folder / _EXAMPLES, table.schema, _SCHEMA)
+        return table
 
     @cached_property
     def token_scores(self) -> pa.Table | None:
@@ -127,7 +130,7 @@ def load_selection(folder: str | os.PathLike[str]) -> Selection:
         UserError: if there is none, it was not finished, it has lost a part, another version wrote it, or its manifest
             is damaged.
     """
-    path = Path(folder)
+    path = Path(expanded(os.fspath(folder)))
     if not path.is_dir():
         raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
     manifest, about = open_manifest(path)

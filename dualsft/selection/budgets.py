@@ -8,7 +8,7 @@ from torch import Tensor
 from dualsft.data.module import InstructionDataModule
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
-from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, choose_data, data_budget
+from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, check_records, choose_data, data_budget
 from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
@@ -21,7 +21,8 @@ class Budgets:
     """Chooses weights and examples by their scores, under the budgets of one run.
 
     Raises:
-        UserError: if a count exceeds the number available, or a pattern matches no parameter.
+        UserError: if a count exceeds the number available, a pattern matches no parameter, or the data allocator cannot
+            choose from the records.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Budgets:
         pool = data.train_examples
         self._pool = Pool(pool.records, pool.num_tokens, data.options)
         self._due = data_budget(settings, [int(pool.num_tokens[i]) for i in pool.ok_ids()])
+        check_records(settings, pool.records, pool.ok_ids())
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """The data budget: which examples are trained on, at most as many as the budget, under any allocator."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,29 @@ def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], cost: Mapping
             f"{type(allocator).__name__} chose {len(chosen):,} examples, {len(ids):,} different ones of the pool with "
             f"{total:,} {allocator.unit}, where {budget:,} were due; mend the allocator."
         )
+
+
+def check_records(settings: SelectionSettings, records: Records, ids: Sequence[int]) -> None:
+    """Let the allocator refuse records that it cannot choose from."""
+    allocator = settings.data_allocator
+    with naming("model.data_allocator"), blaming(allocator, "check"):
+        allocator.check(_RecordsByRow(records, ids))
+
+
+class _RecordsByRow(Mapping[int, Mapping[str, Any]]):
+    """Some of the records by row, read when they are asked for."""
+
+    def __init__(self, records: Records, ids: Sequence[int]) -> None:
+        self._records, self._ids = records, ids
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        return self._records[row]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 class _LazyRecords(Sequence[Mapping[str, Any]]):

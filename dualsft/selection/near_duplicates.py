@@ -17,8 +17,9 @@ Source: Broder, On the Resemblance and Containment of Documents (1997).
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt64
@@ -73,7 +74,7 @@ def collapse(
         return sorted(scores)
     columns = options.text_columns(records.columns)
     seen: set[bytes] = set()
-    kept, index = [], _Index(settings.threshold)
+    kept, index = [], SimilarTexts(settings.threshold)
     for i in sorted(scores, key=lambda i: (-scores[i], i)):
         shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
         same = shingles.tobytes()
@@ -85,7 +86,16 @@ def collapse(
 
 def hashed_shingles(text: str, ngram: int) -> UInt64[np.ndarray, " shingle"]:
     """A 64-bit hash of each different n-gram of words, ascending; a blank text is one shingle as it stands."""
-    words = re.findall(r"\w+|[^\w\s]", text.casefold()) or [text]
+    return hashed_ngrams(words_of(text), ngram)
+
+
+def words_of(text: str) -> list[str]:
+    """The words and marks of a text; a blank text is one word as it stands."""
+    return re.findall(r"\w+|[^\w\s]", text.casefold()) or [text]
+
+
+def hashed_ngrams(words: Sequence[str], ngram: int) -> UInt64[np.ndarray, " shingle"]:
+    """A 64-bit hash of each different n-gram, ascending; fewer words are one n-gram."""
     starts = range(max(1, len(words) - ngram + 1))
     shingles = {" ".join(words[k : k + ngram]).encode(errors="surrogatepass") for k in starts}
     digests = b"".join(hashlib.blake2b(shingle, digest_size=8).digest() for shingle in shingles)
@@ -107,8 +117,8 @@ def bands(threshold: float) -> tuple[int, int]:
     return _PERMUTATIONS, 1
 
 
-class _Index:
-    """An index of texts, none of them like another."""
+class SimilarTexts:
+    """An index of texts by their shingles, which finds those at least as similar as a threshold."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH  # brings scipy, which nothing else needs
@@ -118,14 +128,33 @@ class _Index:
         self._lsh = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(threshold))
         self._sets: list[np.ndarray] = []
 
+    def add(self, shingles: UInt64[np.ndarray, " shingle"]) -> None:
+        """Add a text; texts are numbered from 0."""
+        self._add(shingles, self._signature(shingles))
+
+    def like(self, shingles: UInt64[np.ndarray, " shingle"]) -> list[int]:
+        """The numbers of the texts that are like this one."""
+        return self._like(shingles, self._signature(shingles))
+
     def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> bool:
         """Add a text unless one that was added before is like it; return whether it was added."""
+        signature = self._signature(shingles)
+        if self._like(shingles, signature):
+            return False
+        self._add(shingles, signature)
+        return True
+
+    def _signature(self, shingles: UInt64[np.ndarray, " shingle"]) -> Any:
         signature = self._blank.copy()
         hashes = shingles & np.uint64(0xFFFFFFFF)
         for first in range(0, len(hashes), _AT_ONCE):  # a batch takes memory for all of its permutations
             signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
-        if any(jaccard(shingles, self._sets[k]) >= self._threshold for k in self._lsh.query(signature)):
-            return False
+        return signature
+
+    def _add(self, shingles: np.ndarray, signature: Any) -> None:
         self._lsh.insert(len(self._sets), signature)
         self._sets.append(shingles)
-        return True
+
+    def _like(self, shingles: np.ndarray, signature: Any) -> list[int]:
+        candidates = self._lsh.query(signature)
+        return sorted(k for k in candidates if jaccard(shingles, self._sets[k]) >= self._threshold)

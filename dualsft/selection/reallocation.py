@@ -17,6 +17,7 @@ from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
+from dualsft.paths import expanded
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
@@ -59,7 +60,7 @@ def reallocate(
         raise TypeError(f"{', '.join(strange)} decides no choice; the options are {', '.join(CHOICE)}")
     settings = SelectionSettings(**choice)
     source = load_selection(selection)
-    _check_apart(source.folder, Path(output_dir))
+    _check_apart(source.folder, Path(expanded(os.fspath(output_dir))))
     described = describe_settings(settings)
     options = {key: described[key] for key in keys("parameters", "data")}
     _check_order(source, options)

@@ -33,6 +33,7 @@ from dualsft.selection.budgets import Budgets
 from dualsft.selection.manifest import describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, choose_by_turns
+from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
@@ -63,6 +64,7 @@ def run_selection(
 
     # 1. Nothing is written before the input is known to be good.
     module.check_input(data)
+    tell_of_data(data)
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
     budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
     if on_rank_zero(lambda: run.complete):

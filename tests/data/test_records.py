@@ -178,6 +178,8 @@ def test_unreadable_sources(tmp_path: Path) -> None:
         read_records(str(tmp_path / "missing.jsonl"))
     with pytest.raises(UserError, match=r"missing\.jsonl does not exist"):
         read_records("missing.jsonl")
+    with pytest.raises(UserError, match="is an empty text"):
+        read_records("")
     with pytest.raises(UserError, match="holds no record"):
         read_records(write(tmp_path, "empty.jsonl", "\n \n"))
     with pytest.raises(UserError, match="holds no record"):

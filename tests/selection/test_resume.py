@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from dualsft import load_selection
-from dualsft.allocators import Diverse, LayerQuota, PerSourceQuota
+from dualsft.allocators import DataAllocator, Diverse, LayerQuota, PerSourceQuota, ScoredExamples
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Warmup, passes, scoring_checkpoint
@@ -101,12 +102,35 @@ def test_other_settings_do_not_resume(inputs: Inputs, tmp_path: Path, change: di
         select(inputs, tmp_path, **{"options": OPTIONS, "seed": 1, **change}, resume=True)
 
 
+class Choosy(DataAllocator):
+    """An allocator that takes nothing."""
+
+    def allocate(self, examples: ScoredExamples, budget: int) -> Tensor:
+        """Refuses whatever there is."""
+        raise UserError("none of these")
+
+
+def test_records_that_an_allocator_cannot_choose_from_cost_no_scoring(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that is missing, and a source that no record has, are told before anything is computed or written."""
+    warm_ups = kill_at(monkeypatch, scoring_checkpoint, "warm_up", call=99)
+    for allocator, problem in (
+        (PerSourceQuota("topic"), r"model\.data_allocator: per_source_quota finds no column 'topic' in row 0"),
+        (PerSourceQuota("prompt", {"here": 1.0}), r"model\.data_allocator: per_source_quota gives a share to 'here'"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            select(inputs, tmp_path / "out", {**OPTIONS, "data_allocator": allocator}, seed=1)
+    assert not warm_ups
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_choice_goes_on_from_the_scores(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A choice that fails leaves the scores; with another one nothing is scored again, and the bytes are its own."""
-    with pytest.raises(UserError, match="no column 'topic'"):
-        select(inputs, tmp_path / "out", {**OPTIONS, "data_allocator": PerSourceQuota("topic")}, seed=1)
+    with pytest.raises(UserError, match="none of these"):
+        select(inputs, tmp_path / "out", {**OPTIONS, "data_allocator": Choosy()}, seed=1)
     other = {**OPTIONS, "data_budget": 3, "parameter_allocator": LayerQuota(), "frozen": ["norm"]}
     expected = contents(select(inputs, tmp_path / "direct", other, seed=1).folder)
     gradient_passes = kill_at(monkeypatch, passes, "gradient_pass", call=99)

@@ -1,0 +1,79 @@
+"""Output that cannot be shown does not end the work."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from tqdm import tqdm
+
+from dualsft.cli import main
+from dualsft.commands.terminal import tolerant_output
+
+
+def closed_pipe() -> TextIO:
+    """A pipe whose reader has left, as after ``| head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", encoding="utf-8")
+
+
+def full_disk() -> TextIO:
+    """A log on a full disk."""
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+LINUX = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has such a file")
+STREAMS = [closed_pipe, pytest.param(full_disk, marks=LINUX)]
+
+
+@pytest.mark.parametrize("make", STREAMS)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_nobody_reads(name: str, make: Callable[[], TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed is lost, more than a buffer of it too, and the original stream comes back."""
+    with make() as stream:
+        monkeypatch.setattr(sys, name, stream)
+        with tolerant_output():
+            for _ in range(3):
+                print("x" * 100_000, file=getattr(sys, name))
+                getattr(sys, name).flush()
+            for _ in tqdm(range(3), file=getattr(sys, name), mininterval=0):
+                pass
+            print("left in the buffer", file=getattr(sys, name))
+        assert getattr(sys, name) is stream
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", "gr?n ? ? ?"), ("latin-1", "grün ? ? ?"), ("cp1252", "grün ? ? •"), ("utf-8", "grün → 数 •")],
+)
+def test_other_encodings(encoding: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the encoding lacks is replaced, by itself; half characters in names are too."""
+    with open(tmp_path / "log", "w", encoding=encoding) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with tolerant_output():
+            print("grün → 数 •")
+            print("a\udcff")
+    assert (tmp_path / "log").read_text(encoding=encoding) == f"{shown}\na?\n"
+
+
+def test_a_stream_that_is_closed_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ``>&-`` there is somewhere to write to."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with tolerant_output():
+        print("lost", file=sys.stdout)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["plugins"], 0), (["nonsense"], 1), (["select", "--nonsense"], 2)])
+def test_the_exit_code_is_that_of_the_work(arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Success and mistakes end as they do on a terminal."""
+    monkeypatch.setattr(sys, "argv", ["dualsft", *arguments])
+    with closed_pipe() as out, closed_pipe() as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) if code else nullcontext() as stop:
+            main()
+    assert stop is None or stop.value.code == code

@@ -1,0 +1,99 @@
+"""Which files of a folder are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets.data_files import DataFilesDict, get_data_patterns
+
+from dualsft.data.records import read_records
+from dualsft.errors import UserError
+
+LAYOUTS: dict[str, dict[str, list[str]]] = {
+    "three files": {"train": ["train.jsonl"], "validation": ["validation.jsonl"], "test": ["test.jsonl"]},
+    "other words": {"train": ["my-training_1.jsonl"], "validation": ["dev.jsonl"], "test": ["eval.2.jsonl"]},
+    "shards": {
+        "train": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+        "test": ["data/test-00000-of-00001.jsonl"],
+    },
+    "splits of other names": {
+        "train_sft": ["data/train_sft-00000-of-00001-a1b2.jsonl"],
+        "train_gen": ["data/train_gen-00000-of-00001-c3d4.jsonl"],
+    },
+    "folders": {"train": ["train/a.jsonl", "train/b/test.jsonl"], "validation": ["valid/a.jsonl"]},
+    "one split alone": {"test": ["test_a.jsonl", "test_b.jsonl"]},
+}
+
+
+def write(folder: Path, names: list[str]) -> None:
+    """Writes files of one record each: the file's own name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, split: str) -> list[str]:
+    """The names of the files that are read for a split."""
+    return [record["text"] for record in read_records(str(folder), split)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_split_decides_as_in_datasets(layout: str, tmp_path: Path) -> None:
+    """Each split is read from its own files, which are those that `datasets` resolves; what is left out is named."""
+    splits = LAYOUTS[layout]
+    write(tmp_path, [name for names in splits.values() for name in names])
+    patterns = get_data_patterns(str(tmp_path))
+    theirs = DataFilesDict.from_patterns(patterns, str(tmp_path), allowed_extensions=[".jsonl"])
+    for split, names in splits.items():
+        assert read(tmp_path, split) == sorted(names)
+        assert sorted(str(Path(file).relative_to(tmp_path)) for file in theirs[split]) == sorted(names)
+        others = sorted(name for other, of in splits.items() if other != split for name in of)
+        assert list(read_records(str(tmp_path), split).left_out) == others
+
+
+def test_a_split_that_the_folder_has_not(tmp_path: Path) -> None:
+    """The training rows are not the validation set for want of another: the splits that there are are named."""
+    write(tmp_path, ["train.jsonl", "test.jsonl"])
+    with pytest.raises(UserError, match=r"has the splits test, train, but not 'validation': name one"):
+        read(tmp_path, "validation")
+
+
+@pytest.mark.parametrize("names", [["train.jsonl", "more.jsonl"], ["train_test.jsonl", "test.jsonl"]], ids=str)
+def test_a_file_of_no_split_beside_those_of_one(names: list[str], tmp_path: Path) -> None:
+    """It is neither read with every split nor passed over."""
+    write(tmp_path, names)
+    with pytest.raises(UserError, match=r"of the split \w+ by its name, and \w+\.jsonl, of none: give the file itself"):
+        read(tmp_path, "train")
+
+
+def test_without_splits_every_split_is_all(tmp_path: Path) -> None:
+    """Files whose names say nothing are one set, by name, whatever split is asked for; only the folder's own count."""
+    write(tmp_path, ["b.jsonl", "a.jsonl", "old/c.jsonl", ".git/d.jsonl"])
+    (tmp_path / "notes.txt").write_text("not data", encoding="utf-8")
+    (tmp_path / "dataset_infos.json").write_text("{}", encoding="utf-8")
+    for split in ("train", "validation"):
+        assert read(tmp_path, split) == ["a.jsonl", "b.jsonl"]
+    left_out = read_records(str(tmp_path)).left_out
+    assert left_out == ("dataset_infos.json", "notes.txt", "old/c.jsonl")
+
+
+def test_the_readme_decides_as_on_the_hub(tmp_path: Path) -> None:
+    """Where README.md gives the files of each split, names do not matter; several configurations are refused."""
+    write(tmp_path, ["one.jsonl", "two.jsonl"])
+    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: one*\n"
+    readme += "  - split: held_out\n    path: [two.jsonl]\n"
+    (tmp_path / "README.md").write_text(f"{readme}---\n# Data\n", encoding="utf-8")
+    assert read(tmp_path, "train") == ["one.jsonl"]
+    assert read(tmp_path, "held_out") == ["two.jsonl"]
+    (tmp_path / "README.md").write_text(f"{readme}- config_name: socratic\n---\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"several configurations \(default, socratic\)"):
+        read(tmp_path, "train")
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n", encoding="utf-8")
+    assert read(tmp_path, "train") == ["one.jsonl", "two.jsonl"]
+
+
+def test_a_file_and_the_same_compressed(tmp_path: Path) -> None:
+    """Rows are not read twice because a download was unpacked."""
+    write(tmp_path, ["a.jsonl", "a.jsonl.gz"])
+    with pytest.raises(UserError, match=r"holds a\.jsonl and a\.jsonl\.gz, which is the same .*: remove one"):
+        read(tmp_path, "train")
