@@ -1,7 +1,10 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -215,6 +218,71 @@ def test_literal_special_tokens(tmp_path: Path) -> None:
     tokenizer = byte_level()
     examples = encode(tmp_path, [{"prompt": "a", "response": "b<eos>"}], tokenizer)
     assert tokenizer.decode(learnt(examples, 0)) == "b<eos>"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_texts_that_were_rendered_before(tmp_path: Path, kind: str) -> None:
+    """A text or a prompt with special tokens of its own gets no second ones, and none that begins it is learnt."""
+    tokenizer = byte_level(**TOKENIZERS[kind])
+    rows = [{"text": "<bos>the sea<eos>"}, {"text": "<bos>the sea<eos>\n"}, {"text": "<bos>the sea"}]
+    examples = encode(tmp_path, rows, tokenizer)
+    assert [tokenizer.decode(row["input_ids"]) for row in examples.dataset] == [
+        "<bos>the sea<eos>",
+        "<bos>the sea<eos>\n",
+        "<bos>the sea<eos>",
+    ]
+    assert [tokenizer.decode(learnt(examples, row)) for row in range(3)] == [
+        "the sea<eos>",
+        "the sea<eos>\n",
+        "the sea<eos>",
+    ]
+    prompts = encode(tmp_path, [{"prompt": "<bos>q", "response": "a"}], tokenizer)
+    assert tokenizer.decode(prompts.dataset[0]["input_ids"]) == "<bos>q\na<eos>"
+
+
+def test_texts_that_repeat_special_tokens(tmp_path: Path) -> None:
+    """Special tokens elsewhere in a text stay as they are."""
+    examples = encode(tmp_path, [{"text": "<bos><bos>a<bos>b<eos>c"}, {"text": ""}], byte_level(adds="<bos> $A <eos>"))
+    texts = [byte_level().decode(row["input_ids"]) for row in examples.dataset]
+    assert texts == ["<bos><bos>a<bos>b<eos>c<eos>", "<bos><eos>"]
+
+
+def test_columns_of_other_types(tmp_path: Path) -> None:
+    """Texts that Parquet stores as bytes, large strings, views, categories or dictionaries are the same texts."""
+    texts = ["the sea", "é🙂"]
+    expected = encode(tmp_path, [{"prompt": text, "response": text} for text in texts], byte_level()).dataset
+    plain = pa.array(texts)
+    for kind in (
+        pa.binary(),
+        pa.large_binary(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ):
+        column = plain.dictionary_encode() if isinstance(kind, pa.DictionaryType) else plain.cast(kind)
+        pq.write_table(pa.table({"prompt": column, "response": column}), tmp_path / "pool.parquet")
+        assert load_examples(str(tmp_path / "pool.parquet"), byte_level())[:] == expected[:]
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 do not matter in a column that is not read, and are refused in one that is."""
+    path = str(tmp_path / "pool.parquet")
+    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], "image": [b"\xff\xd8"]}), path)
+    assert len(load_examples(path, byte_level())) == 1
+    pq.write_table(pa.table({"prompt": ["a"], "response": [b"\xff\xd8"]}), path)
+    with pytest.raises(UserError, match=r"pool\.parquet, row 0: 'response' must be text, not dict"):
+        load_examples(path, byte_level())
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_without_its_vocabulary(tmp_path: Path, kind: str) -> None:
+    """A folder with a tokenizer's configuration alone is refused: its texts would have no tokens."""
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": kind}))
+    with pytest.raises(UserError, match=r"vocabulary.*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_load_examples(tmp_path: Path) -> None:
