@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from dualsft.data.templates import ChatTemplate, Span
 from dualsft.data.turns import Message, Turn, functions
@@ -12,6 +12,7 @@ from dualsft.errors import UserError
 _PROBE = "\ue000"  # stands in for a turn's content; of private use, so that no text or template has it
 _THOUGHT = re.compile(r"([<\[][^<>\[\]]*(think|thought|reason)[^<>\[\]]*[>\]]\s*)+$", re.IGNORECASE)
 """A thought that is opened, or over, at the end of a prompt."""
+_END_OF_THOUGHT = "</think>"
 _BEGUN = re.compile(r"[<\[{(][^<>\[\]{}()]*$")  # a mark that is opened and not closed
 _WORD = re.compile(r"\w+$")
 
@@ -22,6 +23,7 @@ class Conversation:
 
     turns: Sequence[Turn]
     template: ChatTemplate
+    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def rendered(self) -> tuple[str, tuple[Span, ...]]:
         """The text, and the character ranges to learn from, ascending.
@@ -36,7 +38,7 @@ class Conversation:
         if self.template.marks_what_is_generated:
             text, spans = self._blocks()
         else:
-            text = self.template.render(self._messages())
+            text = self._first(len(self.turns))
             spans = None
         if (parsed := self._parsed(text)) is not None:
             return parsed.rendered()
@@ -47,7 +49,7 @@ class Conversation:
         """The conversation with the arguments of calls as objects, if JSON text of them was written as a text again."""
         if not any(turn.has_json_within(text) for turn in self.turns):
             return None
-        return replace(self, turns=[turn.with_parsed_arguments() for turn in self.turns])
+        return Conversation([turn.with_parsed_arguments() for turn in self.turns], self.template)
 
     def _blocks(self) -> tuple[str, tuple[Span, ...]]:
         """The text, and the blocks of the turns to be learnt: blocks come in the order of turns."""
@@ -78,11 +80,11 @@ class Conversation:
             raise UserError(
                 f"{self.template.where}: the conversation begins with the assistant; put a user turn before it."
             )
-        prompt = self.template.render(self._messages()[:turn], add_generation_prompt=True)
-        header = _THOUGHT.sub("", prompt)  # which a finished turn may not have
-        for known in (prompt, header):
-            if text.startswith(known):
-                return len(known)
+        prompt = self._first(turn, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        if text.startswith(header := _THOUGHT.sub("", prompt)):  # a finished turn may have no thought
+            return len(header)
         # Else the prompt goes on in another way behind the assistant's header, which ends where a content begins.
         probe = self.template.render(self._probe(turn))
         start = _shared(prompt, probe)
@@ -96,37 +98,48 @@ class Conversation:
     def _end(self, text: str, turn: int, start: int) -> int:
         if turn == len(self.turns) - 1:
             return len(text)
-        alone = self.template.render(self._messages()[: turn + 1])
+        alone = self._first(turn + 1)
         if text.startswith(alone):
             return len(alone)
         # The template ends the whole otherwise than a turn that others follow, as Phi-3's does.
-        alone = self._followed(self._messages(), turn)
+        alone, header = self._followed(turn)
         if text.startswith(alone):
             return len(alone)
         # It writes the turn's content otherwise, as Qwen3's does, which drops its thought: what both renderings share
         # behind the content is the end-of-turn marker.
-        there, here = self._behind_content(alone, text, turn, start)
+        there, here = self._behind_content(alone, header, text, turn, start)
         return here + _agreement(alone[there:], text[here:])
 
-    def _followed(self, messages: list[Message], turn: int) -> str:
-        """The text of the turns up to this one as it is where another follows."""
-        before = self.template.render(messages[:turn])
-        prompt = self.template.render(messages[:turn], add_generation_prompt=True)
-        header = prompt[_agreement(prompt, before) :]
-        return self.template.render(messages[: turn + 1], add_generation_prompt=True).removesuffix(header)
+    def _followed(self, turn: int) -> tuple[str, str]:
+        """The text of the turns up to this one where another follows, and the next one's header that is taken off."""
+        followed = self._first(turn + 1, add_generation_prompt=True)
+        if followed.startswith(alone := self._first(turn + 1)):
+            return alone, followed[len(alone) :]
+        prompt = self._first(turn, add_generation_prompt=True)
+        header = prompt[_agreement(prompt, self._first(turn)) :]
+        return followed.removesuffix(header), header
 
-    def _behind_content(self, alone: str, text: str, turn: int, start: int) -> Span:
+    def _behind_content(self, alone: str, header: str, text: str, turn: int, start: int) -> Span:
         """Where a turn's content ends in two renderings, of the turns up to it and of all."""
         content = self.turns[turn].content
-        if content and alone.startswith(content, start) and text.startswith(content, start):
-            return start + len(content), start + len(content)
+        for said in (content, content.strip(), content.rsplit(_END_OF_THOUGHT, 1)[-1].strip()):
+            if said and text.startswith(said, start) and alone.count(said, start) == 1:
+                return alone.index(said, start) + len(said), start + len(said)
         probe = self._probe(turn)
-        there = len(alone) - _shared(alone[::-1], self._followed(probe, turn)[::-1])
+        other = self.template.render(probe[: turn + 1], add_generation_prompt=True).removesuffix(header)
+        there = len(alone) - _shared(alone[::-1], other[::-1])
         here = len(text) - _shared(text[::-1], self.template.render(probe)[::-1])
         missing = max(0, start - here)  # a content that is empty, or not written beside calls, ends anywhere
         if alone[there : there + missing] != text[here : here + missing]:
             raise self._unrecognised(turn)
         return there + missing, here + missing
+
+    def _first(self, turns: int, add_generation_prompt: bool = False) -> str:
+        """The text of the first turns."""
+        key = turns, add_generation_prompt
+        if key not in self._texts:
+            self._texts[key] = self.template.render(self._messages()[:turns], add_generation_prompt)
+        return self._texts[key]
 
     def _probe(self, turn: int) -> list[Message]:
         """The messages with another content of one of them."""
@@ -139,8 +152,11 @@ class Conversation:
 
     def _check_said(self, turn: int, text: str) -> None:
         """Refuses a turn of whose content not one word is in its part of the text; beside calls it may be left out."""
-        words = re.findall(r"\w+", self.turns[turn].content)
-        if words and not self.turns[turn].functions and not any(word in text for word in words):
+        content = self.turns[turn].content
+        if content in text or self.turns[turn].functions:
+            return
+        words = re.findall(r"\w+", content)
+        if words and not any(word in text for word in words):
             raise self._unrecognised(turn)
 
     def _check_called(self, turn: int, text: str) -> None:
