@@ -25,6 +25,7 @@ from dualsft.finetune import (
 )
 from dualsft.models.loading import check_vocabulary
 from dualsft.runs.folder import RunFolder, write_atomically
+from dualsft.runs.progress import say
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import latest_checkpoint
@@ -99,6 +100,8 @@ class FitCLI(VerbCLI):
         self.model.configure_model()
         for examples in (self.datamodule.train_examples, *self.datamodule.validation_sets.values()):
             check_vocabulary(self.model.model, examples.largest_id())
+        for remark in self.datamodule.remarks:
+            say(remark)
 
     def _fit(self, folder: RunFolder) -> None:
         checkpoint = self._checkpoint(folder.path) if self.config.resume else None

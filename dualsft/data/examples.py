@@ -1,6 +1,7 @@
 """Examples: the encoded pool that both selection and fine-tuning compute on."""
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     import datasets
 
 _CHUNK = 512  # records tokenised at once: enough to keep the tokenizer's threads busy, little enough to be cheap
+_NO_END = (
+    "the tokenizer has no end-of-sequence token, so that no response ends in one and nothing teaches the model where "
+    "to stop; give the tokenizer an eos_token."
+)
 STATUSES = ("ok", "empty", "truncated")
 
 
@@ -37,6 +42,7 @@ class Examples:
         num_tokens: Supervised tokens per example.
         lengths: Tokens per example.
         records: The records they were made from.
+        remarks: Sentences on what a user should know of them.
     """
 
     dataset: "datasets.Dataset"
@@ -44,6 +50,7 @@ class Examples:
     num_tokens: Int[np.ndarray, "example"]
     lengths: Int[np.ndarray, "example"]
     records: Records
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.status)
@@ -87,7 +94,10 @@ def load_examples(
         UserError: If the records, the tokenizer or the options cannot be used.
     """
     options = FormatOptions(**format_options)
-    return encode_examples(read_records(path, split), load_tokenizer(tokenizer), options, max_length).dataset
+    examples = encode_examples(read_records(path, split), load_tokenizer(tokenizer), options, max_length)
+    for remark in examples.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return examples.dataset
 
 
 def encode_examples(
@@ -100,13 +110,17 @@ def encode_examples(
     """
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
-    chunks = [encode_chunk(part, tokenizer, max_length) for part in _rendered(records, tokenizer, options)]
+    chunks, ends = [], True
+    for part in _rendered(records, tokenizer, options):
+        chunks.append(encode_chunk(part, tokenizer, max_length))
+        ends = ends and (not part[0].add_eos or tokenizer.eos_token_id is not None)
     return Examples(
         dataset=_dataset(chunks),
         status=tuple(status for chunk in chunks for status in chunk.status),
         num_tokens=np.concatenate([chunk.num_tokens for chunk in chunks]),
         lengths=np.concatenate([chunk.lengths for chunk in chunks]),
         records=records,
+        remarks=() if ends else (_NO_END,),
     )
 
 

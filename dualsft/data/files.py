@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualsft.data.texts import to_json
 from dualsft.errors import UserError
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
@@ -66,11 +65,11 @@ def source_lines(path: str, split: str) -> Iterator[SourceLine]:
 
 
 def _dump(record: Any) -> str:
-    line = json.dumps(record, ensure_ascii=False, default=to_json)
+    line = json.dumps(record, ensure_ascii=False, default=str)
     try:
         line.encode()
     except UnicodeEncodeError:  # a lone surrogate cannot be written as UTF-8, only escaped
-        return json.dumps(record, default=to_json)
+        return json.dumps(record, default=str)
     return line
 
 

@@ -119,6 +119,11 @@ class InstructionDataModule(LightningDataModule):
         """
         return {name: self._encoded(key) for name, key in self._keys.items()}
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what a user should know of the data encoded so far, each once."""
+        return list(dict.fromkeys(remark for examples in self._examples.values() for remark in examples.remarks))
+
     def setup(self, stage: str | None = None) -> None:
         """Reads and encodes the data that a stage needs, once.
 

@@ -1,14 +1,9 @@
 """Values of a column as text: what counts as text, and what as missing."""
 
-import base64
-import datetime
-import decimal
 import math
-import uuid
 from typing import Any
 
 _PARTS = (None, "text", "input_text", "output_text")
-_WRITTEN_OUT = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)
 
 
 def is_missing(value: Any) -> bool:
@@ -25,16 +20,3 @@ def as_text(value: Any) -> str | None:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in _PARTS and isinstance(part.get("text"), str)
-
-
-def to_json(value: Any) -> Any:
-    """What JSON holds in place of a value that it has no kind for; a ``default`` of `json.dumps`.
-
-    Bytes are text if they are UTF-8. Otherwise, as in an image, they become an object, which no column of text takes.
-    """
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        try:
-            return bytes(value).decode()
-        except UnicodeDecodeError:
-            return {"base64": base64.b64encode(value).decode()}
-    return str(value) if isinstance(value, _WRITTEN_OUT) else {"type": type(value).__name__}

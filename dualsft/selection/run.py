@@ -19,7 +19,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.progress import PhaseLog
+from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.artifact import (
     WEIGHT_SCORES,
     Selection,
@@ -63,6 +63,8 @@ def run_selection(
 
     # 1. Nothing is written before the input is known to be good.
     module.check_input(data)
+    for remark in data.remarks:
+        say(remark)
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
     budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
     if on_rank_zero(lambda: run.complete):
