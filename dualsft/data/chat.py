@@ -69,6 +69,7 @@ class Conversation:
     def _spans(self, text: str) -> Iterator[Span]:
         for turn, this in enumerate(self.turns):
             if this.learnt:
+                self._texts.clear()  # of a long conversation all of them together are too much
                 start = self._start(text, turn)
                 end = self._end(text, turn, start)
                 self._check_said(turn, text[start:end])

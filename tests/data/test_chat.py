@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tests.world.tokenizers import CHATML, RESTLESS, byte_level
 
 MARKS = ["<|end|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<think>"]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+]
 WRITTEN = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 THOUGHT = "<think>\nhm\n</think>\n\n"
 
@@ -162,6 +165,17 @@ def test_other_prompts_that_go_on_behind_the_header(opening: str) -> None:
     assert learnt(one(template, turns("a", "<b>", "c", "d"))) == ["<b><|im_end|>\n", "d<|im_end|>\n"]
 
 
+def test_long_conversations() -> None:
+    """Of the renderings of a conversation's first turns only a few are kept at a time."""
+    messages, template = turns(*(f"{i} " * 1000 for i in range(100))), byte_level(CHATML)
+    tracemalloc.start()
+    [rendered] = render({"messages": messages}, tokenizer=template)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(learnt(rendered)) == 50
+    assert peak < 20 * len(rendered.text)
+
+
 def test_prompts_of_another_conversation() -> None:
     """A template that rewrites earlier turns is refused with that reason, as before."""
     with pytest.raises(UserError, match="rewrites what comes before turn 1"):
@@ -255,7 +269,7 @@ def test_generation_blocks_decide(tmp_path: Path) -> None:
     for template in (templates.MARKED, with_header):
         tokenizer = byte_level(template)
         row = load_examples(write_jsonl(tmp_path / "pool.jsonl", [{"messages": messages}]), tokenizer)[0]
-        reference = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        reference: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert row["input_ids"] == reference["input_ids"]
         assert [int(label != -100) for label in row["labels"]] == reference["assistant_masks"]
 
