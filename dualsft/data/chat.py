@@ -154,9 +154,10 @@ class Conversation:
     def _check_said(self, turn: int, text: str) -> None:
         """Refuses a turn of whose content not one word is in its part of the text; beside calls it may be left out."""
         content = self.turns[turn].content
-        if content in text or self.turns[turn].functions:
+        said = content.rsplit(_END_OF_THOUGHT, 1)[-1].strip() or content
+        if said in text or self.turns[turn].functions:
             return
-        words = re.findall(r"\w+", content)
+        words = re.findall(r"\w+", said)
         if words and not any(word in text for word in words):
             raise self._unrecognised(turn)
 

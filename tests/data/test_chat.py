@@ -149,6 +149,13 @@ def test_a_template_that_reads_no_text() -> None:
         one(listing, turns("a", "b"))
 
 
+def test_a_turn_that_is_a_thought_alone() -> None:
+    """What a template leaves out cannot be learnt, and is refused; an answer behind it of marks alone can."""
+    with pytest.raises(UserError, match="rewrites turn 1 beyond recognition"):
+        one(templates.DEEPSEEK_R1, turns("a", "<think>\nhm\n</think>"))
+    assert learnt(one(templates.DEEPSEEK_R1, turns("a", f"{THOUGHT}:-)"))) == ["\n\n:-)<eos>"]
+
+
 @pytest.mark.parametrize("name", ["DEEPSEEK_R1", "QWEN3_THINKING", "THOUGHTLESS"])
 def test_prompts_that_begin_a_thought(name: str) -> None:
     """An answer with a thought and one without are learnt as they are written behind the assistant's header."""
