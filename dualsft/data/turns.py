@@ -108,7 +108,7 @@ def _read_turn(message: Any, where: str) -> Turn:
     calls = _calls(message, where)
     content = _content(message.get("content"), role, bool(calls), where)
     read = {**message, "role": role, "content": content}
-    if calls:
+    if not is_missing(message.get("tool_calls")):
         read["tool_calls"] = calls
     says = bool(calls) or bool(content and content.strip())
     learnt = role == "assistant" and says and _is_wanted(message, where)

@@ -111,10 +111,12 @@ def test_tools_as_json_text(tools: Any) -> None:
     assert one(templates.HERMES, called(None), tools=tools) == one(templates.HERMES, called(None), tools=TOOLS)
 
 
-@pytest.mark.parametrize("tools", [None, [], "", float("nan")])
-def test_no_tools(tools: Any) -> None:
-    """Missing tools and an empty list are the same."""
-    assert one(templates.HERMES, called(None), tools=tools) == one(templates.HERMES, called(None))
+@pytest.mark.parametrize("nothing", [None, [], "", "[]", float("nan")])
+def test_no_tools(nothing: Any) -> None:
+    """Missing tools and calls, and empty lists of them, are the same."""
+    assert one(templates.HERMES, called(None), tools=nothing) == one(templates.HERMES, called(None))
+    answer = {"role": "assistant", "content": "b", "tool_calls": nothing}
+    assert one(templates.HERMES, [*turns("a"), answer]) == one(templates.HERMES, turns("a", "b"))
 
 
 def test_arguments_as_json_text() -> None:
