@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.examples import load_examples
 from dualsft.data.formats import Rendered
+from dualsft.data.options import FormatOptions
+from dualsft.data.records import record_text
 from dualsft.errors import UserError
 from tests.data.test_formats import learnt, render, turns
 from tests.world import templates
@@ -243,6 +245,12 @@ def test_conversations_under_other_names(column: str, value: list[dict[str, str]
     """A column `conversations`, with role and content or with from and value, is read as `messages` is."""
     [rendered] = render({"id": 1, column: value}, tokenizer=byte_level(CHATML))
     assert rendered == one(CHATML, turns("a", "b"))
+
+
+def test_the_text_of_a_conversation_under_another_name() -> None:
+    """It is found where the renderer finds it, and who speaks is no part of it."""
+    columns = FormatOptions().text_columns(("id", "conversations"))
+    assert record_text({"id": 1, "conversations": SHAREGPT}, columns) == "a\nb"
 
 
 def test_other_formats_come_before_conversations() -> None:
