@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import datasets
 
 _CHUNK = 512  # records tokenised at once: enough to keep the tokenizer's threads busy, little enough to be cheap
+_NO_END = (
+    "the tokenizer has no end-of-sequence token, so that no response ends in one and nothing teaches the model where "
+    "to stop; give the tokenizer an eos_token."
+)
 STATUSES = ("ok", "empty", "truncated")
 
 
@@ -39,6 +43,7 @@ class Examples:
         num_tokens: Supervised tokens per example.
         lengths: Tokens per example.
         records: The records they were made from.
+        remarks: Sentences on what a user should know of them.
     """
 
     dataset: "datasets.Dataset"
@@ -46,6 +51,7 @@ class Examples:
     num_tokens: Int[np.ndarray, "example"]
     lengths: Int[np.ndarray, "example"]
     records: Records
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.status)
@@ -93,7 +99,10 @@ def load_examples(
     records = read_records(path, split)
     if records.left_out:
         warnings.warn(f"{path}: {listed(records.left_out)} is not read.", stacklevel=2)
-    return encode_examples(records, load_tokenizer(tokenizer), options, max_length).dataset
+    examples = encode_examples(records, load_tokenizer(tokenizer), options, max_length)
+    for remark in examples.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return examples.dataset
 
 
 def encode_examples(
@@ -106,13 +115,17 @@ def encode_examples(
     """
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
-    chunks = [encode_chunk(part, tokenizer, max_length) for part in _rendered(records, tokenizer, options)]
+    chunks, ends = [], True
+    for part in _rendered(records, tokenizer, options):
+        chunks.append(encode_chunk(part, tokenizer, max_length))
+        ends = ends and (not part[0].add_eos or tokenizer.eos_token_id is not None)
     return Examples(
         dataset=_dataset(chunks),
         status=tuple(status for chunk in chunks for status in chunk.status),
         num_tokens=np.concatenate([chunk.num_tokens for chunk in chunks]),
         lengths=np.concatenate([chunk.lengths for chunk in chunks]),
         records=records,
+        remarks=() if ends else (_NO_END,),
     )
 
 

@@ -36,7 +36,8 @@ class InstructionDataModule(LightningDataModule):
         format: Format of the records; ``auto`` recognises it by their columns.
         prompt_column: Column of the prompt, if not ``prompt``.
         response_column: Column of the response, if neither ``response`` nor ``completion``.
-        messages_column: Column of the conversation.
+        messages_column: Column of the conversation; where no column is called ``messages``, one called
+            ``conversations`` or ``conversation`` is found by itself.
         text_column: Column of plain text.
         prompt_template: Text around a prompt; must contain ``{prompt}``.
         max_length: Tokens to keep of each example, from its start.

@@ -13,6 +13,9 @@ _SET_NAME = re.compile(r"[\w-]+")
 
 Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]
 
+_ANSWERS = ("response", "completion", "output")
+_CONVERSATIONS = ("conversations", "conversation")
+
 
 @dataclass(frozen=True)
 class FormatOptions:
@@ -52,26 +55,43 @@ class FormatOptions:
             ("prompt_response", {"prompt", "response"}),
             ("prompt_response", {"prompt", "completion"}),
             ("text", {self.text_column}),
+            ("messages", {self._conversation(columns)}),
         )
         for name, needed in signatures:
             if needed <= set(columns):
                 return name
         raise UserError(
             f"The columns {', '.join(columns)} fit no format (messages; instruction and output; prompt and response "
-            "or completion; text): name the columns with data.prompt_column and data.response_column."
+            "or completion; text): name the columns with data.prompt_column and data.response_column, or that of a "
+            "conversation with data.messages_column."
         )
 
     def text_columns(self, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """The columns that the format reads, given all columns of the records: prompt before response."""
+        """The columns that the format reads, given all columns of the records: prompt before response.
+
+        Of several responses each record has one, as where sources of different columns were joined.
+        """
         match self.recognise(columns):
             case "alpaca":
                 return ("instruction", "input", "output")
             case "messages":
-                return (self.messages_column,)
+                return (self._conversation(columns),)
             case "text":
                 return (self.text_column,)
-        response = self.response_column or ("response" if "response" in columns else "completion")
-        return (self.prompt_column or "prompt", response)
+        answers = tuple(column for column in ("response", "completion") if column in columns) or ("completion",)
+        return (self.prompt_column or "prompt", *((self.response_column,) if self.response_column else answers))
+
+    def other_answers(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """The columns, of those with a usual name of a response, that the format does not read; none if it is given."""
+        if self.format != "auto" or self.response_column is not None:
+            return ()
+        return tuple(column for column in _ANSWERS if column in columns and column not in self.text_columns(columns))
+
+    def _conversation(self, columns: tuple[str, ...]) -> str:
+        """The column of the conversation: ``conversations`` and the like where nothing has the default's name."""
+        given = self.messages_column
+        usual = (name for name in _CONVERSATIONS if name in columns)
+        return given if given in columns or given != "messages" else next(usual, given)
 
 
 def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, str]:

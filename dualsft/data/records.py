@@ -97,7 +97,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
     elif isinstance(value, dict):
         for key, part in value.items():
-            if key != "role":  # the role is not part of the text
+            if key not in ("role", "from"):  # who speaks is not part of the text
                 yield from _texts(part)
     elif value is not None:
         yield str(value)

@@ -8,7 +8,7 @@ binary searches say for each token of the chunk whether it overlaps a supervised
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -71,15 +71,36 @@ def _tokenise(
         verbose=False,
     )
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    if with_special and tokenizer.eos_token_id is not None:
+    if with_special:
+        start = _added_start(tokenizer)
         for row, example in enumerate(rendered):
-            # the tokenizer, or the text itself, may have put it there
-            if ids[row][-1:] == [tokenizer.eos_token_id]:
-                offsets[row].pop()
-            else:
-                ids[row].append(tokenizer.eos_token_id)
-            offsets[row].append((len(example.text), len(example.text) + 1))
+            # a text may begin with its own, as one does that a chat template has rendered before
+            if start and ids[row][: 2 * len(start)] == 2 * start and offsets[row][len(start)] != (0, 0):
+                del ids[row][: len(start)], offsets[row][: len(start)]
+            _close(ids[row], offsets[row], example.text, tokenizer)
     return ids, offsets
+
+
+def _added_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    added = takewhile(lambda token: token[1], zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True))
+    return [token for token, _ in added]
+
+
+def _close(ids: list[int], offsets: _Offsets, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have one end-of-sequence token close the text: its own, if only white space follows that, or one behind it."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return
+    has_own = text.rstrip().endswith(str(tokenizer.eos_token)) and eos in ids
+    if has_own and ids[-1] == eos and offsets[-1] == (0, 0):  # the tokenizer has added one
+        ids.pop(), offsets.pop()
+    if ids[-1:] == [eos]:
+        offsets[-1] = (len(text), len(text) + 1)
+    elif not has_own:
+        ids.append(eos)
+        offsets.append((len(text), len(text) + 1))
 
 
 def _supervised(

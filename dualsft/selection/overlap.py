@@ -28,10 +28,13 @@ def tell_of_data(data: InstructionDataModule) -> None:
 def remarks(sets: Mapping[str, Examples], options: FormatOptions) -> Iterator[str]:
     """One sentence for each set with files left out, each two sets of the same rows, and each that the pool overlaps.
 
+    What the examples themselves remark comes first, each sentence once.
+
     Args:
         sets: Key of the option that gives a set -> its examples.
         options: How records are read.
     """
+    yield from dict.fromkeys(remark for examples in sets.values() for remark in examples.remarks)
     for key, examples in sets.items():
         if names := examples.records.left_out:
             yield f"{key}: {listed(names)} in its folder {'is' if len(names) == 1 else 'are'} not read."

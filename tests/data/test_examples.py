@@ -1,7 +1,10 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -176,6 +179,20 @@ def test_chat_whose_template_rewrites_turns(tmp_path: Path) -> None:
     assert examples.status == ("ok", "empty")
 
 
+def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
+    """That no response ends in an end-of-sequence token is told, unless a chat template ends them."""
+    tokenizer = byte_level(CHATML)
+    rows: list[dict[str, Any]] = [{"prompt": "a", "response": "b"}]
+    assert encode(tmp_path, rows, tokenizer).remarks == ()
+    tokenizer.eos_token = None
+    [remark] = encode(tmp_path, rows, tokenizer).remarks
+    assert "no end-of-sequence token" in remark
+    with pytest.warns(UserWarning, match="no end-of-sequence token"):
+        load_examples(str(tmp_path / "pool.jsonl"), tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert encode(tmp_path, [{"messages": turns}], tokenizer).remarks == ()
+
+
 def test_many_rows_equal_rows_alone(tmp_path: Path) -> None:
     """Encoding thousands of rows in chunks gives what each row gives alone, statuses included."""
     tokenizer = byte_level()
@@ -215,6 +232,54 @@ def test_literal_special_tokens(tmp_path: Path) -> None:
     tokenizer = byte_level()
     examples = encode(tmp_path, [{"prompt": "a", "response": "b<eos>"}], tokenizer)
     assert tokenizer.decode(learnt(examples, 0)) == "b<eos>"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_texts_that_were_rendered_before(tmp_path: Path, kind: str) -> None:
+    """A text or a prompt with special tokens of its own gets no second ones, and none that begins it is learnt."""
+    tokenizer = byte_level(**TOKENIZERS[kind])
+    rows = [{"text": "<bos>the sea<eos>"}, {"text": "<bos>the sea<eos>\n"}, {"text": "<bos>the sea"}]
+    examples = encode(tmp_path, rows, tokenizer)
+    assert [tokenizer.decode(row["input_ids"]) for row in examples.dataset] == [
+        "<bos>the sea<eos>",
+        "<bos>the sea<eos>\n",
+        "<bos>the sea<eos>",
+    ]
+    assert [tokenizer.decode(learnt(examples, row)) for row in range(3)] == [
+        "the sea<eos>",
+        "the sea<eos>\n",
+        "the sea<eos>",
+    ]
+    prompts = encode(tmp_path, [{"prompt": "<bos>q", "response": "a"}], tokenizer)
+    assert tokenizer.decode(prompts.dataset[0]["input_ids"]) == "<bos>q\na<eos>"
+
+
+def test_texts_that_repeat_special_tokens(tmp_path: Path) -> None:
+    """Special tokens elsewhere in a text stay as they are."""
+    examples = encode(tmp_path, [{"text": "<bos><bos>a<bos>b<eos>c"}, {"text": ""}], byte_level(adds="<bos> $A <eos>"))
+    texts = [byte_level().decode(row["input_ids"]) for row in examples.dataset]
+    assert texts == ["<bos><bos>a<bos>b<eos>c<eos>", "<bos><eos>"]
+
+
+def test_columns_of_other_types(tmp_path: Path) -> None:
+    """Texts that Parquet stores as large strings, views, categories or dictionaries are the same texts."""
+    texts = ["the sea", "é🙂"]
+    expected = encode(tmp_path, [{"prompt": text, "response": text} for text in texts], byte_level()).dataset
+    plain = pa.array(texts)
+    for column in (plain.cast(pa.large_string()), plain.cast(pa.string_view()), plain.dictionary_encode()):
+        pq.write_table(pa.table({"prompt": column, "response": column}), tmp_path / "pool.parquet")
+        assert load_examples(str(tmp_path / "pool.parquet"), byte_level())[:] == expected[:]
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_without_its_vocabulary(tmp_path: Path, kind: str) -> None:
+    """A folder with a tokenizer's configuration alone is refused: its texts would have no tokens."""
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": kind}))
+    with pytest.raises(UserError, match=r"vocabulary.*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_load_examples(tmp_path: Path) -> None:

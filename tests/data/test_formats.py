@@ -125,6 +125,73 @@ def test_numbers_as_responses() -> None:
     ]
 
 
+def test_truth_values_as_responses() -> None:
+    """A truth value as a response is written as in JSON."""
+    assert [learnt(one) for one in render(*[{"prompt": "q", "response": b} for b in (True, False)])] == [
+        ["true"],
+        ["false"],
+    ]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("row", "spans"),
+    [
+        ({"prompt": "q", "response": NAN}, []),
+        ({"instruction": "q", "input": NAN, "output": "a"}, ["a"]),
+        ({"instruction": "q", "output": NAN}, []),
+        ({"messages": [*turns("q"), {"role": "assistant", "content": NAN}]}, []),
+    ],
+)
+def test_missing_values(row: dict[str, Any], spans: list[str]) -> None:
+    """NaN, as pandas writes what is missing, is missing as null is."""
+    [one] = render(row, tokenizer=byte_level(CHATML))
+    assert learnt(one) == spans
+    assert "nan" not in one.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "spans"),
+    [
+        ([{"response": "A", "completion": None}, {"response": None, "completion": "B"}], ["A", "B"]),
+        ([{"response": "A"}, {"completion": "B"}], ["A", "B"]),
+        ([{"response": "A", "completion": ""}, {"response": NAN, "completion": "B"}], ["A", "B"]),
+        ([{"response": "A", "completion": "A"}, {"response": 7, "completion": None}], ["A", "7"]),
+    ],
+)
+def test_answers_in_two_columns(rows: list[dict[str, Any]], spans: list[str]) -> None:
+    """Of two sources joined, each with its answers in a column of its own, each record has its answer."""
+    assert [text for one in render(*({"prompt": "q", **row} for row in rows)) for text in learnt(one)] == spans
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "response": "A", "completion": "B"}, "'response' and 'completion' hold different answers"),
+        ({"prompt": "q", "response": None, "output": "B"}, "'response' holds no answer but 'output' does"),
+        ({"instruction": "q", "output": "", "response": "B"}, "'output' holds no answer but 'response' does"),
+    ],
+)
+def test_answers_that_contradict(row: dict[str, Any], reason: str) -> None:
+    """Two different answers, or one in a column that is not read, are refused until the column is named."""
+    with pytest.raises(UserError, match=rf"pool\.jsonl, line 1 \(row 0\): {reason}.*name.*data\.response_column"):
+        render(row)
+    prompt = "prompt" if "prompt" in row else "instruction"
+    [one] = render(row, prompt_column=prompt, response_column=list(row)[2])
+    assert learnt(one) == ["B"]
+
+
+def test_parts_as_texts() -> None:
+    """A list of text parts is the text that they make, wherever a text may be."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    [one] = render({"prompt": parts, "response": parts})
+    assert (one.text, learnt(one)) == ("ab\nab", ["ab"])
+    [two] = render({"text": parts})
+    assert learnt(two) == ["ab"]
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
@@ -155,6 +222,8 @@ def test_unknown_columns() -> None:
         ({"prompt": 3, "response": "b"}, "'prompt' must be text, not int"),
         ({"prompt": "a", "response": ["b"]}, "'response' must be text, not list"),
         ({"prompt": "a", "response": {"b": 1}}, "'response' must be text, not dict"),
+        ({"prompt": "a", "response": float("inf")}, "'response' must be text, not float"),
+        ({"prompt": "a", "response": [{"type": "image"}]}, "'response' must be text, not list"),
     ],
 )
 def test_bad_row(row: dict[str, Any], reason: str) -> None:

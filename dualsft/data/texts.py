@@ -1,0 +1,22 @@
+"""Values of a column as text: what counts as text, and what as missing."""
+
+import math
+from typing import Any
+
+_PARTS = (None, "text", "input_text", "output_text")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null, or the NaN that pandas and JSON writers put in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def as_text(value: Any) -> str | None:
+    """A text, or the texts of a list of parts ``{type: text, text}`` end to end; None for anything else."""
+    if isinstance(value, list) and value and all(map(_is_text_part, value)):
+        return "".join(part["text"] for part in value)
+    return value if isinstance(value, str) else None
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _PARTS and isinstance(part.get("text"), str)
