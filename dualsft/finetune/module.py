@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.checkpointing import BestWeights, Ending
@@ -25,6 +26,7 @@ from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
@@ -124,6 +126,16 @@ class MaskedFinetuneModule(LightningModule):
                 f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
                 f"({self.base_fingerprint[:12]}); give that model, or select again."
             )
+
+    def check_data(self, data: InstructionDataModule) -> None:
+        """Refuse, once model and data are loaded, ids and positions that the model has no embedding for."""
+        for key, examples in data.encoded().items():
+            check_examples(self.model, key, examples.largest_id(), examples.longest())
+
+    def on_fit_start(self) -> None:
+        """Check the data, before the first batch."""
+        if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
+            self.check_data(data)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
