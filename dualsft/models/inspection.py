@@ -102,13 +102,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     with explaining_load(folder):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{folder} is an encoder-decoder model ({config.model_type}), not a causal language model; give a "
             "decoder-only one."
         )
     text = config.get_text_config()
-    pad, rows = text.pad_token_id, getattr(text, "vocab_size", None)
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise UserError(
             f"{folder / _CONFIG} has the pad_token_id {pad:,}, but the embedding has {rows:,} rows (vocab_size); set "
