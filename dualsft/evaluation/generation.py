@@ -16,6 +16,7 @@ from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import embedding_rows, learned_positions
+from dualsft.models.rope import has_separate_frequencies
 from dualsft.sharding.collectives import all_gather, rank_slice, world_size
 
 
@@ -125,6 +126,7 @@ def _continuations(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
+        use_cache=not has_separate_frequencies(model),
         eos_token_id=tokenizer.eos_token_id if configured is None else configured,
     )
     generate: Any = model.generate  # not part of the base class's type

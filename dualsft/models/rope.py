@@ -32,6 +32,11 @@ def separate_frequencies(model: PreTrainedModel) -> None:
         model.register_forward_pre_hook(_with_positions, with_kwargs=True)
 
 
+def has_separate_frequencies(model: PreTrainedModel) -> bool:
+    """Whether `separate_frequencies` changed a model: keys in a cache do not fit those of a longer sequence."""
+    return any(isinstance(module, _ByLength) for module in model.modules())
+
+
 def _depends_on_length(module: nn.Module) -> bool:
     types = getattr(module, "rope_type", None)
     found = types.values() if isinstance(types, dict) else [types]

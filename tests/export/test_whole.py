@@ -24,7 +24,7 @@ REST = re.compile("visual|vision|multi_modal|mtp")
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's files."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as stored:
             found |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

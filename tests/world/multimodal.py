@@ -37,7 +37,12 @@ def qwen3_5(tied: bool = False) -> PreTrainedModel:
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1}
     kinds = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
     vision = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 4}
-    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    tokens: dict[str, Any] = {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    }
     text = {**_TEXT, **linear, **kinds, "tie_word_embeddings": tied}
     config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied, **tokens)
     return Qwen3_5ForConditionalGeneration(config)
