@@ -153,5 +153,20 @@ def reading_weights(folder: Path) -> Iterator[None]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that determines a tokenizer's tokens: vocabulary, rules and chat template."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rules = _rules(backend) if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _rules(backend: Any) -> str:
+    """A fast tokenizer as JSON, without how it padded and truncated when it was last called."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        rules: str = backend.to_str()
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    return rules

@@ -91,6 +91,7 @@ def padded_base(path: Path, pad_is_known: bool) -> str:
     return base
 
 
+@pytest.mark.slow
 def test_padding_needs_no_embedding(tmp_path: Path, inputs: dict[str, str]) -> None:
     """Scores, choice and trained weights are those of padding with a known token; answers are generated too."""
     found = []
@@ -118,3 +119,33 @@ def test_answers_need_positions_too(tmp_path: Path, inputs: dict[str, str]) -> N
     run([*validate, "--model.generation.max_new_tokens", "5"])
     run(arguments("fit", base, inputs, tmp_path / "fit"))
     assert (tmp_path / "fit" / "logs" / "samples.jsonl").is_file()
+
+
+def test_a_fit_sees_that_the_base_has_changed(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """Settings, chat template and vocabulary are as much a part of what was scored as the weights are."""
+    base = Path(save_base(tmp_path / "base", tiny_llama()))
+    run(arguments("select", str(base), inputs, tmp_path / "selection"))
+    fit = [*arguments("fit", str(base), inputs, tmp_path / "fit"), "--model.selection", str(tmp_path / "selection")]
+    kept = {path: path.read_text(encoding="utf-8") for path in base.glob("*.json")}
+
+    def changed(file: str, old: str, new: str) -> None:
+        assert old in kept[base / file]
+        (base / file).write_text(kept[base / file].replace(old, new), encoding="utf-8")
+
+    changed("config.json", '"rope_theta": 10000.0', '"rope_theta": 500000.0')
+    with pytest.raises(UserError, match=r"other settings in the config\.json .*rope_theta\); restore"):
+        run(fit)
+    changed("config.json", '"use_cache": true', '"use_cache": false')
+    changed("tokenizer.json", '"<eos>"', '"<end>"')
+    (base / "tokenizer_config.json").write_text(kept[base / "tokenizer_config.json"].replace("<eos>", "<end>"))
+    with pytest.raises(UserError, match="made with another tokenizer or chat template"):
+        run(fit)
+    for path, text in kept.items():
+        path.write_text(text, encoding="utf-8")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="made with another tokenizer or chat template"):
+        run(fit)
+    assert not (tmp_path / "fit").exists()
+    (base / "chat_template.jinja").unlink()
+    run(fit)
+    assert (tmp_path / "fit" / "delta.safetensors").is_file()

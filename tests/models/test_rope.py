@@ -32,7 +32,7 @@ def longrope() -> PreTrainedModel:
     """One set of frequencies up to 12 tokens, another beyond."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": ORIGINAL, **factors}
-    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": ORIGINAL}
+    sizes: dict[str, Any] = {"max_position_embeddings": 64, "original_max_position_embeddings": ORIGINAL}
     return Phi3ForCausalLM(Phi3Config(**_SIZES, **sizes, rope_parameters=rope))
 
 
@@ -114,7 +114,8 @@ def test_scores_are_exact(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_that_of_each_prompt_alone(kind: str) -> None:
     """Prompts padded on the left are answered as by themselves, across the original length."""
-    model, ids = made(kind), [of for of, _ in examples()]
+    model: Any = made(kind)
+    ids = [of for of, _ in examples()]
     width = max(LENGTHS)
     padded = torch.tensor([[0] * (width - len(of)) + of for of in ids])
     mask = torch.tensor([[0] * (width - len(of)) + [1] * len(of) for of in ids])
