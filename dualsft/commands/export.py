@@ -35,7 +35,7 @@ OPTIONS = {
 WRITTEN = (
     *("config.json", "generation_config.json", "README.md", "model-*-of-*.safetensors", "adapter_*"),
     *("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    "additional_chat_templates",
+    *("additional_chat_templates", "*processor_config.json", "chat_template.json"),
 )
 """Names of what these commands write, the tokenizer's files among them."""
 

@@ -23,7 +23,6 @@ from dualsft.finetune import (
     check_trainer,
     report,
 )
-from dualsft.models.loading import check_vocabulary
 from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
@@ -98,8 +97,7 @@ class FitCLI(VerbCLI):
         launch_ranks(self.trainer, self.model)
         self.datamodule.setup("fit")
         self.model.configure_model()
-        for examples in (self.datamodule.train_examples, *self.datamodule.validation_sets.values()):
-            check_vocabulary(self.model.model, examples.largest_id())
+        self.model.check_data(self.datamodule)
         tell_of_data(self.datamodule)
 
     def _fit(self, folder: RunFolder) -> None:

@@ -65,6 +65,10 @@ class Examples:
         largest = [pc.max(chunk.flatten()).as_py() for chunk in self.dataset.data.column("input_ids").chunks]
         return max((value for value in largest if value is not None), default=-1)
 
+    def longest(self) -> int:
+        """Tokens of the longest example that has labels; 0 without any."""
+        return int(self.lengths[self.ok_ids()].max(initial=0))
+
     def counts(self) -> dict[str, int]:
         """Number of examples of each status."""
         count = Counter(self.status)

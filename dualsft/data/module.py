@@ -203,6 +203,10 @@ class InstructionDataModule(LightningDataModule):
         batches = cast(TrainingBatches, self.train_dataloader().sampler)
         return padding_share(self.train_examples.lengths, batches)
 
+    def encoded(self) -> dict[str, Examples]:
+        """The data that have been encoded so far, by the option that names their source."""
+        return dict(self._examples)
+
     def _encoded(self, key: str) -> Examples:
         if key not in self._examples:
             path, split = self._sources[key]
@@ -237,10 +241,12 @@ class InstructionDataModule(LightningDataModule):
 
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
         """The arguments of a `DataLoader` except its sampler."""
+        # padding is masked, so that any id will do that has an embedding, as those of the data must
+        padding = max(0, min(pad_id(self.tokenizer), examples.largest_id()))
         return {
             "dataset": (PackedRowLists if packing else RowLists)(examples.dataset),
             "batch_size": None,
-            "collate_fn": partial(collate_packed if packing else collate, pad_token_id=pad_id(self.tokenizer)),
+            "collate_fn": partial(collate_packed if packing else collate, pad_token_id=padding),
             "num_workers": self.num_workers,
         }
 

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from dualsft.data.examples import Examples
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import embedding_rows, learned_positions
+from dualsft.models.rope import has_separate_frequencies
 from dualsft.sharding.collectives import all_gather, rank_slice, world_size
 
 
@@ -60,6 +63,20 @@ def last_turn(input_ids: Int[Tensor, " token"], labels: Int[Tensor, " token"]) -
     return input_ids[:start].tolist(), input_ids[start:end].tolist()
 
 
+def check_room(model: PreTrainedModel, source: str, examples: Examples, max_new_tokens: int) -> None:
+    """Check that the model has positions for the prompts of some examples and for an answer to each."""
+    if (places := learned_positions(model)) is None:
+        return
+    rows = (examples.dataset[i] for i in examples.ok_ids())
+    turns = (last_turn(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in rows)
+    longest = max((len(prompt) for prompt, _ in turns), default=0)
+    if longest + max_new_tokens > places:
+        raise UserError(
+            f"{source} has a prompt of {longest:,} tokens, which with an answer of {max_new_tokens:,} is more than the "
+            f"model's {places:,} positions; lower model.generation.max_new_tokens or data.max_length."
+        )
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
@@ -100,7 +117,7 @@ def _continuations(
     max_new_tokens: int,
 ) -> list[str]:
     """The texts of greedy continuations; every rank calls the model as often as the rank that finishes last."""
-    pad, rows = pad_id(tokenizer), [torch.tensor(prompt) for prompt in prompts]
+    pad, rows = min(pad_id(tokenizer), embedding_rows(model) - 1), [torch.tensor(prompt) for prompt in prompts]
     # on the left, so that every prompt ends in the last column
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
@@ -109,6 +126,7 @@ def _continuations(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
+        use_cache=not has_separate_frequencies(model),
         eos_token_id=tokenizer.eos_token_id if configured is None else configured,
     )
     generate: Any = model.generate  # not part of the base class's type

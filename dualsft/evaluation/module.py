@@ -5,10 +5,12 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from dualsft.data.layout import Batch
+from dualsft.data.module import InstructionDataModule
 from dualsft.data.tokenizer import load_tokenizer
-from dualsft.evaluation.generation import Generation, generate_answers
+from dualsft.evaluation.generation import Generation, check_room, generate_answers
 from dualsft.evaluation.metrics import ValidationMetrics, check_validation_data, validation_names
 from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
+from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
@@ -45,6 +47,16 @@ class EvaluationModule(LightningModule):
         """Load the checkpoint, in shards if the trainer says so."""
         self.model = load_for(self, self.model_name_or_path, self.dtype_name)
         self.tokenizer = load_tokenizer(self.model_name_or_path)
+
+    def on_validation_start(self) -> None:
+        """Refuse, before the first batch, ids and positions that the checkpoint has no embedding for."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, InstructionDataModule):
+            return
+        for key, examples in data.encoded().items():
+            check_examples(self.model, key, examples.largest_id(), examples.longest())
+            if self.generation.max_new_tokens:
+                check_room(self.model, key, examples, self.generation.max_new_tokens)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the metrics of the validation set of this index with one batch."""

@@ -20,6 +20,7 @@ from dualsft.export.compatibility import check_configurations, check_same_tensor
 from dualsft.export.delta import Delta, apply_delta, changes, dtype_name, open_delta, patched, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.provenance import describe_base, versions
+from dualsft.export.whole import CONFIG, INDEX, Whole, whole_of
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
 from dualsft.models.stored import Weights, has_own_names, loaded_weights, parameter_weights, stored_weights
@@ -30,7 +31,8 @@ from dualsft.sharding.shard_model import is_sharded
 Writer = Callable[[Path], None]
 """Writes a result into an empty folder."""
 
-CONFIG, GENERATION, _INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+COMPANIONS = ("generation_config.json", "*processor_config.json", "chat_template.json")
+"""What is copied beside the weights: generation settings, and what a processor of images, video or sound needs."""
 
 
 def prepare_apply(base: str, delta: str) -> Writer:
@@ -51,9 +53,10 @@ def prepare_apply(base: str, delta: str) -> Writer:
 
         return _model_writer(lambda folder: _write_files(stored, read, folder), base, about)
     dtype = loaded_type(change)
+    whole = whole_of(base)
     model = load_model(base, cast(Dtype, dtype) if dtype in get_args(Dtype) else "auto")
     apply_delta(change.path, model, change.base_fingerprint)
-    return _model_writer(lambda folder: save_weights(model, folder), base, about)
+    return _model_writer(lambda folder: save_weights(model, folder, whole), base, about)
 
 
 def _keeps_types(change: Delta, stored: Weights) -> bool:
@@ -102,7 +105,7 @@ def _write_files(layout: Weights, read: Callable[[str], Tensor], folder: Path) -
         write_tensors(target, specs, read, {"format": "pt"})
     shutil.copyfile(layout.folder / CONFIG, folder / CONFIG)
     if not (folder / "model.safetensors").is_file():
-        shutil.copyfile(layout.folder / _INDEX, folder / _INDEX)
+        shutil.copyfile(layout.folder / INDEX, folder / INDEX)
 
 
 def prepare_revert(model: str, base: str, delta: str) -> Writer:
@@ -149,6 +152,7 @@ def prepare_extract(base: str, model: str) -> Writer:
         old, tuned = loaded_weights(base), loaded_weights(model)
     check_same_tensors(old, tuned)
     check_configurations(base, model)
+    _check_rest(base, model)
     dtype = common_type(old, tuned)
     changed = dict(changes(old.read, tuned.read, sorted(tuned.specs)))
     empty = empty_model(base)
@@ -166,17 +170,39 @@ def prepare_extract(base: str, model: str) -> Writer:
     return lambda folder: write_delta(folder / "delta.safetensors", changed, fingerprint, about)
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model as a Hugging Face folder; every rank must call this for a sharded model."""
-    if is_sharded(model):
+def _check_rest(base: str, model: str) -> None:
+    """Refuse two checkpoints that differ in what is no part of their language model, as far as both have it alike."""
+    if (whole := whole_of(base)) is None:
+        return
+    old, other = whole.base, stored_weights(model_folder(model))
+    shared = sorted(name for name in whole.rest if other.specs.get(name) == old.specs[name])
+    if (differing := next(changes(old.read, other.read, shared), None)) is not None:
+        raise UserError(
+            f"{model} differs from {base} in {differing[0]}, which is no part of the language model; a delta cannot "
+            "hold it."
+        )
+
+
+def save_weights(model: PreTrainedModel, folder: Path, whole: Whole | None = None) -> None:
+    """Write a model as a Hugging Face folder, with what its base has beside it if that is given.
+
+    Every rank must call this for a sharded model.
+    """
+    if whole is not None:
+        whole.write(model, folder)
+    elif is_sharded(model):
         save_sharded(model, folder)
     else:
         model.save_pretrained(folder)
 
 
 def copy_companions(base: str, folder: Path) -> None:
-    """Write the base's tokenizer, and a copy of its generation settings; refuses a base without a tokenizer."""
+    """Write the base's tokenizer, and copies of its generation settings and of its processor's files.
+
+    Raises:
+        UserError: if the base has no tokenizer.
+    """
     load_tokenizer(base).save_pretrained(folder)
-    settings = model_folder(base) / GENERATION
-    if settings.is_file():
-        shutil.copyfile(settings, folder / GENERATION)
+    for pattern in COMPANIONS:
+        for source in model_folder(base).glob(pattern):
+            shutil.copyfile(source, folder / source.name)

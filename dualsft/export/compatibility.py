@@ -1,25 +1,13 @@
-"""Whether two checkpoints differ by a delta alone: the same tensors, and configurations of the same model.
+"""Whether two checkpoints differ by a delta alone: the same tensors, and configurations of the same model."""
 
-Configurations are compared as the library reads them, with its defaults filled in and old names of settings replaced.
-Settings that the model does not know, that one file lacks, or that do not change the model's results are left out.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from dualsft.errors import UserError
 from dualsft.export.delta import dtype_name
 from dualsft.models import PreTrainedModel
+from dualsft.models.configuration import differing_settings
 from dualsft.models.loading import Dtype, empty_model
 from dualsft.models.stored import Weights
-
-_IRRELEVANT = re.compile(
-    r"_name_or_path|architectures|(torch_)?dtype|use_cache|output_\w+|return_dict|\w+_version|problem_type"
-    r"|id2label|label2id|(bos|eos|pad)_token_id"  # for tokenizers and generation
-    r"|initializer_range|\w*(dropout|pdrop)|router_(aux_loss_coef|jitter_noise)"  # only for training
-    r"|chunk_size_feed_forward|pretraining_tp"  # the same result, computed in another way
-)
 
 
 def check_configurations(base: str, model: str) -> None:
@@ -32,31 +20,15 @@ def check_configurations(base: str, model: str) -> None:
 
 
 def _differing(one: PreTrainedModel, other: PreTrainedModel) -> list[str]:
-    before, after = one.config.to_dict(), other.config.to_dict()
-    if before["model_type"] != after["model_type"]:
-        return ["model_type"]  # all other settings differ as well
     kinds = ["architectures"] if _special(one) != _special(other) else []
-    shared = before.keys() & after.keys()
-    first, second = (dict(_settings({key: config[key] for key in shared})) for config in (before, after))
-    keys = first.keys() | second.keys()
-    return kinds + sorted(key for key in keys if first.get(key) != second.get(key))
+    settings = differing_settings(one.config, other.config)
+    return settings if settings == ["model_type"] else kinds + settings
 
 
 def _special(model: PreTrainedModel) -> set[str]:
     """The classes that a configuration names, except the loaded class and its base without a head."""
     usual = {type(model).__name__, type(model.base_model).__name__}
     return set(model.config.architectures or ()) - usual
-
-
-def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings that matter with their dotted names: ``rope_scaling.factor``."""
-    for key, value in config.items():
-        if _IRRELEVANT.fullmatch(str(key)):
-            continue
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_same_tensors(old: Weights, tuned: Weights) -> None:

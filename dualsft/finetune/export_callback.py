@@ -14,11 +14,12 @@ from dualsft.export.checkpoints import copy_companions, save_weights
 from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.provenance import describe_base, describe_selection, describe_training, versions
+from dualsft.export.whole import Whole, whole_of
 from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.sharding.collectives import any_rank, on_rank_zero
+from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import first_row, local_shard
@@ -29,6 +30,12 @@ class ExportModel(Callback):
 
     def __init__(self, output_dir: str) -> None:
         self._folder = Path(output_dir)
+        self._whole: Whole | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the base has beside its language model; refuse, before training, what could not be written."""
+        if isinstance(pl_module, MaskedFinetuneModule):
+            self._whole = on_all_ranks(lambda: whole_of(pl_module.model_name_or_path))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export finite weights, and refuse others; Lightning does not call this after an interruption or an error."""
@@ -39,7 +46,7 @@ class ExportModel(Callback):
         changed = _changes(pl_module)
         partial = self._folder / "model.partial"
         on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-        save_weights(pl_module.model, partial)
+        save_weights(pl_module.model, partial, self._whole)
         on_rank_zero(lambda: self._complete(trainer, pl_module, changed, partial))
 
     def _complete(

@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount
+from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.checkpointing import BestWeights, Ending
@@ -25,7 +26,15 @@ from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
-from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
+from dualsft.models.configuration import changed_settings, stored_configuration
+from dualsft.models.inspection import check_examples
+from dualsft.models.loading import (
+    Dtype,
+    checkpoint_activations,
+    model_fingerprint,
+    model_folder,
+    tokenizer_fingerprint,
+)
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
@@ -124,6 +133,38 @@ class MaskedFinetuneModule(LightningModule):
                 f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
                 f"({self.base_fingerprint[:12]}); give that model, or select again."
             )
+        now = on_rank_zero(lambda: stored_configuration(model_folder(self.model_name_or_path)))
+        before = self.selection.about.configuration
+        if before is not None and (changed := changed_settings(before, now)):
+            raise UserError(
+                f"The selection in {self.selection.folder} was made with other settings in the config.json of "
+                f"{self.model_name_or_path} ({', '.join(changed[:5])}); restore them, or select again."
+            )
+
+    def check_data(self, data: InstructionDataModule) -> None:
+        """Refuse data, once they and the model are loaded, that do not go with it.
+
+        Raises:
+            UserError: if an id or a position has no embedding, or the selection was made with another tokenizer.
+        """
+        self._check_tokenizer(data)
+        for key, examples in data.encoded().items():
+            check_examples(self.model, key, examples.largest_id(), examples.longest())
+
+    def _check_tokenizer(self, data: InstructionDataModule) -> None:
+        if self.selection is None:
+            return
+        before, now = self.selection.about.tokenizer.get("fingerprint"), tokenizer_fingerprint(data.tokenizer)
+        if before != now:
+            raise UserError(
+                f"The selection in {self.selection.folder} was made with another tokenizer or chat template "
+                f"({str(before)[:12]}) than {data.tokenizer.name_or_path} ({now[:12]}); give that one, or select again."
+            )
+
+    def on_fit_start(self) -> None:
+        """Check the data, before the first batch."""
+        if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
+            self.check_data(data)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""

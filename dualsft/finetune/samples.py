@@ -1,6 +1,7 @@
 """Sample generations: the model's answers to a few validation prompts, at each validation of a fit."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import learned_positions
 from dualsft.runs.folder import write_atomically
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
@@ -86,7 +88,11 @@ class LogSamples(Callback):
         if not with_prompt:
             return
         batch = to_device(collate([rows[k] for k in with_prompt], pad_id(tokenizer)), device)
-        answers, references = generate_answers(model, tokenizer, batch, self._samples.max_new_tokens)
+        room = (learned_positions(model) or sys.maxsize) - max(len(turns[k][0]) for k in with_prompt)
+        if room < 1:
+            return
+        longest = min(self._samples.max_new_tokens, room)
+        answers, references = generate_answers(model, tokenizer, batch, longest)
         for k, answer, reference in zip(with_prompt, answers, references, strict=True):
             example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}
             yield {**example, "answer": answer, "reference": reference}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import check_files, check_weights, explaining_load, read_config, reason
+from dualsft.models.rope import separate_frequencies
 from dualsft.paths import expanded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -29,16 +31,13 @@ def model_folder(name_or_path: str) -> Path:
     """The local folder of a model: itself, or the hub's snapshot of it.
 
     Raises:
-        UserError: if there is no such folder and the hub has no such model, or if the folder lacks ``config.json`` or
-            safetensors weights (pickled ``*.bin`` weights are never read).
+        UserError: if there is no such folder and the hub has no such model, if the folder lacks ``config.json`` or
+            safetensors weights (pickled ``*.bin`` weights are never read), or if `check_files` refuses it.
     """
     folder = Path(expanded(name_or_path))
     if not folder.is_dir():
         folder = _download(name_or_path)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is not a model folder: it has no config.json; give a Hugging Face model folder or id."
-        )
+    check_files(folder)
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         found = "only pickled weights (*.bin), which are not read" if list(folder.glob("*.bin")) else "no weights"
         raise UserError(f"{folder} has {found}; give a folder with {_WEIGHTS} (save_pretrained writes it).")
@@ -52,7 +51,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name} is neither a local folder nor a model that the hub gives us ({_first_line(error)})"
+            f"{name} is neither a local folder nor a model that the hub gives us ({reason(error)})"
         ) from error
 
 
@@ -64,43 +63,29 @@ def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:
         dtype: Type to store the weights in; ``auto`` keeps the checkpoint's.
 
     Raises:
-        UserError: if the folder is not a loadable causal language model, or its weights are incomplete.
+        UserError: if the folder is not a loadable causal language model, or its weights are incomplete or quantised.
     """
     folder = model_folder(name_or_path)
-    try:
-        # the caller moves the model; under a device context the loader would place the weights itself
-        with torch.device("cpu"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    read_config(folder)
+    # the caller moves the model; under a device context the loader would place the weights itself
+    with explaining_load(folder), torch.device("cpu"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
     model, info = loaded
-    _check_complete(folder, info)
+    check_weights(folder, model, info)
+    separate_frequencies(model)
     return model
 
 
 def base_weights(name_or_path: str, dtype: Dtype = "auto") -> dict[str, Tensor]:
     """The parameters of a model by name, on the host."""
     return {name: parameter.detach() for name, parameter in load_model(name_or_path, dtype).named_parameters()}
-
-
-def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the model's weights ({missing[0]}, ...); the checkpoint is incomplete."
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise UserError(
-            f"{folder} has {name} of shape {tuple(stored)} where its config.json asks for {tuple(wanted)}; they do not "
-            "belong together."
-        )
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
@@ -130,11 +115,9 @@ def parameter_shapes(name_or_path: str) -> dict[str, tuple[int, ...]]:
 def empty_model(name_or_path: str) -> PreTrainedModel:
     """A causal language model on the meta device, without weights, from its configuration."""
     folder = model_folder(name_or_path)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    config = read_config(folder)
+    with explaining_load(folder), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -165,25 +148,26 @@ def reading_weights(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"The weights in {folder} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The weights in {folder} cannot be read: {reason(error)}") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that determines a tokenizer's tokens: vocabulary, rules and chat template."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rules = _rules(backend) if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def check_vocabulary(model: PreTrainedModel, largest_id: int) -> None:
-    """Check that the model has an embedding for every token id up to the largest one of the data."""
-    rows = len(model.get_input_embeddings().get_parameter("weight"))
-    if largest_id >= rows:
-        raise UserError(
-            f"The data hold token id {largest_id:,}, but the model's vocabulary has {rows:,} tokens; use the "
-            "model's own tokenizer."
-        )
+def _rules(backend: Any) -> str:
+    """A fast tokenizer as JSON, without how it padded and truncated when it was last called."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        rules: str = backend.to_str()
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    return rules

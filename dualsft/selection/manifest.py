@@ -19,7 +19,8 @@ from dualsft.data.options import FormatOptions, validation_sources
 from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
-from dualsft.models.loading import Dtype, model_fingerprint, tokenizer_fingerprint
+from dualsft.models.configuration import stored_configuration
+from dualsft.models.loading import Dtype, model_fingerprint, model_folder, tokenizer_fingerprint
 from dualsft.selection.json_values import Mismatch, typed
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import Scoring
@@ -174,6 +175,7 @@ class Manifest:
     coverage: float
     scoring_batch_tokens: int
     phases: list[PhaseCost]
+    configuration: dict[str, Any] | None = None  # absent before it was kept
 
 
 def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
@@ -221,7 +223,12 @@ def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> di
     choice = [] if "then" in module.settings.order else keys("parameters", "data")
     free = {*keys("step"), *choice}
     measured = {"measured": sorted(module.settings.data_allocator.needs)}
-    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
+    return {**{key: value for key, value in inputs.items() if key not in free}, **measured, **configuration(module)}
+
+
+def configuration(module: "SelectionModule") -> dict[str, Any]:
+    """The manifest's entry on the base's ``config.json``, by which a fit sees that it has changed since."""
+    return {"configuration": stored_configuration(model_folder(module.model_name_or_path))}
 
 
 def _data(data: InstructionDataModule) -> DataSection:

@@ -13,7 +13,8 @@ from dualsft.matrix.curvature import check_differences
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
-from dualsft.models.loading import check_vocabulary, checkpoint_activations, parameter_shapes
+from dualsft.models.inspection import check_examples
+from dualsft.models.loading import checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
 from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings
@@ -66,7 +67,7 @@ class SelectionModule(LightningModule):
             if not examples.ok_ids():
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
-            check_vocabulary(self.model, examples.largest_id())
+            check_examples(self.model, f"data.{name}", examples.largest_id(), examples.longest())
         if warmup.checkpoint is not None and self.settings.needs_second_moment:
             second_moment_file(warmup.checkpoint)
         if "hessian_vector_difference" in self.settings.scorer.needs:

@@ -5,7 +5,8 @@ record what the loader does to them (it renames, casts, and stacks the experts o
 rows of the results.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,16 +32,23 @@ def load_sharded(
     Every rank calls this, with the arguments of those two functions; every rank alike raises as they do.
     """
     folder = on_all_ranks(lambda: model_folder(name_or_path))
-    model, weights = on_all_ranks(lambda: _lazy_model(folder, dtype))
+    model, weights, _ = on_all_ranks(lambda: lazy_model(folder, dtype))
     shard_model(model, mesh, cpu_offload)
     device = torch.device("cpu" if cpu_offload else mesh.device_type)
     on_all_ranks(lambda: _read_shards(model, weights, device, folder))
     return model
 
 
-def _lazy_model(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A model with its parameters on the meta device, and lazy tensors of their values."""
-    with mock.patch("transformers.modeling_utils.safe_open", _LazyFile):
+def lazy_model(folder: Path, dtype: Dtype = "auto") -> tuple[PreTrainedModel, dict[str, Tensor], set[str]]:
+    """A model with its parameters on the meta device, lazy tensors of their values, and which tensors it takes.
+
+    The last are names in the folder's files. Next to nothing is read.
+
+    Raises:
+        UserError: as `load_model` does.
+    """
+    taken: set[str] = set()
+    with mock.patch("transformers.modeling_utils.safe_open", partial(_LazyFile, taken)):
         model = load_model(str(folder), dtype)
     with reading_weights(folder):
         for module in model.modules():
@@ -50,7 +58,7 @@ def _lazy_model(folder: Path, dtype: Dtype) -> tuple[PreTrainedModel, dict[str, 
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     meta = {id(p): torch.empty(p.shape, dtype=p.dtype, device="meta") for p in model.parameters()}
     _replace_parameters(model, {key: nn.Parameter(tensor) for key, tensor in meta.items()})
-    return model, weights
+    return model, weights, taken
 
 
 def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
@@ -78,11 +86,22 @@ def _read_shard(parameter: nn.Parameter, weight: Tensor, device: torch.device) -
     return nn.Parameter(from_local(shard, parameter))
 
 
-class _LazyFile:
-    """A safetensors file, as `safe_open` opens it, that gives lazy tensors."""
+class _StoredTensor(LazyTensor):
+    """A tensor in a file; the library indexes those that the model takes."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._file = safe_open(*args, **options)
+    use: Callable[[], None]
+
+    def __getitem__(self, place: Any) -> Tensor:
+        self.use()
+        taken: Tensor = super().__getitem__(place)
+        return taken
+
+
+class _LazyFile:
+    """A safetensors file, as `safe_open` opens it, that gives lazy tensors; ``taken`` gets the names of those used."""
+
+    def __init__(self, taken: set[str], *args: Any, **options: Any) -> None:
+        self._taken, self._file = taken, safe_open(*args, **options)
 
     def __enter__(self) -> "_LazyFile":
         return self
@@ -98,6 +117,7 @@ class _LazyFile:
         stored = self._file.get_slice(name)
         shape = stored.get_shape()
         dtype = stored[0:0].dtype if shape else stored[...].dtype
-        lazy = LazyTensor(torch.empty(shape, dtype=dtype, device="meta"), lambda rows: stored[rows])
+        lazy = _StoredTensor(torch.empty(shape, dtype=dtype, device="meta"), lambda rows: stored[rows])
+        lazy.use = partial(self._taken.add, name)
         lazy.get_shape, lazy.get_dtype = stored.get_shape, stored.get_dtype
         return lazy

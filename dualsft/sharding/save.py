@@ -26,30 +26,49 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
 
     Each rank writes about as much, and holds no more of the model at a time than the files that it writes.
     """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    per_file = min(_MAX_FILE, max(_MIN_FILE, -(-size // world_size())))
+    write_files(folder, plan_files(model, folder, lazy_state(model), per_file))
+
+
+def plan_files(
+    model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, per_file: int = _MAX_FILE
+) -> list[tuple[str, Mapping[str, Tensor], Mapping[str, str]]]:
+    """Let `save_pretrained` write all but the weights; return name, tensors and metadata of the files it would write.
+
+    Args:
+        model: The model, sharded or not; every rank calls this for a sharded one.
+        folder: Where rank zero writes the configuration.
+        state: The model's state dict, if it is not its own; its tensors may be lazy.
+        per_file: Largest file in bytes.
+    """
     files: list[tuple[str, Mapping[str, Tensor], Mapping[str, str]]] = []
 
     def plan_file(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str] | None = None) -> None:
         files.append((Path(path).name, tensors, metadata or {}))
 
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    per_file = min(_MAX_FILE, max(_MIN_FILE, -(-size // world_size())))
     # newer releases of the library save on rank zero alone
     on_every_rank = mock.patch.object(model, "should_save_on_this_rank", return_value=True, create=True)
     planning = mock.patch("transformers.modeling_utils.safe_save_file", plan_file)
     with TemporaryDirectory() as unused, on_every_rank, planning:
         # every rank plans the same files; rank zero alone writes the configuration beside them
         target = folder if rank() == 0 else unused
-        model.save_pretrained(target, state_dict=_lazy_state(model), max_shard_size=per_file)
-    write_files(folder, files)
+        model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=per_file)
+    return files
 
 
-def _lazy_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def lazy_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's state dict with lazy full parameters, tied weights once."""
     parameters = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
     shards = {name: local_shard(parameter.detach()) for name, parameter in parameters.items()}
     lazy = lazy_full_tensors(shards, parameters)
-    return {name: lazy.get(name, value) for name, value in model.state_dict().items() if name not in tied}
+    return {name: lazy.get(name, value) for name, value in untied_state(model).items()}
+
+
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's state dict with tied weights once, which the library cannot tell by their memory on the meta device."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import check_causal
 from dualsft.models.loading import Dtype, load_model
 from dualsft.sharding.load import load_sharded
+from dualsft.sharding.shards import compute_device
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 
 
@@ -133,10 +135,17 @@ def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
 
 
 def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTrainedModel:
-    """Load a module's model, by `load_sharded` if its trainer runs it under `FSDP2`, else by `load_model`."""
+    """Load a module's model, by `load_sharded` if its trainer runs it under `FSDP2`, else by `load_model`.
+
+    Raises:
+        UserError: as these do, and if the model turns out not to be causal.
+    """
     mesh = module.device_mesh
     if mesh is None:
-        return load_model(name_or_path, dtype)
-    strategy = module.trainer.strategy
-    assert isinstance(strategy, FSDP2)
-    return load_sharded(name_or_path, mesh["data_parallel"], dtype, strategy.cpu_offload)
+        model = load_model(name_or_path, dtype)
+    else:
+        strategy = module.trainer.strategy
+        assert isinstance(strategy, FSDP2)
+        model = load_sharded(name_or_path, mesh["data_parallel"], dtype, strategy.cpu_offload)
+    check_causal(model, compute_device(model))
+    return model

@@ -7,11 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import modeling_utils
 
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import save_weights
+from dualsft.export.whole import whole_of
 from dualsft.models.loading import load_model
 from dualsft.sharding import files
 from dualsft.sharding import save as saving
@@ -21,6 +23,7 @@ from dualsft.sharding.save import write_shards
 from dualsft.sharding.shards import local_shard
 from tests.cases import ARCHITECTURES, make
 from tests.world.models import save_tiny_model
+from tests.world.multimodal import save_whole
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.heavy
@@ -109,3 +112,21 @@ def test_a_folder_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path
     missing = tmp_path / "missing"
     sentence = f"{missing} cannot be written (No such file or directory); see that it has room."
     assert run_on_ranks(2, refusals, missing) == [[sentence] * 2] * 2
+
+
+def save_as_a_whole(base: str, target: Path) -> None:
+    """Load the language model of a base in shards, and save it with the rest of the base."""
+    save_weights(load_sharded(base, data_parallel_mesh()), target, whole_of(base))
+
+
+@pytest.mark.parametrize("file_size", ["1GB", "20KB"])
+def test_a_base_that_is_more_than_its_language_model_is_saved_whole(tmp_path: Path, file_size: str) -> None:
+    """Two ranks write the files that a single process does, which hold the tensors of the base."""
+    base = save_whole(tmp_path / "base", "qwen3_5 tied", file_size)
+    save_weights(load_model(base), tmp_path / "alone", whole_of(base))
+    run_on_ranks(2, save_as_a_whole, base, tmp_path / "sharded")
+    assert_same_files(tmp_path / "sharded", tmp_path / "alone")
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "sharded" / path.name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -15,8 +15,10 @@ from torch import Tensor
 from dualsft import InstructionDataModule, SelectionModule
 from dualsft.cli import run
 from dualsft.data.records import read_records
+from dualsft.data.tokenizer import load_tokenizer
 from dualsft.finetune import MaskedFinetuneModule
-from dualsft.models.loading import load_model, model_fingerprint
+from dualsft.models.configuration import stored_configuration
+from dualsft.models.loading import load_model, model_fingerprint, tokenizer_fingerprint
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.artifact import write_selection
 from dualsft.trainer import Trainer
@@ -169,6 +171,8 @@ def save_selection(folder: Path, inputs: Inputs, mask: dict[str, Tensor], chosen
     rows = range(len(records))
     manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
     manifest["model"].update(name_or_path=inputs.model, fingerprint=model_fingerprint(inputs.model))
+    manifest["configuration"] = stored_configuration(Path(inputs.model))
+    manifest["tokenizer"]["fingerprint"] = tokenizer_fingerprint(load_tokenizer(inputs.model))
     manifest["data"]["train"].update(path=inputs.train, fingerprint=records.fingerprint)
     write_selection(
         folder,
