@@ -24,10 +24,11 @@ from dualsft.finetune import (
     report,
 )
 from dualsft.models.loading import check_vocabulary
-from dualsft.runs.folder import RunFolder, write_atomically
+from dualsft.runs.folder import RunFolder
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import latest_checkpoint
+from dualsft.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""

@@ -10,9 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
-from dualsft.runs.folder import write_atomically
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.trainer import Trainer
+from dualsft.writing import write_atomically
 
 
 class ValidateCLI(VerbCLI):

@@ -19,9 +19,9 @@ from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
 from dualsft.models import PreTrainedModel
-from dualsft.runs.folder import write_atomically
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
+from dualsft.writing import write_atomically
 
 _SHOWN = 60
 FILE = "samples.jsonl"

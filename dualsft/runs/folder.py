@@ -15,8 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dualsft.errors import UserError
-from dualsft.runs.phase_store import PhaseStore, sync_to_disk
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
+from dualsft.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
 UNFINISHED = ".unfinished"
 _FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"
@@ -218,14 +219,11 @@ def _empty(folder: Path, keep: str = "") -> None:
 
 def publish(staged: Path, folder: Path, last: str) -> None:
     """Move staged results into their folder; the file ``last``, which marks them as complete, goes last."""
-    for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
-        if path.is_file():
-            sync_to_disk(path)
-        path.replace(folder / path.name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file, completely or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with writing_to(folder):
+        for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
+            if path.is_file():
+                sync_to_disk(path)
+            if path.name == last:
+                sync_folder(folder)  # the names of the others are there before it is
+            path.replace(folder / path.name)
+        sync_folder(folder)
