@@ -46,7 +46,11 @@ class ValidateCLI(VerbCLI):
                 tell(task_report(results))
         if self.folder is not None:
             self.folder.claim({"command": "validate"})
-            on_rank_zero(partial(self._write_metrics, self.folder.path, results))
+            try:
+                on_rank_zero(partial(self._write_metrics, self.folder.path, results))
+            except BaseException:
+                self.folder.release()
+                raise
             self.folder.finish()
 
     def _validate_data(self) -> None:

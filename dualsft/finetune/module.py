@@ -17,6 +17,7 @@ from dualsft.data.layout import Batch
 from dualsft.data.loaders import KeepEpochCount
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
@@ -92,6 +93,7 @@ class MaskedFinetuneModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the trainer and the data before anything is loaded; see `check_trainer`."""
         check_trainer(self.trainer)
+        write_whole_checkpoints(self.trainer)
         check_validation_data(self.trainer)
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)

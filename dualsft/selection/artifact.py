@@ -25,6 +25,7 @@ from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import Scoring
+from dualsft.writing import writing_to
 
 _MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 
@@ -161,6 +162,20 @@ def write_selection(
         token_scores: Column name -> one value per scored example.
         sketches: Example id -> its gradient's sketch.
     """
+    with writing_to(folder):
+        _write_scores(folder, parameter_scores, token_scores, sketches)
+        _write_choice(folder, examples, mask, selected_lines)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _write_scores(
+    folder: Path,
+    parameter_scores: Mapping[str, Tensor] | None,
+    token_scores: Mapping[str, Sequence[Any]] | None,
+    sketches: Mapping[int, Tensor] | None,
+) -> None:
     if sketches is not None:
         ids = sorted(sketches)
         stored = {"example_id": torch.tensor(ids), "sketch": torch.stack([sketches[i].float() for i in ids])}
@@ -170,15 +185,20 @@ def write_selection(
     if parameter_scores is not None:
         pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
         save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
+
+
+def _write_choice(
+    folder: Path,
+    examples: Mapping[str, Sequence[Any]] | pa.Table,
+    mask: Mapping[str, Tensor],
+    selected_lines: Sequence[str],
+) -> None:
     if not isinstance(examples, pa.Table):
         sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
         examples = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
     pq.write_table(examples, folder / _EXAMPLES)
     write_masks(folder / _MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
 
 def publish(staged: Path, folder: Path) -> None:
