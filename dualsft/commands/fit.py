@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerTypeTuple
-from lightning.pytorch.loggers import CSVLogger
 from torch.optim import Optimizer
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
@@ -24,6 +23,7 @@ from dualsft.finetune import (
     report,
 )
 from dualsft.finetune.checkpoint_files import checkpoint_files, newest_whole
+from dualsft.finetune.metrics_log import ContinueMetrics, MetricsLog
 from dualsft.models.loading import check_vocabulary
 from dualsft.runs.folder import RunFolder
 from dualsft.sharding.collectives import on_rank_zero
@@ -54,10 +54,10 @@ class FitCLI(VerbCLI):
         defaults: dict[str, Any] = {"default_root_dir": str(folder / "logs")}
         if not trainer.get("barebones"):
             # all of the validation set at the start: the base model's metrics are part of the report
-            defaults |= {"logger": CSVLogger(folder, name="logs"), "num_sanity_val_steps": -1}
+            defaults |= {"logger": MetricsLog(folder, name="logs", version=0), "num_sanity_val_steps": -1}
         trainer.update({key: value for key, value in defaults.items() if trainer.get(key) is None})
         self.report = FitReport()
-        own: list[Callback] = [self.report, EndOfTraining(), ExportModel(str(folder))]
+        own: list[Callback] = [self.report, ContinueMetrics(), EndOfTraining(), ExportModel(str(folder))]
         if trainer.get("enable_checkpointing") is not False:
             given = trainer.get("callbacks") or []
             own += self._checkpoints(folder / "checkpoints", given if isinstance(given, list) else [given])
