@@ -121,7 +121,7 @@ def _files(trainer: Trainer) -> list[MetricsFile]:
 def _pending(trainer: Trainer) -> list[Row]:
     """The row of the batch that callbacks are being told of, if it will have one."""
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    batches = loop.batch_progress.current
+    batches: Any = loop.batch_progress.current
     if batches.processed == batches.completed or loop._should_accumulate() or not connector.should_update_logs:
         return []
     if not (metrics := convert_tensors_to_scalars(connector.metrics["log"])):
