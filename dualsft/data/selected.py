@@ -12,6 +12,7 @@ from dualsft.data.records import Records
 from dualsft.errors import UserError
 
 SCHEMA_VERSION = 1
+_COLUMNS = pa.schema([pa.field("example_id", pa.int64(), False), pa.field("selected", pa.bool_(), False)])
 
 
 def selected_ids(path: str | Path, records: Records) -> list[int]:
@@ -26,15 +27,18 @@ def selected_ids(path: str | Path, records: Records) -> list[int]:
     except (LookupError, TypeError) as error:
         raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
     try:
-        table = pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"])
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder}/examples.parquet cannot be read: {error}") from error
+        table = pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"]).cast(_COLUMNS)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{folder}/examples.parquet cannot be read ({error}); make the selection again.") from error
     if fingerprint != records.fingerprint:
         raise UserError(
             f"The selection in {folder} was made for other data: {table.num_rows} rows against {len(records)} in "
             "data.train, or rows that differ; give the data it was made from or select again."
         )
-    return sorted(table.filter(table["selected"])["example_id"].to_pylist())
+    ids = sorted(table.filter(table["selected"])["example_id"].to_pylist())
+    if ids and not 0 <= ids[0] <= ids[-1] < len(records):
+        raise UserError(f"{folder}/examples.parquet selects other rows than there are; make the selection again.")
+    return ids
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
+from dualsft.selection.artifact import MASK
+from dualsft.selection.mask import refusing_damage
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
@@ -110,7 +112,7 @@ class MaskedFinetuneModule(LightningModule):
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        self.compact = CompactParameters(model, self.selection.stored_masks() if self.selection else None)
+        self.compact = self._trained_weights(model)
         self.compact.attach()
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
@@ -126,6 +128,20 @@ class MaskedFinetuneModule(LightningModule):
                 f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
                 f"({self.base_fingerprint[:12]}); give that model, or select again."
             )
+
+    def _trained_weights(self, model: PreTrainedModel) -> CompactParameters:
+        """The masters of the weights that the mask chooses; refuses a mask that is not as it was written."""
+        if self.selection is None:
+            return CompactParameters(model)
+        path, due = self.selection.folder / MASK, self.selection.about.counts.parameters.selected
+        with refusing_damage(path):
+            compact = CompactParameters(model, self.selection.stored_masks())
+        if compact.num_selected != due:
+            raise UserError(
+                f"{path} is damaged: it chooses {compact.num_selected:,} weights, the manifest tells of {due:,}; make "
+                "the selection again."
+            )
+        return compact
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""

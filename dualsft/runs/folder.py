@@ -137,7 +137,7 @@ class RunFolder(PhaseStore):
             self._state.mkdir(parents=True, exist_ok=True)
             self._acquire_lock()
             if run.is_file() and not self._overwrite:
-                self._compare(json.loads(run.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+                self._compare(_stored_identity(run), json.loads(json.dumps(identity)))
                 return
             # from the first deletion on, the folder counts as an unfinished run, whatever happens
             run.unlink(missing_ok=True)
@@ -205,6 +205,17 @@ class RunFolder(PhaseStore):
             self._state.replace(done)
         self._lock.release(force=True)
         shutil.rmtree(done, ignore_errors=True)  # a network drive keeps files for as long as they are in memory
+
+
+def _stored_identity(path: Path) -> dict[str, Any]:
+    """The description of the unfinished run in a folder; refuses one that is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); give --overwrite to start anew.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object); give --overwrite to start anew.")
+    return stored
 
 
 def _empty(folder: Path, keep: str = "") -> None:
