@@ -2,10 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,10 +107,3 @@ def _fresh_casts(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
-
-
-def latest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The newest of Lightning's checkpoints anywhere in some folders; None if there is none."""
-    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
-    found.sort(key=lambda path: path.stat().st_mtime_ns)
-    return found[-1] if found else None

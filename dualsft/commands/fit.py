@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerTypeTuple
-from lightning.pytorch.loggers import CSVLogger
 from torch.optim import Optimizer
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
@@ -23,11 +22,13 @@ from dualsft.finetune import (
     check_trainer,
     report,
 )
-from dualsft.runs.folder import RunFolder, write_atomically
+from dualsft.finetune.checkpoint_files import checkpoint_files, newest_whole
+from dualsft.finetune.metrics_log import ContinueMetrics, MetricsLog
+from dualsft.runs.folder import RunFolder
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
-from dualsft.trainer import latest_checkpoint
+from dualsft.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
@@ -53,10 +54,10 @@ class FitCLI(VerbCLI):
         defaults: dict[str, Any] = {"default_root_dir": str(folder / "logs")}
         if not trainer.get("barebones"):
             # all of the validation set at the start: the base model's metrics are part of the report
-            defaults |= {"logger": CSVLogger(folder, name="logs"), "num_sanity_val_steps": -1}
+            defaults |= {"logger": MetricsLog(folder, name="logs", version=0), "num_sanity_val_steps": -1}
         trainer.update({key: value for key, value in defaults.items() if trainer.get(key) is None})
         self.report = FitReport()
-        own: list[Callback] = [self.report, EndOfTraining(), ExportModel(str(folder))]
+        own: list[Callback] = [self.report, ContinueMetrics(), EndOfTraining(), ExportModel(str(folder))]
         if trainer.get("enable_checkpointing") is not False:
             given = trainer.get("callbacks") or []
             own += self._checkpoints(folder / "checkpoints", given if isinstance(given, list) else [given])
@@ -81,7 +82,6 @@ class FitCLI(VerbCLI):
         self._check()
         settings = self.config.as_dict()
         folder.claim({"command": "fit", **{key: settings.get(key) for key in DECISIVE}})
-        on_rank_zero(lambda: write_atomically(folder.path / "config.yaml", self.replay))
         share = self.datamodule.training_padding_share()
         tell(f"training on {len(self.datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         self._fit(folder)
@@ -105,21 +105,23 @@ class FitCLI(VerbCLI):
         if checkpoint:
             self.trainer.num_sanity_val_steps = 0  # it validates the base model, and this one is trained
         try:
+            on_rank_zero(lambda: write_atomically(folder.path / "config.yaml", self.replay))
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Exception as error:
-            if self._latest(folder.path) is None:  # nothing to resume: the next try finds the folder free
-                folder.release()
+            if not checkpoint_files(self._checkpoint_folders(folder.path)):
+                folder.release()  # nothing to resume: the next try finds the folder free
             if (refusal := refused(error)) is not None:
                 raise UserError(refusal) from error
             raise
 
     def _checkpoint(self, folder: Path) -> Path | None:
         """The checkpoint to resume from, if there is one; prints its name."""
-        found = on_rank_zero(lambda: self._latest(folder))
+        needs_best = self.config.model.export == "best"
+        found = on_rank_zero(lambda: newest_whole(self._checkpoint_folders(folder), needs_best))
         tell(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: starting from the base model")
         return found
 
-    def _latest(self, folder: Path) -> Path | None:
-        """The newest checkpoint that this run can have written."""
+    def _checkpoint_folders(self, folder: Path) -> set[Path]:
+        """The folders that this run can have written checkpoints to."""
         own = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        return latest_checkpoint({folder, *map(Path, own)})
+        return {folder, *map(Path, own)}

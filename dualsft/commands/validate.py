@@ -10,10 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
-from dualsft.runs.folder import write_atomically
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.trainer import Trainer
+from dualsft.writing import write_atomically
 
 
 class ValidateCLI(VerbCLI):
@@ -47,7 +47,11 @@ class ValidateCLI(VerbCLI):
                 tell(task_report(results))
         if self.folder is not None:
             self.folder.claim({"command": "validate"})
-            on_rank_zero(partial(self._write_metrics, self.folder.path, results))
+            try:
+                on_rank_zero(partial(self._write_metrics, self.folder.path, results))
+            except BaseException:
+                self.folder.release()
+                raise
             self.folder.finish()
 
     def _validate_data(self) -> None:

@@ -203,10 +203,6 @@ class InstructionDataModule(LightningDataModule):
         batches = cast(TrainingBatches, self.train_dataloader().sampler)
         return padding_share(self.train_examples.lengths, batches)
 
-    def encoded(self) -> dict[str, Examples]:
-        """The data that have been encoded so far, by the option that names their source."""
-        return dict(self._examples)
-
     def _encoded(self, key: str) -> Examples:
         if key not in self._examples:
             path, split = self._sources[key]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dualsft.errors import UserError
+from dualsft.export.model_card import legible
 from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
 from dualsft.sharding.shards import local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors
@@ -31,6 +32,7 @@ Change: TypeAlias = tuple[Int[Tensor, " changed"], Shaped[Tensor, " changed"]]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEX, _VALUE, _BASE, _ABOUT = ".index", ".value", "base_fingerprint", "about"
 _SECTIONS = ("base", "counts", "selection", "training", "versions")
+_RECORDED_TYPES = [None, "auto", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())]
 
 
 def changed_entries(before: Shaped[Tensor, "..."], after: Shaped[Tensor, "..."]) -> Change:
@@ -149,11 +151,23 @@ def open_delta(path: Path) -> Delta:
         raise UserError(f"{path} is damaged: of {odd[0]} only one of index and value is there.")
     if any(len(shape) != 1 for shape in shapes.values()):
         raise UserError(f"{path} is damaged: its indices and values are not all vectors.")
+    if odd := [name for name in names if not dtypes[name + _VALUE].is_floating_point]:
+        raise UserError(
+            f"{path} is damaged: it holds {odd[0]} as {dtype_name(dtypes[odd[0] + _VALUE])}, which weights are not."
+        )
     counts = {name: shapes[name + _INDEX][0] for name in names}
-    # metadata can be edited with other tools: sections of a wrong type are left out
-    sections = about.items() if isinstance(about, dict) else ()
-    sound = {key: part for key, part in sections if key not in _SECTIONS or isinstance(part, dict)}
-    return Delta(path, metadata[_BASE], sound, counts, {name: dtypes[name + _VALUE] for name in names})
+    record = _sound_record(about) if isinstance(about, dict) else {}
+    return Delta(path, metadata[_BASE], record, counts, {name: dtypes[name + _VALUE] for name in names})
+
+
+def _sound_record(about: dict[str, Any]) -> dict[str, Any]:
+    """A record without what is of a wrong type, as metadata can be edited with other tools."""
+    sound = {key: part for key, part in about.items() if key not in _SECTIONS or isinstance(part, dict)}
+    if sound.get("base", {}).get("dtype") not in _RECORDED_TYPES:
+        sound["base"] = {key: value for key, value in sound.get("base", {}).items() if key != "dtype"}
+    if "counts" in sound:
+        sound["counts"] = {key: value for key, value in sound["counts"].items() if type(value) is int}
+    return legible(sound)
 
 
 def patched(tensor: Tensor, change: Change) -> Tensor:

@@ -59,6 +59,17 @@ def write_card(folder: Path, about: Mapping[str, Any], adapter: bool = False) ->
     card.save(folder / "README.md")
 
 
+def legible(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the sections that a card cannot show, because they have been edited."""
+    kept = dict(about)
+    for key, show in (("selection", _selection), ("training", _training)):
+        try:
+            show(about.get(key))
+        except (TypeError, ValueError, LookupError, AttributeError):
+            del kept[key]
+    return kept
+
+
 def _metadata(base: Mapping[str, Any], adapter: bool) -> ModelCardData:
     return ModelCardData(
         base_model=None if base["local"] or not _is_hub_id(base["name"]) else base["name"],

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, check_pair, loaded_type
-from dualsft.export.delta import Delta, open_delta, patched
+from dualsft.export.delta import Delta, dtype_name, open_delta, patched
 from dualsft.export.model_card import write_card
 from dualsft.models.loading import empty_model, model_folder
 from dualsft.models.stored import Weights, has_own_names, stored_weights
@@ -65,6 +65,7 @@ def prepare_peft(base: str, delta: str) -> Writer:
         )
     change.check_entries(stored.specs, base)
     plan = _plan(empty_model(base), change)
+    _check_types(plan, stored, change)
 
     def write(folder: Path) -> None:
         _write_tensors(folder / "adapter_model.safetensors", plan, stored, change)
@@ -73,6 +74,17 @@ def prepare_peft(base: str, delta: str) -> Writer:
         (folder / "adapter_config.json").write_text(settings, encoding="utf-8")
 
     return write
+
+
+def _check_types(plan: _Plan, stored: Weights, change: Delta) -> None:
+    """Refuse values of another type than the weights among which they are stored."""
+    loaded = loaded_type(change)
+    for name in sorted(set(plan.whole.values()) & change.counts.keys()):
+        due = dtype_name(stored.specs[name].dtype) if loaded == "auto" else loaded
+        if (found := dtype_name(change.value_types[name])) != due:
+            raise UserError(
+                f"{change.path} is damaged: it holds {name} as {found}, and was made from a base loaded in {due}."
+            )
 
 
 def _plan(model: nn.Module, change: Delta) -> _Plan:

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 
 from dualsft.errors import UserError
+from dualsft.finetune.checkpoint_files import refuse_damaged
 from dualsft.finetune.trainer_checks import is_validated
 from dualsft.runs.progress import say
 
@@ -67,6 +68,7 @@ class BestWeights(Callback):
         if checkpoint is None or not checkpoint.best_model_path:
             say("there was no validation to tell which weights are best: the last ones are kept")
             return
+        refuse_damaged(Path(checkpoint.best_model_path))
         state: dict[str, Any] = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         pl_module.load_state_dict(state["state_dict"])
         pl_module.best_step = state["global_step"]

@@ -23,6 +23,7 @@ from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import first_row, local_shard
+from dualsft.writing import replacing, sync_folder, sync_tree, writing_to
 
 
 class ExportModel(Callback):
@@ -46,20 +47,26 @@ class ExportModel(Callback):
         changed = _changes(pl_module)
         partial = self._folder / "model.partial"
         on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-        save_weights(pl_module.model, partial, self._whole)
-        on_rank_zero(lambda: self._complete(trainer, pl_module, changed, partial))
+        try:
+            with writing_to(self._folder / "model"):
+                save_weights(pl_module.model, partial, self._whole)
+            on_rank_zero(lambda: self._complete(trainer, pl_module, changed, partial))
+        except BaseException:  # what is left of a model takes the room that is wanting
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _complete(
         self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
     ) -> None:
-        """Write everything that goes with the weights, and move model and delta into place."""
-        about = _record(trainer, module, changed)
-        copy_companions(module.model_name_or_path, partial)
-        write_card(partial, about)
-        delta = self._folder / "delta.safetensors.partial"
-        write_delta(delta, changed, module.base_fingerprint, about)
-        self._replace_model(partial)
-        delta.replace(self._folder / "delta.safetensors")
+        """Write everything that goes with the weights, and move model and delta into place, all of it synced."""
+        about, delta = _record(trainer, module, changed), self._folder / "delta.safetensors"
+        with writing_to(self._folder / "model"):
+            copy_companions(module.model_name_or_path, partial)
+            write_card(partial, about)
+            sync_tree(partial)
+        with writing_to(delta), replacing(delta) as unfinished:
+            write_delta(unfinished, changed, module.base_fingerprint, about)
+            self._replace_model(partial)
 
     def _replace_model(self, partial: Path) -> None:
         """Put a finished folder in the place of ``model/``; after an interruption it is the old, the new or absent."""
@@ -68,6 +75,7 @@ class ExportModel(Callback):
         if model.exists():
             model.replace(old)
         partial.replace(model)
+        sync_folder(self._folder)
         shutil.rmtree(old, ignore_errors=True)
 
 

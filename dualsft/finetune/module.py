@@ -18,6 +18,7 @@ from dualsft.data.loaders import KeepEpochCount
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
@@ -36,6 +37,8 @@ from dualsft.models.loading import (
     tokenizer_fingerprint,
 )
 from dualsft.selection import Selection, load_selection
+from dualsft.selection.artifact import MASK
+from dualsft.selection.mask import refusing_damage
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
@@ -101,6 +104,7 @@ class MaskedFinetuneModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the trainer and the data before anything is loaded; see `check_trainer`."""
         check_trainer(self.trainer)
+        write_whole_checkpoints(self.trainer)
         check_validation_data(self.trainer)
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)
@@ -117,7 +121,7 @@ class MaskedFinetuneModule(LightningModule):
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        self.compact = CompactParameters(model, self.selection.stored_masks() if self.selection else None)
+        self.compact = self._trained_weights(model)
         self.compact.attach()
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
@@ -148,7 +152,7 @@ class MaskedFinetuneModule(LightningModule):
             UserError: if an id or a position has no embedding, or the selection was made with another tokenizer.
         """
         self._check_tokenizer(data)
-        for key, examples in data.encoded().items():
+        for key, examples in data.encoded.items():
             check_examples(self.model, key, examples.largest_id(), examples.longest())
 
     def _check_tokenizer(self, data: InstructionDataModule) -> None:
@@ -165,6 +169,20 @@ class MaskedFinetuneModule(LightningModule):
         """Check the data, before the first batch."""
         if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
             self.check_data(data)
+
+    def _trained_weights(self, model: PreTrainedModel) -> CompactParameters:
+        """The masters of the weights that the mask chooses; refuses a mask that is not as it was written."""
+        if self.selection is None:
+            return CompactParameters(model)
+        path, due = self.selection.folder / MASK, self.selection.about.counts.parameters.selected
+        with refusing_damage(path):
+            compact = CompactParameters(model, self.selection.stored_masks())
+        if compact.num_selected != due:
+            raise UserError(
+                f"{path} is damaged: it chooses {compact.num_selected:,} weights, the manifest tells of {due:,}; make "
+                "the selection again."
+            )
+        return compact
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""

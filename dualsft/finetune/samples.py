@@ -21,9 +21,9 @@ from dualsft.errors import UserError
 from dualsft.evaluation.generation import generate_answers, last_turn
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import learned_positions
-from dualsft.runs.folder import write_atomically
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
+from dualsft.writing import write_atomically
 
 _SHOWN = 60
 FILE = "samples.jsonl"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
+from dualsft.models.index import read_index
 from dualsft.models.inspection import check_files, check_weights, explaining_load, read_config, reason
 from dualsft.models.rope import separate_frequencies
 from dualsft.paths import expanded
@@ -41,6 +42,8 @@ def model_folder(name_or_path: str) -> Path:
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         found = "only pickled weights (*.bin), which are not read" if list(folder.glob("*.bin")) else "no weights"
         raise UserError(f"{folder} has {found}; give a folder with {_WEIGHTS} (save_pretrained writes it).")
+    if not (folder / _WEIGHTS).is_file():
+        read_index(folder / _INDEX)
     return folder
 
 
@@ -138,8 +141,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if (folder / _WEIGHTS).is_file():
         with safe_open(folder / _WEIGHTS, framework="pt") as stored:
             return dict.fromkeys(stored.keys(), folder / _WEIGHTS)
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    return {name: folder / file for name, file in index["weight_map"].items()}
+    return {name: folder / file for name, file in read_index(folder / _INDEX).items()}
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 
 from dualsft.errors import UserError
 from dualsft.paths import check_writable, expanded
-from dualsft.runs.phase_store import PhaseStore, sync_to_disk
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
+from dualsft.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
 UNFINISHED = ".unfinished"
 _FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"
@@ -140,7 +141,7 @@ class RunFolder(PhaseStore):
             self._state.mkdir(parents=True, exist_ok=True)
             self._acquire_lock()
             if run.is_file() and not self._overwrite:
-                self._compare(json.loads(run.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+                self._compare(_stored_identity(run), json.loads(json.dumps(identity)))
                 return
             # from the first deletion on, the folder counts as an unfinished run, whatever happens
             run.unlink(missing_ok=True)
@@ -210,6 +211,17 @@ class RunFolder(PhaseStore):
         shutil.rmtree(done, ignore_errors=True)  # a network drive keeps files for as long as they are in memory
 
 
+def _stored_identity(path: Path) -> dict[str, Any]:
+    """The description of the unfinished run in a folder; refuses one that is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); give --overwrite to start anew.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object); give --overwrite to start anew.")
+    return stored
+
+
 def _empty(folder: Path, keep: str = "") -> None:
     for child in folder.iterdir():
         if child.name == keep:
@@ -222,14 +234,11 @@ def _empty(folder: Path, keep: str = "") -> None:
 
 def publish(staged: Path, folder: Path, last: str) -> None:
     """Move staged results into their folder; the file ``last``, which marks them as complete, goes last."""
-    for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
-        if path.is_file():
-            sync_to_disk(path)
-        path.replace(folder / path.name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file, completely or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with writing_to(folder):
+        for path in sorted(staged.iterdir(), key=lambda p: (p.name == last, p.name)):
+            if path.is_file():
+                sync_to_disk(path)
+            if path.name == last:
+                sync_folder(folder)  # the names of the others are there before it is
+            path.replace(folder / path.name)
+        sync_folder(folder)

@@ -2,22 +2,30 @@
 
 Every rank saves its own part in a file. A state counts once all ranks have saved theirs. Until then the state before
 it stays, so that the states that a killed run leaves are of the same moment on all ranks.
+
+A file holds a checksum of its contents. A state that an earlier run left and that is damaged is dropped, and with it
+those that were saved after it, which may rest on it: the run resumes from the states before.
 """
 
 import json
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError
-from dualsft.runs.progress import Meter
+from dualsft.runs.progress import Meter, say
 from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
+from dualsft.writing import refusal, replacing
+
+_NOTES, _CHECKSUM = "notes", "crc32"
 
 
 class PhaseStore:
@@ -25,6 +33,7 @@ class PhaseStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._sound: set[Path] = set()  # written or checked by this process
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Save a phase's state; the state before it stays until this one is complete.
@@ -43,29 +52,57 @@ class PhaseStore:
                 self._file(phase, version).unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        partial = path.with_suffix(".partial")
+        contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        text = json.dumps(notes)
         try:
-            contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(contiguous, partial, {"notes": json.dumps(notes)})
-            sync_to_disk(partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with replacing(path) as partial:
+                save_file(contiguous, partial, {_NOTES: text, _CHECKSUM: _checksum(contiguous, text)})
+        except Exception as error:
+            if (reason := refusal(error)) is None:
+                raise
             raise UserError(
-                f"The state of the run cannot be kept in {self._folder} ({error}); see that it can be written and has "
+                f"The state of the run cannot be kept in {self._folder} ({reason}); see that it can be written and has "
                 "room, and go on with --resume."
             ) from error
+        self._sound.add(path)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes of a phase's state, or None; a tensor is read from its file when it is first used."""
-        common = set.intersection(*map(set, all_gather(self._versions(phase))))
-        if not common:  # a kill may leave a newer state on some ranks only
+        found = all_gather({version: self._damage(self._file(phase, version)) for version in self._versions(phase)})
+        common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
+        damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
+        if damaged:
+            reason = next(of_rank[v] for of_rank in found for v in damaged if of_rank[v])
+            say(f"{reason}: this state and those saved after it are dropped, and computed again.")
+            self._drop_since(self._file(phase, min(damaged)))
+        if not (whole := common - damaged):
             return None
-        with safe_open(self._file(phase, max(common)), framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            if os.name == "nt":  # where a file that is mapped into memory can be neither replaced nor deleted
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            return tensors, json.loads(stored.metadata()["notes"])
+        tensors, text, _ = _read(self._file(phase, max(whole)))
+        if os.name == "nt":  # where a file that is mapped into memory can be neither replaced nor deleted
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors, json.loads(text)
+
+    def _damage(self, path: Path) -> str | None:
+        """What is wrong with a file, in a sentence; None if it is as it was written."""
+        if path in self._sound:
+            return None
+        try:
+            tensors, text, checksum = _read(path)
+            if not isinstance(json.loads(text), dict):
+                return f"{path} is damaged (it has no notes)"
+        except Exception as error:  # damaged bytes may raise anything
+            return f"{path} is damaged ({_first_line(error)})"
+        if checksum not in (None, _checksum(tensors, text)):  # None: an earlier version's
+            return f"{path} is damaged (it holds other bytes than were written)"
+        self._sound.add(path)
+        return None
+
+    def _drop_since(self, path: Path) -> None:
+        """Delete a file of this rank, and those of its files that were written later."""
+        moment = path.stat().st_mtime_ns
+        own = f"*.rank-{rank()}-of-{world_size()}.safetensors" if world_size() > 1 else "*.safetensors"
+        for other in [found for found in self._folder.glob(own) if found.stat().st_mtime_ns >= moment]:
+            other.unlink()
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
@@ -82,6 +119,29 @@ class PhaseStore:
     def _file(self, phase: str, version: int) -> Path:
         suffix = f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
         return self._folder / f"{phase}{suffix}.safetensors"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str, str | None]:
+    """The tensors of a file, its notes as text, and its checksum if it has one."""
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    return tensors, metadata[_NOTES], metadata.get(_CHECKSUM)
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """CRC-32 over notes and tensors: for damage on a disk, at a few gigabytes a second."""
+    sum_so_far = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sum_so_far = zlib.crc32(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), sum_so_far)
+        if tensor.numel():
+            sum_so_far = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, sum_so_far)
+    return f"{sum_so_far:08x}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class PhaseKeeper:
@@ -124,9 +184,3 @@ class PhaseKeeper:
         """Discard the saved state."""
         self._loaded = None
         self._store.drop(self._name)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Make the system write a file's contents to the disk now (fsync)."""
-    with open(path, "r+b") as stream:  # Windows syncs only files that are open for writing
-        os.fsync(stream.fileno())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.data.selected import SCHEMA_VERSION, check_columns
+from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.paths import expanded
@@ -26,8 +26,9 @@ from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import Scoring
+from dualsft.writing import writing_to
 
-_MANIFEST, _EXAMPLES, _MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
+_MANIFEST, _EXAMPLES, MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 
 _SCHEMA = pa.schema(
     [
@@ -64,8 +65,13 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        table = _read_table(self.folder / _EXAMPLES)
-        check_columns(self.folder / _EXAMPLES, table.schema, _SCHEMA)
+        table, counts = _read_table(self.folder / _EXAMPLES), self.about.counts.examples
+        selected = _check_examples(self.folder / _EXAMPLES, table)
+        if (len(table), selected) != (counts.rows, counts.selected):
+            raise UserError(
+                f"{self.folder / _EXAMPLES} is damaged: it has {selected:,} of {len(table):,} rows selected, the "
+                f"manifest tells of {counts.selected:,} of {counts.rows:,}; make the selection again."
+            )
         return table
 
     @cached_property
@@ -93,7 +99,7 @@ class Selection:
 
     def stored_masks(self) -> Mapping[str, Tensor]:
         """The masks, each unpacked when it is read."""
-        return stored_masks(self.folder / _MASK)
+        return stored_masks(self.folder / MASK)
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Parameter name -> φ_j, float32, of the parameter's shape."""
@@ -123,6 +129,18 @@ def _read_table(path: Path) -> pa.Table:
         return pq.read_table(path)
 
 
+def _check_examples(path: Path, table: pa.Table) -> int:
+    """How many examples are selected; refuses a table without its columns, or with other rows than those of a pool."""
+    for field in _SCHEMA:
+        if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
+            raise UserError(
+                f"{path} is damaged: it has no column {field.name} of {field.type}; make the selection again."
+            )
+    if table["example_id"].to_pylist() != list(range(len(table))) or table["selected"].null_count:
+        raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
+    return sum(table["selected"].to_pylist())
+
+
 def load_selection(folder: str | os.PathLike[str]) -> Selection:
     """Open a selection directory.
 
@@ -134,7 +152,7 @@ def load_selection(folder: str | os.PathLike[str]) -> Selection:
     if not path.is_dir():
         raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
     manifest, about = open_manifest(path)
-    if lost := [name for name in (_EXAMPLES, _MASK, _SELECTED) if not (path / name).is_file()]:
+    if lost := [name for name in (_EXAMPLES, MASK, _SELECTED) if not (path / name).is_file()]:
         raise UserError(f"{path} has lost {', '.join(lost)}; make the selection again.")
     return Selection(path, manifest, about)
 
@@ -164,6 +182,20 @@ def write_selection(
         token_scores: Column name -> one value per scored example.
         sketches: Example id -> its gradient's sketch.
     """
+    with writing_to(folder):
+        _write_scores(folder, parameter_scores, token_scores, sketches)
+        _write_choice(folder, examples, mask, selected_lines)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _write_scores(
+    folder: Path,
+    parameter_scores: Mapping[str, Tensor] | None,
+    token_scores: Mapping[str, Sequence[Any]] | None,
+    sketches: Mapping[int, Tensor] | None,
+) -> None:
     if sketches is not None:
         ids = sorted(sketches)
         stored = {"example_id": torch.tensor(ids), "sketch": torch.stack([sketches[i].float() for i in ids])}
@@ -173,15 +205,20 @@ def write_selection(
     if parameter_scores is not None:
         pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
         save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
+
+
+def _write_choice(
+    folder: Path,
+    examples: Mapping[str, Sequence[Any]] | pa.Table,
+    mask: Mapping[str, Tensor],
+    selected_lines: Sequence[str],
+) -> None:
     if not isinstance(examples, pa.Table):
         sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
         examples = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
     pq.write_table(examples, folder / _EXAMPLES)
-    write_masks(folder / _MASK, mask)
+    write_masks(folder / MASK, mask)
     (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
 
 def publish(staged: Path, folder: Path) -> None:

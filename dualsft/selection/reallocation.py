@@ -25,6 +25,7 @@ from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, dat
 from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
+from dualsft.writing import writing_to
 
 
 def reallocate(
@@ -92,8 +93,9 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     """Put the source's scores and the new choice into the claimed folder, the manifest last; or leave it as it was."""
     try:
         staged = run.staging()
-        for file in source.score_files:
-            _link(file, staged / file.name)
+        with writing_to(run.path):
+            for file in source.score_files:
+                _link(file, staged / file.name)
         write_selection(staged, **parts)
         publish(staged, run.path)
     except BaseException:  # nothing of seconds' work is worth resuming

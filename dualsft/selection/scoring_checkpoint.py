@@ -1,6 +1,7 @@
 """The scoring checkpoint θ, made by a warm-up or given ready-made, and Adam's second moment ĉ there."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,12 +22,13 @@ from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import local_shard, shard_of
+from dualsft.writing import sync_folder, sync_tree, writing_to
 
 SECOND_MOMENT = "second_moment.safetensors"
 Moments = dict[str, Tensor]
 """Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard."""
 
-_PHASE = "warm-up"
+_PHASE, _KEPT = "warm-up", "warmup"
 
 
 def reach_scoring_checkpoint(
@@ -49,6 +51,7 @@ def reach_scoring_checkpoint(
         return {}
     keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)
     if (saved := run.load(_PHASE)) is None:
+        on_rank_zero(lambda: shutil.rmtree(run.path / _KEPT, ignore_errors=True))  # of a state that was dropped
         ids = warmup.draw(data.train_examples.ok_ids(), seed)
         loader = data.training_loader(ids, seed)
         with (
@@ -79,7 +82,7 @@ def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: InstructionDataModule, run: RunFolder) -> None:
     """Write θ, ĉ and the tokenizer to ``warmup/``, unless an earlier run has."""
-    folder = run.path / "warmup"
+    folder = run.path / _KEPT
     if on_rank_zero(folder.exists):  # complete, as it was moved here in one step
         return
     staged = run.staging()
@@ -87,10 +90,18 @@ def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: Instruction
         save_sharded(model, staged)
         write_shards(moments, dict(model.named_parameters()), staged / SECOND_MOMENT)
     else:
-        model.save_pretrained(staged)
-        save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
-    on_rank_zero(lambda: data.tokenizer.save_pretrained(staged))
-    on_rank_zero(lambda: staged.replace(folder))
+        with writing_to(folder):
+            model.save_pretrained(staged)
+            save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
+
+    def publish() -> None:
+        with writing_to(folder):
+            data.tokenizer.save_pretrained(staged)
+            sync_tree(staged)
+            staged.replace(folder)
+            sync_folder(folder.parent)
+
+    on_rank_zero(publish)
 
 
 def second_moment_file(checkpoint: str) -> Path:

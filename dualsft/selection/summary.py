@@ -29,7 +29,7 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
         f"{m.data.padding_share:.1%} padding",
         *_prediction(m),
     ]
-    width = max(21, *(len(phase.name) for phase in m.phases))
+    width = max([21, *(len(phase.name) for phase in m.phases)])
     for phase in m.phases:
         lines.append(
             f"{phase.name:<{width}} {phase.examples:>8,} examples {phase.seconds:>8.1f} s "

@@ -7,8 +7,7 @@ of all files one by one, and each keeps those of its own files. Then they write 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 
-from dualsft.errors import UserError
 from dualsft.models.lazy import LazyTensors
 from dualsft.models.tensor_file import TensorSpec, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank, world_size
 from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
 from dualsft.sharding.shards import full_tensor
+from dualsft.writing import write_atomically, writing_to
 
 METADATA = {"format": "pt"}
 
@@ -70,15 +69,6 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
     on_all_ranks(write)
 
 
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn errors of writing files into a `UserError` that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); see that it has room.") from error
-
-
 def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
     """Write sharded tensors in the layout of Hugging Face's sharded checkpoints; each rank writes about as much.
 
@@ -93,7 +83,7 @@ def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor],
     write_files(folder, ((file, {name: lazy[name] for name in contents[file]}, METADATA) for file in contents))
     if plan.is_sharded:
         index = json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2)
-        on_rank_zero(lambda: (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8"))
+        on_rank_zero(lambda: write_atomically(folder / f"{stem}.safetensors.index.json", index))
 
 
 def read_full_tensors(folder: Path, stem: str) -> Mapping[str, Tensor]:

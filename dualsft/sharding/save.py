@@ -14,8 +14,9 @@ from torch import Tensor
 from dualsft.models import PreTrainedModel
 from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, rank, world_size
-from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files, writing_to
+from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files
 from dualsft.sharding.shards import full_tensor, local_shard
+from dualsft.writing import writing_to
 
 _MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
 """Bytes: the largest file, as in `save_pretrained`, and the smallest that a model is divided into between ranks."""
@@ -52,8 +53,14 @@ def plan_files(
     planning = mock.patch("transformers.modeling_utils.safe_save_file", plan_file)
     with TemporaryDirectory() as unused, on_every_rank, planning:
         # every rank plans the same files; rank zero alone writes the configuration beside them
-        target = folder if rank() == 0 else unused
-        model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=per_file)
+        target = folder if rank() == 0 else Path(unused)
+        written = None if state is None else dict(state)
+
+        def plan() -> None:
+            with writing_to(folder):
+                model.save_pretrained(target, state_dict=written, max_shard_size=per_file)
+
+        on_all_ranks(plan)
     return files
 
 

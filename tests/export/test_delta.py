@@ -1,5 +1,7 @@
+import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 
 from dualsft.errors import UserError
 from dualsft.export.delta import apply_delta, changed_entries, changes, open_delta, write_delta
+from dualsft.export.model_card import write_card
 from dualsft.training.compact import CompactParameters
 from tests.world.data import random_mask
 from tests.world.models import tiny_llama
@@ -96,6 +99,11 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor], dict[str, str] | None, str]] =
     "twice": ({f"{NAME}.index": torch.tensor([3, 3]), f"{NAME}.value": torch.zeros(2)}, None, "ascending"),
     "lengths": ({f"{NAME}.index": torch.arange(3), f"{NAME}.value": torch.zeros(2)}, None, "do not belong together"),
     "index type": ({f"{NAME}.index": torch.zeros(2), f"{NAME}.value": torch.zeros(2)}, None, "do not belong together"),
+    "value type": (
+        {f"{NAME}.index": torch.arange(2), f"{NAME}.value": torch.arange(2)},
+        None,
+        "as int64, which weights",
+    ),
     "unknown parameter": ({"x.index": torch.arange(2), "x.value": torch.zeros(2)}, None, "x, which the model does not"),
 }
 
@@ -110,6 +118,45 @@ def test_damaged_deltas_are_refused(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError, match=words):
         apply_delta(path, model, "abc")
     assert torch.equal(model.get_parameter(NAME), tiny_llama().get_parameter(NAME))
+
+
+ABOUT = {
+    "base": {"name": "b", "dtype": "float32"},
+    "counts": {"trained": 3},
+    "selection": {"scorer": {"class_path": "a.B", "options": {}}, "data": {"train": []}},
+    "training": {"optimizer": [{"name": "SGD"}], "lr_scheduler": [], "data": []},
+}
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "x", -1, 1.5, True, [[]]], ids=str)
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("base", "dtype"),
+        ("counts", "trained"),
+        ("selection", "scorer"),
+        ("selection", "data"),
+        ("training", "optimizer"),
+    ],
+)
+def test_a_record_that_was_edited_still_makes_a_card(tmp_path: Path, section: str, key: str, wrong: Any) -> None:
+    """What is of a wrong type is left out of it; the values themselves are sound."""
+    path = tmp_path / "delta.safetensors"
+    about = {**ABOUT, section: {**ABOUT[section], key: wrong}}
+    tensors = {f"{NAME}.index": torch.arange(2), f"{NAME}.value": torch.zeros(2)}
+    save_file(tensors, path, {"base_fingerprint": "abc", "about": json.dumps(about)})
+    found = open_delta(path).about
+    base = {"local": True, "fingerprint": "abc", "dtype": "auto", **found["base"]}
+    write_card(tmp_path, {**found, "base": base, "counts": {"changed": 2, "all": 4, **found["counts"]}})
+    assert "**" not in (tmp_path / "README.md").read_text()
+    assert found["base"].get("dtype", "auto") in ("auto", "float32", None)
+
+
+def test_a_record_of_endless_depth_is_refused(tmp_path: Path) -> None:
+    """It would end in a RecursionError."""
+    save_file({}, tmp_path / "d", {"base_fingerprint": "abc", "about": "[" * 100_000})
+    with pytest.raises(UserError, match="is damaged, or no delta"):
+        open_delta(tmp_path / "d")
 
 
 def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from dualsft.trainer import latest_checkpoint
+from dualsft.finetune.checkpoint_files import checkpoint_files
 from tests.world.jobs import fit, fit_options, make_workspace
 
 
@@ -28,8 +28,7 @@ class Kill(Callback):
 
 def masters(folder: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds."""
-    path = latest_checkpoint([folder / "own"])
-    assert path is not None
+    path = checkpoint_files([folder / "own"])[0]
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
     return state
 

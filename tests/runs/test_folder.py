@@ -386,6 +386,16 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         RunFolder(file / "run").claim(IDENTITY)
 
 
+@pytest.mark.parametrize("text", ["", "{", "null", "[1]", "[" * 100_000])
+def test_a_damaged_description_of_the_run_is_named(tmp_path: Path, text: str) -> None:
+    """Nobody can tell then whose states these are."""
+    unfinished(tmp_path / "run")
+    (tmp_path / "run" / ".unfinished" / "run.json").write_text(text)
+    again = RunFolder(tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"run\.json is damaged \(.*\); give --overwrite to start anew"):
+        again.claim({"a": 1})
+
+
 def test_write_atomically(tmp_path: Path) -> None:
     """The text replaces what was there, and nothing else is left."""
     for text in ("a", "é"):

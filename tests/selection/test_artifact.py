@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.numpy import load_file
 
 from dualsft import load_selection
 from dualsft.errors import UserError
+from dualsft.finetune import MaskedFinetuneModule
 from dualsft.models.loading import load_model
+from dualsft.selection.mask import write_masks
 from tests.references import assert_same_gradients, slow_scores
 from tests.world.data import LINES, OK, STATUS
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
@@ -291,14 +294,53 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: 
         getattr(load_selection(damaged), part)
 
 
-@pytest.mark.parametrize("change", ["lost", "text"])
-def test_a_table_with_other_columns_is_damaged(folder: Path, tmp_path: Path, change: str) -> None:
-    """A column that is missing or of another type is named, and raises nothing of the library's."""
-    damaged = copy(folder, tmp_path)
-    table = pq.read_table(damaged / "examples.parquet")
-    place = table.schema.get_field_index("selected")
-    text = pa.array([str(value) for value in table["selected"].to_pylist()])
-    table = table.remove_column(place) if change == "lost" else table.set_column(place, "selected", text)
-    pq.write_table(table, damaged / "examples.parquet")
-    with pytest.raises(UserError, match=r"examples\.parquet is damaged: it has the column selected (0 times|of type)"):
-        _ = load_selection(damaged).example_ids
+def flip_a_bit_of_the_mask(folder: Path) -> None:
+    """The last byte of the file is one of the mask's."""
+    path = folder / "mask.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+def edit_examples(folder: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the table of examples."""
+    path = folder / "examples.parquet"
+    pq.write_table(edit(pq.read_table(path)), path)
+
+
+def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    """The table with other values in a column."""
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+
+
+EDITS: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "one more selected": lambda t: with_column(t, "selected", [True] * len(t)),
+    "a row less": lambda t: t.slice(1),
+    "no status": lambda t: t.drop_columns("status"),
+    "numbers for true and false": lambda t: with_column(t, "selected", [1] * len(t)),
+    "text for numbers": lambda t: with_column(t, "score", ["x"] * len(t)),
+    "rows in another order": lambda t: t.take(list(reversed(range(len(t))))),
+    "nothing known of a row": lambda t: with_column(t, "selected", [None, *t["selected"].to_pylist()[1:]]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_table_that_is_not_what_the_manifest_tells_is_refused(folder: Path, tmp_path: Path, edit: str) -> None:
+    """A flipped bit or an editor's hand would otherwise train on other examples."""
+    shutil.copytree(folder, tmp_path / "s")
+    edit_examples(tmp_path / "s", EDITS[edit])
+    with pytest.raises(UserError, match=r"examples\.parquet is damaged: .*; make the selection again"):
+        _ = load_selection(tmp_path / "s").examples
+
+
+def test_a_mask_that_is_not_what_the_manifest_tells_is_refused(folder: Path, inputs: Inputs, tmp_path: Path) -> None:
+    """A flipped bit would otherwise train another weight, and a shape that was edited end in a traceback."""
+    shutil.copytree(folder, tmp_path / "s")
+    flip_a_bit_of_the_mask(tmp_path / "s")
+    module = MaskedFinetuneModule(inputs.model, str(tmp_path / "s"))
+    with pytest.raises(UserError, match=r"it chooses 77[68] weights, the manifest tells of 777"):
+        module.configure_model()
+    stored = unpacked_mask(folder)
+    turned = {name: torch.from_numpy(part.reshape(part.shape[::-1])) for name, part in stored.items()}
+    write_masks(tmp_path / "s" / "mask.safetensors", turned)
+    with pytest.raises(UserError, match=r"mask\.safetensors is damaged \(.* has shape .*\); make the selection again"):
+        MaskedFinetuneModule(inputs.model, str(tmp_path / "s")).configure_model()

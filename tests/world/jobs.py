@@ -174,6 +174,8 @@ def save_selection(folder: Path, inputs: Inputs, mask: dict[str, Tensor], chosen
     manifest["configuration"] = stored_configuration(Path(inputs.model))
     manifest["tokenizer"]["fingerprint"] = tokenizer_fingerprint(load_tokenizer(inputs.model))
     manifest["data"]["train"].update(path=inputs.train, fingerprint=records.fingerprint)
+    manifest["counts"]["examples"].update(rows=len(records), selected=len(chosen))
+    manifest["counts"]["parameters"].update(selected=sum(int(part.sum()) for part in mask.values()))
     write_selection(
         folder,
         manifest=manifest,
