@@ -14,8 +14,6 @@ from dualsft.errors import UserError
 from dualsft.paths import expanded
 
 SCHEMA_VERSION = 1
-CHOICE = pa.schema([("example_id", pa.int64()), ("selected", pa.bool_())])
-"""The columns of ``examples.parquet`` that training reads."""
 
 
 def selected_ids(path: str | Path, records: Records) -> list[int]:
@@ -30,28 +28,15 @@ def selected_ids(path: str | Path, records: Records) -> list[int]:
     except (LookupError, TypeError) as error:
         raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
     try:
-        table = pq.read_table(folder / "examples.parquet")
+        table = pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{folder}/examples.parquet cannot be read: {error}") from error
-    check_columns(folder / "examples.parquet", table.schema, CHOICE)
     if fingerprint != records.fingerprint:
         raise UserError(
             f"The selection in {folder} was made for other data: {table.num_rows} rows against {len(records)} in "
             "data.train, or rows that differ; give the data it was made from or select again."
         )
     return sorted(table.filter(table["selected"])["example_id"].to_pylist())
-
-
-def check_columns(path: Path, found: pa.Schema, due: pa.Schema) -> None:
-    """Refuses a table of a selection that lacks a column, or has one of another type."""
-    for field in due:
-        names = found.names.count(field.name)
-        if names != 1 or found.field(field.name).type != field.type:
-            what = f"of type {found.field(field.name).type}" if names == 1 else f"{names} times"
-            raise UserError(
-                f"{path} is damaged: it has the column {field.name} {what}, not once as {field.type}; make the "
-                "selection again."
-            )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.data.selected import SCHEMA_VERSION, check_columns
+from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.paths import expanded
@@ -64,9 +64,7 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        table = _read_table(self.folder / _EXAMPLES)
-        check_columns(self.folder / _EXAMPLES, table.schema, _SCHEMA)
-        return table
+        return _read_table(self.folder / _EXAMPLES)
 
     @cached_property
     def token_scores(self) -> pa.Table | None:

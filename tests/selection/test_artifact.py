@@ -289,16 +289,3 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: 
     (damaged / name).write_bytes(whole[:-3])
     with pytest.raises(UserError, match=rf"{name} is damaged"):
         getattr(load_selection(damaged), part)
-
-
-@pytest.mark.parametrize("change", ["lost", "text"])
-def test_a_table_with_other_columns_is_damaged(folder: Path, tmp_path: Path, change: str) -> None:
-    """A column that is missing or of another type is named, and raises nothing of the library's."""
-    damaged = copy(folder, tmp_path)
-    table = pq.read_table(damaged / "examples.parquet")
-    place = table.schema.get_field_index("selected")
-    text = pa.array([str(value) for value in table["selected"].to_pylist()])
-    table = table.remove_column(place) if change == "lost" else table.set_column(place, "selected", text)
-    pq.write_table(table, damaged / "examples.parquet")
-    with pytest.raises(UserError, match=r"examples\.parquet is damaged: it has the column selected (0 times|of type)"):
-        _ = load_selection(damaged).example_ids
