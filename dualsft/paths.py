@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def expanded(path: str) -> str:
         raise UserError(f"The path {named(path)} holds a NUL character, which no file system takes.")
     try:
         raw = path.encode()
+        os.fsencode(path)
     except UnicodeEncodeError as error:
-        raise UserError(f"The path {named(path)} is not UTF-8; rename it.") from error
+        spoken = sys.getfilesystemencoding()
+        advice = "rename it" if spoken == "utf-8" else f"this locale's encoding is {spoken}: set PYTHONUTF8=1"
+        raise UserError(f"The path {named(path)} is not {error.encoding.upper()}; {advice}.") from error
     if (longest := max(map(len, raw.split(b"/")))) > _LONGEST_PART:
         raise UserError(
             f"The path {named(path)} has a part of {longest:,} bytes, where file systems take {_LONGEST_PART}; give a "

@@ -1,6 +1,7 @@
 """Paths: shorthands written out, and what no system takes refused."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,15 @@ def test_what_no_file_system_takes(given: str, problem: str) -> None:
         expanded(given)
     assert len(str(refused.value)) < 350
     assert str(refused.value).isprintable()
+
+
+def test_a_locale_that_cannot_name_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the locale's encoding lacks cannot be opened; the way out is named."""
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii"))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert expanded("a/b") == "a/b"
+    with pytest.raises(UserError, match=r"The path 数\.jsonl is not ASCII; this locale's encoding is ascii: set"):
+        expanded("数.jsonl")
 
 
 @pytest.mark.parametrize("inside", ["", "new", "new/and/deeper"])

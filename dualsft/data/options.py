@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, naming
+from dualsft.paths import expanded
 
 TRAIN = "data.train"
 """The option that gives the source of the pool."""
@@ -112,6 +113,8 @@ def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, 
             raise UserError(f"data.validation names a set {name!r}, which is not text: put the name in quotes.")
         if not _SET_NAME.fullmatch(name):
             raise UserError(f"data.validation names a set {name!r}: use letters, digits, _ and - alone.")
+        with naming("data.validation"):
+            expanded(name)  # names become parts of file names too
     return dict(validation)
 
 

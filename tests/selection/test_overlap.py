@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import read_records
 from dualsft.selection.near_duplicates import hashed_shingles, jaccard
 from dualsft.selection.overlap import remarks, shared_rows
-from tests.world.data import write_jsonl
+from tests.world.data import sums, write_jsonl
+from tests.world.jobs import SGD, select, write_inputs
 from tests.world.tokenizers import byte_level
 
 OPTIONS = FormatOptions()
@@ -54,3 +57,12 @@ def test_remarks(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "folder" / "a.jsonl", [{"text": "one two three"}])
     folder = encode_examples(read_records(str(tmp_path / "folder")), byte_level(), OPTIONS, 200)
     assert list(remarks({"data.train": folder}, OPTIONS)) == ["data.train: notes.txt in its folder is not read."]
+
+
+def test_select_tells_of_them_before_it_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose validation rows are in its pool says so on standard error, and goes on."""
+    rows = sums(8)
+    inputs = write_inputs(tmp_path, rows, [*rows[:2], {"prompt": "Rome?", "response": "Italy."}])
+    made = select(inputs, tmp_path / "out", SGD)
+    assert "dualsft: 2 of the 3 rows of data.validation are in data.train: 2 as they stand" in capsys.readouterr().err
+    assert made.about.counts.examples.scored == 8
