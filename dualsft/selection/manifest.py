@@ -223,11 +223,14 @@ def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> di
     choice = [] if "then" in module.settings.order else keys("parameters", "data")
     free = {*keys("step"), *choice}
     measured = {"measured": sorted(module.settings.data_allocator.needs)}
-    return {**{key: value for key, value in inputs.items() if key not in free}, **measured, **configuration(module)}
+    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
 
 
-def configuration(module: "SelectionModule") -> dict[str, Any]:
-    """The manifest's entry on the base's ``config.json``, by which a fit sees that it has changed since."""
+def describe_configuration(module: "SelectionModule") -> dict[str, Any]:
+    """The manifest's entry on the base's ``config.json``, by which a fit sees that it has changed since.
+
+    It is no part of `describe_inputs`, which a finished selection of an earlier release must agree with.
+    """
     return {"configuration": stored_configuration(model_folder(module.model_name_or_path))}
 
 

@@ -30,7 +30,7 @@ from dualsft.selection.artifact import (
     write_selection,
 )
 from dualsft.selection.budgets import Budgets
-from dualsft.selection.manifest import configuration, describe_inputs, describe_outcome, what_scores_rest_on
+from dualsft.selection.manifest import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, choose_by_turns
 from dualsft.selection.overlap import tell_of_data
@@ -72,7 +72,8 @@ def run_selection(
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
         return finished
     ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each rank stores its own states
-    run.claim({**on_rank_zero(lambda: what_scores_rest_on(module, inputs)), **ranks})
+    configuration = on_rank_zero(lambda: describe_configuration(module))
+    run.claim({**what_scores_rest_on(module, inputs), **configuration, **ranks})
     log = PhaseLog(show, compute_device(model))
     passes = Passes(model, run, log, settings, data)
 
@@ -95,8 +96,7 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    kept = on_rank_zero(lambda: configuration(module))
-    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **kept}
+    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **configuration}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
