@@ -171,7 +171,11 @@ def save_selection(folder: Path, inputs: Inputs, mask: dict[str, Tensor], chosen
     manifest["model"].update(name_or_path=inputs.model, fingerprint=model_fingerprint(inputs.model))
     manifest["data"]["train"].update(path=inputs.train, fingerprint=records.fingerprint)
     manifest["counts"]["examples"].update(rows=len(records), selected=len(chosen))
-    manifest["counts"]["parameters"].update(selected=sum(int(part.sum()) for part in mask.values()))
+    weights = {
+        "selected": sum(int(part.sum()) for part in mask.values()),
+        "scored": sum(part.numel() for part in mask.values()),
+    }
+    manifest["counts"]["parameters"].update(weights)
     write_selection(
         folder,
         manifest=manifest,
