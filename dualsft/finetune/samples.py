@@ -1,6 +1,7 @@
 """Sample generations: the model's answers to a few validation prompts, at each validation of a fit."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _write(path: Path, samples: list[Sample]) -> None:
         return
     step = samples[0]["step"]
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    earlier = [line for line in lines if json.loads(line)["step"] < step]
+    earlier = [line for line in lines if _step_of(line) < step]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [*earlier, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
@@ -112,6 +113,15 @@ def _write(path: Path, samples: list[Sample]) -> None:
         prompt, answer, reference = (_cut(sample[key]) for key in ("prompt", "answer", "reference"))
         where = f"step {sample['step']:,}, {sample['set']} example {sample['example_id']}"
         say(f"{where}: {prompt!r} -> {answer!r} (reference: {reference!r})")
+
+
+def _step_of(line: str) -> float:
+    """The step of a stored sample; infinite if the line is not as it was written, so that it is dropped."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _cut(text: str) -> str:

@@ -147,8 +147,12 @@ class RunFolder(PhaseStore):
             run.unlink(missing_ok=True)
             _empty(self._state, keep=_LOCK)
             _empty(self.path, keep=UNFINISHED)
-            write_atomically(run, json.dumps(identity, indent=2))
             self._claimed = True
+            try:
+                write_atomically(run, json.dumps(identity, indent=2))
+            except UserError:
+                self.release()
+                raise
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."

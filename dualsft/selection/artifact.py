@@ -116,7 +116,11 @@ class Selection:
             return {}
         with refusing_damage(path):
             stored = load_file(path)
-            return dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
+            sketches = dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
+        numbers, scores = (self.examples[name].to_pylist() for name in ("example_id", "score"))
+        if lost := [i for i, score in zip(numbers, scores, strict=True) if score is not None and i not in sketches]:
+            raise UserError(f"{path} is damaged: it has no sketch of example {lost[0]}; make the selection again.")
+        return sketches
 
     @property
     def score_files(self) -> list[Path]:

@@ -120,7 +120,7 @@ def test_damaged_deltas_are_refused(tmp_path: Path, damage: str) -> None:
     assert torch.equal(model.get_parameter(NAME), tiny_llama().get_parameter(NAME))
 
 
-ABOUT = {
+ABOUT: dict[str, dict[str, Any]] = {
     "base": {"name": "b", "dtype": "float32"},
     "counts": {"trained": 3},
     "selection": {"scorer": {"class_path": "a.B", "options": {}}, "data": {"train": []}},

@@ -175,7 +175,11 @@ def save_selection(folder: Path, inputs: Inputs, mask: dict[str, Tensor], chosen
     manifest["tokenizer"]["fingerprint"] = tokenizer_fingerprint(load_tokenizer(inputs.model))
     manifest["data"]["train"].update(path=inputs.train, fingerprint=records.fingerprint)
     manifest["counts"]["examples"].update(rows=len(records), selected=len(chosen))
-    manifest["counts"]["parameters"].update(selected=sum(int(part.sum()) for part in mask.values()))
+    weights = {
+        "selected": sum(int(part.sum()) for part in mask.values()),
+        "scored": sum(part.numel() for part in mask.values()),
+    }
+    manifest["counts"]["parameters"].update(weights)
     write_selection(
         folder,
         manifest=manifest,
