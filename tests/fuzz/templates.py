@@ -10,7 +10,7 @@ from tests.fuzz.harness import Fuzzer
 from tests.world.data import write_jsonl
 from tests.world.tokenizers import CHATML, FORGETFUL, RESTLESS, STRICT, byte_level
 
-PIECES = [
+USUAL = [
     "<|im_start|>{{ m.role }}\n",
     "{{ m.content }}",
     "{{ m['content'] | trim }}",
@@ -20,6 +20,11 @@ PIECES = [
     "{{ bos_token }}",
     "{{ m.tool_calls | tojson }}",
     "{{ tools | tojson }}",
+    "{% generation %}{{ m.content }}{% endgeneration %}",
+    "{% if m.role == 'assistant' %}{{ m.content }}{% endif %}",
+    "{% for i in range(3) %}{{ i }}{% endfor %}",
+]
+ODD = [
     "{{ loop.index0 }}",
     "{{ 1 // (loop.index0 - 1) }}",
     "{{ m.content * 3 }}",
@@ -34,10 +39,7 @@ PIECES = [
     "{{ strftime_now('%Y') }}",
     "{{ undefined_name.attribute }}",
     "{{ m.__class__.__mro__ }}",
-    "{% generation %}{{ m.content }}{% endgeneration %}",
-    "{% if m.role == 'assistant' %}{{ m.content }}{% endif %}",
     "{% if add_generation_prompt %}<think>\n{% endif %}",
-    "{% for i in range(3) %}{{ i }}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% set ns = namespace(x='') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x + 'y' %}{% endfor %}{{ ns.x }}",
     "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}",
@@ -62,15 +64,22 @@ ROWS = [
 
 @st.composite
 def _made(draw: DrawFn) -> str:
-    piece = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
-    return f"{draw(piece)}{WHOLE[0]}{draw(piece)}{WHOLE[1]}{draw(piece)}{draw(st.sampled_from(['', WHOLE[2]]))}"
+    """Headers and contents in a loop, with a few odd pieces in, before and behind it."""
+    usual = st.sampled_from(USUAL)
+    turn = [*draw(st.lists(usual, max_size=2)), "{{ m.content }}", *draw(st.lists(usual, max_size=2))]
+    parts = [WHOLE[0], *turn, WHOLE[1], draw(st.sampled_from(["", WHOLE[2]]))]
+    for _ in range(draw(st.integers(0, 2))):
+        parts.insert(draw(st.integers(0, len(parts))), draw(st.sampled_from(ODD)))
+    return "".join(parts)
 
 
 @st.composite
 def _cut(draw: DrawFn) -> str:
+    """A sound template in which a part is gone, or replaced by another piece."""
     template = draw(st.sampled_from([CHATML, FORGETFUL, RESTLESS, STRICT]))
-    first, last = sorted((draw(st.integers(0, len(template))), draw(st.integers(0, len(template)))))
-    return template[:first] + draw(st.sampled_from(["", *PIECES])) + template[last:]
+    first = draw(st.integers(0, len(template)))
+    last = draw(st.integers(first, min(len(template), first + 20)))
+    return template[:first] + draw(st.sampled_from(["", *USUAL, *ODD])) + template[last:]
 
 
 def _render(template: str, folder: Path) -> None:
