@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
         ArgumentError: on options that cannot be parsed.
         SystemExit: after a verb has printed its help or its configuration.
     """
-    verb, *rest = arguments or [""]
+    verb, *rest = _verb_first(arguments) or [""]
     if verb in VERBS:
         resolve_name(f"dualsft.commands.{VERBS[verb][1]}")(rest)
     elif verb in ("-h", "--help"):
@@ -46,6 +46,16 @@ def run(arguments: Sequence[str]) -> None:
         from dualsft.errors import UserError  # imports torch
 
         raise UserError(f"dualsft has no command {verb!r}; its commands are {', '.join(VERBS)}.")
+
+
+def _verb_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with configurations that are given before the verb behind it, where its parser takes them."""
+    before: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0].split("=")[0] in ("--config", "-c"):
+        count = 1 if "=" in rest[0] else 2
+        before, rest = [*before, *rest[:count]], rest[count:]
+    return [*rest[:1], *before, *rest[1:]] if rest else before
 
 
 def _help() -> str:

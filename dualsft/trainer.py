@@ -71,8 +71,8 @@ class Trainer(LightningTrainer):
         try:
             self._data_connector.attach_data(model, datamodule=datamodule)
             return call._call_and_handle_interrupt(self, self._run, model)
-        except UserError:
-            run.release()
+        except BaseException:
+            run.release()  # what is worth resuming stays
             raise
         finally:
             self.predict_loop = usual

@@ -29,6 +29,8 @@ def explanation(error: BaseException) -> tuple[str, int] | None:
         message, code = str(error), 1
     elif isinstance(error, ArgumentError):
         message, code = plainly(error), 2
+    elif isinstance(error, OSError) and error.filename:
+        message, code = f"{error.filename} cannot be used: {error.strerror}.", 1
     elif isinstance(error, KeyboardInterrupt):
         message, code = INTERRUPTED, 130
     elif is_lost_contact(error):
