@@ -76,11 +76,17 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
-        from dualsft.commands.messages import explanation  # imports torch
+        from dualsft.commands.messages import explanation, is_told_by_another_rank  # imports torch
+        from dualsft.sharding.collectives import is_distributed
+        from dualsft.sharding.last_words import leave_job
 
         explained = explanation(error)
-        if explained is None:
+        if explained is None and not is_distributed():
             raise
-        sentence, code = explained
-        print(sentence, file=sys.stderr)
-        sys.exit(code)
+        if not is_told_by_another_rank(error):
+            if explained is None:
+                sys.excepthook(type(error), error, error.__traceback__)
+            else:
+                print(explained[0], file=sys.stderr, flush=True)
+        leave_job()
+        sys.exit(explained[1] if explained else 1)

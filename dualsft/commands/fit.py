@@ -28,7 +28,7 @@ from dualsft.finetune import (
 )
 from dualsft.models.loading import check_vocabulary
 from dualsft.runs.folder import RunFolder, write_atomically
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
 from dualsft.trainer import latest_checkpoint
 
@@ -141,7 +141,8 @@ class FitCLI(VerbCLI):
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Exception as error:
             folder.check_held()
-            if self._latest(folder.path) is None:  # nothing to resume: the next try finds the folder free
+            # with nothing to resume, the next try finds the folder free
+            if is_rank_zero() and self._latest(folder.path) is None:
                 folder.release()
             if (refusal := refused(error)) is not None:
                 raise UserError(refusal) from error

@@ -211,8 +211,7 @@ class RunFolder(PhaseStore):
         """
         if self._lock.is_taken:
             self.check_held()
-        resumable = [*self._state.glob("*.safetensors"), *self.path.rglob("*.ckpt")]
-        if not self._claimed or resumable:
+        if not self._claimed or any(self._state.glob("*.safetensors")) or any(self.path.rglob("*.ckpt")):
             self._lock.release()
             return
         _empty(self.path, keep=(UNFINISHED,))
