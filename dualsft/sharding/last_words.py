@@ -7,6 +7,7 @@ so that the others, which wait for it in a collective, stop too; rank zero, with
 
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from torch import distributed
 from dualsft.sharding.collectives import is_distributed, rank, world_size
 
 _SAID, _ENDED = "dualsft/said", "dualsft/ended"
-_LAST_SECONDS, _GRACE_SECONDS, _POLL_SECONDS = 5.0, 10.0, 0.5
+_LAST_SECONDS, _GRACE_SECONDS, _POLL_SECONDS = 3.0, 10.0, 0.5
 
 
 def is_first_to_say(words: str) -> bool:
@@ -42,6 +43,8 @@ def leave_job() -> None:
     try:
         store, is_first, size = _store(), rank() == 0, world_size()
         distributed.distributed_c10d._abort_process_group()
+        if store is None:
+            return
         ended, end = store.add(_ENDED, 1), time.monotonic() + _LAST_SECONDS
         while is_first and ended < size and time.monotonic() < end:
             time.sleep(0.05)
@@ -60,12 +63,17 @@ def _count(key: str, by: int) -> int:
 
 
 def _store() -> Any:
+    """The store of the job; None for a single process, and where the process that had the store has ended."""
+    early = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, before the ranks find each other
+    if not is_distributed() and not early:
+        return None
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # torch would print pages about a lost store
+        socket.create_connection(place, timeout=_LAST_SECONDS).close()
+    except OSError:
+        return None
     if is_distributed():
         return distributed.distributed_c10d._get_default_store()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    # torchrun has a store already before the ranks have found each other
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = distributed.TCPStore(*place, is_master=False, timeout=timedelta(seconds=_LAST_SECONDS))
     return distributed.PrefixStore(f"dualsft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 
