@@ -2,8 +2,8 @@
 
 While a run is under way its folder contains ``.unfinished/``: a description of the run (``run.json``), a lock, and the
 state of its phases. It is removed when the run is complete. A folder holds an unfinished run as long as there is a
-``run.json``; its text is ``null`` until what the folder held before is deleted. What a run finds when it first looks at
-the folder may have changed when it claims it, so that it looks again once it has the lock.
+``run.json``, which is there before anything is deleted for the run. What a run sees when it first looks at the folder
+may have changed when it claims it, so that it looks again once it has the lock.
 """
 
 import json
@@ -22,6 +22,8 @@ from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 
 UNFINISHED = ".unfinished"
 _FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"
+_BEING_EMPTIED = {"command": None}
+"""In the place of a run's identity while the folder still holds some of what is deleted for it."""
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
 _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
@@ -74,8 +76,8 @@ class RunFolder(PhaseStore):
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         if is_rank_zero():  # another rank might look after rank zero has written something
-            self._check()
             self._seen = self._marks()
+            self._check()
 
     def _check(self) -> None:
         names = [path.name for path in sorted(self.path.iterdir())] if self.path.is_dir() else []
@@ -138,12 +140,11 @@ class RunFolder(PhaseStore):
                 )
             try:
                 self._check_again()
-                resumed = self._resumes(identity)
+                if not self._resumes(identity):
+                    self._begin(identity)
             except BaseException:
                 self._let_go()
                 raise
-            if not resumed:
-                self._begin(identity)
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."
@@ -157,7 +158,8 @@ class RunFolder(PhaseStore):
                 f"{self.path} holds a finished run, there is nothing to resume; choose another --output_dir or give "
                 "--overwrite."
             )
-        if self._overwrite and not self._marks().items() <= self._seen.items():
+        marks = self._marks()
+        if self._overwrite and marks and marks != self._seen:
             raise UserError(
                 f"Another process has written to {self.path} in the meantime; give --overwrite again if what it holds "
                 "now is to be replaced, too."
@@ -174,27 +176,29 @@ class RunFolder(PhaseStore):
         run = self._state / _RUN
         if self._overwrite or not run.exists():
             return False
-        try:
-            before = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError:
-            before = ()
-        if before is not None and not isinstance(before, dict):
-            raise UserError(f"{run} is damaged, so that the run cannot be resumed; give --overwrite to drop it.")
-        if before is not None:
-            self._compare(before, json.loads(json.dumps(identity)))
-        return before is not None
+        before = _stored_identity(run)
+        if before == _BEING_EMPTIED:
+            return False
+        self._compare(before, json.loads(json.dumps(identity)))
+        return True
 
     def _begin(self, identity: Mapping[str, Any]) -> None:
         """Start from nothing; from the first deletion on, the folder counts as an unfinished run."""
         run = self._state / _RUN
-        write_atomically(run, "null")
+        write_atomically(run, json.dumps(_BEING_EMPTIED))
         _empty(self._state, keep=(_LOCK, _RUN))
         _empty(self.path, keep=(UNFINISHED,))
-        write_atomically(run, json.dumps(identity, indent=2))
         self._claimed = True
+        try:
+            write_atomically(run, json.dumps(identity, indent=2))
+        except (OSError, UserError):
+            self.release()
+            raise
 
     def _let_go(self) -> None:
         """Give the lock back, and leave nothing of it in a folder without an unfinished run."""
+        if not self._lock.is_taken:
+            return
         if (self._state / _RUN).exists():
             self._lock.release()
             return
@@ -220,7 +224,7 @@ class RunFolder(PhaseStore):
 
     def _drop_state(self) -> None:
         """Delete all but the lock; what comes first decides whether the folder holds an unfinished run."""
-        (self._state / _RUN).unlink()
+        (self._state / _RUN).unlink(missing_ok=True)
         with suppress(OSError):  # a network drive keeps files for as long as they are in memory
             _empty(self._state, keep=(_LOCK,))
 
@@ -264,6 +268,17 @@ class RunFolder(PhaseStore):
         self.check_held()
         self._drop_state()
         self._let_go()
+
+
+def _stored_identity(path: Path) -> dict[str, Any]:
+    """The description of the unfinished run in a folder; refuses one that is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); give --overwrite to start anew.") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object); give --overwrite to start anew.")
+    return stored
 
 
 def _empty(folder: Path, keep: Sequence[str]) -> None:

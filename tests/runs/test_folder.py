@@ -18,6 +18,7 @@ from dualsft.errors import UserError
 from dualsft.runs import folder as run_folder
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder, write_atomically
+from tests.world.faults import kill_at
 
 IDENTITY = {"model": "m", "seed": 0, "budget": None}
 
@@ -500,11 +501,25 @@ def test_a_removed_folder_is_told_and_left_to_whoever_made_it_anew(tmp_path: Pat
     assert names(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "true", '"x"', "\x00"])
-def test_a_damaged_description_is_told(tmp_path: Path, text: str) -> None:
-    """The run cannot be resumed, but it can be dropped."""
+@pytest.mark.parametrize("text", ["", "{", "[1]", "true", '"x"', "\x00", "null"])
+def test_a_damaged_description_can_be_dropped(tmp_path: Path, text: str) -> None:
+    """It is refused by name, and replaced where that is asked for."""
     unfinished(tmp_path)
     (tmp_path / ".unfinished" / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"run\.json is damaged, .*give --overwrite"):
+    with pytest.raises(UserError, match=r"run\.json is damaged \(.*\); give --overwrite to start anew"):
         RunFolder(tmp_path, resume=True).claim(IDENTITY)
     RunFolder(tmp_path, overwrite=True).claim(IDENTITY)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_claim_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """No folder where there was none; results stay if nothing has been deleted for the claim yet."""
+    old = finished(tmp_path / "old")
+    for run in (RunFolder(tmp_path / "new"), RunFolder(old, overwrite=True)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, run_folder, "write_atomically", call, error=OSError(errno.ENOSPC, "No space left"))
+            with pytest.raises(UserError, match="cannot be written"):
+                run.claim(IDENTITY)
+    assert names(tmp_path) == (["old", "old/config.yaml", "old/manifest.json"] if call == 1 else ["old"])

@@ -38,9 +38,9 @@ REFUSALS = (
 
 @dataclass
 class Run:
-    """What became of one process's run; it began to look, claimed the folder and left it at these times."""
+    """What became of one process's run; it had looked at the folder, claimed it and left it at these times."""
 
-    began: float
+    looked: float = 0.0
     claimed: float = 0.0
     left: float = 0.0
     refusal: str = ""
@@ -49,9 +49,10 @@ class Run:
 
 def run_once(folder: Path, name: str, verb: str, fails: bool, pause: float) -> Run:
     """As a command does it: look, load for a while, claim, stage, publish, and finish or fail."""
-    found = Run(time.monotonic())
+    found = Run()
     try:
         run = RunFolder(folder, **VERBS[verb])
+        found.looked = time.monotonic()
         time.sleep(pause)
         run.claim({"seed": 0})
         found.claimed = time.monotonic()
@@ -85,7 +86,7 @@ def check(folder: Path, before: str, runs: dict[str, Run]) -> None:
     assert all(not run.refusal for run in claimed)
     for first, second in pairwise(claimed):
         assert first.left <= second.claimed
-        assert not first.finished or first.left <= second.began
+        assert not first.finished or first.left <= second.looked
     names = {name for name, run in runs.items() if run.finished}
     last = max(names, key=lambda name: runs[name].left, default=None)
     held = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
