@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> None:
         ArgumentError: on options that cannot be parsed.
         SystemExit: after a verb has printed its help or its configuration.
     """
-    verb, *rest = arguments or [""]
+    verb, *rest = _verb_first(arguments) or [""]
     if verb in VERBS:
         resolve_name(f"dualsft.commands.{VERBS[verb][1]}")(rest)
     elif verb in ("-h", "--help"):
@@ -48,6 +48,16 @@ def run(arguments: Sequence[str]) -> None:
         from dualsft.errors import UserError  # imports torch
 
         raise UserError(f"dualsft has no command {verb!r}; its commands are {', '.join(VERBS)}.")
+
+
+def _verb_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with configurations that are given before the verb behind it, where its parser takes them."""
+    before: list[str] = []
+    rest = list(arguments)
+    while rest and rest[0].split("=")[0] in ("--config", "-c"):
+        count = 1 if "=" in rest[0] else 2
+        before, rest = [*before, *rest[:count]], rest[count:]
+    return [*rest[:1], *before, *rest[1:]] if rest else before
 
 
 def _help() -> str:
@@ -69,11 +79,17 @@ def main() -> None:
         try:
             run(sys.argv[1:])
         except (Exception, KeyboardInterrupt) as error:
-            from dualsft.commands.messages import explanation  # imports torch
+            from dualsft.commands.messages import explanation, is_told_by_another_rank  # imports torch
+            from dualsft.sharding.collectives import is_distributed
+            from dualsft.sharding.last_words import leave_job
 
             explained = explanation(error)
-            if explained is None:
+            if explained is None and not is_distributed():
                 raise
-            sentence, code = explained
-            print(sentence, file=sys.stderr)
-            sys.exit(code)
+            if not is_told_by_another_rank(error):
+                if explained is None:
+                    sys.excepthook(type(error), error, error.__traceback__)
+                else:
+                    print(explained[0], file=sys.stderr, flush=True)
+            leave_job()
+            sys.exit(explained[1] if explained else 1)

@@ -24,11 +24,12 @@ class UserError(Exception):
         problem: The sentence.
         remedy: What to do, where this depends on how the library is used: a caller that is configured by keys says
             which keys in its place (`dualsft.selection.remedies`).
+        by_another_rank: Whether another rank of the job found the mistake, and tells it.
     """
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
+    def __init__(self, problem: str, remedy: str = "", by_another_rank: bool = False) -> None:
         super().__init__(clipped(f"{problem.removesuffix('.')}; {remedy}." if remedy else problem))
-        self.problem, self.remedy = problem, remedy
+        self.problem, self.remedy, self.by_another_rank = problem, remedy, by_another_rank
 
 
 # the messages of torch's allocators, of C++, of the system, and of CUDA's linear algebra libraries

@@ -52,14 +52,20 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` continues from the last finished phase.
         """
+        validation = validation_sources(datamodule.validation).values()
+        inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
+        run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
+        return self.select_into(run, model, datamodule, seed, config)
+
+    def select_into(
+        self, run: RunFolder, model: SelectionModule, datamodule: InstructionDataModule, seed: int, config: str
+    ) -> Selection:
+        """`select` into a folder that has been looked at already."""
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
                 "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
             )
-        validation = validation_sources(datamodule.validation).values()
-        inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
-        run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
         loop = _SelectionLoop(self, partial(run_selection, model, datamodule, run, seed, config))
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
         # without optimizers, and puts its own loop there.
@@ -70,8 +76,8 @@ class Trainer(LightningTrainer):
         try:
             self._data_connector.attach_data(model, datamodule=datamodule)
             return call._call_and_handle_interrupt(self, self._run, model)
-        except UserError:
-            run.release()
+        except BaseException:
+            run.release()  # what is worth resuming stays
             raise
         finally:
             self.predict_loop = usual

@@ -5,6 +5,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import yaml
+from lightning import LightningModule
+from lightning import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LRSchedulerTypeTuple
 from torch.optim import Optimizer
@@ -26,7 +29,7 @@ from dualsft.finetune.checkpoint_files import checkpoint_files, newest_whole
 from dualsft.finetune.metrics_log import ContinueMetrics, MetricsLog
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.overlap import tell_of_data
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
 from dualsft.writing import write_atomically
 
@@ -34,10 +37,26 @@ DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
 
 
+class KeepFolder(Callback):
+    """Ends a fit as soon as its output folder is removed, after which all that it writes would be lost."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+        """Check the folder."""
+        self._folder.check_held()
+
+    def on_fit_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Check the folder before the export."""
+        self._folder.check_held()
+
+
 class FitCLI(VerbCLI):
     """Runs the full optimization routine."""
 
     verb = "fit"
+    result = "delta.safetensors"
     module_class = MaskedFinetuneModule
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -57,7 +76,8 @@ class FitCLI(VerbCLI):
             defaults |= {"logger": MetricsLog(folder, name="logs", version=0), "num_sanity_val_steps": -1}
         trainer.update({key: value for key, value in defaults.items() if trainer.get(key) is None})
         self.report = FitReport()
-        own: list[Callback] = [self.report, ContinueMetrics(), EndOfTraining(), ExportModel(str(folder))]
+        own: list[Callback] = [KeepFolder(self.folder), self.report, ContinueMetrics(), EndOfTraining()]
+        own.append(ExportModel(str(folder)))
         if trainer.get("enable_checkpointing") is not False:
             given = trainer.get("callbacks") or []
             own += self._checkpoints(folder / "checkpoints", given if isinstance(given, list) else [given])
@@ -76,9 +96,14 @@ class FitCLI(VerbCLI):
         return own
 
     def run(self) -> None:
-        """Fine-tune, from the newest checkpoint if resuming, and print a report."""
+        """Fine-tune, from the newest checkpoint if resuming, and print a report; a finished run is left as it is."""
         folder = self.folder
         assert folder is not None
+        check_trainer(self.trainer)
+        launch_ranks(self.trainer, self.model)
+        if on_rank_zero(lambda: folder.complete and self._confirm(folder)):
+            tell(f"{folder.path} holds this run, finished: nothing is left to do")
+            return
         self._check()
         settings = self.config.as_dict()
         folder.claim({"command": "fit", **{key: settings.get(key) for key in DECISIVE}})
@@ -91,10 +116,19 @@ class FitCLI(VerbCLI):
         tell(report(figures))
         tell(f"wrote       {folder.path}: model/, delta.safetensors, metrics.json, checkpoints/, logs/")
 
+    def _confirm(self, folder: RunFolder) -> bool:
+        """Check by their configurations that the finished run in the folder is this one."""
+        try:
+            stored = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            stored = None
+        own = yaml.safe_load(self.replay)
+        outcome = {key: own.get(key) for key in (*DECISIVE, "trainer")}
+        folder.confirm(outcome, stored if isinstance(stored, dict) else {})
+        return True
+
     def _check(self) -> None:
-        """Refuse a mistake in the trainer, the data, the model or the selection before the folder is touched."""
-        check_trainer(self.trainer)
-        launch_ranks(self.trainer, self.model)
+        """Refuse a mistake in the data, the model or the selection before the folder is touched."""
         self.datamodule.setup("fit")
         self.model.configure_model()
         self.model.check_data(self.datamodule)
@@ -108,8 +142,10 @@ class FitCLI(VerbCLI):
             on_rank_zero(lambda: write_atomically(folder.path / "config.yaml", self.replay))
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Exception as error:
-            if not checkpoint_files(self._checkpoint_folders(folder.path)):
-                folder.release()  # nothing to resume: the next try finds the folder free
+            folder.check_held()
+            # with nothing to resume, the next try finds the folder free
+            if is_rank_zero() and not checkpoint_files(self._checkpoint_folders(folder.path)):
+                folder.release()
             if (refusal := refused(error)) is not None:
                 raise UserError(refusal) from error
             raise

@@ -35,6 +35,9 @@ class VerbCLI(LightningCLI, ABC):
     verb: ClassVar[str]
     module_class: ClassVar[type[LightningModule]]
     needs_folder: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
+    result: ClassVar[str] = "manifest.json"
+    """The file that tells a finished run from an unfinished one without any result."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         quieten()
@@ -54,7 +57,7 @@ class VerbCLI(LightningCLI, ABC):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options about the run itself, and link the options that follow from the model's name and the seed."""
-        add_folder_options(parser, resumable=True)
+        add_folder_options(parser, self.resumable)
         parser.link_arguments("model.model_name_or_path", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -79,7 +82,14 @@ class VerbCLI(LightningCLI, ABC):
         self.folder: RunFolder | None = None
         if config.output_dir:
             inputs = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
-            self.folder = RunFolder(config.output_dir, resume=config.resume, overwrite=config.overwrite, inputs=inputs)
+            self.folder = RunFolder(
+                config.output_dir,
+                resume=config.get("resume", False),
+                overwrite=config.overwrite,
+                inputs=inputs,
+                result=self.result,
+                resumable=self.resumable,
+            )
         self.replay = replay_of(self.parser, config)
 
     def instantiate_classes(self) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from dualsft.errors import UserError, clipped, is_lost_contact, is_out_of_memory, shortage
 from dualsft.sharding.collectives import is_rank_zero, rank
+from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
 
 LOST_CONTACT = (
     "another process of this job has stopped or cannot be reached, and says itself why if it could; the same command "
@@ -29,6 +30,8 @@ def explanation(error: BaseException) -> tuple[str, int] | None:
         message, code = str(error), 1
     elif isinstance(error, ArgumentError):
         message, code = plainly(error), 2
+    elif isinstance(error, OSError) and error.filename:
+        message, code = f"{error.filename} cannot be used: {error.strerror}.", 1
     elif isinstance(error, KeyboardInterrupt):
         message, code = INTERRUPTED, 130
     elif is_lost_contact(error):
@@ -38,8 +41,24 @@ def explanation(error: BaseException) -> tuple[str, int] | None:
         message, code = f"memory ran out ({shortage(error)}); {advice}.", 1
     else:
         return None
-    place = "" if is_rank_zero() else f" (rank {rank()})"
+    place = "" if is_rank_zero() else f" (rank {_rank()})"
     return f"dualsft: error{place}: {clipped(' '.join(message.split()))}", code
+
+
+def _rank() -> str:
+    """This process's rank; the launcher's number for it, if it fails before the ranks have found each other."""
+    given = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return str(rank()) if rank() else next(filter(None, given), "0")
+
+
+def is_told_by_another_rank(error: BaseException) -> bool:
+    """Whether another rank of the job tells, or has told, why it ends; otherwise this one counts as having told it."""
+    causes = list(_causes(error))
+    if any(isinstance(cause, UserError) and cause.by_another_rank for cause in causes):
+        return True
+    if any(map(is_lost_contact, causes)) and has_anyone_spoken():
+        return True
+    return not is_first_to_say(f"{type(error).__name__}: {error}")
 
 
 def _is_misconfiguration(error: BaseException) -> bool:

@@ -61,13 +61,17 @@ def check_output_dir(config: Namespace) -> None:
 def replay_of(parser: ArgumentParser, config: Namespace) -> str:
     """The YAML that replays a run: its settings without --resume and --overwrite."""
     once = {key: False for key in ("resume", "overwrite") if key in config}
-    return parser.dump(Namespace(**{**vars(config), **once}), skip_none=False)
+    return parser.dump(Namespace(**{**vars(plain_values(config)), **once}), skip_none=False)
 
 
 def plain_values(value: Any) -> Any:
-    """A parsed configuration with enumerations (in defaults) replaced by their values, which YAML can hold."""
+    """A parsed configuration with enumerations (in defaults) replaced by their values, which YAML can hold.
+
+    Empty ``init_args``, which the parser leaves where a name overrides a class with options, are left out.
+    """
     if isinstance(value, Namespace):
-        return Namespace(**{key: plain_values(part) for key, part in vars(value).items()})
+        parts = {key: plain_values(part) for key, part in vars(value).items()}
+        return Namespace(**{key: part for key, part in parts.items() if (key, part) != ("init_args", Namespace())})
     if isinstance(value, list):
         return [plain_values(part) for part in value]
     return value.value if isinstance(value, Enum) else value

@@ -14,15 +14,8 @@ class SelectCLI(VerbCLI):
 
     def run(self) -> None:
         """Select, and print what was chosen."""
-        config = self.config
+        seed = int(self.config.seed_everything)
         assert isinstance(self.trainer, Trainer)
-        selection = self.trainer.select(
-            self.model,
-            self.datamodule,
-            config.output_dir,
-            resume=config.resume,
-            overwrite=config.overwrite,
-            seed=int(config.seed_everything),
-            config=self.replay,
-        )
+        assert self.folder is not None
+        selection = self.trainer.select_into(self.folder, self.model, self.datamodule, seed, self.replay)
         tell(summary(selection, self.datamodule.tokenizer))

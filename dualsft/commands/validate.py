@@ -22,6 +22,7 @@ class ValidateCLI(VerbCLI):
     verb = "validate"
     module_class = EvaluationModule
     needs_folder = False  # the metrics may only be printed
+    resumable = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the option of `Trainer.validate`, and those of the tasks."""

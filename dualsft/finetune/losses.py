@@ -3,10 +3,11 @@
     example_mean    mean over the n examples of a batch:         1/n Σ_i 1/T_i Σ_t l_it
     token_mean      mean over all tokens of the step's batches:  1/T Σ_i Σ_t l_it,  T = Σ_i T_i
 
-Tokens are supervised ones throughout. With gradient accumulation a step has several batches. Their example means are
-averaged, each batch weighing the same. Their token means would not add up to the step's, as batches differ in tokens,
-and a step's number of tokens is known only at its last batch. So a batch's sum is divided by the tokens of the step's
-first batch, and the accumulated gradient is multiplied by the correcting factor before it is clipped.
+Tokens are supervised ones throughout. With gradient accumulation a step has several batches, the last of an epoch
+perhaps fewer. Their example means are averaged, each batch weighing the same; their token means are averaged with
+weights, the batches' tokens. How much all batches of a step weigh is known only at its last one. So a batch's weighted
+loss is divided by the weight of the step's first batch, and the accumulated gradient is multiplied by the correcting
+factor before it is clipped.
 
 On several ranks n and T count all ranks, and each rank sums over its own rows; gradients are summed over ranks.
 """
@@ -32,38 +33,42 @@ class StepLoss:
 
     def __init__(self, kind: Loss) -> None:
         self._kind = kind
-        self._first = self._tokens = 0
+        self._first = self._total = 0
 
-    def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(the batch's own mean, this rank's share of the loss to differentiate for the step)."""
+    def of(self, model: PreTrainedModel, batch: Batch, is_first: bool) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """(the batch's own mean, this rank's share of the loss to differentiate for the step).
+
+        The first batch of a step begins anew: gradients that no step has used, as of an epoch that was broken off, have
+        been dropped.
+        """
         own = local_rows(batch)
         if self._kind == "example_mean":
-            share = example_losses(model, own).sum() / len(batch["example_id"])
-            return all_reduce_sum(share.detach()), share
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
-        self._first = self._first or tokens
-        self._tokens += tokens
-        losses = supervised_losses(model, own).sum()
-        return all_reduce_sum(losses.detach()) / tokens, losses / self._first
+            losses, count, weight = example_losses(model, own).sum(), len(batch["example_id"]), 1
+        else:
+            losses = supervised_losses(model, own).sum()
+            count = weight = int((batch["labels"][:, 1:] != -100).sum())
+        if is_first:
+            self._first = self._total = 0
+        self._first = self._first or weight
+        self._total += weight
+        return all_reduce_sum(losses.detach()) / count, losses / (count * self._first / weight)
 
     @torch.no_grad()
     def finish(self, parameters: Iterable[Tensor], accumulated: int) -> None:
         """End the step: rescale the gradients, whose losses were divided by ``accumulated``, to the step's loss."""
-        if self._kind == "example_mean":
-            return
-        factor = accumulated * self._first / self._tokens
-        self._first = self._tokens = 0
-        for parameter in parameters:
+        factor = accumulated * self._first / self._total
+        self._first = self._total = 0
+        for parameter in parameters if factor != 1 else ():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
     def state(self) -> dict[str, int]:
-        """The tokens of an unfinished step."""
-        return {"first": self._first, "tokens": self._tokens}
+        """The weights of the batches of an unfinished step: of the first, and of all of them."""
+        return {"first": self._first, "total": self._total}
 
     def restore(self, state: dict[str, int]) -> None:
         """Continue a step from an earlier `state`."""
-        self._first, self._tokens = state["first"], state["tokens"]
+        self._first, self._total = state["first"], state["total"]
 
 
 @torch.no_grad()

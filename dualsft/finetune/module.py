@@ -18,6 +18,7 @@ from dualsft.data.loaders import KeepEpochCount
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
+from dualsft.finetune.accumulation import follow_accumulation_schedule, most_accumulated
 from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
@@ -98,6 +99,7 @@ class MaskedFinetuneModule(LightningModule):
         self.best_step: int | None = None
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
+        self._resumed_step: dict[str, int] = {}
         self.register_state_dict_post_hook(_keep_the_masters)
         self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
@@ -186,8 +188,7 @@ class MaskedFinetuneModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
-        accumulated = self.trainer.accumulate_grad_batches
-        optimizer = make_optimizer(self.optimizer, self.compact.parameters(), accumulated)
+        optimizer = make_optimizer(self.optimizer, self.compact.parameters(), most_accumulated(self.trainer))
         self.compact.write_back_after(optimizer)
         return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 
@@ -217,7 +218,8 @@ class MaskedFinetuneModule(LightningModule):
             with remedies_by_key():
                 check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True
-        mean, share = self._step_loss.of(self.model, batch)
+        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        mean, share = self._step_loss.of(self.model, batch, is_first)
         if not bool(mean.isfinite()):
             raise UserError(
                 f"The training loss became {mean.item()} in epoch {self.current_epoch}, at the examples "
@@ -278,7 +280,7 @@ class MaskedFinetuneModule(LightningModule):
         checkpoint["dualsft"] = {
             "origin": self._origin,
             "gradients": self.compact.pending_gradients(),
-            "step": self._step_loss.state(),
+            "step": {**self._step_loss.state(), "batches": self.trainer.accumulate_grad_batches},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -289,8 +291,7 @@ class MaskedFinetuneModule(LightningModule):
                 "The checkpoint to resume from was made with another base model or another selection; give those, or "
                 "start a new run in another --output_dir."
             )
-        self._resumed_gradients = state["gradients"]
-        self._step_loss.restore(state["step"])
+        self._resumed_gradients, self._resumed_step = state["gradients"], state["step"]
 
     def on_train_start(self) -> None:
         """Check the schedule, and continue an accumulation that the checkpoint was made in.
@@ -301,8 +302,21 @@ class MaskedFinetuneModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)
             check_length(config.scheduler, self.trainer)
+        follow_accumulation_schedule(self.trainer)
+        if self._resumed_gradients:
+            self._check_resumed_step()
+            self._step_loss.restore(self._resumed_step)
         self.compact.restore_gradients(self._resumed_gradients)
         self._resumed_gradients = {}
+
+    def _check_resumed_step(self) -> None:
+        before, now = self._resumed_step.get("batches"), self.trainer.accumulate_grad_batches
+        if before != now:
+            whose = "by an earlier release" if before is None else f"by a run with {before}"
+            raise UserError(
+                f"The checkpoint to resume from was made in the middle of a step, {whose}, and "
+                f"trainer.accumulate_grad_batches is {now} now; resume as the run was started."
+            )
 
     def _describe_origin(self) -> dict[str, str]:
         """The origin of a checkpoint: the base weights, the trained ones among them, and the chosen examples."""

@@ -1,27 +1,31 @@
 """The output folder of a run: claimed before work starts, never overwritten unasked, and resumable after a kill.
 
 While a run is under way its folder contains ``.unfinished/``: a description of the run (``run.json``), a lock, and the
-state of its phases. It is removed when the run is complete.
+state of its phases. It is removed when the run is complete. A folder holds an unfinished run as long as there is a
+``run.json``, which is there before anything is deleted for the run. What a run sees when it first looks at the folder
+may have changed when it claims it, so that it looks again once it has the lock.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dualsft.errors import UserError
 from dualsft.paths import check_writable, expanded
+from dualsft.runs.folder_lock import FolderLock
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 from dualsft.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
 UNFINISHED = ".unfinished"
 _FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"
+_BEING_EMPTIED = {"command": None}
+"""In the place of a run's identity while the folder still holds some of what is deleted for it."""
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
 _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
@@ -39,11 +43,12 @@ class RunFolder(PhaseStore):
         resume: Resume the run that a kill left there; starts from the beginning if there is none.
         overwrite: Replace the results there.
         inputs: Paths that the run reads, None for those not given; a run never replaces them.
+        result: Name of the file whose presence, without an unfinished run, means that a finished one is resumed.
         resumable: Whether the command knows --resume.
         written: Patterns of names that this command writes at the top of the folder, beside those of all commands.
 
     Attributes:
-        complete: Whether the folder to resume holds a finished selection, as when a user resumes once too often.
+        complete: Whether the folder to resume holds a finished run, as when a job is queued once too often.
 
     Raises:
         UserError: if the folder holds anything and neither was asked for, or both were, or it holds an input or cannot
@@ -57,17 +62,16 @@ class RunFolder(PhaseStore):
         resume: bool = False,
         overwrite: bool = False,
         inputs: Sequence[str | None] = (),
+        result: str = _MANIFEST,
         resumable: bool = True,
         written: Sequence[str] = (),
     ) -> None:
         self.path = Path(expanded(os.fspath(folder)))
         self._state = self.path / UNFINISHED
         super().__init__(self._state)
-        self._written, self._resumable, self._overwrite = (*_WRITTEN.split(), *written), resumable, overwrite
-        # one lock of each process, however many runs it opens on the folder
-        self._lock = FileLock(
-            self._state / _LOCK, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False
-        )
+        self._written, self._result, self._inputs = (*_WRITTEN.split(), *written), result, inputs
+        self._resume, self._resumable, self._overwrite = resume, resumable, overwrite
+        self._lock = FolderLock(self._state / _LOCK)
         self.complete = self._claimed = False
         self._is_new = not os.path.exists(self.path)
         if resume and overwrite:
@@ -75,23 +79,25 @@ class RunFolder(PhaseStore):
         if os.path.exists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         if is_rank_zero():  # another rank might look after rank zero has written something
-            self._check(resume, inputs)
+            self._seen = self._marks()
+            self._check()
             if not self.complete:
                 check_writable(self.path)
 
-    def _check(self, resume: bool, inputs: Sequence[str | None]) -> None:
+    def _check(self) -> None:
         names = [path.name for path in sorted(self.path.iterdir())] if os.path.isdir(self.path) else []
+        unfinished = (self._state / _RUN).exists()
         if self._overwrite:
             if names:
                 self._check_ours(names)
-            self._check_inputs(inputs)
-        elif UNFINISHED in names and not resume:
+            self._check_inputs(self._inputs)
+        elif unfinished and not self._resume:
             advice = "--resume to go on with it or " if self._resumable else ""
             raise UserError(f"{self.path} holds an unfinished run; give {advice}--overwrite to drop it.")
-        elif names and UNFINISHED not in names:
-            self.complete = resume and (self.path / _MANIFEST).is_file()
+        elif not unfinished and set(names) - {UNFINISHED}:
+            self.complete = self._resume and (self.path / self._result).is_file()
             if not self.complete:
-                advice = "there is nothing to resume; " if resume else ""
+                advice = "there is nothing to resume; " if self._resume else ""
                 raise UserError(
                     f"{self.path} already holds files and no unfinished run; {advice}choose another --output_dir or "
                     "give --overwrite."
@@ -131,54 +137,113 @@ class RunFolder(PhaseStore):
         on_rank_zero(lambda: self._claim(identity))
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
-        if self.complete:
-            raise UserError(
-                f"{self.path} holds a finished selection, there is nothing to resume; choose another --output_dir or "
-                "give --overwrite."
-            )
-        run = self._state / _RUN
         try:
-            self._state.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
-            if run.is_file() and not self._overwrite:
-                self._compare(_stored_identity(run), json.loads(json.dumps(identity)))
-                return
-            # from the first deletion on, the folder counts as an unfinished run, whatever happens
-            run.unlink(missing_ok=True)
-            _empty(self._state, keep=_LOCK)
-            _empty(self.path, keep=UNFINISHED)
-            self._claimed = True
+            if not self._lock.acquire():
+                raise UserError(
+                    f"Another process is at work on the run in {self.path}; let it finish, or choose another "
+                    "--output_dir."
+                )
             try:
-                write_atomically(run, json.dumps(identity, indent=2))
-            except UserError:
-                self.release()
+                self._check_again()
+                if not self._resumes(identity):
+                    self._begin(identity)
+            except BaseException:
+                self._let_go()
                 raise
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output_dir."
             ) from error
 
-    def _acquire_lock(self) -> None:
-        """Keep other processes out; the system releases the lock when this process ends, however it ends."""
-        self._lock.release(force=True)  # an earlier run of this process may have failed and left it
-        (self._state / _LOCK).touch()
-        try:
-            self._lock.acquire()
-        except Timeout as error:
+    def _check_again(self) -> None:
+        """Check what other processes may have put into the folder until now, when they are locked out."""
+        self._check()
+        if self.complete:
             raise UserError(
-                f"Another process is at work on the run in {self.path}; let it finish, or choose another --output_dir."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+                f"{self.path} holds a finished run, there is nothing to resume; choose another --output_dir or give "
+                "--overwrite."
+            )
+        marks = self._marks()
+        if self._overwrite and marks and marks != self._seen:
+            raise UserError(
+                f"Another process has written to {self.path} in the meantime; give --overwrite again if what it holds "
+                "now is to be replaced, too."
+            )
+
+    def _marks(self) -> dict[str, tuple[int, int]]:
+        """The files that say which run the folder holds, each with what changes when it is written."""
+        paths = [self.path / name for name in ("config.yaml", *_RESULTS)] + [self._state / _RUN]
+        found = {path.name: path.stat() for path in paths if path.exists()}
+        return {name: (about.st_ino, about.st_mtime_ns) for name, about in found.items()}
+
+    def _resumes(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the folder's unfinished run is to go on; refuses one of another identity."""
+        run = self._state / _RUN
+        if self._overwrite or not run.exists():
+            return False
+        before = _stored_identity(run)
+        if before == _BEING_EMPTIED:
+            return False
+        self._compare(before, json.loads(json.dumps(identity)))
+        return True
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        """Start from nothing; from the first deletion on, the folder counts as an unfinished run."""
+        run = self._state / _RUN
+        write_atomically(run, json.dumps(_BEING_EMPTIED))
+        _empty(self._state, keep=(_LOCK, _RUN))
+        _empty(self.path, keep=(UNFINISHED,))
+        self._claimed = True
+        try:
+            write_atomically(run, json.dumps(identity, indent=2))
+        except (OSError, UserError):
+            self.release()
+            raise
+
+    def _let_go(self) -> None:
+        """Give the lock back, and leave nothing of it in a folder without an unfinished run."""
+        if not self._lock.is_taken:
+            return
+        if (self._state / _RUN).exists():
+            self._lock.release()
+            return
+        self._lock.remove()
+        if self._is_new:
+            with suppress(OSError):  # another process may have claimed it
+                self.path.rmdir()
 
     def release(self) -> None:
-        """Undo a claim after a failure that left nothing worth resuming, so that the next try finds the folder free."""
-        self._lock.release(force=True)
-        resumable = [*self._state.glob("*.safetensors"), *self.path.rglob("*.ckpt")]
-        if self._claimed and not resumable:
-            _empty(self.path)
-            if self._is_new:
-                self.path.rmdir()
+        """Undo a claim after a failure that left nothing worth resuming, so that the next try finds the folder free.
+
+        Raises:
+            UserError: if the claimed folder has been removed, which is what the failure is about.
+        """
+        if self._lock.is_taken:
+            self.check_held()
+        if not self._claimed or any(self._state.glob("*.safetensors")) or any(self.path.rglob("*.ckpt")):
+            self._lock.release()
+            return
+        _empty(self.path, keep=(UNFINISHED,))
+        self._drop_state()
+        self._let_go()
+
+    def _drop_state(self) -> None:
+        """Delete all but the lock; what comes first decides whether the folder holds an unfinished run."""
+        (self._state / _RUN).unlink(missing_ok=True)
+        with suppress(OSError):  # a network drive keeps files for as long as they are in memory
+            _empty(self._state, keep=(_LOCK,))
+
+    def check_held(self) -> None:
+        """Check, on rank zero, that the claimed folder has been left to this run.
+
+        Raises:
+            UserError: if it has been removed, even if another run has claimed it since.
+        """
+        if is_rank_zero() and not self._lock.is_held():
+            raise UserError(
+                f"{self.path} was removed, or taken over, while this run was at work on it; run it again and leave the "
+                "folder alone until it is finished."
+            )
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if differing := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
@@ -191,6 +256,7 @@ class RunFolder(PhaseStore):
         """A fresh folder to write results into before they are published; removed when the run is finished."""
 
         def make() -> Path:
+            self.check_held()
             folder = self._state / name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -204,15 +270,9 @@ class RunFolder(PhaseStore):
         on_rank_zero(self._finish)
 
     def _finish(self) -> None:
-        done = self.path / _FINISHED
-        shutil.rmtree(done, ignore_errors=True)
-        try:
-            self._state.replace(done)  # the one step: a folder without `.unfinished` holds a finished run
-        except PermissionError:  # Windows renames no folder with an open file in it
-            self._lock.release(force=True)
-            self._state.replace(done)
-        self._lock.release(force=True)
-        shutil.rmtree(done, ignore_errors=True)  # a network drive keeps files for as long as they are in memory
+        self.check_held()
+        self._drop_state()
+        self._let_go()
 
 
 def _stored_identity(path: Path) -> dict[str, Any]:
@@ -226,9 +286,9 @@ def _stored_identity(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _empty(folder: Path, keep: str = "") -> None:
+def _empty(folder: Path, keep: Sequence[str]) -> None:
     for child in folder.iterdir():
-        if child.name == keep:
+        if child.name in keep:
             continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)

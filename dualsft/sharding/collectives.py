@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 def rank() -> int:
     """The number of this process in the job, from 0."""
-    return distributed.get_rank() if _is_distributed() else 0
+    return distributed.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
     """The number of processes in the job."""
-    return distributed.get_world_size() if _is_distributed() else 1
+    return distributed.get_world_size() if is_distributed() else 1
 
 
 def is_rank_zero() -> bool:
     """Whether this is the job's first process; before the process group exists, the launcher's variables decide."""
-    if _is_distributed():
+    if is_distributed():
         return rank() == 0
     if (variable := os.environ.get("RANK", os.environ.get("SLURM_PROCID"))) is not None:
         return variable == "0"
@@ -33,7 +33,7 @@ def is_rank_zero() -> bool:
 
 def all_reduce_max(value: int) -> int:
     """The largest of the ranks' numbers."""
-    if not _is_distributed():
+    if not is_distributed():
         return value
     tensor = torch.tensor(value)
     distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
@@ -47,7 +47,7 @@ def any_rank(flag: bool) -> bool:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The elementwise sum over the ranks."""
-    if _is_distributed():
+    if is_distributed():
         values = values.clone()
         distributed.all_reduce(values)
     return values
@@ -55,7 +55,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 def all_gather(value: T) -> list[T]:
     """The values of all ranks, in the order of ranks."""
-    if not _is_distributed():
+    if not is_distributed():
         return [value]
     values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
@@ -69,7 +69,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         UserError: with the message of the first rank that failed, on every rank where the action did not fail with
             another exception.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return action()
     result: Any = None
     failure: Exception | None = None
@@ -80,8 +80,9 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     messages = all_gather(None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None and not isinstance(failure, UserError):
         raise failure
-    if failed := [message for message in messages if message is not None]:
-        raise UserError(failed[0]) from failure
+    for first, message in enumerate(messages):
+        if message is not None:
+            raise UserError(message, by_another_rank=first != rank()) from failure
     return result
 
 
@@ -92,7 +93,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
         UserError: on every other rank, if the action fails; rank zero raises the exception itself.
     """
     result = [on_all_ranks(lambda: action() if rank() == 0 else None)]
-    if _is_distributed():
+    if is_distributed():
         distributed.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
 
@@ -107,5 +108,6 @@ def barrier() -> None:
     all_reduce_max(0)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether this process is one of several ranks that have found each other."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

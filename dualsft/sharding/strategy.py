@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_causal
 from dualsft.models.loading import Dtype, load_model
+from dualsft.sharding.last_words import end_with_parent
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.vectors import gather_vectors, split_vectors
@@ -44,6 +46,8 @@ class FSDP2(ModelParallelStrategy):
         if self._device_mesh is None:
             self._data_parallel_size = self.num_nodes * self.num_processes
             super().setup_environment()
+            if isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0:
+                end_with_parent()
         module = self.lightning_module
         assert module is not None
         module._device_mesh = self._device_mesh

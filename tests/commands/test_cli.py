@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from dualsft.allocators import GlobalTopK, TopK
 from dualsft.cli import main, run
+from dualsft.commands.select import SelectCLI
 from dualsft.errors import UserError
 from dualsft.finetune import ExportModel
 from dualsft.models.loading import load_model
+from dualsft.runs.folder import RunFolder
 from dualsft.selection import load_selection
 from tests.world.data import write_jsonl
 from tests.world.jobs import QUIET, write_inputs, write_job
@@ -815,3 +818,43 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
     run([*config, "--output_dir", str(broken), "--resume"])
     for name in ("model/model.safetensors", "delta.safetensors"):
         assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_configurations_may_come_before_the_verb(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In each spelling, and several of them, as if they came right behind it."""
+    config = str(job / "job.yaml")
+    printed = []
+    for given in (["fit", "--config", config], ["--config", config, "fit"], [f"-c={config}", "-c", config, "fit"]):
+        with pytest.raises(SystemExit):
+            run([*given, "--seed_everything", "5", "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert "seed_everything: 5" in printed[0]
+    with pytest.raises(ArgumentError, match="name a command"):
+        run(["--config", config])
+
+
+def test_an_overridden_class_leaves_no_empty_options(job: Path, tmp_path: Path) -> None:
+    """A name given over a class with options replays as if it had been given alone."""
+    scorer = {"class_path": "diagonal_fisher", "init_args": {"source": "second_moment"}}
+    (tmp_path / "scorer.yaml").write_text(yaml.safe_dump({"model": {"scorer": scorer}}))
+    replays = []
+    for given in (["--config", str(tmp_path / "scorer.yaml")], []):
+        command = SelectCLI(
+            ["--config", str(job / "job.yaml"), *given, "--model.scorer", "first_order", "--output_dir", "out"]
+        )
+        replays.append(yaml.safe_load(command.replay))
+    assert replays[0] == replays[1]
+    assert replays[0]["model"]["scorer"] == {"class_path": "dualsft.scorers.FirstOrder"}
+
+
+def test_validate_does_not_advise_what_it_has_not(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished run in its folder can be dropped, but not resumed by it."""
+    RunFolder(tmp_path / "out").claim({"command": "select"})
+    command = ["validate", "--config", str(job / "job.yaml"), "--output_dir", str(tmp_path / "out")]
+    code, told = failure(command, capsys, monkeypatch)
+    assert (code, "give --overwrite to drop it" in told, "--resume" in told) == (1, True, False)
+    code, told = failure([*command, "--resume"], capsys, monkeypatch)
+    assert code == 2

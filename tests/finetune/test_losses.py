@@ -1,20 +1,23 @@
 """What the training loss is the mean over."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from dualsft.data.batches import TrainingBatches
 from dualsft.data.layout import Batch, Layout, one_example
+from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.objectives import token_losses
 from dualsft.selection import load_selection
 from tests.world.fits import weights
-from tests.world.jobs import SaveOften, Workspace, trainer
+from tests.world.jobs import CHOSEN, SaveOften, Workspace, save_selection, trainer
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -30,9 +33,9 @@ def nll(model: Any, batch: Batch) -> list[Tensor]:
 
 
 def examples_alike(model: Any, step: list[Batch]) -> Tensor:
-    """The mean over batches, as if there were always four, of the mean over examples of their means."""
+    """The mean over a step's batches of the mean over examples of their means."""
     means = [torch.stack([losses.mean() for losses in nll(model, batch)]).mean() for batch in step]
-    return torch.stack(means).sum() / 4
+    return torch.stack(means).mean()
 
 
 def tokens_alike(model: Any, step: list[Batch]) -> Tensor:
@@ -46,22 +49,55 @@ LOSSES: dict[str, Callable[[Any, list[Batch]], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_steps_are_those_of_a_plain_loop(workspace: Workspace, folder: Path, loss: Any, packing: bool) -> None:
-    """Each step follows the gradient of its loss over all its batches at once, the last, shorter step included."""
-    options = {"packing": packing, "batch_size": 3}
-    module = workspace.module(dtype="float64", optimizer=sgd, loss=loss)
-    run = trainer(folder, accumulate_grad_batches=4, gradient_clip_val=1.5)
-    run.fit(module, datamodule=workspace.data(**options))
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A rate that falls with every step."""
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@dataclass
+class Steps:
+    """How the batches of a fit's epochs become steps, in Lightning's terms."""
+
+    accumulated: tuple[int, int] = (4, 4)  # in the first epoch, and in later ones
+    limit: int | None = None
+    max_steps: int = -1
+
+    def of(self, batches: list[Batch], epoch: int) -> list[list[Batch]]:
+        """The steps of an epoch of so many batches."""
+        count = self.accumulated[min(epoch, 1)]
+        batches = batches[: self.limit]
+        return [batches[first : first + count] for first in range(0, len(batches), count)]
+
+    def options(self) -> dict[str, Any]:
+        """The trainer's."""
+        limits: dict[str, Any] = {"limit_train_batches": self.limit, "max_steps": self.max_steps}
+        first, later = self.accumulated
+        if first == later:
+            return {"accumulate_grad_batches": first, **limits}
+        return {"callbacks": [GradientAccumulationScheduler({0: first, 1: later})], **limits}
+
+
+STEPS = {
+    "none left over": Steps(limit=4),
+    "one left over": Steps(limit=5),
+    "two left over": Steps(),
+    "three left over": Steps(limit=3),
+    "cut by max_steps": Steps(limit=5, max_steps=3),
+    "schedule": Steps((4, 5)),
+}
+
+
+def plain_loop(workspace: Workspace, loss: str, steps: Steps, **data: Any) -> tuple[dict[str, Tensor], int]:
+    """The weights after two epochs of dense gradient steps, masked, each by autograd over all of its batches."""
     model, mask = load_model(workspace.model, "float64"), load_selection(workspace.selection).mask()
-    optimizer, loader = sgd(model.parameters()), workspace.data(**options).train_dataloader()
+    optimizer, loader = sgd(model.parameters()), workspace.data(**data).train_dataloader()
+    schedule, taken = halving(optimizer), 0
     assert isinstance(loader.sampler, TrainingBatches)
-    assert len(loader) % 4
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        batches = list(loader)
-        for step in (batches[first : first + 4] for first in range(0, len(batches), 4)):
+        for step in steps.of(list(loader), epoch):
+            if taken == steps.max_steps:
+                break
             optimizer.zero_grad()
             LOSSES[loss](model, step).backward()
             for name, weight in model.named_parameters():
@@ -69,10 +105,29 @@ def test_steps_are_those_of_a_plain_loop(workspace: Workspace, folder: Path, los
                 weight.grad.mul_(mask[name])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5)
             optimizer.step()
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(
-            weights(module)[name], weight.detach(), rtol=0, atol=1e-7
-        )  # the model's norms are float32
+            schedule.step()
+            taken += 1
+    return {name: weight.detach() for name, weight in model.named_parameters()}, taken
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps", "packing"),
+    [(loss, steps, False) for loss in LOSSES for steps in STEPS] + [(loss, "two left over", True) for loss in LOSSES],
+)
+def test_steps_are_those_of_a_plain_loop(
+    workspace: Workspace, folder: Path, loss: Any, steps: str, packing: bool
+) -> None:
+    """Each step follows the mean over its own batches, clipped, however many there are; steps and rates stay."""
+    options = {"packing": packing, "batch_size": 3}
+    module = workspace.module(dtype="float64", optimizer=sgd, lr_scheduler=halving, loss=loss)
+    run = trainer(folder, enable_checkpointing=False, gradient_clip_val=1.5, **STEPS[steps].options())
+    run.fit(module, datamodule=workspace.data(**options))
+    expected, taken = plain_loop(workspace, loss, STEPS[steps], **options)
+    assert run.global_step == taken
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**taken
+    found = weights(module)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-7)  # the model's norms are float32
 
 
 def trained(workspace: Workspace, folder: Path, loss: str, accumulated: int, **data: Any) -> dict[str, Tensor]:
@@ -94,13 +149,52 @@ def test_accumulated_tokens_weigh_as_in_one_batch(workspace: Workspace, folder: 
         assert equal or difference > 1e-4
 
 
-def test_resuming_within_a_step(workspace: Workspace, folder: Path) -> None:
-    """A checkpoint between two batches of a step keeps the count of its tokens: the weights are an unbroken run's."""
-    found = []
-    for resume in (None, "0-1", "0-3", "1-4"):
-        module = workspace.module(optimizer=sgd, loss="token_mean")
-        run = trainer(folder, accumulate_grad_batches=4, callbacks=[SaveOften(folder / str(resume))])
-        path = folder / "None" / f"{resume}.ckpt" if resume else None
-        run.fit(module, datamodule=workspace.data(batch_size=3), ckpt_path=path, weights_only=True)
-        found.append(weights(module))
-    assert all(torch.equal(found[0][name], resumed[name]) for resumed in found[1:] for name in resumed)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equal_batches_weigh_as_in_one_batch(workspace: Workspace, folder: Path, loss: str) -> None:
+    """An epoch of fewer batches than a step accumulates makes the step of one big batch, by either mean."""
+    one = save_selection(folder / "one", workspace, load_selection(workspace.selection).mask(), CHOSEN[:16])
+    big, small = (
+        trained(replace(workspace, selection=one), folder, loss, accumulated, batch_size=size)
+        for accumulated, size in ((1, 16), (7, 4))
+    )
+    assert all(torch.allclose(big[name], small[name], rtol=0, atol=1e-7) for name in big)
+
+
+def resumed(workspace: Workspace, folder: Path, steps: Steps, loss: Any, path: Path | None) -> dict[str, Tensor]:
+    """The weights of a fit that saves a checkpoint after every batch, unbroken or from such a checkpoint."""
+    options = {"enable_checkpointing": False, **steps.options()}
+    options["callbacks"] = [SaveOften(folder), *options.get("callbacks", [])]
+    module = workspace.module(optimizer=sgd, loss=loss)
+    trainer(folder, **options).fit(module, datamodule=workspace.data(batch_size=3), ckpt_path=path, weights_only=True)
+    return weights(module)
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps", "places"),
+    [
+        ("token_mean", "two left over", ("0-1", "0-3", "1-4")),
+        ("example_mean", "two left over", ("0-4", "1-4")),
+        ("example_mean", "schedule", ("0-2", "1-1", "1-4")),
+    ],
+)
+def test_resuming_within_a_step(
+    workspace: Workspace, folder: Path, loss: str, steps: str, places: tuple[str, ...]
+) -> None:
+    """A checkpoint between two batches of a step keeps what they weigh: the weights are an unbroken run's."""
+    unbroken = resumed(workspace, folder / "unbroken", STEPS[steps], loss, None)
+    for place in places:
+        found = resumed(workspace, folder / place, STEPS[steps], loss, folder / "unbroken" / f"{place}.ckpt")
+        assert all(torch.equal(unbroken[name], found[name]) for name in unbroken), place
+
+
+def test_a_step_is_not_resumed_as_another(workspace: Workspace, folder: Path) -> None:
+    """With another number of batches to a step, the gradients so far would be dropped or weigh as others."""
+    resumed(workspace, folder, Steps(), "example_mean", None)
+    with pytest.raises(UserError, match=r"a run with 4, and trainer\.accumulate_grad_batches is 2 now; resume as"):
+        resumed(workspace, folder / "again", Steps((2, 2)), "example_mean", folder / "0-1.ckpt")
+    resumed(workspace, folder / "again", Steps((2, 2)), "example_mean", folder / "0-3.ckpt")  # between two steps
+    state = torch.load(folder / "0-1.ckpt", weights_only=True)
+    state["dualsft"]["step"] = {"first": 0, "tokens": 0}
+    torch.save(state, folder / "old.ckpt")
+    with pytest.raises(UserError, match=r"by an earlier release"):
+        resumed(workspace, folder / "again", Steps(), "example_mean", folder / "old.ckpt")

@@ -41,7 +41,8 @@ def reference(workspace: Workspace, mask: dict[str, Tensor], accumulated: int, c
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
         for number, batch in enumerate(loader, 1):
-            (example_losses(model, batch).mean() / accumulated).backward()
+            left_over = len(loader) % accumulated if number > len(loader) // accumulated * accumulated else 0
+            (example_losses(model, batch).mean() / (left_over or accumulated)).backward()
             if number % accumulated and number < len(loader):
                 continue
             for name, weight in named.items():

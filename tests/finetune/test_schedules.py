@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from safetensors.torch import load_file
 from torch.optim import lr_scheduler
 
@@ -64,6 +65,14 @@ def test_a_cycle_shorter_than_the_run_is_refused(workspace: Workspace, folder: P
     with pytest.raises(UserError, match="total_steps is 5, but the run has 6 optimizer steps"):
         fit(workspace, folder, *cycle, "5", "--optimizer", "AdamW")
     assert not folder.exists()
+
+
+def test_lbfgs_under_a_schedule_of_accumulation_is_refused(workspace: Workspace, folder: Path) -> None:
+    """From a later epoch on a step would have several batches, which is as good a reason as from the first."""
+    schedule = GradientAccumulationScheduler({1: 3})
+    run = trainer(folder, enable_checkpointing=False, callbacks=[schedule])
+    with pytest.raises(UserError, match="accumulate_grad_batches=3 has no meaning"):
+        run.fit(workspace.module(optimizer=torch.optim.LBFGS), datamodule=workspace.data())
 
 
 @pytest.mark.parametrize(("name", "words"), [("Muon", "one vector"), ("SparseAdam", "give Adam")])

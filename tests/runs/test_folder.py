@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dualsft.errors import UserError
 from dualsft.runs import folder as run_folder
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder, write_atomically
+from tests.world.faults import kill_at
 
 IDENTITY = {"model": "m", "seed": 0, "budget": None}
 
@@ -227,18 +229,18 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     RunFolder(tmp_path, resume=True).claim(IDENTITY)
 
 
-def test_a_folder_with_an_open_file_is_finished_where_it_cannot_be_renamed(
+def test_a_lock_that_cannot_be_deleted_is_deleted_once_it_is_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Windows, where the lock is let go first."""
-    run, replace = unfinished(tmp_path), Path.replace
+    """On Windows, where no open file is deleted."""
+    run, unlink = unfinished(tmp_path), Path.unlink
 
-    def only_unlocked(path: Path, target: Path) -> Path:
-        if run._lock.is_locked:
+    def only_unlocked(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "lock" and run._lock.is_taken:
             raise PermissionError(13, "in use")
-        return replace(path, target)
+        unlink(path, missing_ok)
 
-    monkeypatch.setattr(Path, "replace", only_unlocked)
+    monkeypatch.setattr(Path, "unlink", only_unlocked)
     run.finish()
     assert names(tmp_path) == []
 
@@ -353,12 +355,23 @@ def test_overwrite_leaves_strangers_files_alone(tmp_path: Path, files: list[str]
 
 def test_a_kill_while_overwriting_leaves_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half-deleted results never pass for a run of their own, and the state of the old run is never taken over."""
-    path = finished(tmp_path / "run")
-    monkeypatch.setattr(run_folder, "write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        RunFolder(path, overwrite=True).claim(IDENTITY)
+    path = unfinished(tmp_path / "run").path
+    (path / "config.yaml").write_text("half")
+
+    def killed(folder: Path, keep: Any) -> None:
+        if folder == path:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "_empty", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(path, overwrite=True).claim(IDENTITY)
     with pytest.raises(UserError, match="holds an unfinished run"):
         RunFolder(path)
+    run = RunFolder(path, resume=True)
+    run.claim(IDENTITY)
+    assert run.load("first") is None
+    assert names(path) == [".unfinished", ".unfinished/lock", ".unfinished/run.json"]
 
 
 def test_state_without_its_settings_is_dropped(tmp_path: Path) -> None:
@@ -433,3 +446,90 @@ def test_release_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
     before = names(path)
     RunFolder(path, overwrite=True).release()
     assert names(path) == before
+
+
+def test_a_folder_that_fills_between_look_and_claim_is_left_alone(tmp_path: Path) -> None:
+    """Another process's finished or unfinished run has come in the meantime, of which this one knows nothing."""
+    cases: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("new", {}, "already holds files"),
+        ("resumed", {"resume": True}, "holds a finished run"),
+        ("replaced", {"overwrite": True}, "has written to .* in the meantime; give --overwrite again"),
+    )
+    for name, options, message in cases:
+        path = tmp_path / name
+        if name == "replaced":
+            finished(path)
+        late = RunFolder(path, **options)
+        before = names(finished(path) if name != "replaced" else overwritten(path))
+        with pytest.raises(UserError, match=message):
+            late.claim(IDENTITY)
+        assert names(path) == before
+    late = RunFolder(tmp_path / "dead")
+    unfinished(tmp_path / "dead")._lock.release()
+    with pytest.raises(UserError, match="holds an unfinished run; give --resume"):
+        late.claim(IDENTITY)
+    assert RunFolder(tmp_path / "dead", resume=True).load("first") is not None
+
+
+def overwritten(path: Path) -> Path:
+    """A complete run in the place of another."""
+    run = RunFolder(path, overwrite=True)
+    run.claim(IDENTITY)
+    for name in ("config.yaml", "manifest.json"):
+        (path / name).write_text("another")
+    run.finish()
+    return path
+
+
+def test_a_claim_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    """One that was made for the lock alone, as for a run that ended in the meantime."""
+    late = RunFolder(tmp_path / "run", resume=True)
+    finished(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other").write_text("x")
+    with pytest.raises(UserError, match="already holds files"):
+        late.claim(IDENTITY)
+    assert names(tmp_path / "run") == ["other"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("step", ["staging", "finish", "release"])
+def test_a_removed_folder_is_told_and_left_to_whoever_made_it_anew(tmp_path: Path, step: str, again: bool) -> None:
+    """Whether it is gone or another run has claimed it since: nothing of that run is touched."""
+    path = tmp_path / "run"
+    run = RunFolder(path)
+    run.claim(IDENTITY)
+    shutil.rmtree(path)
+    if again:
+        (path / ".unfinished").mkdir(parents=True)
+        for name in ("lock", "run.json"):
+            (path / ".unfinished" / name).write_text("another")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="was removed, or taken over, while this run was at work on it"):
+        getattr(run, step)()
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "true", '"x"', "\x00", "null"])
+def test_a_damaged_description_can_be_dropped(tmp_path: Path, text: str) -> None:
+    """It is refused by name, and replaced where that is asked for."""
+    unfinished(tmp_path)
+    (tmp_path / ".unfinished" / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json is damaged \(.*\); give --overwrite to start anew"):
+        RunFolder(tmp_path, resume=True).claim(IDENTITY)
+    RunFolder(tmp_path, overwrite=True).claim(IDENTITY)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_claim_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """No folder where there was none; results stay if nothing has been deleted for the claim yet."""
+    old = finished(tmp_path / "old")
+    for run in (RunFolder(tmp_path / "new"), RunFolder(old, overwrite=True)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, run_folder, "write_atomically", call, error=OSError(errno.ENOSPC, "No space left"))
+            with pytest.raises(UserError, match="cannot be written"):
+                run.claim(IDENTITY)
+    assert names(tmp_path) == (["old", "old/config.yaml", "old/manifest.json"] if call == 1 else ["old"])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -199,7 +200,7 @@ def test_resuming_a_finished_selection_changes_nothing(inputs: Inputs, tmp_path:
     assert contents(tmp_path) == before
     assert again.manifest == first.manifest
     assert not (tmp_path / ".finished").exists()
-    with pytest.raises(UserError, match="holds a finished selection"):
+    with pytest.raises(UserError, match="holds a finished run"):
         RunFolder(tmp_path, resume=True).claim({})
 
 
@@ -272,3 +273,30 @@ def test_sigterm_ends_a_run(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == -signal.SIGTERM
     assert run_and_kill(inputs, tmp_path / "out", 600, SGD, {}) == 0
+
+
+def test_any_failure_leaves_the_folder_free(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the program, or of a library, with nothing to resume yet: the next try needs neither option."""
+    for error in (RuntimeError("device-side assert"), KeyError("x"), OSError(5, "Input/output error")):
+        with monkeypatch.context() as patch:
+            kill_at(patch, passes, "gradient_pass", error=error)
+            with pytest.raises(Exception):  # noqa: B017, PT011 (whatever it is)
+                select(inputs, tmp_path / "out", SGD)
+        assert not (tmp_path / "out").exists()
+    select(inputs, tmp_path / "out", SGD)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told(inputs: Inputs, tmp_path: Path) -> None:
+    """In a sentence, whether the next thing that is written there is a state or the result."""
+    for place in ((passes, "gradient_pass"), (method, "write_selection")):
+        with pytest.MonkeyPatch.context() as patch:
+            function = getattr(*place)
+
+            def removing(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+                shutil.rmtree(tmp_path / "out", ignore_errors=True)
+                return function(*args, **kwargs)
+
+            patch.setattr(*place, removing)
+            with pytest.raises(UserError, match="was removed, or taken over"):
+                select(inputs, tmp_path / "out", SGD)
+        assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from torch import distributed
 
 from dualsft.errors import UserError
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
+from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.heavy
@@ -61,12 +62,31 @@ def _on_all(failing: dict[int, str]) -> str:
     try:
         return on_all_ranks(act)
     except UserError as error:
-        return f"refused: {error}"
+        return f"refused{' elsewhere' if error.by_another_rank else ''}: {error}"
 
 
 def test_what_fails_on_one_rank_fails_on_all() -> None:
     """In the words of the first that failed; what succeeds on all gives each its own result."""
     assert run_on_ranks(3, _on_all, {}) == ["rank 0 did", "rank 1 did", "rank 2 did"]
-    assert run_on_ranks(3, _on_all, {1: "one", 2: "two"}) == ["refused: one"] * 3
+    assert run_on_ranks(3, _on_all, {1: "one", 2: "two"}) == [
+        "refused elsewhere: one",
+        "refused: one",
+        "refused elsewhere: one",
+    ]
     assert _on_all({}) == "rank 0 did"
     assert _on_all({0: "zero"}) == "refused: zero"
+
+
+def _say(words: list[str]) -> tuple[bool, bool]:
+    before = has_anyone_spoken()
+    distributed.barrier()
+    return before, is_first_to_say(words[rank()])
+
+
+def test_ranks_say_a_thing_once() -> None:
+    """One of those that would say the same does; alone, a process always says what it has to."""
+    found = run_on_ranks(3, _say, ["same", "same", "other"])
+    assert [before for before, _ in found] == [False] * 3
+    assert sorted(first for _, first in found[:2]) == [False, True]
+    assert found[2][1]
+    assert [is_first_to_say("same"), is_first_to_say("same"), has_anyone_spoken()] == [True, True, False]

@@ -52,6 +52,7 @@ CASES = {
     "clipped by value": Case(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "mean over tokens": Case(module={"loss": "token_mean"}, trainer={"accumulate_grad_batches": 3}),
     "packed": Case(data={"packing": True}),
+    "left over": Case(data={"packing": True, "batch_size": 3}, trainer={"accumulate_grad_batches": 4}),
 }
 MORE_CASES = {
     "all weights": Case(module={"selection": None}),
@@ -90,7 +91,7 @@ def test_fits_of_all_kinds(workspace: Workspace, tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 4])
 def test_other_numbers_of_ranks(workspace: Workspace, tmp_path: Path, count: int) -> None:
     """One rank, and more ranks than a batch has rows."""
-    names = ("batches of three", "clipped by norm")
+    names = ("batches of three", "clipped by norm", "left over")
     check(workspace, tmp_path, {name: CASES[name] for name in names}, count)
 
 

@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning import Callback
 
+from dualsft.errors import UserError
+from dualsft.sharding.collectives import rank
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
 from tests.world.ranks import free_port
@@ -173,3 +177,59 @@ def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(unbroken: Path, t
     scores = sorted(path.name for path in (unbroken / "selection").glob("parameter_scores*"))
     assert scores == sorted(path.name for path in output.glob("parameter_scores*"))
     assert_same(output, unbroken / "selection", (*CHOSEN, *scores, "examples.parquet"))
+
+
+REASON = "the file of this rank is bad"
+
+
+class Trouble(Callback):
+    """Fails on some ranks at the second batch, or leaves a rank's number and sleeps."""
+
+    def __init__(self, kind: str, ranks: list[int], folder: str = "") -> None:
+        self._kind, self._ranks, self._folder = kind, ranks, folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx != 1:
+            return
+        if self._kind == "asleep":
+            (Path(self._folder) / f"rank-{rank()}").write_text(str(os.getpid()))
+            time.sleep(60 if rank() in self._ranks else 0)
+        elif rank() in self._ranks:
+            raise (RuntimeError if self._kind == "fault" else UserError)(REASON)
+
+
+def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int]) -> list[str]:
+    """A fit on two ranks that comes to grief."""
+    options = {"kind": kind, "ranks": list(ranks), "folder": str(output.parent)}
+    given = [part for k, v in options.items() for part in (f"--trainer.callbacks.{k}", str(v))]
+    job = ["fit", "--config", str(alone / "job.yaml"), "--data.batch_size", "4", "--output_dir", str(output)]
+    return dualsft([*job, *ON_TWO, "--trainer.callbacks+", f"{__name__}.Trouble", *given])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "told"),
+    [
+        ("mistake", (0,), f"dualsft: error: {REASON}"),
+        ("mistake", (0, 1), REASON),
+        ("fault", (1,), f"[rank1]: RuntimeError: {REASON}"),
+    ],
+)
+def test_a_failure_is_told_once_by_the_rank_that_failed(
+    alone: Path, tmp_path: Path, kind: str, ranks: tuple[int, ...], told: str
+) -> None:
+    """Whether the others wait for it or fail alike, they add nothing, and all end; the folder is free."""
+    with started(troubled(alone, tmp_path / "out", kind, ranks), tmp_path / "log") as process:
+        assert process.wait(120) not in (0, None)
+        wait_for(lambda: not members(process.pid), 30, "end of all ranks")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [told in line for line in lines].count(True) == 1
+    assert sum(REASON in line or "dualsft: error" in line for line in lines) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_waits_for_nobody_ends_with_the_one_that_started_it(alone: Path, tmp_path: Path) -> None:
+    """It is in the middle of something else when rank zero is killed, and would be left over."""
+    with started(troubled(alone, tmp_path / "out", "asleep", (1,)), tmp_path / "log") as process:
+        wait_for(lambda: (tmp_path / "rank-1").exists() and (tmp_path / "rank-0").exists(), 90, "second batch")
+        os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: not members(process.pid), 30, "end of the other rank")

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft import SelectionModule
+from dualsft.runs.folder import RunFolder
 from dualsft.scorers import ParameterStatistics, Scorer
 from tests.world.jobs import Inputs, select
 from tests.world.models import tiny_tokenizer
@@ -158,8 +159,9 @@ def kill_at(
 
 
 def killed_run(inputs: Inputs, folder: Path, options: dict[str, Any], *place: Any, **run: Any) -> None:
-    """A run that dies at a place (see `kill_at`)."""
+    """A run that dies at a place (see `kill_at`), and undoes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, *place)
+        patch.setattr(RunFolder, "release", lambda run: run._lock.release())
         with pytest.raises(KilledError):
             select(inputs, folder, options, **run)
