@@ -11,7 +11,7 @@ import dualsft
 
 ROOT = Path(dualsft.__file__).parent
 LAYERS = (
-    {"errors", "paths", "writing"},
+    {"errors", "storage"},
     {"registry", "scorers", "models", "data"},
     {"sharding"},
     {"allocators", "runs", "objectives", "training", "export"},

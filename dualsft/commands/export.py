@@ -21,7 +21,7 @@ from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.peft_adapter import prepare_peft
 from dualsft.runs.folder import UNFINISHED, RunFolder, publish
-from dualsft.writing import sync_to_disk
+from dualsft.storage.writing import sync_to_disk
 
 DESCRIPTION = (
     "Takes the change that a fine-tune made from one form to another: a delta.safetensors, a Hugging Face folder, a "

@@ -31,7 +31,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
-from dualsft.writing import write_atomically
+from dualsft.storage.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""

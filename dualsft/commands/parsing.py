@@ -20,8 +20,8 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, capture_parser
 
 from dualsft.errors import UserError
-from dualsft.paths import expanded
 from dualsft.registry import class_path
+from dualsft.storage.paths import expanded
 
 NAMED = {
     "model.scorer": "dualsft.scorers",

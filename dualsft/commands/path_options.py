@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from dualsft.errors import naming
-from dualsft.paths import check_writable, expanded
+from dualsft.storage.paths import check_writable, expanded
 
 OURS = (
     *("output_dir", "selection", "task_folder", "model.model_name_or_path", "model.selection"),

@@ -20,7 +20,7 @@ from dualsft.quickstart.control import write_control
 from dualsft.quickstart.table import Row, table
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import load_selection
-from dualsft.writing import write_atomically
+from dualsft.storage.writing import write_atomically
 
 HERE = Path(quickstart.__file__).parent
 CONFIG, ASSETS = HERE / "config.yaml", HERE / "assets"

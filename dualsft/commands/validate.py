@@ -12,8 +12,8 @@ from dualsft.commands.lightning_cli import VerbCLI, tell
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
+from dualsft.storage.writing import write_atomically
 from dualsft.trainer import Trainer
-from dualsft.writing import write_atomically
 
 
 class ValidateCLI(VerbCLI):

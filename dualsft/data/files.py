@@ -17,7 +17,7 @@ from dualsft.data.json_text import parsed
 from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet_records, saved_records
 from dualsft.data.text_lines import COMPRESSED, text_lines
 from dualsft.errors import UserError
-from dualsft.paths import expanded, named
+from dualsft.storage.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dualsft.errors import UserError, naming
-from dualsft.paths import expanded
+from dualsft.storage.paths import expanded
 
 TRAIN = "data.train"
 """The option that gives the source of the pool."""

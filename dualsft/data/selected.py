@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dualsft.data.records import Records
 from dualsft.errors import UserError
-from dualsft.paths import expanded
+from dualsft.storage.paths import expanded
 
 SCHEMA_VERSION = 1
 _COLUMNS = pa.schema([pa.field("example_id", pa.int64(), False), pa.field("selected", pa.bool_(), False)])

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.formats import Rendered
+from dualsft.data.tokenizer import blaming_tokenizer
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -38,7 +39,8 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
     The examples are of one format, and the tokenizer is a fast one; the first ``max_length`` tokens of each
     example are kept.
     """
-    ids, offsets = _tokenise(rendered, tokenizer)
+    with blaming_tokenizer(tokenizer):
+        ids, offsets = _tokenise(rendered, tokenizer)
     sizes = np.array([len(row) for row in ids], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(sizes.sum()))
     position = _positions(sizes)

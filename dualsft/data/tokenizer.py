@@ -1,11 +1,13 @@
 """Loads a tokenizer by name, and finds the id that it pads with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dualsft.errors import UserError
-from dualsft.paths import expanded
+from dualsft.storage.paths import expanded
 
 _SAMPLE, _HARDLY_ANY = "The sea is deep: 1 + 2 = 3.", 8
 
@@ -17,7 +19,9 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
         UserError: If it cannot be loaded, has no vocabulary, or cannot tell which characters a token covers.
     """
     loaded = _from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    if _is_blank(loaded):
+    with blaming_tokenizer(loaded):
+        is_blank = _is_blank(loaded)
+    if is_blank:
         raise UserError(
             f"The tokenizer {loaded.name_or_path!r} has no vocabulary: copy its tokenizer.json, tokenizer.model or "
             "vocabulary file beside its tokenizer_config.json."
@@ -28,6 +32,24 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
             "use one with a tokenizer.json (a 'fast' tokenizer)."
         )
     return loaded
+
+
+@contextmanager
+def blaming_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turn what a tokenizer raises as it is used into a sentence: damage to its files may show only then."""
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library below is no Exception
+        raise UserError(
+            f"The tokenizer {tokenizer.name_or_path!r} cannot encode text ({type(error).__name__}: {_reason(error)}); "
+            "mend its files, or copy them again."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -51,8 +73,10 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
             raise UserError(f"{folder} has no tokenizer: save one beside the model (tokenizer.save_pretrained).")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # missing files, bad JSON, no network: the loader has a dozen kinds of failure
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # missing files, bad JSON, no network, a panic: the loader fails in a dozen ways
+        reason = _reason(error)
         if "backend tokenizer" in reason:  # of whose words the first line says nothing
             reason = "its vocabulary is missing (tokenizer.json, tokenizer.model or another such file)."
         raise UserError(f"No tokenizer can be loaded from {name!r}: {reason}") from error

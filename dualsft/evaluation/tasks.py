@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.errors import UserError, advising, is_out_of_memory
 from dualsft.evaluation.task_errors import TaskIndex, check_same, explanation, task_at_fault
 from dualsft.models import PreTrainedModel
-from dualsft.paths import expanded
+from dualsft.storage.paths import expanded
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from dualsft.errors import UserError
 from dualsft.runs.progress import say
-from dualsft.writing import replacing, writing_to
+from dualsft.storage.writing import replacing, writing_to
 
 _PARTS = ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "dualsft")
 """What a checkpoint to resume from holds, whoever wrote it."""

@@ -23,7 +23,7 @@ from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import first_row, local_shard
-from dualsft.writing import replacing, sync_folder, sync_tree, writing_to
+from dualsft.storage.writing import replacing, sync_folder, sync_tree, writing_to
 
 
 class ExportModel(Callback):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from dualsft.sharding.collectives import is_rank_zero
-from dualsft.writing import replacing, sync_to_disk, writing_to
+from dualsft.storage.writing import replacing, sync_to_disk, writing_to
 
 Row = dict[str, Any]
 _STATE = "metrics_log"

@@ -24,7 +24,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import learned_positions
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
-from dualsft.writing import write_atomically
+from dualsft.storage.writing import write_atomically
 
 _SHOWN = 60
 FILE = "samples.jsonl"

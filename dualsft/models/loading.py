@@ -20,7 +20,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.index import read_index
 from dualsft.models.inspection import check_files, check_weights, explaining_load, read_config, reason
 from dualsft.models.rope import separate_frequencies
-from dualsft.paths import expanded
+from dualsft.storage.paths import expanded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dualsft.errors import UserError
-from dualsft.paths import check_writable, expanded
 from dualsft.runs.folder_lock import FolderLock
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
-from dualsft.writing import sync_folder, sync_to_disk, write_atomically, writing_to
+from dualsft.storage.paths import check_writable, expanded
+from dualsft.storage.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
 UNFINISHED = ".unfinished"
 _FINISHED, _RUN, _LOCK, _MANIFEST = ".finished", "run.json", "lock", "manifest.json"

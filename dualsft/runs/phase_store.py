@@ -23,7 +23,7 @@ from torch import Tensor
 from dualsft.errors import UserError
 from dualsft.runs.progress import Meter, say
 from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
-from dualsft.writing import refusal, replacing
+from dualsft.storage.writing import refusal, replacing
 
 _NOTES, _CHECKSUM = "notes", "crc32"
 

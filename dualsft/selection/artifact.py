@@ -20,13 +20,13 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
-from dualsft.paths import expanded
 from dualsft.runs import folder as run_folder
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import Scoring
-from dualsft.writing import writing_to
+from dualsft.storage.paths import expanded
+from dualsft.storage.writing import writing_to
 
 _MANIFEST, _EXAMPLES, MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 

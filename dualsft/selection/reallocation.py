@@ -17,7 +17,6 @@ from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
-from dualsft.paths import expanded
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
@@ -25,7 +24,8 @@ from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, dat
 from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
-from dualsft.writing import writing_to
+from dualsft.storage.paths import expanded
+from dualsft.storage.writing import writing_to
 
 
 def reallocate(

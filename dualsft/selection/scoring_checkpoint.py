@@ -22,7 +22,7 @@ from dualsft.sharding.collectives import on_rank_zero
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import local_shard, shard_of
-from dualsft.writing import sync_folder, sync_tree, writing_to
+from dualsft.storage.writing import sync_folder, sync_tree, writing_to
 
 SECOND_MOMENT = "second_moment.safetensors"
 Moments = dict[str, Tensor]

@@ -21,7 +21,7 @@ from dualsft.models.tensor_file import TensorSpec, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank, world_size
 from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
 from dualsft.sharding.shards import full_tensor
-from dualsft.writing import write_atomically, writing_to
+from dualsft.storage.writing import write_atomically, writing_to
 
 METADATA = {"format": "pt"}
 

@@ -16,7 +16,7 @@ from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
 from dualsft.sharding.collectives import on_all_ranks, rank, world_size
 from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files
 from dualsft.sharding.shards import full_tensor, local_shard
-from dualsft.writing import writing_to
+from dualsft.storage.writing import writing_to
 
 _MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
 """Bytes: the largest file, as in `save_pretrained`, and the smallest that a model is divided into between ranks."""

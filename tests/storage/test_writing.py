@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dualsft.errors import UserError
-from dualsft.writing import refusal, replacing, sync_tree, write_atomically, writing_to
+from dualsft.storage.writing import refusal, replacing, sync_tree, write_atomically, writing_to
 from tests.world.damage import full_disk
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dualsft.errors import UserError
-from dualsft.paths import check_writable, expanded, named
+from dualsft.storage.paths import check_writable, expanded, named
 
 
 @pytest.fixture(autouse=True)
