@@ -31,7 +31,7 @@ class Trainer(LightningTrainer):
         self,
         model: SelectionModule,
         datamodule: InstructionDataModule,
-        output_dir: str,
+        output_dir: str | RunFolder,
         resume: bool = False,
         overwrite: bool = False,
         seed: int = 0,
@@ -42,7 +42,8 @@ class Trainer(LightningTrainer):
         Args:
             model: What to score, how, and the budgets.
             datamodule: The pool (``train``) and the target's validation set.
-            output_dir: Where the selection goes.
+            output_dir: Where the selection goes; a folder that has been looked at has its own ``resume`` and
+                ``overwrite``.
             resume: Resume the killed run in ``output_dir``.
             overwrite: Replace what an earlier run left in ``output_dir``.
             seed: Decides which examples the warm-up draws, and their order.
@@ -52,15 +53,11 @@ class Trainer(LightningTrainer):
             UserError: on a mistake in the input or the settings. One that shows before work starts leaves no trace;
                 after one that shows later, ``resume`` continues from the last finished phase.
         """
-        validation = validation_sources(datamodule.validation).values()
-        inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
-        run = RunFolder(output_dir, resume=resume, overwrite=overwrite, inputs=inputs)
-        return self.select_into(run, model, datamodule, seed, config)
-
-    def select_into(
-        self, run: RunFolder, model: SelectionModule, datamodule: InstructionDataModule, seed: int, config: str
-    ) -> Selection:
-        """`select` into a folder that has been looked at already."""
+        run = output_dir
+        if not isinstance(run, RunFolder):
+            validation = validation_sources(datamodule.validation).values()
+            inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
+            run = RunFolder(run, resume=resume, overwrite=overwrite, inputs=inputs)
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "

@@ -17,5 +17,5 @@ class SelectCLI(VerbCLI):
         seed = int(self.config.seed_everything)
         assert isinstance(self.trainer, Trainer)
         assert self.folder is not None
-        selection = self.trainer.select_into(self.folder, self.model, self.datamodule, seed, self.replay)
+        selection = self.trainer.select(self.model, self.datamodule, self.folder, seed=seed, config=self.replay)
         tell(summary(selection, self.datamodule.tokenizer))
