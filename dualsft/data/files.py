@@ -21,6 +21,7 @@ from dualsft.storage.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PART_OF_SPLIT = re.compile(r"\[|\+")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
@@ -67,6 +68,11 @@ def find_source(path: str, split: str) -> Source:
         raise UserError(f"The source is an empty text: give {_SOURCES}.")
     place = Path(expanded(path))
     try:
+        if place.exists() and (part := _PART_OF_SPLIT.search(split)):
+            raise UserError(
+                f"{named(path)} is read whole, so that {split!r} says nothing: {part[0]!r} is for splits of Hugging "
+                "Face datasets; write the rows to be read to a file."
+            )
         if place.is_dir():
             return _folder(place, split)
         if place.exists():

@@ -22,6 +22,7 @@ from dualsft.errors import UserError
 _AT_ONCE = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _WRITTEN_OUT = (date, time, timedelta, Decimal, UUID)
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, LookupError)  # the last for unknown time zones
 
 
 def parquet_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -36,7 +37,7 @@ def parquet_records(file: Path) -> Iterator[dict[str, Any]]:
             _check_names(file.name, parquet.schema_arrow.names)
             for batch in parquet.iter_batches(batch_size=_AT_ONCE):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file.name} cannot be read as Parquet ({_reason(error)}).") from error
 
 
@@ -62,7 +63,7 @@ def arrow_records(file: Path) -> Iterator[dict[str, Any]]:
             for batch in batches:
                 for start in range(0, len(batch), _AT_ONCE):
                     yield from batch.slice(start, _AT_ONCE).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file.name} cannot be read as Arrow ({_reason(error)}).") from error
 
 

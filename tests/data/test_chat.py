@@ -299,6 +299,20 @@ def test_generation_blocks_of_prompts_and_blank_turns() -> None:
     assert learnt(two) == ["new<|im_end|>"]
 
 
+def test_a_header_behind_every_text() -> None:
+    """The first templates of Llama 3 ask for an answer behind every conversation: the header is not learnt as text."""
+    always = templates.LLAMA3 + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    prompted = "{% if add_generation_prompt %}"
+    always = always if prompted not in templates.LLAMA3 else templates.LLAMA3.replace(prompted, "{% if true %}")
+    for messages in (turns("a", "b"), turns("a", "b", "c", "d"), turns("b", "b", "b")):
+        with pytest.raises(UserError, match=r"the assistant's header behind every conversation.*learnt"):
+            one(always, messages)
+    same_ends = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    assert learnt(one(same_ends, turns("a", "b", "c", "b"))) == ["[assistant] b<eos>"] * 2
+    thoughtless = "{% for m in messages %}{{ m.content if loop.last else m.content.split('>')[-1] }};{% endfor %}"
+    assert learnt(one(thoughtless, turns("a;", "<t>b;", "c", "<t>d;"))) == ["b;;", "<t>d;;"]
+
+
 def test_generation_blocks_that_cannot_be_placed() -> None:
     """A block inside a macro is written later than it is tracked: the template is refused."""
     macro = "{% macro said(m) %}x{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
