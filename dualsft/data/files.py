@@ -16,7 +16,7 @@ from dualsft.data.folders import files_of, listed
 from dualsft.data.json_text import parsed
 from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet_records, saved_records
 from dualsft.data.text_lines import COMPRESSED, text_lines
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 from dualsft.storage.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
@@ -177,10 +177,9 @@ def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds, none of them worded for users
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
-            f"(split {split!r}): {reason}"
+            f"(split {split!r}): {first_line(error)}"
         ) from error
     yield from _table_lines(records, f"{name} [{split}]")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualsft.data.text_lines import refuse_pointer
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 
 _AT_ONCE = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -38,7 +38,7 @@ def parquet_records(file: Path) -> Iterator[dict[str, Any]]:
             for batch in parquet.iter_batches(batch_size=_AT_ONCE):
                 yield from batch.to_pylist()
     except _UNREADABLE as error:
-        raise UserError(f"{file.name} cannot be read as Parquet ({_reason(error)}).") from error
+        raise UserError(f"{file.name} cannot be read as Parquet ({first_line(error)}).") from error
 
 
 def arrow_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -64,7 +64,7 @@ def arrow_records(file: Path) -> Iterator[dict[str, Any]]:
                 for start in range(0, len(batch), _AT_ONCE):
                     yield from batch.slice(start, _AT_ONCE).to_pylist()
     except _UNREADABLE as error:
-        raise UserError(f"{file.name} cannot be read as Arrow ({_reason(error)}).") from error
+        raise UserError(f"{file.name} cannot be read as Arrow ({first_line(error)}).") from error
 
 
 def saved_records(folder: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -78,7 +78,7 @@ def saved_records(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     try:
         stored = datasets.load_from_disk(str(folder))
     except Exception as error:  # a missing file, bad JSON, a type of another version: the loader has a dozen kinds
-        raise UserError(f"{folder}, written by save_to_disk, cannot be read ({_reason(error)}).") from error
+        raise UserError(f"{folder}, written by save_to_disk, cannot be read ({first_line(error)}).") from error
     if isinstance(stored, datasets.DatasetDict):
         if split not in stored:
             raise UserError(
@@ -138,7 +138,3 @@ def _refuse_pointer(file: Path) -> None:
             refuse_pointer(file, stream.read(100))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
