@@ -316,7 +316,7 @@ def test_a_header_behind_every_text() -> None:
 
 NO_END = {
     "by the next role": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}",
-    "not behind the last": "{% for m in messages %}{{ m.role }}{{ m.content }}{{ '' if loop.last else '#' }}{% endfor %}",
+    "not behind the last": "{% for m in messages %}{{ m.content }}{{ '' if loop.last else '#' }}{% endfor %}",
     "outside of the block": templates.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
 }
 
