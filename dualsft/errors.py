@@ -15,6 +15,11 @@ def clipped(message: str) -> str:
     return message if len(message) <= _HEAD + _TAIL else f"{message[:_HEAD]} ... {message[-_TAIL:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UserError(Exception):
     """A mistake in the input; the message says in one sentence what is wrong, where, and what to do.
 
@@ -57,7 +62,7 @@ def shortage(error: BaseException) -> str:
     """A few words on an out-of-memory exception: how much was requested, or its first line."""
     asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
     if asked is None:
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return first_line(error)
     amount, unit = asked.groups()
     if unit == "bytes":
         amount, unit = f"{int(amount) / 2**20:,.0f}", "MiB"

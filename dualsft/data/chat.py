@@ -67,6 +67,7 @@ class Conversation:
         return len(self.template.render_with_blocks(self._messages()[:turns])[1]) if turns else 0
 
     def _spans(self, text: str) -> Iterator[Span]:
+        self._check_header(next((turn for turn, this in enumerate(self.turns) if this.learnt), 0))
         for turn, this in enumerate(self.turns):
             if this.learnt:
                 self._texts.clear()  # of a long conversation all of them together are too much
@@ -150,6 +151,24 @@ class Conversation:
 
     def _messages(self) -> list[Message]:
         return [turn.message for turn in self.turns]
+
+    def _check_header(self, turn: int) -> None:
+        """Refuses a template that has its prompt for an answer behind every text, where it would be learnt."""
+        if turn == 0:
+            return
+        prompt, text = self._first(turn, add_generation_prompt=True), self._first(turn + 1)
+        header = _shared(prompt[::-1], text[::-1])
+        if not prompt[len(prompt) - header :].strip() or prompt != self._first(turn):
+            return
+        try:
+            followed = self.template.render([*self._messages()[: turn + 1], {"role": "user", "content": _PROBE}])
+        except UserError:  # it asks for another turn here
+            return
+        if followed.startswith(text[: len(text) - header]) and not followed.startswith(text):
+            raise self.template.fault(
+                "writes the assistant's header behind every conversation, asked for or not, so that it would be "
+                "learnt; have it do so only {% if add_generation_prompt %}."
+            )
 
     def _check_said(self, turn: int, text: str) -> None:
         """Refuses a turn of whose content not one word is in its part of the text; beside calls it may be left out."""

@@ -29,6 +29,10 @@ _NO_END = (
     "the tokenizer has no end-of-sequence token, so that no response ends in one and nothing teaches the model where "
     "to stop; give the tokenizer an eos_token."
 )
+_NO_END_OF_TURN = (
+    "the chat template writes no end of turn behind an answer, or none that is learnt, so that nothing teaches the "
+    "model where to stop; have it write one behind every answer, the last one too."
+)
 STATUSES = ("ok", "empty", "truncated")
 
 
@@ -119,17 +123,20 @@ def encode_examples(
     """
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
-    chunks, ends = [], True
+    chunks, remarks = [], dict[str, None]()
     for part in _rendered(records, tokenizer, options):
         chunks.append(encode_chunk(part, tokenizer, max_length))
-        ends = ends and (not part[0].add_eos or tokenizer.eos_token_id is not None)
+        if part[0].add_eos and tokenizer.eos_token_id is None:
+            remarks[_NO_END] = None
+        if not all(rendered.has_end for rendered in part):
+            remarks[_NO_END_OF_TURN] = None
     return Examples(
         dataset=_dataset(chunks),
         status=tuple(status for chunk in chunks for status in chunk.status),
         num_tokens=np.concatenate([chunk.num_tokens for chunk in chunks]),
         lengths=np.concatenate([chunk.lengths for chunk in chunks]),
         records=records,
-        remarks=() if ends else (_NO_END,),
+        remarks=tuple(remarks),
     )
 
 

@@ -16,11 +16,12 @@ from dualsft.data.folders import files_of, listed
 from dualsft.data.json_text import parsed
 from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet_records, saved_records
 from dualsft.data.text_lines import COMPRESSED, text_lines
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 from dualsft.storage.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PART_OF_SPLIT = re.compile(r"\[|\+")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
@@ -67,6 +68,11 @@ def find_source(path: str, split: str) -> Source:
         raise UserError(f"The source is an empty text: give {_SOURCES}.")
     place = Path(expanded(path))
     try:
+        if place.exists() and (part := _PART_OF_SPLIT.search(split)):
+            raise UserError(
+                f"{named(path)} is read whole, so that {split!r} says nothing: {part[0]!r} is for splits of Hugging "
+                "Face datasets; write the rows to be read to a file."
+            )
         if place.is_dir():
             return _folder(place, split)
         if place.exists():
@@ -171,10 +177,9 @@ def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
     try:
         records = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds, none of them worded for users
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
-            f"(split {split!r}): {reason}"
+            f"(split {split!r}): {first_line(error)}"
         ) from error
     yield from _table_lines(records, f"{name} [{split}]")
 

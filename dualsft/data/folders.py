@@ -20,6 +20,7 @@ _WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _SHARD = re.compile(r"data/(?P<split>[\w.-]+?)-\d{5}-of-\d{5}\D.*")
+_PART = re.compile(r"(?P<before>.*-)(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d).*")
 _DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)
 _SHOWN = 4
@@ -41,17 +42,19 @@ def files_of(folder: Path, split: str, is_data: Callable[[Path], bool]) -> Folde
         is_data: Whether a file is of a kind that can be read.
 
     Raises:
-        UserError: If there is no data file, the split is none of the folder's, only some of its files belong to a
-            split, or one file is there twice, as itself and compressed.
+        UserError: If the split is none of the folder's, only some of its files belong to a split, one file is there
+            twice, as itself and in another form, or a part of several is missing.
     """
     top = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in top if _is_file(path) and is_data(path) and path.name not in _DESCRIPTIONS]
     nested = [path for path in _below(top) if is_data(path) and path.name not in _DESCRIPTIONS]
-    candidates = {path.relative_to(folder).as_posix(): path for path in files or nested}
-    splits = _splits_by_readme(folder, candidates) or {name: _split_of(name) for name in candidates}
+    found = {path.relative_to(folder).as_posix(): path for path in [*files, *nested]}
+    by_name = {name: _split_of(name) for name in list(found)[: len(files) or None]}
+    splits = _splits_by_readme(folder, found) or by_name
     _check(folder, split, splits)
-    read = {name: path for name, path in candidates.items() if splits[name] in (split, None)}
+    read = {name: found[name] for name, of in splits.items() if of in (split, None)}
     _check_once(folder, read)
+    _check_parts(folder, read)
     others = {path.relative_to(folder).as_posix() for path in [*top, *nested] if _is_file(path) or path in nested}
     return FolderFiles(list(read.values()), tuple(sorted(others - set(read))))
 
@@ -89,7 +92,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _splits_by_readme(folder: Path, names: Mapping[str, Path]) -> dict[str, str | None]:
-    """The split of each file by the ``configs`` of the folder's README.md; nothing if it has none.
+    """The split of each file that the ``configs`` of the folder's README.md name, ascending; nothing if it has none.
 
     Raises:
         UserError: If it describes several configurations.
@@ -110,7 +113,7 @@ def _splits_by_readme(folder: Path, names: Mapping[str, Path]) -> dict[str, str 
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             found = (path.relative_to(folder).as_posix() for path in folder.glob(str(pattern)))
             splits |= dict.fromkeys((name for name in found if name in names), entry["split"])
-    return {name: splits.get(name) for name in names} if splits else {}
+    return dict(sorted(splits.items()))
 
 
 def _configs(readme: Path) -> list[Any]:
@@ -140,8 +143,22 @@ def _check(folder: Path, split: str, splits: Mapping[str, str | None]) -> None:
 
 
 def _check_once(folder: Path, read: Mapping[str, Path]) -> None:
+    forms: dict[str, str] = {}
     for name in read:
-        if (whole := name.rpartition(".")[0]) in read:
+        bare = name.rpartition(".")[0]
+        if (other := bare if bare in read else forms.setdefault(bare, name)) != name:
             raise UserError(
-                f"The folder {folder} holds {whole} and {name}, which is the same under another name: remove one."
+                f"The folder {folder} holds {other} and {name}, which is the same under another name: remove one."
+            )
+
+
+def _check_parts(folder: Path, read: Mapping[str, Path]) -> None:
+    parts: dict[tuple[str, str], set[int]] = {}
+    for part in filter(None, map(_PART.fullmatch, read)):
+        parts.setdefault((part["before"], part["count"]), set()).add(int(part["number"]))
+    for (before, count), numbers in parts.items():
+        if missing := [number for number in range(int(count)) if number not in numbers]:
+            raise UserError(
+                f"The folder {folder} lacks {before}{missing[0]:05}-of-{count}, one of {int(count):,} parts: fetch it, "
+                "or give the files to be read under other names."
             )

@@ -27,11 +27,13 @@ class Rendered:
         text: Prompt and response as the model will read them.
         spans: Character ranges (start, end) of ``text`` to learn from, ascending; none if there is nothing to learn.
         add_eos: Whether the tokenizer's special tokens belong around the text; a chat template writes its own.
+        has_end: Whether what the chat template writes behind the last answer is learnt, and more than white space.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     add_eos: bool
+    has_end: bool = True
 
 
 Renderer = Callable[[Mapping[str, Any], str], Rendered]
@@ -94,9 +96,15 @@ def _chat_renderer(tokenizer: PreTrainedTokenizerBase, *columns: str) -> Rendere
         template = ChatTemplate(tokenizer, read_tools(record.get("tools"), where), where)
         with limited(f"{where}: the tokenizer's chat template"):
             text, spans = Conversation(_with_system(turns, record, columns[0]), template).rendered()
-        return Rendered(text, spans, add_eos=False)
+        return Rendered(text, spans, add_eos=False, has_end=_has_end(text, spans, turns))
 
     return render
+
+
+def _has_end(text: str, spans: Sequence[tuple[int, int]], turns: Sequence[Turn]) -> bool:
+    """Whether more than white space is learnt behind the content of the last turn that is, if it has any."""
+    content = next((turn.content.rstrip() for turn in reversed(turns) if turn.learnt), "")
+    return not (spans and content and text[slice(*spans[-1])].rstrip().endswith(content))
 
 
 def _with_system(turns: list[Turn], record: Mapping[str, Any], column: str) -> list[Turn]:

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualsft.data.text_lines import refuse_pointer
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 
 _AT_ONCE = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _WRITTEN_OUT = (date, time, timedelta, Decimal, UUID)
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, LookupError)  # the last for unknown time zones
 
 
 def parquet_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -36,8 +37,8 @@ def parquet_records(file: Path) -> Iterator[dict[str, Any]]:
             _check_names(file.name, parquet.schema_arrow.names)
             for batch in parquet.iter_batches(batch_size=_AT_ONCE):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file.name} cannot be read as Parquet ({_reason(error)}).") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{file.name} cannot be read as Parquet ({first_line(error)}).") from error
 
 
 def arrow_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -62,8 +63,8 @@ def arrow_records(file: Path) -> Iterator[dict[str, Any]]:
             for batch in batches:
                 for start in range(0, len(batch), _AT_ONCE):
                     yield from batch.slice(start, _AT_ONCE).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file.name} cannot be read as Arrow ({_reason(error)}).") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{file.name} cannot be read as Arrow ({first_line(error)}).") from error
 
 
 def saved_records(folder: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -77,7 +78,7 @@ def saved_records(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     try:
         stored = datasets.load_from_disk(str(folder))
     except Exception as error:  # a missing file, bad JSON, a type of another version: the loader has a dozen kinds
-        raise UserError(f"{folder}, written by save_to_disk, cannot be read ({_reason(error)}).") from error
+        raise UserError(f"{folder}, written by save_to_disk, cannot be read ({first_line(error)}).") from error
     if isinstance(stored, datasets.DatasetDict):
         if split not in stored:
             raise UserError(
@@ -137,7 +138,3 @@ def _refuse_pointer(file: Path) -> None:
             refuse_pointer(file, stream.read(100))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 from dualsft.storage.paths import expanded
 
 _SAMPLE, _HARDLY_ANY = "The sea is deep: 1 + 2 = 3.", 8
@@ -43,13 +43,9 @@ def blaming_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of the library below is no Exception
         raise UserError(
-            f"The tokenizer {tokenizer.name_or_path!r} cannot encode text ({type(error).__name__}: {_reason(error)}); "
-            "mend its files, or copy them again."
+            f"The tokenizer {tokenizer.name_or_path!r} cannot encode text ({type(error).__name__}: "
+            f"{first_line(error)}); mend its files, or copy them again."
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -76,7 +72,7 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # missing files, bad JSON, no network, a panic: the loader fails in a dozen ways
-        reason = _reason(error)
+        reason = first_line(error)
         if "backend tokenizer" in reason:  # of whose words the first line says nothing
             reason = "its vocabulary is missing (tokenizer.json, tokenizer.model or another such file)."
         raise UserError(f"No tokenizer can be loaded from {name!r}: {reason}") from error

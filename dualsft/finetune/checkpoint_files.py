@@ -13,7 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 from dualsft.runs.progress import say
 from dualsft.storage.writing import replacing, writing_to
 
@@ -64,7 +64,7 @@ def damage(path: Path) -> str | None:
                 return f"{part} in it has other bytes than were written"
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # damaged bytes may raise anything
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        return first_line(error)[:100]
     return None
 
 

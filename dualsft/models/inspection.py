@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
@@ -98,7 +98,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a causal language model, as the library reads it.
 
     Raises:
-        UserError: if the library refuses it or the generation settings, or it is that of an encoder-decoder.
+        UserError: if the library refuses it or the generation settings, or it is that of another kind of model.
     """
     with explaining_load(folder):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -106,6 +106,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise UserError(
             f"{folder} is an encoder-decoder model ({config.model_type}), not a causal language model; give a "
             "decoder-only one."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{folder} is not a causal language model: transformers has none for models of the type "
+            f"{config.model_type!r} (of a multimodal one its language model alone may be given)."
         )
     text = config.get_text_config()
     pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)

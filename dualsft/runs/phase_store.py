@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, first_line
 from dualsft.runs.progress import Meter, say
 from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
 from dualsft.storage.writing import refusal, replacing
@@ -91,7 +91,7 @@ class PhaseStore:
             if not isinstance(json.loads(text), dict):
                 return f"{path} is damaged (it has no notes)"
         except Exception as error:  # damaged bytes may raise anything
-            return f"{path} is damaged ({_first_line(error)})"
+            return f"{path} is damaged ({first_line(error)})"
         if checksum not in (None, _checksum(tensors, text)):  # None: an earlier version's
             return f"{path} is damaged (it holds other bytes than were written)"
         self._sound.add(path)
@@ -138,10 +138,6 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         if tensor.numel():
             sum_so_far = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, sum_so_far)
     return f"{sum_so_far:08x}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class PhaseKeeper:

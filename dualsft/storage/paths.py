@@ -74,7 +74,7 @@ def check_writable(folder: Path, option: str = "--output_dir") -> None:
     try:
         if place != folder:
             tempfile.TemporaryDirectory(prefix=".dualsft-", dir=place).cleanup()
-        elif not os.access(folder, os.W_OK | os.X_OK):  # nothing is made in it, which another process might find there
+        elif os.stat(folder) and not os.access(folder, os.W_OK | os.X_OK):  # nothing is made where others might find it
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"{named(folder)} cannot be written ({error.strerror}); choose another {option}.") from error

@@ -278,6 +278,7 @@ def test_contents_of_parts() -> None:
         one(CHATML, [{"role": "user", "content": [*parts, {"type": "image"}]}])
 
 
+@pytest.mark.filterwarnings("ignore:the chat template writes no end")
 def test_generation_blocks_decide(tmp_path: Path) -> None:
     """The tokens to learn are those of transformers' own mask, header and all if the template says so."""
     with_header = "{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%}<|im_start|>assistant\n"
@@ -297,6 +298,36 @@ def test_generation_blocks_of_prompts_and_blank_turns() -> None:
     row = {"prompt": turns("q", "old", "r"), "completion": [{"role": "assistant", "content": "new"}]}
     [two] = render(row, tokenizer=byte_level(templates.MARKED))
     assert learnt(two) == ["new<|im_end|>"]
+
+
+def test_a_header_behind_every_text() -> None:
+    """The first templates of Llama 3 ask for an answer behind every conversation: the header is not learnt as text."""
+    always = templates.LLAMA3 + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    prompted = "{% if add_generation_prompt %}"
+    always = always if prompted not in templates.LLAMA3 else templates.LLAMA3.replace(prompted, "{% if true %}")
+    for messages in (turns("a", "b"), turns("a", "b", "c", "d"), turns("b", "b", "b")):
+        with pytest.raises(UserError, match=r"the assistant's header behind every conversation.*learnt"):
+            one(always, messages)
+    same_ends = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    assert learnt(one(same_ends, turns("a", "b", "c", "b"))) == ["[assistant] b<eos>"] * 2
+    thoughtless = "{% for m in messages %}{{ m.content if loop.last else m.content.split('>')[-1] }};{% endfor %}"
+    assert learnt(one(thoughtless, turns("a;", "<t>b;", "c", "<t>d;"))) == ["b;;", "<t>d;;"]
+
+
+NO_END = {
+    "by the next role": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}",
+    "not behind the last": "{% for m in messages %}{{ m.content }}{{ '' if loop.last else '#' }}{% endfor %}",
+    "outside of the block": templates.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", NO_END)
+def test_no_end_of_an_answer(name: str, tmp_path: Path) -> None:
+    """That no end is learnt is said, as the model would never stop; white space alone is none."""
+    path = write_jsonl(tmp_path / "pool.jsonl", [{"messages": turns("a", "b ")}])
+    assert "<|im_end|>{% endgeneration" in templates.MARKED
+    with pytest.warns(UserWarning, match="writes no end of turn behind an answer, or none that is learnt"):
+        load_examples(path, chat(NO_END[name]))
 
 
 def test_generation_blocks_that_cannot_be_placed() -> None:

@@ -88,12 +88,35 @@ def test_the_readme_decides_as_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"{readme}- config_name: socratic\n---\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"several configurations \(default, socratic\)"):
         read(tmp_path, "train")
+    write(tmp_path, ["sub/three.jsonl", "more.jsonl"])
+    (tmp_path / "README.md").write_text(f"{readme}  - split: test\n    path: sub/*\n---\n", encoding="utf-8")
+    assert read(tmp_path, "test") == ["sub/three.jsonl"]  # files that it does not name are left out
+    assert list(read_records(str(tmp_path), "test").left_out) == ["README.md", "more.jsonl", "one.jsonl", "two.jsonl"]
+    (tmp_path / "more.jsonl").unlink()
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n", encoding="utf-8")
     assert read(tmp_path, "train") == ["one.jsonl", "two.jsonl"]
 
 
-def test_a_file_and_the_same_compressed(tmp_path: Path) -> None:
-    """Rows are not read twice because a download was unpacked."""
-    write(tmp_path, ["a.jsonl", "a.jsonl.gz"])
-    with pytest.raises(UserError, match=r"holds a\.jsonl and a\.jsonl\.gz, which is the same .*: remove one"):
+@pytest.mark.parametrize("other", ["a.jsonl.gz", "a.json", "a.parquet"])
+def test_a_file_twice(other: str, tmp_path: Path) -> None:
+    """Rows are not read twice because a download was unpacked or converted."""
+    write(tmp_path, ["a.jsonl", other, "b.jsonl"])
+    with pytest.raises(UserError, match=r"holds a\.json\w* and a\.[\w.]+, which is the same .*: remove one"):
         read(tmp_path, "train")
+
+
+def test_a_part_that_is_missing(tmp_path: Path) -> None:
+    """A download that was broken off is not read as the whole; a part of another split may be absent."""
+    write(tmp_path, ["train-00000-of-00003.jsonl", "train-00002-of-00003-ab.jsonl", "test-00000-of-00001.jsonl"])
+    with pytest.raises(UserError, match=r"lacks train-00001-of-00003, one of 3 parts: fetch it"):
+        read(tmp_path, "train")
+    assert read(tmp_path, "test") == ["test-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize("split", ["train[:10]", "train[50%:]", "train+test"])
+def test_a_part_of_a_split_is_not_the_whole(split: str, tmp_path: Path) -> None:
+    """What would be part of a hub's dataset is refused of a file or folder, rather than read whole."""
+    write(tmp_path, ["a.jsonl"])
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UserError, match=r"is read whole, so that .train.*write the rows to be read to a file"):
+            read(path, split)

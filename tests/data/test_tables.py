@@ -119,6 +119,14 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
         read_records(str(tmp_path / "pool.json"))
 
 
+def test_an_unknown_time_zone(tmp_path: Path) -> None:
+    """A column of times in a zone that this system does not know ends in a sentence, as other damage does."""
+    when = pa.array([1], pa.timestamp("us", "Mars/Base"))
+    pq.write_table(pa.table({"text": ["a"], "when": when}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as Parquet \(.*Mars/Base"):
+        list(read_records(str(tmp_path / "a.parquet")))
+
+
 def test_nameless_csv_columns_may_be_many(tmp_path: Path) -> None:
     """Spreadsheets leave commas at the ends of lines, which name nothing."""
     (tmp_path / "pool.csv").write_text("text,,\na,,\n", encoding="utf-8")

@@ -110,6 +110,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "nonesuch"}, "KeyError 'nonesuch'"),
     "rope": ({"rope_parameters": {"rope_type": "nonesuch"}}, "KeyError 'nonesuch'"),
     "encoder-decoder": ({"model_type": "t5"}, r"encoder-decoder model \(t5\)"),
+    "multimodal": ({"model_type": "llava"}, r"transformers has none for models of the type 'llava'"),
+    "of images": ({"model_type": "vit"}, r"transformers has none for models of the type 'vit'"),
     "long": ({"attn_implementation": "n" * 2000}, "nnn"),
 }
 

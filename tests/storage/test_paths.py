@@ -83,10 +83,13 @@ def test_a_writable_folder_is_left_as_it_was(inside: str, tmp_path: Path) -> Non
 
 
 def test_unwritable_folders(tmp_path: Path) -> None:
-    """A file on the way, and a file system that takes nothing, have their reason; the option is named."""
+    """What is in the way has its reason: a file, a lost link, a file system that takes nothing; the option is named."""
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/new cannot be written \(Not a directory\); choose another --output_dir"):
         check_writable(tmp_path / "file" / "new")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"link cannot be written \(No such file or directory\)"):
+        check_writable(tmp_path / "link")
     with pytest.raises(UserError, match=r"/proc/new cannot be written \(.+\); choose another trainer\.logger"):
         check_writable(Path("/proc/new"), "trainer.logger.save_dir")
 
