@@ -78,7 +78,11 @@ class Selection:
     def token_scores(self) -> pa.Table | None:
         """One row per scored example, if scores by token were asked for: example_id, token_id and score (lists)."""
         path = self.folder / _TOKENS
-        return _read_table(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        table = _read_table(path)
+        _check_columns(path, table, _TOKEN_SCHEMA)
+        return table
 
     @property
     def example_ids(self) -> list[int]:
@@ -91,7 +95,12 @@ class Selection:
         """The selected records, in source order."""
         path = self.folder / _SELECTED
         with refusing_damage(path), open(path, encoding="utf-8", newline="\n") as lines:
-            return [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in lines]
+        if (found := len(records)) != (due := self.about.counts.examples.selected):
+            raise UserError(
+                f"{path} is damaged: it has {found:,} records, the manifest tells of {due:,}; make the selection again."
+            )
+        return records
 
     def mask(self) -> dict[str, Tensor]:
         """Parameter name -> bool, of the parameter's shape."""
@@ -133,13 +142,17 @@ def _read_table(path: Path) -> pa.Table:
         return pq.read_table(path)
 
 
-def _check_examples(path: Path, table: pa.Table) -> int:
-    """How many examples are selected; refuses a table without its columns, or with other rows than those of a pool."""
-    for field in _SCHEMA:
-        if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
+def _check_columns(path: Path, table: pa.Table, schema: pa.Schema) -> None:
+    for field in schema:
+        if table.column_names.count(field.name) != 1 or table.schema.field(field.name).type != field.type:
             raise UserError(
                 f"{path} is damaged: it has no column {field.name} of {field.type}; make the selection again."
             )
+
+
+def _check_examples(path: Path, table: pa.Table) -> int:
+    """How many examples are selected; refuses a table without its columns, or with other rows than those of a pool."""
+    _check_columns(path, table, _SCHEMA)
     if table["example_id"].to_pylist() != list(range(len(table))) or table["selected"].null_count:
         raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
     return sum(table["selected"].to_pylist())

@@ -13,7 +13,7 @@ from hypothesis.strategies import DrawFn
 from dualsft.cli import run
 from dualsft.export.delta import write_delta
 from dualsft.models.loading import model_fingerprint
-from tests.fuzz.changes import changed, changed_bytes
+from tests.fuzz.changes import changed, changed_bytes, changed_tensors, with_header
 from tests.fuzz.harness import Fuzzer
 from tests.world.models import save_tiny_model
 
@@ -33,18 +33,14 @@ def _world() -> tuple[TemporaryDirectory[str], str, bytes]:
 @st.composite
 def _cases(draw: DrawFn) -> bytes:
     data = _world()[2]
+    how = draw(st.sampled_from(["bytes", "header", "about", "about"]))
+    if how != "about":
+        return draw(changed_bytes(data) if how == "bytes" else changed_tensors(data))
     size = int.from_bytes(data[:8], "little")
-    if draw(st.booleans()):
-        return draw(changed_bytes(data))
     header: Any = json.loads(data[8 : 8 + size])
     about = json.loads(header["__metadata__"]["about"])
-    if draw(st.booleans()):
-        header["__metadata__"]["about"] = json.dumps(draw(changed(about)))
-    else:
-        header = draw(changed(header))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    header["__metadata__"]["about"] = json.dumps(draw(changed(about)))
+    return with_header(header, data[8 + size :])
 
 
 def _apply(data: bytes, folder: Path) -> None:

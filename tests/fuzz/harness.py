@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
@@ -65,6 +67,7 @@ class Fuzzer:
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
+            patch.object(constants, "HF_HUB_OFFLINE", True),  # a path that is changed looks like a name on the Hub
         ):
             warnings.simplefilter("ignore")
             try:

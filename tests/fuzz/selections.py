@@ -14,7 +14,7 @@ from dualsft import load_selection
 from dualsft.cli import run
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
-from tests.fuzz.changes import changed, changed_bytes
+from tests.fuzz.changes import changed, changed_bytes, changed_lines, changed_table, changed_tensors
 from tests.fuzz.harness import Fuzzer
 from tests.world.jobs import QUIET, write_inputs
 
@@ -59,11 +59,15 @@ def _manifests(draw: DrawFn) -> Change:
     return "manifest.json", json.dumps(manifest).encode()
 
 
+_BY_STRUCTURE = {".safetensors": changed_tensors, ".parquet": changed_table, ".jsonl": changed_lines}
+
+
 @st.composite
 def _folders(draw: DrawFn) -> Change:
     files = _world()[1]
     name = draw(st.sampled_from(sorted(files)))
-    return name, draw(st.one_of(*[changed_bytes(files[name])] * 4, st.none()))
+    structured = _BY_STRUCTURE.get(Path(name).suffix, changed_bytes)(files[name])
+    return name, draw(st.one_of(structured, structured, changed_bytes(files[name]), st.none()))
 
 
 MANIFESTS = Fuzzer(_manifests(), _read)

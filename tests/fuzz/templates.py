@@ -1,14 +1,19 @@
 """Chat templates: pieces of real ones, put together anew, some of which never end or fail."""
 
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from dualsft import load_examples
+from dualsft.data import formats
+from dualsft.data.limits import limited
 from tests.fuzz.harness import Fuzzer
+from tests.world import templates
 from tests.world.data import write_jsonl
-from tests.world.tokenizers import CHATML, FORGETFUL, RESTLESS, STRICT, byte_level
+from tests.world.tokenizers import CHATML, RESTLESS, STRICT, byte_level
 
 USUAL = [
     "<|im_start|>{{ m.role }}\n",
@@ -18,8 +23,7 @@ USUAL = [
     "<|im_end|>\n",
     "{{ eos_token }}",
     "{{ bos_token }}",
-    "{{ m.tool_calls | tojson }}",
-    "{{ tools | tojson }}",
+    "{% if tools %}{{ tools | tojson }}{% endif %}",
     "{% generation %}{{ m.content }}{% endgeneration %}",
     "{% if m.role == 'assistant' %}{{ m.content }}{% endif %}",
     "{% for i in range(3) %}{{ i }}{% endfor %}",
@@ -34,6 +38,7 @@ ODD = [
     "{{ messages[5].content }}",
     "{{ m.content[::-1] }}",
     "{{ m | length }}",
+    "{{ tools | tojson }}",
     "{{ none + 1 }}",
     "{{ raise_exception('No.') }}",
     "{{ strftime_now('%Y') }}",
@@ -48,6 +53,7 @@ ODD = [
     "{% endfor %}",
 ]
 WHOLE = ["{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"]
+REAL = [CHATML, RESTLESS, STRICT, *(text for name, text in vars(templates).items() if name.isupper())]
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>so</think>Hello"}]},
     {
@@ -76,14 +82,15 @@ def _made(draw: DrawFn) -> str:
 @st.composite
 def _cut(draw: DrawFn) -> str:
     """A sound template in which a part is gone, or replaced by another piece."""
-    template = draw(st.sampled_from([CHATML, FORGETFUL, RESTLESS, STRICT]))
+    template = draw(st.sampled_from(REAL))
     first = draw(st.integers(0, len(template)))
     last = draw(st.integers(first, min(len(template), first + 20)))
     return template[:first] + draw(st.sampled_from(["", *USUAL, *ODD])) + template[last:]
 
 
 def _render(template: str, folder: Path) -> None:
-    load_examples(write_jsonl(folder / "pool.jsonl", ROWS), byte_level(template), max_length=64)
+    with patch.object(formats, "limited", partial(limited, seconds=0.3, size=2**28)):  # so that many cases take minutes
+        load_examples(write_jsonl(folder / "pool.jsonl", ROWS), byte_level(template), max_length=64)
 
 
-TEMPLATES = Fuzzer(_made() | _cut() | st.text(max_size=20), _render)
+TEMPLATES = Fuzzer(st.one_of(*[_made()] * 3, _cut(), st.text(max_size=20)), _render)

@@ -284,12 +284,19 @@ def test_a_lost_part_is_named(folder: Path, tmp_path: Path, name: str) -> None:
         load_selection(damaged)
 
 
-@pytest.mark.parametrize(("name", "part"), [("examples.parquet", "examples"), ("selected.jsonl", "records")])
-def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "part", "kept"),
+    [
+        ("examples.parquet", "examples", slice(-3)),
+        ("selected.jsonl", "records", slice(-3)),
+        ("selected.jsonl", "records", slice(0)),  # empty, but still JSON lines
+    ],
+)
+def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: str, kept: slice) -> None:
     """A table or a record that was cut short is refused with its file, in Python too."""
     damaged = copy(folder, tmp_path)
     whole = (damaged / name).read_bytes()
-    (damaged / name).write_bytes(whole[:-3])
+    (damaged / name).write_bytes(whole[kept])
     with pytest.raises(UserError, match=rf"{name} is damaged"):
         getattr(load_selection(damaged), part)
 

@@ -1,10 +1,15 @@
 """Scores by token: what is written, that it adds up, and what is shown."""
 
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from dualsft.errors import UserError
 from dualsft.selection import Selection
+from dualsft.selection.artifact import load_selection
 from dualsft.selection.summary import summary
 from tests.world.data import OK
 from tests.world.jobs import SGD, Inputs, select
@@ -48,3 +53,11 @@ def test_the_summary_spells_the_telling_tokens(with_tokens: Selection) -> None:
     assert lines[first + 1].startswith(f"  example {best} ({scores[best]:.3g})  '")
     assert "%" in lines[first + 1]
     assert "tokens      that" not in summary(with_tokens)
+
+
+def test_a_table_of_other_columns_is_refused(with_tokens: Selection, tmp_path: Path) -> None:
+    """A table that an editor has changed is refused by its name."""
+    shutil.copytree(with_tokens.folder, tmp_path / "s")
+    pq.write_table(pa.table({"example_id": ["0"]}), tmp_path / "s" / "token_scores.parquet")
+    with pytest.raises(UserError, match=r"token_scores\.parquet is damaged: it has no column example_id of int64"):
+        _ = load_selection(tmp_path / "s").token_scores
