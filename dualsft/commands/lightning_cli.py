@@ -12,7 +12,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from dualsft.commands.messages import explaining_settings, quieten
-from dualsft.commands.parsing import add_folder_options, check_output_dir, plain_values, prepare, replay_of
+from dualsft.commands.parsing import (
+    add_folder_options,
+    check_numbers,
+    check_output_dir,
+    plain_values,
+    prepare,
+    replay_of,
+)
 from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
@@ -64,6 +71,7 @@ class VerbCLI(LightningCLI, ABC):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
         self.config = expand_paths(parser.parse_args(prepare(args, self.verb, parser)))
+        check_numbers(self.config)
         try:
             parser.validate(self.config, False)  # null too, which the parser lets pass
         except TypeError as error:

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from functools import cache
@@ -56,6 +57,16 @@ def check_output_dir(config: Namespace) -> None:
     """Refuse to run without an output folder."""
     if not config.output_dir:
         raise UserError("--output_dir is not given; name the folder that the results are to be written to.")
+
+
+def check_numbers(value: Any, key: str = "") -> None:
+    """Refuse an integer anywhere in a parsed configuration that no float holds, so that computing with it fails."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UserError(f"{key} is an integer beyond {sys.float_info.max:.0e}, which no run takes; give a smaller one.")
+    inner = vars(value) if isinstance(value, Namespace) else value
+    parts = inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ()
+    for name, part in parts:
+        check_numbers(part, f"{key}.{name}".removeprefix("."))
 
 
 def replay_of(parser: ArgumentParser, config: Namespace) -> str:
@@ -161,7 +172,7 @@ def _loaded(text: str) -> Any:
     """The value of a YAML text; the text itself if it is not YAML, so that the parser reports the error."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -171,7 +182,7 @@ def _read_config(path: str) -> dict[str, Any]:
         loaded = yaml.safe_load(_moved(Path(expanded(path)).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates, endless digits, deep nesting
         raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
     loaded = {} if loaded is None else loaded
     if not isinstance(loaded, dict):

@@ -28,7 +28,7 @@ def _sound(inputs: Inputs) -> dict[str, Any]:
         "model": {
             "model_name_or_path": inputs.model,
             "dtype": "float32",
-            "scorer": {"class_path": "first_order"},
+            "scorer": {"class_path": "diagonal_fisher"},
             "preconditioner": "adam",
             "warmup": {"fraction": 0.5, "epochs": 1, "learning_rate": 1e-3},
             "step_size": "auto",

@@ -1,0 +1,26 @@
+"""Values of configurations that are YAML and yet nothing to compute with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import Namespace
+
+from dualsft.commands.parsing import _read_config, check_numbers
+from dualsft.errors import UserError
+
+
+@pytest.mark.parametrize("text", ["a: 2024-99-99", f"a: {'1' * 5000}"])
+def test_values_that_yaml_cannot_make_are_refused(tmp_path: Path, text: str) -> None:
+    """A date that is none, and more digits than Python reads."""
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"job\.yaml is not YAML"):
+        _read_config(str(tmp_path / "job.yaml"))
+
+
+@pytest.mark.parametrize("value", [10**400, [-(10**400)], {"0": 10**5000}, Namespace(x=10**400)])
+def test_an_integer_that_no_float_holds_is_refused(value: Any) -> None:
+    """Wherever it is; the message names its key."""
+    with pytest.raises(UserError, match=r"^trainer\.a\S* is an integer beyond"):
+        check_numbers(Namespace(trainer={"a": value}))
+    check_numbers({"a": 10**300})
