@@ -71,4 +71,4 @@ def _run(case: tuple[str, bytes], folder: Path) -> None:
     run([verb, "--config", str(path), "--output_dir", str(folder / "out")])
 
 
-CONFIGS = Fuzzer(_cases(), _run)
+CONFIGS = Fuzzer(_cases(), _run, _world)

@@ -49,4 +49,4 @@ def _apply(data: bytes, folder: Path) -> None:
     run(["export", "apply", "--base", _world()[1], "--delta", str(path), "--output_dir", str(folder / "model")])
 
 
-DELTAS = Fuzzer(_cases(), _apply)
+DELTAS = Fuzzer(_cases(), _apply, _world)

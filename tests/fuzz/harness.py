@@ -29,10 +29,12 @@ class Fuzzer:
     Attributes:
         cases: What is drawn.
         job: Does the work on one case, in an empty folder of its own.
+        prepare: Makes what the cases are drawn from, which may not be done while they are drawn.
     """
 
     cases: SearchStrategy[Any]
     job: Callable[[Any, Path], None]
+    prepare: Callable[[], object] = lambda: None
 
     def run(self, count: int, start: int | None = None) -> dict[str, int]:
         """Try this many cases; without a start the same ones each time.
@@ -43,6 +45,7 @@ class Fuzzer:
         Raises:
             Exception: what the smallest failing case raised, with that case in its notes.
         """
+        self.prepare()
         outcomes = {"ended well": 0, "refused": 0}
 
         @settings(

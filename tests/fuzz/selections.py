@@ -70,5 +70,5 @@ def _folders(draw: DrawFn) -> Change:
     return name, draw(st.one_of(structured, structured, changed_bytes(files[name]), st.none()))
 
 
-MANIFESTS = Fuzzer(_manifests(), _read)
-SELECTIONS = Fuzzer(_folders(), _read)
+MANIFESTS = Fuzzer(_manifests(), _read, _world)
+SELECTIONS = Fuzzer(_folders(), _read, _world)
