@@ -153,7 +153,8 @@ def _check_columns(path: Path, table: pa.Table, schema: pa.Schema) -> None:
 def _check_examples(path: Path, table: pa.Table) -> int:
     """How many examples are selected; refuses a table without its columns, or with other rows than those of a pool."""
     _check_columns(path, table, _SCHEMA)
-    if table["example_id"].to_pylist() != list(range(len(table))) or table["selected"].null_count:
+    lost = sum(table[name].null_count for name in ("num_tokens", "status", "selected"))
+    if lost or table["example_id"].to_pylist() != list(range(len(table))):
         raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
     return sum(table["selected"].to_pylist())
 

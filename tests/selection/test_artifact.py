@@ -326,6 +326,8 @@ EDITS: dict[str, Callable[[pa.Table], pa.Table]] = {
     "numbers for true and false": lambda t: with_column(t, "selected", [1] * len(t)),
     "text for numbers": lambda t: with_column(t, "score", ["x"] * len(t)),
     "rows in another order": lambda t: t.take(list(reversed(range(len(t))))),
+    "a row without tokens": lambda t: with_column(t, "num_tokens", [None, *t["num_tokens"].to_pylist()[1:]]),
+    "a row without status": lambda t: with_column(t, "status", [None, *t["status"].to_pylist()[1:]]),
     "nothing known of a row": lambda t: with_column(t, "selected", [None, *t["selected"].to_pylist()[1:]]),
 }
 
