@@ -180,6 +180,7 @@ def _read_config(path: str) -> dict[str, Any]:
     """A YAML configuration, which must be a mapping."""
     try:
         loaded = yaml.safe_load(_moved(Path(expanded(path)).read_text(encoding="utf-8")))
+        json.dumps(loaded, default=str, skipkeys=True)  # refuses an alias that holds itself
     except OSError as error:
         raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates, endless digits, deep nesting

@@ -10,9 +10,9 @@ from dualsft.commands.parsing import _read_config, check_numbers
 from dualsft.errors import UserError
 
 
-@pytest.mark.parametrize("text", ["a: 2024-99-99", f"a: {'1' * 5000}"])
+@pytest.mark.parametrize("text", ["a: 2024-99-99", f"a: {'1' * 5000}", "a: &a [*a]", "data: &a {x: *a}"])
 def test_values_that_yaml_cannot_make_are_refused(tmp_path: Path, text: str) -> None:
-    """A date that is none, and more digits than Python reads."""
+    """A date that is none, more digits than Python reads, and values that hold themselves."""
     (tmp_path / "job.yaml").write_text(text)
     with pytest.raises(UserError, match=r"job\.yaml is not YAML"):
         _read_config(str(tmp_path / "job.yaml"))
