@@ -130,7 +130,7 @@ def changed_table(draw: DrawFn, data: bytes) -> bytes:
     stream = io.BytesIO()
     try:
         pq.write_table(pa.Table.from_pylist(rows, schema), stream)
-    except (pa.ArrowException, AttributeError, TypeError, ValueError, OverflowError):
+    except (pa.ArrowException, AttributeError, LookupError, TypeError, ValueError, OverflowError):
         return data
     return stream.getvalue()
 
