@@ -24,22 +24,14 @@ from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
+from dualsft.finetune.selection_checks import check_base, check_tokenizer, chosen_weights
 from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
-from dualsft.models.configuration import changed_settings, stored_configuration
 from dualsft.models.inspection import check_examples
-from dualsft.models.loading import (
-    Dtype,
-    checkpoint_activations,
-    model_fingerprint,
-    model_folder,
-    tokenizer_fingerprint,
-)
+from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
 from dualsft.selection import Selection, load_selection
-from dualsft.selection.artifact import MASK
-from dualsft.selection.mask import refusing_damage
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
@@ -118,34 +110,17 @@ class MaskedFinetuneModule(LightningModule):
         if self._configured:
             return
         self.base_fingerprint = on_rank_zero(lambda: model_fingerprint(self.model_name_or_path))
-        self._check_selection()
+        if self.selection:
+            check_base(self.selection, self.model_name_or_path, self.base_fingerprint)
         model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        self.compact = self._trained_weights(model)
+        self.compact = chosen_weights(self.selection, model) if self.selection else CompactParameters(model)
         self.compact.attach()
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
         self._configured = True
-
-    def _check_selection(self) -> None:
-        if self.selection is None:
-            return
-        made_for = self.selection.about.model
-        if made_for.fingerprint != self.base_fingerprint:
-            raise UserError(
-                f"The selection in {self.selection.folder} was made for another model ({made_for.name_or_path}, "
-                f"weights {made_for.fingerprint[:12]}) than {self.model_name_or_path} "
-                f"({self.base_fingerprint[:12]}); give that model, or select again."
-            )
-        now = on_rank_zero(lambda: stored_configuration(model_folder(self.model_name_or_path)))
-        before = self.selection.about.configuration
-        if before is not None and (changed := changed_settings(before, now)):
-            raise UserError(
-                f"The selection in {self.selection.folder} was made with other settings in the config.json of "
-                f"{self.model_name_or_path} ({', '.join(changed[:5])}); restore them, or select again."
-            )
 
     def check_data(self, data: InstructionDataModule) -> None:
         """Refuse data, once they and the model are loaded, that do not go with it.
@@ -153,38 +128,15 @@ class MaskedFinetuneModule(LightningModule):
         Raises:
             UserError: if an id or a position has no embedding, or the selection was made with another tokenizer.
         """
-        self._check_tokenizer(data)
+        if self.selection:
+            check_tokenizer(self.selection, data.tokenizer)
         for key, examples in data.encoded.items():
             check_examples(self.model, key, examples.largest_id(), examples.longest())
-
-    def _check_tokenizer(self, data: InstructionDataModule) -> None:
-        if self.selection is None:
-            return
-        before, now = self.selection.about.tokenizer.get("fingerprint"), tokenizer_fingerprint(data.tokenizer)
-        if before != now:
-            raise UserError(
-                f"The selection in {self.selection.folder} was made with another tokenizer or chat template "
-                f"({str(before)[:12]}) than {data.tokenizer.name_or_path} ({now[:12]}); give that one, or select again."
-            )
 
     def on_fit_start(self) -> None:
         """Check the data, before the first batch."""
         if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
             self.check_data(data)
-
-    def _trained_weights(self, model: PreTrainedModel) -> CompactParameters:
-        """The masters of the weights that the mask chooses; refuses a mask that is not as it was written."""
-        if self.selection is None:
-            return CompactParameters(model)
-        path, due = self.selection.folder / MASK, self.selection.about.counts.parameters.selected
-        with refusing_damage(path):
-            compact = CompactParameters(model, self.selection.stored_masks())
-        if compact.num_selected != due:
-            raise UserError(
-                f"{path} is damaged: it chooses {compact.num_selected:,} weights, the manifest tells of {due:,}; make "
-                "the selection again."
-            )
-        return compact
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
