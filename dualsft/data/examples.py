@@ -14,12 +14,12 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.folders import listed
-from dualsft.data.formats import Rendered, make_renderer
+from dualsft.data.formats import Rendered, make_renderer, unread_columns
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, read_records
 from dualsft.data.supervision import Chunk, encode_chunk
 from dualsft.data.tokenizer import load_tokenizer
-from dualsft.errors import UserError
+from dualsft.errors import UserError, clipped
 
 if TYPE_CHECKING:
     import datasets
@@ -123,7 +123,7 @@ def encode_examples(
     """
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
-    chunks, remarks = [], dict[str, None]()
+    chunks, remarks = [], dict.fromkeys(_on_columns(records, options))
     for part in _rendered(records, tokenizer, options):
         chunks.append(encode_chunk(part, tokenizer, max_length))
         if part[0].add_eos and tokenizer.eos_token_id is None:
@@ -138,6 +138,12 @@ def encode_examples(
         records=records,
         remarks=tuple(remarks),
     )
+
+
+def _on_columns(records: Records, options: FormatOptions) -> Iterator[str]:
+    if names := unread_columns(records, options):
+        of = f"column {names[0]} is" if len(names) == 1 else f"columns {listed(names)} are"
+        yield clipped(f"{listed(records.sources)}: the {of} no part of the text that is learnt from.")
 
 
 def _rendered(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Iterator[list[Rendered]]:

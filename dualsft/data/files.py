@@ -16,6 +16,7 @@ from dualsft.data.folders import files_of, listed
 from dualsft.data.json_text import parsed
 from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet_records, saved_records
 from dualsft.data.text_lines import COMPRESSED, text_lines
+from dualsft.data.texts import is_conversation
 from dualsft.errors import UserError, first_line
 from dualsft.storage.paths import expanded, named
 
@@ -24,6 +25,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PART_OF_SPLIT = re.compile(r"\[|\+")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_NOTHING = {"#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
+_NOTHING |= {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+"""Cells of a CSV file that stand for no value, as to pandas and `datasets.load_dataset`."""
 
 
 class SourceLine(NamedTuple):
@@ -131,14 +135,9 @@ def _json_lines(file: Path) -> Iterator[SourceLine]:
     records = content if isinstance(content, list) else [content]
     if isinstance(content, dict) and len(content) == 1:
         (inner,) = content.values()
-        if isinstance(inner, list) and not _is_conversation(inner):
+        if isinstance(inner, list) and not is_conversation(inner):
             records = inner
     yield from _table_lines(records, file.name)
-
-
-def _is_conversation(items: list[Any]) -> bool:
-    """Tells one record ``{"messages": [...]}`` from an object that holds a list of records."""
-    return bool(items) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in items)
 
 
 def _csv_lines(file: Path, delimiter: str) -> Iterator[SourceLine]:
@@ -153,7 +152,8 @@ def _csv_lines(file: Path, delimiter: str) -> Iterator[SourceLine]:
             if row and len(row) != len(header):
                 raise UserError(f"{file.name}, line {start}: {len(row)} fields where the header names {len(header)}.")
             if row:
-                yield SourceLine(dumped(dict(zip(header, row, strict=True)), file.name), file.name, start)
+                cells = (None if cell in _NOTHING else cell for cell in row)
+                yield SourceLine(dumped(dict(zip(header, cells, strict=True)), file.name), file.name, start)
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file.name}, line {rows.line_num}: not valid CSV ({error}).") from error

@@ -1,21 +1,20 @@
 """Records -> text with supervised character spans. Every format renders to the same `Rendered`."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dualsft.data.alpaca import alpaca_prompt
 from dualsft.data.chat import Conversation
+from dualsft.data.columns import Record, answer_of, text_of, text_or_nothing, value_of
+from dualsft.data.dialogues import check_no_dialogue, holds_dialogue, read_conversation, read_dialogue
 from dualsft.data.limits import limited
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
 from dualsft.data.templates import ChatTemplate
-from dualsft.data.texts import as_text, is_missing
-from dualsft.data.turns import Turn, check_roles, read_tools, read_turns
+from dualsft.data.turns import Turn, read_tools
 from dualsft.errors import UserError
 
 
@@ -36,7 +35,7 @@ class Rendered:
     has_end: bool = True
 
 
-Renderer = Callable[[Mapping[str, Any], str], Rendered]
+Renderer = Callable[[Record, str], Rendered]
 
 
 def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Renderer:
@@ -49,53 +48,59 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
     name, columns = options.recognise(records.columns), options.text_columns(records.columns)
     others = options.other_answers(records.columns)
     if name == "alpaca":
-        return partial(_render_alpaca, others=others)
+        return _alpaca_renderer(str(tokenizer.eos_token or ""), others)
     if name == "text":
-        return lambda record, where: _answer_to("", _text(record, options.text_column, where))
+        return partial(_render_text, column=options.text_column)
     if name == "messages":
-        return _chat_renderer(tokenizer, *columns)
+        return _chat_renderer(tokenizer, partial(read_conversation, column=columns[0]))
     prompt, *answers = columns
-    first = records[0].get(prompt)
-    if isinstance(first, list) and as_text(first) is None:
-        return _chat_renderer(tokenizer, prompt, answers[0])
+    if holds_dialogue(records[0], prompt, answers):
+        return _chat_renderer(tokenizer, partial(read_dialogue, prompt=prompt, answers=answers))
 
-    def render(record: Mapping[str, Any], where: str) -> Rendered:
+    def render(record: Record, where: str) -> Rendered:
+        check_no_dialogue(record, prompt, answers, where)
         # replace, not format: prompts contain braces
-        before = options.prompt_template.replace("{prompt}", _text(record, prompt, where))
-        return _answer_to(before, _answer(record, answers, others, where))
+        before = options.prompt_template.replace("{prompt}", text_of(record, prompt, where))
+        return _answer_to(before, answer_of(record, answers, others, where))
 
     return render
 
 
-def _render_alpaca(record: Mapping[str, Any], where: str, others: Sequence[str]) -> Rendered:
-    """Renders the two prompts of the Alpaca data, which models tuned on such data expect verbatim."""
-    context = "" if is_missing(record.get("input")) else _text(record, "input", where)
-    pairing, section = "", ""
-    if context.strip():
-        pairing, section = ", paired with an input that provides further context", f"### Input:\n{context}\n\n"
-    prompt = (
-        f"Below is an instruction that describes a task{pairing}. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{_text(record, 'instruction', where)}\n\n{section}### Response:\n"
-    )
-    return _answer_to(prompt, _answer(record, ["output"], others, where))
+def _alpaca_renderer(eos: str, others: Sequence[str]) -> Renderer:
+    def render(record: Record, where: str) -> Rendered:
+        prompt, earlier = alpaca_prompt(record, eos, where)
+        return _answer_to(prompt, answer_of(record, ["output"], others, where), earlier)
+
+    return render
 
 
-def _chat_renderer(tokenizer: PreTrainedTokenizerBase, *columns: str) -> Renderer:
-    """Renders the conversation that the columns hold one after the other; the last column's turns are to be learnt."""
+def unread_columns(records: Records, options: FormatOptions) -> tuple[str, ...]:
+    """The columns that no renderer of `make_renderer` reads."""
+    name, columns = options.recognise(records.columns), options.text_columns(records.columns)
+    read = {*columns, *options.side_columns(name)}
+    if name == "prompt_response" and holds_dialogue(records[0], columns[0], columns[1:]):
+        read |= {*options.side_columns("messages")}
+    return tuple(column for column in records.columns if column not in read)
+
+
+def _render_text(record: Record, where: str, column: str) -> Rendered:
+    value_of(record, column, where)
+    return _answer_to("", text_or_nothing(record, column, where))
+
+
+def _chat_renderer(tokenizer: PreTrainedTokenizerBase, read: Callable[[Record, str], list[Turn]]) -> Renderer:
+    """Renders the conversation that ``read`` makes of a record."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"The records are conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: use a "
             "chat model's tokenizer or records with prompt and response."
         )
 
-    def render(record: Mapping[str, Any], where: str) -> Rendered:
-        *before, last = [read_turns(_value(record, column, where), where) for column in columns]
-        check_roles(last, where)
-        turns = [replace(turn, learnt=False) for turn in chain.from_iterable(before)] + last
+    def render(record: Record, where: str) -> Rendered:
+        turns = read(record, where)
         template = ChatTemplate(tokenizer, read_tools(record.get("tools"), where), where)
         with limited(f"{where}: the tokenizer's chat template"):
-            text, spans = Conversation(_with_system(turns, record, columns[0]), template).rendered()
+            text, spans = Conversation(turns, template).rendered()
         return Rendered(text, spans, add_eos=False, has_end=_has_end(text, spans, turns))
 
     return render
@@ -107,64 +112,7 @@ def _has_end(text: str, spans: Sequence[tuple[int, int]], turns: Sequence[Turn])
     return not (spans and content and text[slice(*spans[-1])].rstrip().endswith(content))
 
 
-def _with_system(turns: list[Turn], record: Mapping[str, Any], column: str) -> list[Turn]:
-    """The turns behind the system's text, which ShareGPT's records may have in a column of its own."""
-    system, is_sharegpt = as_text(record.get("system")), "from" in record[column][0]
-    if not is_sharegpt or not system or any(turn.message["role"] == "system" for turn in turns):
-        return turns
-    return [Turn({"role": "system", "content": system}, learnt=False), *turns]
-
-
-def _answer_to(prompt: str, response: str) -> Rendered:
-    spans = ((len(prompt), len(prompt) + len(response)),) if response.strip() else ()
+def _answer_to(prompt: str, response: str, earlier: Sequence[tuple[int, int]] = ()) -> Rendered:
+    """A prompt and its response; nothing is learnt of an example whose response is blank."""
+    spans = (*earlier, (len(prompt), len(prompt) + len(response))) if response.strip() else ()
     return Rendered(prompt + response, spans, add_eos=True)
-
-
-def _value(record: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in record:
-        raise UserError(f"{where}: no column {column!r} (the record has {', '.join(record) or 'none'}).")
-    return record[column]
-
-
-def _text(record: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(record, column, where)
-    text = as_text(value)
-    if text is None:
-        kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: {column!r} must be text, not {kind}.")
-    return text
-
-
-def _answer(record: Mapping[str, Any], columns: Sequence[str], others: Sequence[str], where: str) -> str:
-    """The response, in the one of the columns that has any; refuses different ones, and one in another column."""
-    present = [column for column in columns if column in record] or columns[:1]
-    answers = {column: _said(record, column, where) for column in present}
-    given = {column: answer for column, answer in answers.items() if answer.strip()}
-    if not given:
-        _check_others(record, present[0], others, where)
-        return answers[present[0]]
-    if len(set(given.values())) > 1:
-        raise UserError(
-            f"{where}: {' and '.join(map(repr, given))} hold different answers; name the one to read with "
-            "data.response_column."
-        )
-    return next(iter(given.values()))
-
-
-def _check_others(record: Mapping[str, Any], column: str, others: Sequence[str], where: str) -> None:
-    for other in others:
-        if (as_text(record.get(other)) or "").strip():
-            raise UserError(
-                f"{where}: {column!r} holds no answer but {other!r} does; give all records the same columns, or name "
-                "the one to read with data.response_column."
-            )
-
-
-def _said(record: Mapping[str, Any], column: str, where: str) -> str:
-    """A response: a missing one is empty, and a number or truth value (a label, a result) is written out."""
-    value = _value(record, column, where)
-    if is_missing(value):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int | float) and math.isfinite(value) else _text(record, column, where)

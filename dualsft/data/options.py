@@ -74,13 +74,17 @@ class FormatOptions:
         """
         match self.recognise(columns):
             case "alpaca":
-                return ("instruction", "input", "output")
+                return (*(("history",) if "history" in columns else ()), "instruction", "input", "output")
             case "messages":
                 return (self._conversation(columns),)
             case "text":
                 return (self.text_column,)
         answers = tuple(column for column in ("response", "completion") if column in columns) or ("completion",)
         return (self.prompt_column or "prompt", *((self.response_column,) if self.response_column else answers))
+
+    def side_columns(self, name: Format) -> tuple[str, ...]:
+        """The columns that a format reads beside those of `text_columns`, where the records have them."""
+        return {"alpaca": ("system",), "messages": ("system", "tools")}.get(name, ())
 
     def other_answers(self, columns: tuple[str, ...]) -> tuple[str, ...]:
         """The columns, of those with a usual name of a response, that the format does not read; none if it is given."""

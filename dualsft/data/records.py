@@ -9,6 +9,7 @@ from typing import Any
 
 from dualsft.data.files import SourceLine, find_source
 from dualsft.data.json_text import parsed
+from dualsft.data.texts import as_messages
 from dualsft.errors import UserError
 
 
@@ -39,6 +40,11 @@ class Records:
     def line(self, row: int) -> str:
         """The record as one JSON line without its line end; the line itself if the source is JSON lines."""
         return self._lines[row].text
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the files, or of the dataset, that the records come from."""
+        return tuple(dict.fromkeys(line.source for line in self._lines))
 
     def location(self, row: int) -> str:
         """The place of the record in its source, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
@@ -88,7 +94,8 @@ def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
 
     The columns are those of `FormatOptions.text_columns`; absent and null ones add nothing.
     """
-    return "\n".join(text for column in columns for text in _texts(record.get(column)))
+    values = map(record.get, columns)
+    return "\n".join(text for value in values for text in _texts(as_messages(value) or value))
 
 
 def _texts(value: Any) -> Iterator[str]:

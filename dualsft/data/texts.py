@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from dualsft.data.json_text import parsed
+
 _PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -16,6 +18,21 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, list) and value and all(map(_is_text_part, value)):
         return "".join(part["text"] for part in value)
     return value if isinstance(value, str) else None
+
+
+def is_conversation(items: list[Any]) -> bool:
+    """Whether a list is one of turns: objects that say who speaks."""
+    return bool(items) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in items)
+
+
+def as_messages(value: Any) -> list[Any] | None:
+    """A list of turns, or the list that a JSON text of one holds; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parsed(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) and is_conversation(value) else None
 
 
 def _is_text_part(part: Any) -> bool:

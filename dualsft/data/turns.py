@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dualsft.data.json_text import parsed
 from dualsft.data.texts import as_text, is_missing
 from dualsft.errors import UserError
 
@@ -38,6 +39,11 @@ class Turn:
         return str(self.message.get("content", ""))
 
     @property
+    def is_system(self) -> bool:
+        """Whether it holds instructions that come before what the user says."""
+        return self.message["role"] in ("system", "developer")
+
+    @property
     def functions(self) -> list[Message]:
         """The functions called, each with its name and arguments."""
         return functions(self.message.get("tool_calls") or [])
@@ -63,7 +69,7 @@ def functions(tools: Sequence[Message]) -> list[Message]:
 
 
 def read_turns(value: Any, where: str) -> list[Turn]:
-    """Reads a list of ``{role, content}``, or of ``{from, value}`` as ShareGPT has it.
+    """Reads a list of ``{role, content}``, or of ``{from, value}`` as ShareGPT has it, or JSON text of one.
 
     Other usual names of a role become the templates' own, an assistant's null content becomes empty, and a content
     that is a list of text parts becomes their text. The marks of a turn that is not to be learnt are ``weight``,
@@ -72,6 +78,14 @@ def read_turns(value: Any, where: str) -> list[Turn]:
     Raises:
         UserError: If the value is anything else, or a mark says neither yes nor no.
     """
+    if isinstance(value, str):
+        try:
+            value = parsed(value)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: the conversation must be a list of {{role, content}} or JSON text of one, and this text is "
+                f"not valid JSON ({error}); write it with json.dumps."
+            ) from error
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: the conversation must be a list of {{role, content}}.")
     return [_read_turn(message, f"{where}, turn {turn}") for turn, message in enumerate(value)]

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dualsft.data.examples import encode_examples
 from dualsft.data.files import SourceLine
 from dualsft.data.formats import make_renderer
 from dualsft.data.options import FormatOptions
@@ -80,6 +83,56 @@ def test_separated_values(tmp_path: Path, name: str, comma: str) -> None:
     expected = [{"prompt": f'a{comma} "b"\nc', "response": "007"}, {"prompt": long, "response": ""}]
     assert list(records) == expected
     assert records.location(0) == f"{name}, line 3 (row 0)"
+
+
+@pytest.mark.parametrize(("name", "comma"), [("pool.csv", ","), ("pool.tsv", "\t")])
+def test_cells_that_stand_for_nothing(tmp_path: Path, name: str, comma: str) -> None:
+    """What `load_dataset` takes for missing is missing, and no other cell; an empty one is an empty text."""
+    cells = [
+        "#N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
+    cells += ["#N/A N/A", "None ", " NaN", "NAN", "Null", "none", "NaN\n", "nothing", "nil", "-", "0", "", " "]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=comma)
+    writer.writerows([("prompt", "response"), *(("q", cell) for cell in cells)])
+    path = write(tmp_path, name, text.getvalue())
+    loaded = datasets.load_dataset("csv", data_files=path, delimiter=comma, split="train", cache_dir=str(tmp_path))
+    assert [row["response"] or None for row in read_records(path)] == loaded["response"][:]
+    assert loaded["response"][:18] == [None] * 18
+    assert [row["prompt"] for row in read_records(path)] == ["q"] * len(cells)
+
+
+@pytest.mark.parametrize("cell", ["NaN", "null", "N/A", "None"])
+def test_missing_cells_are_nothing_to_learn(tmp_path: Path, cell: str) -> None:
+    """A row whose answer or text is such a cell is empty, and learns no word of it; as JSON's text it is text."""
+    for table in (
+        f"prompt,response\nq,{cell}\n",
+        f"instruction,input,output\nq,{cell},{cell}\n",
+        f"text,n\n{cell},1\n",
+    ):
+        records = read_records(write(tmp_path, "pool.csv", table))
+        examples = encode_examples(records, byte_level(), FormatOptions(), 256)
+        assert examples.status == ("empty",)
+        assert cell not in byte_level().decode(examples.dataset[0]["input_ids"])
+    for row in ({"prompt": "q", "response": cell}, {"text": cell}):
+        records = read_records(write(tmp_path, "pool.jsonl", json.dumps(row)))
+        assert encode_examples(records, byte_level(), FormatOptions(), 256).status == ("ok",)
 
 
 def test_folder_is_read_by_name(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_values_that_json_has_no_type_for(kind: str, tmp_path: Path) -> None:
     assert list(read_records(stream(tmp_path / "pool.arrow", pa.table({"x": column})))) == [{"x": expected}]
 
 
+@pytest.mark.filterwarnings("ignore:.*the column response is no part of the text")
 def test_bytes_that_are_no_text_are_not_learnt(tmp_path: Path) -> None:
     """A response of such bytes is refused with its row; in a column that no format reads they are no obstacle."""
     table = pa.table({"prompt": ["a"], "response": [b"\xff\x00"], "completion": ["b"]})

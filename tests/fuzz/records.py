@@ -30,9 +30,11 @@ OPTIONS: list[dict[str, Any]] = [
 SOUND: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
     ([{"prompt": "2 + 2", "response": "4"}, {"prompt": "3 + 3", "response": None}], OPTIONS[2]),
     ([{"instruction": "Add.", "input": "2, 2", "output": "4"}, {"instruction": "Sum", "input": "", "output": "5"}], {}),
+    ([{"instruction": "Add.", "output": "4", "system": "Be brief.", "history": [["Sum", "5"], ["Say", "6"]]}], {}),
     ([{"text": "A text."}, {"text": "<bos>Another.<eos>"}], {}),
     ([{"messages": TURNS}, {"messages": [TURNS[0], CALL], "tools": TOOLS}], {}),
     ([{"conversations": TURNS}, {"conversations": SHARED}], OPTIONS[1]),
+    ([{"messages": json.dumps(TURNS), "system": "Be brief."}], {}),
     ([{"prompt": TURNS[:1], "response": TURNS[1:]}], {}),
     ([{"prompt": "2 + 2", "completion": "4"}], OPTIONS[3]),
 ]
