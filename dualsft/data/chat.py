@@ -70,12 +70,12 @@ class Conversation:
         self._check_header(next((turn for turn, this in enumerate(self.turns) if this.learnt), 0))
         for turn, this in enumerate(self.turns):
             if this.learnt:
-                self._texts.clear()  # of a long conversation all of them together are too much
                 start = self._start(text, turn)
                 end = self._end(text, turn, start)
                 self._check_said(turn, text[start:end])
                 self._check_called(turn, text[start:end])
                 yield start, end
+                self._texts.clear()  # of a long conversation all of them together are too much
 
     def _start(self, text: str, turn: int) -> int:
         if turn == 0:

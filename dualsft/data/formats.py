@@ -13,7 +13,7 @@ from dualsft.data.dialogues import check_no_dialogue, holds_dialogue, read_conve
 from dualsft.data.limits import limited
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
-from dualsft.data.templates import ChatTemplate
+from dualsft.data.templates import ChatTemplates
 from dualsft.data.turns import Turn, read_tools
 from dualsft.errors import UserError
 
@@ -96,9 +96,11 @@ def _chat_renderer(tokenizer: PreTrainedTokenizerBase, read: Callable[[Record, s
             "chat model's tokenizer or records with prompt and response."
         )
 
+    templates = ChatTemplates(tokenizer)
+
     def render(record: Record, where: str) -> Rendered:
         turns = read(record, where)
-        template = ChatTemplate(tokenizer, read_tools(record.get("tools"), where), where)
+        template = templates.of(read_tools(record.get("tools"), where), where)
         with limited(f"{where}: the tokenizer's chat template"):
             text, spans = Conversation(turns, template).rendered()
         return Rendered(text, spans, add_eos=False, has_end=_has_end(text, spans, turns))

@@ -7,9 +7,8 @@ limits need a system with POSIX signals and limits, and the time that of the mai
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dualsft.errors import UserError
@@ -17,7 +16,7 @@ from dualsft.errors import UserError
 SECONDS = 10
 BYTES = 2**30
 
-_SIZES = Path("/proc/self/statm")
+_SIZES = "/proc/self/statm"
 
 
 class _OutOfTime(BaseException):
@@ -32,46 +31,54 @@ def limited(program: str, seconds: float = SECONDS, size: int = BYTES) -> Iterat
         UserError: If it takes longer, or more memory.
     """
     try:
-        with ExitStack() as limits:
-            limits.enter_context(_limited_memory(size))
-            if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-                limits.enter_context(_limited_time(seconds))
-            yield
+        lift_limit = _limit_memory(size)
+        try:
+            stop_timer = _start_timer(seconds)
+            try:
+                yield
+            finally:
+                stop_timer()
+        finally:
+            lift_limit()
     except _OutOfTime as error:
         raise UserError(f"{program} has not come to an end after {seconds:g} s; mend or replace it.") from error
     except MemoryError as error:
         raise UserError(f"{program} takes more than {size / 2**30:g} GiB of memory; mend or replace it.") from error
 
 
-@contextmanager
-def _limited_time(seconds: float) -> Iterator[None]:
+def _start_timer(seconds: float) -> Callable[[], None]:
+    """Have `_OutOfTime` raised after a time of the processor; returns what ends this."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        return _nothing
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise _OutOfTime
 
     handler = signal.signal(signal.SIGVTALRM, stop)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL if handler is None else handler)
 
+    return restore
 
-@contextmanager
-def _limited_memory(size: int) -> Iterator[None]:
-    """Limit the growth of the address space; allocations beyond it fail with a MemoryError."""
+
+def _limit_memory(size: int) -> Callable[[], None]:
+    """Limit the growth of the address space; allocations beyond it fail with a MemoryError. Returns what ends this."""
     if sys.platform != "linux":
-        yield
-        return
+        return _nothing
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(_SIZES.read_bytes().split(None, 1)[0])
+    with open(_SIZES, "rb", buffering=0) as sizes:
+        pages = int(sizes.read(64).split(None, 1)[0])
     limit = pages * resource.getpagesize() + size
     others = [one for one in (soft, hard) if one != resource.RLIM_INFINITY]
     with suppress(ValueError, OSError):  # where it may not be set there is none
         resource.setrlimit(resource.RLIMIT_AS, (min([limit, *others]), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _nothing() -> None:
+    pass
