@@ -33,6 +33,10 @@ _NO_END_OF_TURN = (
     "the chat template writes no end of turn behind an answer, or none that is learnt, so that nothing teaches the "
     "model where to stop; have it write one behind every answer, the last one too."
 )
+_NO_SYSTEM = (
+    "the chat template does not write what the system says, so that this is no part of some examples; use a template "
+    "that does, or put it in the user's turns."
+)
 STATUSES = ("ok", "empty", "truncated")
 
 
@@ -128,6 +132,8 @@ def encode_examples(
         chunks.append(encode_chunk(part, tokenizer, max_length))
         if part[0].add_eos and tokenizer.eos_token_id is None:
             remarks[_NO_END] = None
+        if not all(rendered.has_system for rendered in part):
+            remarks[_NO_SYSTEM] = None
         if not all(rendered.has_end for rendered in part):
             remarks[_NO_END_OF_TURN] = None
     return Examples(

@@ -26,12 +26,14 @@ class Rendered:
         text: Prompt and response as the model will read them.
         spans: Character ranges (start, end) of ``text`` to learn from, ascending; none if there is nothing to learn.
         add_eos: Whether the tokenizer's special tokens belong around the text; a chat template writes its own.
+        has_system: Whether the chat template has written what the system says, if it says anything.
         has_end: Whether what the chat template writes behind the last answer is learnt, and more than white space.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     add_eos: bool
+    has_system: bool = True
     has_end: bool = True
 
 
@@ -103,7 +105,8 @@ def _chat_renderer(tokenizer: PreTrainedTokenizerBase, read: Callable[[Record, s
         template = templates.of(read_tools(record.get("tools"), where), where)
         with limited(f"{where}: the tokenizer's chat template"):
             text, spans = Conversation(turns, template).rendered()
-        return Rendered(text, spans, add_eos=False, has_end=_has_end(text, spans, turns))
+        has_system = all(turn.content.strip() in text for turn in turns if turn.is_system)
+        return Rendered(text, spans, add_eos=False, has_system=has_system, has_end=_has_end(text, spans, turns))
 
     return render
 

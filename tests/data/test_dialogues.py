@@ -58,6 +58,20 @@ def test_systems_that_cannot_be_written() -> None:
         render({"messages": turns("a", "b"), "system": "s"}, tokenizer=byte_level(STRICT))
 
 
+def test_systems_that_are_not_written(tmp_path: Path) -> None:
+    """A template that passes over the system's turn is told, whether it is a column or a turn; a trimmed one is not."""
+    loop = "{% for m in messages %}{% if m.role != 'system' %}"
+    template = CHATML.replace("{% for m in messages %}", loop).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    trimming = CHATML.replace("m.content", "m.content | trim")
+    system = {"role": "system", "content": " Be brief. "}
+    for row in ({"messages": turns("a", "b"), "system": " Be brief. "}, {"messages": [system, *turns("a", "b")]}):
+        records = read_records(write_jsonl(tmp_path / "pool.jsonl", [row]))
+        [remark] = encode_examples(records, byte_level(template), FormatOptions(), 256).remarks
+        assert "the chat template does not write what the system says" in remark
+        for sound in (CHATML, trimming):
+            assert encode_examples(records, byte_level(sound), FormatOptions(), 256).remarks == ()
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
 @pytest.mark.parametrize("value", [turns("a", "b"), SHAREGPT])
 def test_conversations_as_json_text(column: str, value: list[dict[str, str]]) -> None:
