@@ -20,6 +20,8 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -88,6 +90,14 @@ def gemma2() -> PreTrainedModel:
 def gemma3(**options: Any) -> PreTrainedModel:
     """A scaled embedding, four norms a block, tied head."""
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**_SIZES, "pad_token_id": 0, "sliding_window": 8, **options}))
+
+
+def gemma3n() -> PreTrainedModel:
+    """Several streams scaled to the norm of the first, embeddings of their own for each layer, sparse activations."""
+    options: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    options |= {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "laurel_rank": 2}
+    options |= {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0], "pad_token_id": 0}
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**{**_SIZES, **options}))
 
 
 def mixtral() -> PreTrainedModel:

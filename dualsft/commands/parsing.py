@@ -111,7 +111,7 @@ def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list
 
 def _moved(text: str) -> str:
     """Replace class paths of modules that have moved since by today's."""
-    return re.sub(r"\w+(\.\w+)+", lambda path: MOVED.get(path[0], path[0]), text)
+    return re.sub(r"\b\w++(\.\w++)+", lambda path: MOVED.get(path[0], path[0]), text)
 
 
 def _added_up(arguments: list[str]) -> list[str]:

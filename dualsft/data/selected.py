@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from dualsft.data.records import Records
 from dualsft.errors import UserError
+from dualsft.storage.checksums import check_file
 from dualsft.storage.paths import expanded
 
 SCHEMA_VERSION = 1
@@ -25,10 +26,13 @@ def selected_ids(path: str | Path, records: Records) -> list[int]:
     """
     folder = Path(expanded(os.fspath(path)))
     try:
-        fingerprint = read_manifest(folder)["data"]["train"]["fingerprint"]
-    except (LookupError, TypeError) as error:
+        manifest = read_manifest(folder)
+        fingerprint = manifest["data"]["train"]["fingerprint"]
+        checksum = (manifest.get("checksums") or {}).get("examples.parquet")
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
     try:
+        check_file(folder / "examples.parquet", checksum)
         table = pq.read_table(folder / "examples.parquet", columns=["example_id", "selected"]).cast(_COLUMNS)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{folder}/examples.parquet cannot be read ({error}); make the selection again.") from error

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, redirect_stderr
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from importlib import import_module
 from io import StringIO
@@ -19,9 +20,11 @@ from typing import Any
 from lightning import Trainer, seed_everything
 from transformers import PreTrainedTokenizerBase
 
+from dualsft.data.tokenizer import pad_id
 from dualsft.errors import UserError, advising, is_out_of_memory
 from dualsft.evaluation.task_errors import TaskIndex, check_same, explanation, task_at_fault
 from dualsft.models import PreTrainedModel
+from dualsft.models.inspection import embedding_rows
 from dualsft.storage.paths import expanded
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
@@ -142,7 +145,8 @@ def evaluate_tasks(
     with out_of_memory, _no_code_from_the_hub(), _explaining("The tasks cannot be evaluated"), _progress_bars(trainer):
         precision.convert_module(model).to(trainer.strategy.root_device)
         with _captured_log():  # it warns that it is given a model, not a name
-            wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+            padding = _padding_with_known_ids(tokenizer, embedding_rows(model))
+            wrapped = models.HFLM(pretrained=model, tokenizer=padding, backend="causal", batch_size=batch_size)
         seed_everything(seed, verbose=False)
         for task in loaded["tasks"].values():
             _prepare(task, options.few_shot, seed)
@@ -152,6 +156,13 @@ def evaluate_tasks(
     warnings = list(dict.fromkeys(record.getMessage() for record in records))
     results = {**results, "lm_eval_version": harness.__version__, "warnings": warnings}
     return dict(json.loads(json.dumps(results, default=str)))
+
+
+def _padding_with_known_ids(tokenizer: PreTrainedTokenizerBase, known: int) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that pads with an id that has an embedding; the harness would add a token, if need be."""
+    tokenizer, padding = deepcopy(tokenizer), pad_id(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding if padding < known else 0)
+    return tokenizer
 
 
 def _prepare(task: Any, few_shot: int | None, seed: int) -> None:

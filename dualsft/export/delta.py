@@ -2,7 +2,7 @@
 
     <name>.index    int64, flat, ascending: which entries of the parameter have other bits than in the base model
     <name>.value    their new values, in the tuned model's type
-    metadata        base_fingerprint: the hash of the base weights; about: JSON, the record of how it was made
+    metadata        base_fingerprint: the hash of the base weights; about: JSON, the record of how it was made; crc32
 
 Where the tuned model is stored in another type than its base, the base is first converted to that type. An entry that
 was trained but kept its bits is left out: of an embedding, or in bfloat16, these may be many.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dualsft.errors import UserError
 from dualsft.export.model_card import legible
-from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
+from dualsft.models.tensor_file import DTYPES, TensorSpec, check_tensors, write_tensors
 from dualsft.sharding.shards import local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors
 
@@ -79,7 +79,7 @@ def write_delta(
     tensors |= {name + _VALUE: value for name, (_, value) in changed.items()}
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     metadata = {_BASE: base_fingerprint, _ABOUT: json.dumps(about or {})}
-    write_tensors(path, specs, tensors.__getitem__, metadata)
+    write_tensors(path, specs, tensors.__getitem__, metadata, checksum=True)
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def open_delta(path: Path) -> Delta:
             metadata, parts = stored.metadata() or {}, {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118
             shapes = {key: part.get_shape() for key, part in parts.items()}
             dtypes = {key: DTYPES[part.get_dtype()] for key, part in parts.items()}
+        check_tensors(path)
         about = json.loads(metadata.get(_ABOUT, "{}"))
         json.dumps(about, ensure_ascii=False).encode()  # a lone surrogate, as an escape, could not be written again
     except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from dualsft.errors import UserError
 from dualsft.sharding.collectives import is_rank_zero
 from dualsft.storage.writing import replacing, sync_to_disk, writing_to
 
@@ -46,8 +47,13 @@ class MetricsFile(ExperimentWriter):
         self._path, self.count = Path(self.metrics_file_path), 0
 
     def save(self) -> None:
-        """Append the rows that have been logged."""
+        """Append the rows that have been logged; a `UserError` if those before them are gone."""
         rows = len(self.metrics)
+        if self.count and not self._path.is_file():
+            raise UserError(
+                f"{self._path} was removed while this run was at work on it; leave the output folder alone while a run "
+                "is at work, and run it again."
+            )
         with writing_to(self._path):
             super().save()
         self.count += rows

@@ -130,6 +130,9 @@ class GeneralTap(Tap):
                     f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}"
                 ) from error
             x, y = product.expand_as(e), e
+            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
+                # autograd gives the padding row no gradient, be what comes back to it NaN, as of the norm of zeros
+                y = e.masked_fill(x == 0, 0)
             if k in self._axes:
                 x, y = (self.rows.layout.flat(part, self._axes[k]) for part in (x, y))
             self.rows.add(direction, x, y, self.where)

@@ -30,6 +30,8 @@ _QUANTISED = re.compile(
 """Ends of the names of tensors that quantisers store."""
 _PLACES = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
 """Names of tables with a row for each position."""
+_BIASED = {"mpt": "max_seq_len"}
+"""Types of models that add a bias to attention which is as long as a setting says, and that setting."""
 _SEEN = {torch.float64: 1e-6, torch.float32: 1e-4}
 _SEEN_IN_HALF_PRECISION = 0.1  # experts that are chosen otherwise after rounding move logits by some hundredths
 _LONGEST_REASON = 300
@@ -251,7 +253,7 @@ def check_examples(model: PreTrainedModel, source: str, largest_id: int, longest
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a model has positions for, if these are rows of a table; None for any number of tokens."""
+    """How many tokens a model has positions for, if these are rows of a table or a bias; None for any number."""
     decoder = model.get_decoder() or model
     tables = [
         len(of.weight) - getattr(of, "offset", 0) - (0 if of.padding_idx is None else of.padding_idx + 1)
@@ -263,4 +265,6 @@ def learned_positions(model: PreTrainedModel) -> int | None:
         for name, table in decoder.named_buffers()
         if table.dim() == 2 and _PLACES.search(last := name.rpartition(".")[2]) and not last.endswith("ids")
     ]
+    if setting := _BIASED.get(model.config.model_type):
+        tables.append(getattr(model.config, setting))
     return min(tables, default=None)

@@ -6,17 +6,23 @@
 
 The writer of safetensors needs all tensors in memory at once, and writes several entries of metadata in an order that
 changes from run to run. Format: https://github.com/huggingface/safetensors#format
+
+The metadata may hold a checksum of the file, ``crc32``: of its bytes, with 00000000 in the place of the checksum.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dualsft.storage.checksums import OTHER_BYTES, as_text, checksum_of_rest
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,6 +40,8 @@ DTYPES = {
 }
 """The types by their names in the format."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHECKSUM, _BLANK = "crc32", b"00000000"
+_PLACE = re.compile(rb'"crc32":"(.{8})"', re.DOTALL)  # quotes within a JSON string are escaped
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,39 @@ def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def write_tensors(
-    path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    checksum: bool = False,
 ) -> None:
-    """Write a safetensors file; ``read`` returns the tensor of a name, and memory holds one at a time."""
+    """Write a safetensors file, with a checksum or without.
+
+    ``read`` returns the tensor of a name, and memory holds one at a time.
+    """
     names = file_order(specs)
+    entries = {**metadata, _CHECKSUM: _BLANK.decode()} if checksum else metadata
+    begin = _header(specs, names, entries)
+    sum_so_far = zlib.crc32(begin)
+    with open(path, "wb") as stream:
+        stream.write(begin)
+        for name in names:
+            tensor = read(name)
+            if TensorSpec.of(tensor) != specs[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {specs[name]}")
+            data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            stream.write(data)
+            sum_so_far = zlib.crc32(data, sum_so_far) if checksum else 0
+        if checksum and (place := _PLACE.search(begin)):
+            stream.seek(place.start(1))
+            stream.write(as_text(sum_so_far).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _header(specs: Mapping[str, TensorSpec], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors: the header, and its length."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
@@ -67,12 +104,16 @@ def write_tensors(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = read(name)
-            if TensorSpec.of(tensor) != specs[name]:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {specs[name]}")
-            stream.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    return len(text).to_bytes(8, "little") + text
+
+
+def check_tensors(path: Path) -> None:
+    """Raise a ValueError if a safetensors file holds other bytes than its checksum, if it has one, is of."""
+    with open(path, "rb") as stream:
+        length = stream.read(8)
+        begin = length + stream.read(int.from_bytes(length, "little"))
+        if not (place := _PLACE.search(begin)):
+            return
+        blank = begin[: place.start(1)] + _BLANK + begin[place.end(1) :]
+        if as_text(checksum_of_rest(stream, zlib.crc32(blank))).encode() != place[1]:
+            raise ValueError(OTHER_BYTES)

@@ -25,6 +25,7 @@ from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
 from dualsft.selection.order import Chosen
 from dualsft.selection.scoring import Scoring
+from dualsft.storage.checksums import check_file, file_checksum
 from dualsft.storage.paths import expanded
 from dualsft.storage.writing import writing_to
 
@@ -65,7 +66,7 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        table, counts = _read_table(self.folder / _EXAMPLES), self.about.counts.examples
+        table, counts = _read_table(self._intact(_EXAMPLES)), self.about.counts.examples
         selected = _check_examples(self.folder / _EXAMPLES, table)
         if (len(table), selected) != (counts.rows, counts.selected):
             raise UserError(
@@ -80,7 +81,7 @@ class Selection:
         path = self.folder / _TOKENS
         if not path.is_file():
             return None
-        table = _read_table(path)
+        table = _read_table(self._intact(_TOKENS))
         _check_columns(path, table, _TOKEN_SCHEMA)
         return table
 
@@ -93,7 +94,7 @@ class Selection:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The selected records, in source order."""
-        path = self.folder / _SELECTED
+        path = self._intact(_SELECTED)
         with refusing_damage(path), open(path, encoding="utf-8", newline="\n") as lines:
             records = [json.loads(line) for line in lines]
         if (found := len(records)) != (due := self.about.counts.examples.selected):
@@ -108,13 +109,13 @@ class Selection:
 
     def stored_masks(self) -> Mapping[str, Tensor]:
         """The masks, each unpacked when it is read."""
-        return stored_masks(self.folder / MASK)
+        return stored_masks(self._intact(MASK))
 
     def parameter_scores(self) -> dict[str, Tensor]:
         """Parameter name -> φ_j, float32, of the parameter's shape."""
         scores: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob(f"{WEIGHT_SCORES}*.safetensors")):
-            with refusing_damage(path), safe_open(path, framework="pt") as stored:
+            with refusing_damage(path), safe_open(self._intact(path.name), framework="pt") as stored:
                 scores |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return scores
 
@@ -124,7 +125,7 @@ class Selection:
         if not path.is_file():
             return {}
         with refusing_damage(path):
-            stored = load_file(path)
+            stored = load_file(self._intact(_SKETCHES))
             sketches = dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
         numbers, scores = (self.examples[name].to_pylist() for name in ("example_id", "score"))
         if lost := [i for i, score in zip(numbers, scores, strict=True) if score is not None and i not in sketches]:
@@ -135,6 +136,13 @@ class Selection:
     def score_files(self) -> list[Path]:
         """The files that hold scores and nothing of the choice: those of weights, and of tokens and sketches if any."""
         return sorted(path for name in (f"{WEIGHT_SCORES}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
+
+    def _intact(self, name: str) -> Path:
+        """The path of a file, for reading; refuses one that holds other bytes than were written."""
+        path = self.folder / name
+        with refusing_damage(path):
+            check_file(path, (self.about.checksums or {}).get(name))
+        return path
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -191,7 +199,8 @@ def write_selection(
 
     Args:
         folder: A folder that is empty, or holds the files of those scores that are not given.
-        manifest: All but the schema version.
+        manifest: All but the schema version and the checksums; those of the files that are there are kept, if it has
+            them.
         examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
         mask: Parameter name -> which entries are chosen, of the parameter's shape.
         selected_lines: The selected records as they stand in the source, in source order.
@@ -201,10 +210,16 @@ def write_selection(
         sketches: Example id -> its gradient's sketch.
     """
     with writing_to(folder):
+        kept = {path.name for path in folder.iterdir()} & (manifest.get("checksums") or {}).keys()
         _write_scores(folder, parameter_scores, token_scores, sketches)
         _write_choice(folder, examples, mask, selected_lines)
+        checksums = {
+            p.name: manifest["checksums"][p.name] if p.name in kept else file_checksum(p)
+            for p in sorted(folder.iterdir())
+        }
         (folder / "config.yaml").write_text(config, encoding="utf-8")
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, ensure_ascii=False, allow_nan=False)
+        whole = {"schema_version": SCHEMA_VERSION, **manifest, "checksums": checksums}
+        text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
 

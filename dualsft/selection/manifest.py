@@ -176,6 +176,7 @@ class Manifest:
     scoring_batch_tokens: int
     phases: list[PhaseCost]
     configuration: dict[str, Any] | None = None  # absent before it was kept
+    checksums: dict[str, str] | None = None  # name of each other file -> CRC-32; absent before they were taken
 
 
 def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import model_fingerprint, model_folder
+from dualsft.models.tensor_file import check_tensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
@@ -88,11 +89,10 @@ def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: Instruction
     staged = run.staging()
     if is_sharded(model):
         save_sharded(model, staged)
-        write_shards(moments, dict(model.named_parameters()), staged / SECOND_MOMENT)
     else:
         with writing_to(folder):
             model.save_pretrained(staged)
-            save_file({name: moment.contiguous() for name, moment in moments.items()}, staged / SECOND_MOMENT)
+    write_shards(moments, dict(model.named_parameters()), staged / SECOND_MOMENT)
 
     def publish() -> None:
         with writing_to(folder):
@@ -121,9 +121,10 @@ def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
     path = second_moment_file(checkpoint)
     weights = trainable_parameters(model)
     try:
+        check_tensors(path)
         moments = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); make the scoring checkpoint again.") from error
     if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
     return {name: shard_of(moment, weights[name]) for name, moment in moments.items()}

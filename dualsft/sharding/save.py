@@ -79,7 +79,10 @@ def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path: Path) -> None:
-    """Write sharded tensors into one safetensors file; every rank calls this, and memory holds one full tensor."""
+    """Write tensors, sharded or not, into one safetensors file with a checksum, as `write_tensors` does.
+
+    Every rank calls this, and memory holds one full tensor.
+    """
     specs = {name: TensorSpec(shard.dtype, tuple(like[name].shape)) for name, shard in shards.items()}
     gathered = (full_tensor(shards[name], like[name]) for name in file_order(specs))
 
@@ -87,7 +90,7 @@ def write_shards(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], path:
         try:
             if rank() == 0:
                 with writing_to(path.parent):
-                    write_tensors(path, specs, lambda _: next(gathered), METADATA)
+                    write_tensors(path, specs, lambda _: next(gathered), METADATA, checksum=True)
         finally:  # the other ranks take part, and so does rank zero if the file cannot be written
             for _ in gathered:
                 pass

@@ -1,5 +1,6 @@
 """Files that stand under their names only when they are whole and on the disk, and errors of writing as sentences."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -7,6 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dualsft.errors import UserError
+
+_ADVICE = {
+    errno.ENOENT: "its folder is gone: leave an output folder alone while a run is at work, and run again",
+    errno.EACCES: "see that you may write there",
+    errno.EROFS: "see that you may write there",
+}
+"""By the system's number of an error; for the others, room is what mostly lacks."""
 
 
 @contextmanager
@@ -68,7 +76,8 @@ def writing_to(place: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or (reason := refusal(error)) is None:
             raise
-        raise UserError(f"{place} cannot be written ({reason}); see that it has room.") from error
+        advice = next((_ADVICE[k] for k in _ADVICE if os.strerror(k) == reason), "see that it has room")
+        raise UserError(f"{place} cannot be written ({reason}); {advice}.") from error
 
 
 def refusal(error: BaseException) -> str | None:

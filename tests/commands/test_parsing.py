@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from jsonargparse import Namespace
 
-from dualsft.commands.parsing import _read_config, check_numbers
+from dualsft.commands.parsing import _moved, _read_config, check_numbers
 from dualsft.errors import UserError
 
 
@@ -24,3 +24,9 @@ def test_an_integer_that_no_float_holds_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match=r"^trainer\.a\S* is an integer beyond"):
         check_numbers(Namespace(trainer={"a": value}))
     check_numbers({"a": 10**300})
+
+
+@pytest.mark.parametrize("text", ["1", "1_", "a.", ".a", "a b."])
+def test_long_texts_are_read_once(text: str) -> None:
+    """The search for class paths that have moved takes no square of the length: this one would last for hours."""
+    assert _moved(text * 200_000) == text * 200_000

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dualsft.errors import UserError
 from dualsft.export.delta import apply_delta, changed_entries, changes, open_delta, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.training.compact import CompactParameters
+from tests.world.damage import flipped
 from tests.world.data import random_mask
 from tests.world.models import tiny_llama
 
@@ -170,6 +171,19 @@ def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:
         open_delta(path)
 
 
+def test_a_flipped_bit_of_a_value_is_noticed(tmp_path: Path) -> None:
+    """It would be a weight of another value; a delta of an earlier version, without a checksum, is read."""
+    path = tmp_path / "delta.safetensors"
+    write(path, tiny_llama(), changed_llama(torch.float32, tied=True), "abc")
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, len(whole) // 2, whole.index(b"base_fingerprint") + 20):
+        path.write_bytes(flipped(whole, place))
+        with pytest.raises(UserError, match=r"delta\.safetensors is damaged.*it holds other bytes than were written"):
+            open_delta(path)
+    save_file(load_file(path), path, {"base_fingerprint": "abc"})
+    assert open_delta(path).counts
+
+
 def test_the_file_is_the_same_on_every_run_and_any_reader_s(tmp_path: Path) -> None:
     """Header and data are those of the format: little-endian length, JSON, tensors; metadata in a fixed order."""
     tuned = changed_llama(torch.bfloat16, tied=True)
@@ -181,4 +195,5 @@ def test_the_file_is_the_same_on_every_run_and_any_reader_s(tmp_path: Path) -> N
     assert length % 8 == 0
     assert raw[8 : 8 + length].startswith(b'{"__metadata__":{"about":')
     with safe_open(tmp_path / "a", framework="pt") as stored:
-        assert stored.metadata() == {"base_fingerprint": "abc", "about": '{"why": "a test"}'}
+        metadata = stored.metadata()
+    assert {**metadata, "crc32": ""} == {"base_fingerprint": "abc", "about": '{"why": "a test"}', "crc32": ""}

@@ -36,13 +36,17 @@ def test_a_finished_fit_resumes_to_nothing(
 
 
 class Remove(Callback):
-    """Removes the output folder in the first epoch, and perhaps makes another run's there."""
+    """Removes the output folder, or one in it, in the first epoch or before it; perhaps makes another run's there."""
 
-    def __init__(self, folder: str, again: bool) -> None:
-        self._folder, self._again = Path(folder), again
+    def __init__(self, folder: str, again: bool = False, before: bool = False) -> None:
+        self._folder, self._again, self._before = Path(folder), again, before
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._before:
+            shutil.rmtree(self._folder)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
+        if batch_idx == 1 and not self._before:
             shutil.rmtree(self._folder)
             if self._again:
                 (self._folder / ".unfinished").mkdir(parents=True)
@@ -58,3 +62,13 @@ def test_a_folder_that_is_removed_meanwhile(workspace: Workspace, folder: Path, 
         fit(workspace, folder, *remove, "--trainer.callbacks.again", str(again).lower())
     found = sorted(path for path in os.listdir(folder)) if folder.exists() else []
     assert found == ([".unfinished"] if again else [])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_log_is_removed_meanwhile(workspace: Workspace, folder: Path, before: bool) -> None:
+    """The fit ends in a sentence that says so, rather than with a log without its first rows."""
+    logs = str(folder / "logs")
+    remove = ["--trainer.callbacks+", "tests.finetune.test_claim.Remove", "--trainer.callbacks.folder", logs]
+    often = ["--trainer.log_every_n_steps", "1", "--trainer.callbacks.before", str(before).lower()]
+    with pytest.raises(UserError, match=r"logs\S* (was removed|.*folder is gone).*leave \w+ output folder alone while"):
+        fit(workspace, folder, *remove, *often)

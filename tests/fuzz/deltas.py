@@ -30,9 +30,18 @@ def _world() -> tuple[TemporaryDirectory[str], str, bytes]:
     return folder, base, (Path(folder.name) / "delta.safetensors").read_bytes()
 
 
+def _without_checksum(data: bytes) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    del header["__metadata__"]["crc32"]
+    return with_header(header, data[8 + size :])
+
+
 @st.composite
 def _cases(draw: DrawFn) -> bytes:
     data = _world()[2]
+    if draw(st.integers(0, 4)):  # as an earlier version wrote it: the checksum finds most changes by itself
+        data = _without_checksum(data)
     how = draw(st.sampled_from(["bytes", "header", "about", "about"]))
     if how != "about":
         return draw(changed_bytes(data) if how == "bytes" else changed_tensors(data))

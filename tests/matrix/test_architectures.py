@@ -18,7 +18,7 @@ from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from tests.cases import ARCHITECTURES, Gradients, collate, given, make, make_examples, pack, random_direction
+from tests.cases import ARCHITECTURES, Gradients, collate, gemma3n, given, make, make_examples, pack, random_direction
 from tests.references import assert_rows, assert_same_gradients, float64_throughout, gradient_loop, total
 
 EXAMPLES = make_examples()
@@ -89,6 +89,19 @@ def test_scores_are_those_of_autograd(architecture: str) -> None:
     u = random_direction(model)
     assert_rows([float(tokens[k].sum()) for k in range(len(EXAMPLES))], u, expected, FLOAT64)
     assert_scores(model.float(), padded, expected, FLOAT32)
+
+
+def test_what_comes_back_to_a_padding_row_is_no_matter() -> None:
+    """A norm without an epsilon, as Gemma 3n takes of embeddings, brings NaN to rows of zeros, which padding has."""
+    torch.manual_seed(0)
+    model: Any = gemma3n().double().eval()
+    assert not model.get_input_embeddings().weight[0].any()
+    batch = collate(EXAMPLES)
+    with float64_throughout():
+        expected = gradient_loop(model, EXAMPLES)
+        assert_scores(model, batch, expected, FLOAT64)
+        (tokens,) = assert_scores(model, batch, expected, FLOAT64, by_token=True).tokens
+    assert all(of_example.isfinite().all() for of_example in tokens.values())
 
 
 @pytest.mark.parametrize("architecture", sorted(FORGETFUL))

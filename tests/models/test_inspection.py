@@ -20,11 +20,15 @@ from transformers import (
     Gemma3TextConfig,
     GPTJConfig,
     GPTJForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForCausalLM,
+    RoFormerConfig,
+    RoFormerForCausalLM,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -215,6 +219,13 @@ POSITIONS: dict[str, tuple[Callable[[], PreTrainedModel], int | None]] = {
     ),
     "gptj": (lambda: GPTJForCausalLM(GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, **_GPTJ)), 20),
     "ctrl": (lambda: CTRLLMHeadModel(CTRLConfig(n_embd=16, n_layer=1, n_head=2, dff=16, **_GPTJ)), 20),
+    "mpt": (lambda: MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=20, vocab_size=61)), 20),
+    "roformer": (
+        lambda: RoFormerForCausalLM(
+            RoFormerConfig(**_SIZES, vocab_size=61, max_position_embeddings=20, is_decoder=True, embedding_size=16)
+        ),
+        20,
+    ),
     "llama": (lambda: make("llama"), None),
     "bloom": (lambda: make("bloom"), None),
 }

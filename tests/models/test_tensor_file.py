@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualsft.models.tensor_file import DTYPES, TensorSpec, write_tensors
+from dualsft.models.tensor_file import DTYPES, TensorSpec, check_tensors, write_tensors
+from tests.world.damage import flipped
 
 
 def test_a_file_is_what_safetensors_itself_writes(tmp_path: Path) -> None:
@@ -29,3 +30,23 @@ def test_a_tensor_is_what_was_announced(tmp_path: Path) -> None:
     """Another shape would shift all that follows."""
     with pytest.raises(ValueError, match="announced"):
         write_tensors(tmp_path / "x", {"a": TensorSpec(torch.float32, (3,))}, lambda _: torch.zeros(2), {})
+
+
+def test_a_flipped_bit_is_noticed_by_the_checksum(tmp_path: Path) -> None:
+    """Anywhere in the file, unless the library or the missing checksum tells; the same bytes on every run."""
+    tensors = {"a": torch.arange(5.0), "empty": torch.zeros(0), 'odd "crc32":"00000000"': torch.ones(2, 2)}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    metadata = {"about": '{"crc32":"00000000"}', "zeros": "00000000"}
+    for name in ("x", "again"):
+        write_tensors(tmp_path / name, specs, tensors.__getitem__, metadata, checksum=True)
+        check_tensors(tmp_path / name)
+    whole = (tmp_path / "x").read_bytes()
+    assert whole == (tmp_path / "again").read_bytes()
+    assert all(torch.equal(tensors[name], found) for name, found in load_file(tmp_path / "x").items())
+    key = whole.index(b'"crc32":"')
+    for place in {*range(8, len(whole))} - {*range(key, key + 9), key + 17}:
+        (tmp_path / "x").write_bytes(flipped(whole, place))
+        with pytest.raises(ValueError, match="other bytes than were written"):
+            check_tensors(tmp_path / "x")
+    write_tensors(tmp_path / "plain", specs, tensors.__getitem__, metadata)
+    check_tensors(tmp_path / "plain")

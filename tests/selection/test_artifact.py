@@ -15,11 +15,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from dualsft import load_selection
+from dualsft.data.records import read_records
+from dualsft.data.selected import selected_ids
 from dualsft.errors import UserError
 from dualsft.finetune import MaskedFinetuneModule
 from dualsft.models.loading import load_model
+from dualsft.selection import Selection
 from dualsft.selection.mask import write_masks
 from tests.references import assert_same_gradients, slow_scores
+from tests.world.damage import flipped, forget_checksums
 from tests.world.data import LINES, OK, STATUS
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
@@ -301,8 +305,45 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: 
         getattr(load_selection(damaged), part)
 
 
+READERS: dict[str, Callable[[Selection], Any]] = {
+    "examples.parquet": lambda s: s.examples,
+    "mask.safetensors": lambda s: s.mask(),
+    "parameter_scores.safetensors": lambda s: s.parameter_scores(),
+    "selected.jsonl": lambda s: s.records,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_flipped_bit_is_noticed_wherever_it_is(folder: Path, tmp_path: Path, name: str) -> None:
+    """By the checksum in the manifest, and by the file's name; a selection of an earlier version has none."""
+    shutil.copytree(folder, tmp_path / "s")
+    path = tmp_path / "s" / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 50)):
+        path.write_bytes(flipped(whole, place))
+        with pytest.raises(UserError) as raised:
+            READERS[name](load_selection(tmp_path / "s"))
+        assert (
+            str(raised.value)
+            == f"{path} is damaged (it holds other bytes than were written); make the selection again."
+        )
+    path.write_bytes(whole)
+    forget_checksums(tmp_path / "s")
+    READERS[name](load_selection(tmp_path / "s"))
+
+
+def test_training_notices_a_flipped_bit_of_the_examples(folder: Path, inputs: Inputs, tmp_path: Path) -> None:
+    """It reads the table by itself."""
+    shutil.copytree(folder, tmp_path / "s")
+    path = tmp_path / "s" / "examples.parquet"
+    path.write_bytes(flipped(path.read_bytes(), 30))
+    with pytest.raises(UserError, match=r"examples\.parquet cannot be read \(it holds other bytes than were written\)"):
+        selected_ids(tmp_path / "s", read_records(inputs.train))
+
+
 def flip_a_bit_of_the_mask(folder: Path) -> None:
     """The last byte of the file is one of the mask's."""
+    forget_checksums(folder)
     path = folder / "mask.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -310,6 +351,7 @@ def flip_a_bit_of_the_mask(folder: Path) -> None:
 
 def edit_examples(folder: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
     """Change the table of examples."""
+    forget_checksums(folder)
     path = folder / "examples.parquet"
     pq.write_table(edit(pq.read_table(path)), path)
 

@@ -68,7 +68,7 @@ def test_the_example_is_what_is_written_today(inputs: Inputs, tmp_path: Path, ex
     found = select(inputs, tmp_path / "out", options, seed=3).manifest
     assert [path for path, _ in walk(found)] == [path for path, _ in walk(example)]
     for manifest in (found, example):
-        for machine in ("model", "tokenizer", "data", "sum_identity", "prediction", "versions", "phases"):
+        for machine in ("model", "tokenizer", "data", "sum_identity", "prediction", "versions", "phases", "checksums"):
             del manifest[machine]
     assert json.dumps(found) == json.dumps(example)
 
@@ -90,10 +90,14 @@ def test_a_manifest_is_written_as_it_was_read(tmp_path: Path) -> None:
         config="",
     )
     moved = {"schema_version": 1, **json.loads(text)}
-    assert (tmp_path / "again" / "manifest.json").read_text(encoding="utf-8") == text.replace(
+    again = (tmp_path / "again" / "manifest.json").read_text(encoding="utf-8")
+    new = json.loads(again)["checksums"]
+    assert [*new] == ["examples.parquet", "mask.safetensors", "selected.jsonl"]
+    first, _, _ = text.partition('"checksums"')
+    assert again.partition('"checksums"')[0] == first.replace(
         '{\n  "foreign": "é",\n  "schema_version": 1,\n', '{\n  "schema_version": 1,\n  "foreign": "é",\n'
     )
-    assert json.loads((tmp_path / "again" / "manifest.json").read_text(encoding="utf-8")) == moved
+    assert {**json.loads(again), "checksums": moved["checksums"]} == moved
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -117,7 +121,16 @@ def parent(content: Any, path: tuple[str | int, ...]) -> Any:
 
 
 DEFAULTED = ("near_duplicates", "trainable", "frozen", "counts.examples.near_duplicates")
-NESTED = ("configuration", "warmup.", "prior.", "near_duplicates.", "data.format.", "versions.", "tokenizer.")
+NESTED = (
+    "configuration",
+    "checksums",
+    "warmup.",
+    "prior.",
+    "near_duplicates.",
+    "data.format.",
+    "versions.",
+    "tokenizer.",
+)
 
 
 def test_a_missing_key_is_named(tmp_path: Path, example: dict[str, Any]) -> None:

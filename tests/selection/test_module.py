@@ -16,6 +16,7 @@ from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection import Warmup
 from dualsft.selection.warmup import EPS
 from tests.references import assert_same_gradients, slow_scores
+from tests.world.damage import flipped
 from tests.world.data import LINES, OK, write_jsonl
 from tests.world.faults import InfiniteGradient
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
@@ -47,6 +48,22 @@ def test_a_kept_warm_up_serves_as_a_checkpoint(inputs: Inputs, tmp_path: Path, p
     assert set(second.manifest["scoring_checkpoint"]) == {"fingerprint", "second_moment"}
     assert first.manifest["scoring_checkpoint"] is None
     assert [phase["name"] for phase in second.manifest["phases"]] == ["validation gradient", "scores"]
+
+
+def test_a_flipped_bit_of_the_kept_second_moment_is_noticed(inputs: Inputs, tmp_path: Path) -> None:
+    """It would be a wrong preconditioner; one without a checksum, as another tool writes it, is read."""
+    select(inputs, tmp_path / "a", {"warmup": Warmup(fraction=0.5, learning_rate=1e-3, keep=True)})
+    given = {"warmup": Warmup(checkpoint=str(tmp_path / "a" / "warmup"))}
+    path = tmp_path / "a" / "warmup" / "second_moment.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(flipped(whole, len(whole) // 2))
+    with pytest.raises(
+        UserError, match=r"second_moment\.safetensors is damaged \(it holds other bytes than were writt"
+    ):
+        select(inputs, tmp_path / "b", given)
+    path.write_bytes(whole)
+    save_file(load_file(path), path)
+    select(inputs, tmp_path / "c", given)
 
 
 def test_a_checkpoint_without_second_moment_serves_plain_gradients_alone(inputs: Inputs, tmp_path: Path) -> None:

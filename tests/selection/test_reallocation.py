@@ -20,6 +20,7 @@ from dualsft.selection import Selection, artifact, reallocation
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
+from tests.world.damage import flipped, forget_checksums
 from tests.world.data import LINES
 from tests.world.faults import poisoned_by
 from tests.world.jobs import SGD, Inputs, contents, select
@@ -179,6 +180,7 @@ def test_rounds_cannot_be_changed_at_all(inputs: Inputs, tmp_path: Path) -> None
 def test_what_it_does_not_know_is_kept(source: Path, tmp_path: Path) -> None:
     """Columns and keys of another version stay, in their places; only a control's mark goes."""
     other = copy(source, tmp_path)
+    forget_checksums(other)
     table = pq.read_table(other / "examples.parquet").add_column(1, "round", pa.array(range(len(LINES)), pa.int32()))
     pq.write_table(table, other / "examples.parquet")
     manifest = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
@@ -191,6 +193,23 @@ def test_what_it_does_not_know_is_kept(source: Path, tmp_path: Path) -> None:
     assert (made.manifest["foreign"], made.manifest["epochs"]) == ({"data": 0.5}, 2)
     assert made.manifest["counts"]["rounds"] == 2
     assert "control" not in made.manifest
+
+
+def test_linked_files_keep_their_checksums(source: Path, tmp_path: Path) -> None:
+    """Those of the scores are the source's, and a bit that is flipped in them is noticed before anything is written."""
+    made = reallocate(source, tmp_path / "out", **{**AS_BEFORE, "data_budget": 2})
+    before, now = load_selection(source).about.checksums, made.about.checksums
+    assert before
+    assert now
+    assert before.keys() == now.keys()
+    assert before["parameter_scores.safetensors"] == now["parameter_scores.safetensors"]
+    assert before["examples.parquet"] != now["examples.parquet"]
+    other = copy(source, tmp_path)
+    scores = other / "parameter_scores.safetensors"
+    scores.write_bytes(flipped(scores.read_bytes(), scores.stat().st_size - 3))
+    with pytest.raises(UserError, match=r"parameter_scores\.safetensors is damaged \(it holds other bytes than were"):
+        reallocate(other, tmp_path / "again", **{**AS_BEFORE, "data_budget": 2})
+    assert not (tmp_path / "again").exists()
 
 
 def test_large_tables_are_written_as_fresh_ones_are(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dualsft.errors import UserError
 from dualsft.selection import Selection
 from dualsft.selection.artifact import load_selection
 from dualsft.selection.summary import summary
+from tests.world.damage import forget_checksums
 from tests.world.data import OK
 from tests.world.jobs import SGD, Inputs, select
 from tests.world.models import tiny_tokenizer
@@ -58,6 +59,7 @@ def test_the_summary_spells_the_telling_tokens(with_tokens: Selection) -> None:
 def test_a_table_of_other_columns_is_refused(with_tokens: Selection, tmp_path: Path) -> None:
     """A table that an editor has changed is refused by its name."""
     shutil.copytree(with_tokens.folder, tmp_path / "s")
+    forget_checksums(tmp_path / "s")
     pq.write_table(pa.table({"example_id": ["0"]}), tmp_path / "s" / "token_scores.parquet")
     with pytest.raises(UserError, match=r"token_scores\.parquet is damaged: it has no column example_id of int64"):
         _ = load_selection(tmp_path / "s").token_scores

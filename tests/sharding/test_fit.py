@@ -17,6 +17,7 @@ from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import world_size
 from dualsft.sharding.strategy import FSDP2, launch_ranks
+from tests.finetune.test_losses import LOSSES, STEPS, halving, plain_loop, sgd
 from tests.sharding.test_save import assert_same_files
 from tests.world.data import random_mask
 from tests.world.fits import Case, Fitted, SaveFirst, all_fitted, assert_same_fit, fitted, weights
@@ -62,6 +63,7 @@ MORE_CASES = {
     "on the host": Case(trainer={"gradient_clip_val": 0.5}, strategy={"cpu_offload": True}),
     "best": Case({"export": "best"}, {}, saved, [best]),
 }
+LEFT_OVER = ("one left over", "two left over", "three left over")
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +122,32 @@ def joined_first(workspace: Workspace, folder: Path) -> Fitted:
     return Fitted([], weights(module), {}, {})
 
 
-def test_ranks_may_join_before_the_trainer_runs(workspace: Workspace, tmp_path: Path) -> None:
-    """For what is to be looked at first; the fit is the same."""
-    found = run_on_ranks(2, joined_first, workspace, tmp_path)[0]
-    expected = fitted(workspace, tmp_path, Case())
+def joined_and_left_over(workspace: Workspace, folder: Path) -> tuple[Fitted, dict[str, Fitted]]:
+    """A fit of `joined_first`, and one for each loss and number of batches that an epoch leaves to its last step."""
+    common: dict[str, Any] = {"dtype": "float64", "optimizer": sgd, "lr_scheduler": halving}
+    cases = {
+        f"{loss}, {name}": Case(
+            {"loss": loss, **common}, {"batch_size": 3}, {"gradient_clip_val": 1.5, **STEPS[name].options()}
+        )
+        for loss in LOSSES
+        for name in LEFT_OVER
+    }
+    return joined_first(workspace, folder / "joined"), all_fitted(workspace, folder, cases)
+
+
+def test_two_ranks_join_first_and_take_short_steps(workspace: Workspace, tmp_path: Path) -> None:
+    """Ranks may join, for what is to be looked at first, before the trainer runs: the fit is the same.
+
+    An epoch's last, shorter step follows the mean over its own batches, as a plain loop takes it on one process.
+    """
+    joined, short = run_on_ranks(2, joined_and_left_over, workspace, tmp_path)[0]
+    expected = fitted(workspace, tmp_path / "expected", Case())
     for name, weight in expected.weights.items():
-        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(joined.weights[name], weight, rtol=0, atol=1e-5)
+    for case, found in short.items():
+        loss, _, steps = case.partition(", ")
+        for name, weight in plain_loop(workspace, loss, STEPS[steps], batch_size=3)[0].items():
+            torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-7)  # norms are float32
 
 
 ACCUMULATED = {"accumulate_grad_batches": 2, **saved}

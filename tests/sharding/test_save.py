@@ -110,7 +110,8 @@ def refusals(folder: Path) -> list[str]:
 def test_a_folder_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
     """In one sentence, and no rank waits for another."""
     missing = tmp_path / "missing"
-    sentence = f"{missing} cannot be written (No such file or directory); see that it has room."
+    advice = "its folder is gone: leave an output folder alone while a run is at work, and run again."
+    sentence = f"{missing} cannot be written (No such file or directory); {advice}"
     assert run_on_ranks(2, refusals, missing) == [[sentence] * 2] * 2
 
 

@@ -1,5 +1,6 @@
 """Ways in which a file is damaged, and a disk that takes no more."""
 
+import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,14 @@ def flipped(whole: bytes, place: int) -> bytes:
 def damage_file(path: Path, how: str) -> None:
     """Damage a file in one of the ways; its times stay."""
     path.write_bytes(DAMAGE[how](path.read_bytes()))
+
+
+def forget_checksums(folder: Path) -> None:
+    """Leave a selection as an earlier version wrote it, without checksums, so that its files can be edited."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["checksums"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @contextmanager
