@@ -28,6 +28,16 @@ def environment(folder: Path) -> Path:
     return folder / "bin"
 
 
+def embedded(assets: Path) -> None:
+    """The embedded model and pool, and a quarter of the validation set, which decides nothing that a page says."""
+    ours, validation = ROOT / "dualsft" / "quickstart" / "assets", "data/validation.jsonl"
+    (assets / "data").mkdir(parents=True)
+    for name in ("model", "data/pool.jsonl"):
+        (assets / name).symlink_to(ours / name)
+    rows = (ours / validation).read_text(encoding="utf-8").splitlines(keepends=True)
+    (assets / validation).write_text("".join(rows[::4]), encoding="utf-8")
+
+
 def follow(page: Path, folder: Path) -> dict[str, str]:
     """Do what a page says, from its first block to its last.
 
@@ -38,8 +48,9 @@ def follow(page: Path, folder: Path) -> dict[str, str]:
     Returns:
         What the commands of each block printed, by the block's text.
     """
-    for name in ("configs", "dualsft", "plugins"):
+    for name in ("configs", "plugins"):
         (folder / name).symlink_to(ROOT / name)
+    embedded(folder / "dualsft" / "quickstart" / "assets")
     bin_folder = environment(folder / "environment")
     variables = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     printed = {}

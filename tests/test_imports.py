@@ -17,20 +17,19 @@ def imported(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
+LIGHT = """
+import dualsft.scorers
+import dualsft.allocators
+import dualsft.data.layout
+from dualsft.cli import run; run(['plugins'])
+from dualsft import Scorer, DataAllocator
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import dualsft.scorers",
-        "import dualsft.allocators",
-        "import dualsft.data.layout",
-        "from dualsft.cli import run; run(['plugins'])",
-        "from dualsft import Scorer, DataAllocator",
-    ],
-)
-def test_light_parts_import_torch_at_most(statement: str) -> None:
+def test_light_parts_import_torch_at_most() -> None:
     """Scorers, allocators, layouts and the list of plugins need no other large library than torch."""
-    assert not imported(statement) & set(HEAVY)
+    assert not imported(LIGHT) & set(HEAVY)
 
 
 def test_help_imports_no_library() -> None:

@@ -62,7 +62,7 @@ def data(validation: str) -> InstructionDataModule:
 @pytest.fixture(scope="module", params=["sgd", "adam"])
 def reference(request: pytest.FixtureRequest, data: InstructionDataModule) -> Reference:
     """Where to score, which examples, and their scores by float64 autograd over one example at a time."""
-    checkpoint, ids = shipped() if request.param == "sgd" else warmed_up(data), draw(data, 96)
+    checkpoint, ids = shipped() if request.param == "sgd" else warmed_up(data), draw(data, 64)
     return checkpoint, ids, score(checkpoint.model("float64"), checkpoint.moments, data, ids, autograd_pass)
 
 

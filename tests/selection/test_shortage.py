@@ -1,5 +1,6 @@
 """A real shortage of memory on the host, through the command line."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,9 +21,12 @@ pytestmark = [
 ]
 
 MEASURE = """
-import atexit, pathlib, runpy, sys
-atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr))
-runpy.run_module("dualsft", run_name="__main__")
+import json, pathlib, sys
+from dualsft.cli import run
+
+for command in sys.argv[1:]:
+    run(json.loads(command))
+    print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr)
 """
 
 
@@ -37,23 +41,24 @@ class Job:
         options = [f"--data.batch_tokens={batch_tokens}", f"--output_dir={self.folder / name}"]
         return ["select", "--config", str(self.folder / "job.yaml"), *options]
 
-    def process(self, name: str, batch_tokens: int, limit: int = 0) -> subprocess.CompletedProcess[str]:
-        """The command under a limit of its address space in bytes; without one, it tells of its peak in the end."""
-        limited = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024), sys.executable, "-m", "dualsft"]
-        program = limited if limit else [sys.executable, "-c", MEASURE]
-        return subprocess.run(
-            [*program, *self.command(name, batch_tokens)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-            capture_output=True,
-            text=True,
-        )
+    def limited(self, name: str, batch_tokens: int, limit: int) -> subprocess.CompletedProcess[str]:
+        """The command under a limit of its address space in bytes."""
+        shell = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024)]
+        return started([*shell, sys.executable, "-m", "dualsft", *self.command(name, batch_tokens)])
 
-    def peak(self, name: str, batch_tokens: int) -> int:
-        """The largest address space in bytes that it takes without a limit."""
-        told = self.process(name, batch_tokens).stderr
-        found = re.search(r"VmPeak:\s+(\d+) kB", told)
-        assert found, told
-        return 1024 * int(found[1])
+    def peaks(self, **batch_tokens: int) -> list[int]:
+        """The largest address space in bytes after each of these commands, by one process without a limit."""
+        commands = [json.dumps(self.command(name, tokens)) for name, tokens in batch_tokens.items()]
+        told = started([sys.executable, "-c", MEASURE, *commands]).stderr
+        found = re.findall(r"VmPeak:\s+(\d+) kB", told)
+        assert len(found) == len(commands), told
+        return [1024 * int(peak) for peak in found]
+
+
+def started(program: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a program says and how it ends, in memory that does not go by the number of its threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def test_a_real_shortage_halves_the_batches_or_stops_with_advice(job: Job) -> None:
     """Where half a batch fits, the scores are those of half batches; where it does not, the command says what to do."""
-    quarter, whole = job.peak("quarter", 512), job.peak("whole", 2048)
+    quarter, whole = job.peaks(quarter=512, whole=2048)
     assert whole - quarter > 400 * 2**20  # what a batch takes stands out
     run(job.command("half", 1024))
     # a half batch takes a third of the way from a quarter to the whole
-    enough = job.process("enough", 2048, limit=quarter + (whole - quarter) * 2 // 3)
+    enough = job.limited("enough", 2048, limit=quarter + (whole - quarter) * 2 // 3)
     assert enough.returncode == 0, enough.stderr
     assert re.fullmatch(
         r"dualsft: memory ran out in the scores \(at a request for \d+ MiB\); it starts again with batches of 1024 "
@@ -83,7 +88,7 @@ def test_a_real_shortage_halves_the_batches_or_stops_with_advice(job: Job) -> No
     half, found = load_selection(job.folder / "half"), load_selection(job.folder / "enough")
     assert found.examples.equals(half.examples)
     assert found.manifest["scoring_batch_tokens"] == 1024
-    short = job.process("short", 2048, limit=quarter + (whole - quarter) // 8)
+    short = job.limited("short", 2048, limit=quarter + (whole - quarter) // 8)
     assert short.returncode == 1
     assert "Traceback" not in short.stderr
     assert re.fullmatch(

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from lightning import Callback
 
+from dualsft import cli
 from dualsft.errors import UserError
 from dualsft.sharding.collectives import rank
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
-from tests.world.ranks import free_port
+from tests.world.ranks import free_port, run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -107,7 +108,7 @@ def assert_same(folder: Path, expected: Path, names: Sequence[str]) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job, and what one process selects."""
     folder = tmp_path_factory.mktemp("alone")
-    run(dualsft(select(job_of(folder, 60), folder / "selection")), folder / "log")
+    cli.run(select(job_of(folder, 60), folder / "selection"))
     return folder
 
 
@@ -138,7 +139,7 @@ def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) 
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job that takes a while, and what two ranks select unless they are killed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run(dualsft([*select(job_of(folder, 600), folder / "selection"), *ON_TWO]), folder / "log")
+    run_on_ranks(2, cli.run, [*select(job_of(folder, 600), folder / "selection"), *ON_TWO])
     return folder
 
 
