@@ -11,7 +11,7 @@ the pool when it changes its sign, and a few such examples decide Spearman's coe
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Checkpoint:
     """
 
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
     def model(self, dtype: Dtype) -> PreTrainedModel:
         """The model, its weights in this type."""

@@ -16,7 +16,7 @@ from dualsft.errors import UserError, blaming
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors
 from dualsft.scorers import ParameterStatistics, Scorer
-from dualsft.selection.warmup import EPS
+from dualsft.selection.dense_training import EPS
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.shards import full_tensor, local_shard, shard_copy, shard_of
 

@@ -23,7 +23,6 @@ from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import Dtype, model_fingerprint, model_folder, tokenizer_fingerprint
 from dualsft.selection.json_values import Mismatch, typed
 from dualsft.selection.order import Chosen
-from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import describe_checkpoint
 from dualsft.selection.settings import add_later_options, describe_settings, keys, stored_settings
 
@@ -259,13 +258,19 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
     }
 
 
-def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
+def describe_outcome(
+    model: nn.Module,
+    data: InstructionDataModule,
+    chosen: Chosen,
+    identity: Mapping[str, Mapping[str, float]],
+    prediction: Mapping[str, Any],
+) -> dict[str, Any]:
     """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
 
     The scores cover all of the model's weights but the frozen ones.
     """
     weights = _count_weights(chosen.mask)
-    worst = max(scoring.identity.values(), key=lambda of: of["relative_difference"])
+    worst = max(identity.values(), key=lambda of: of["relative_difference"])
     examples = ExampleCounts(
         selected=len(chosen.examples),
         scored=len(chosen.example_scores.scores),
@@ -274,8 +279,8 @@ def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chos
     )
     return {
         "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
-        "sum_identity": {**worst, "sets": scoring.identity} if data.named_validation else worst,
-        "prediction": scoring.prediction(),
+        "sum_identity": {**worst, "sets": identity} if data.named_validation else worst,
+        "prediction": prediction,
         "rounds": chosen.rounds,
         "versions": {
             "python": platform.python_version(),

@@ -35,6 +35,7 @@ from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, choose_by_turns
 from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
+from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
 from dualsft.selection.terms import make_further_terms, validation_terms
@@ -86,7 +87,8 @@ def run_selection(
     objective.take_gradients()
 
     # 4. to 6. Direction, rows and columns, budgets.
-    scoring = Scoring(model, settings, objective, passes, run, data)
+    rule = ScorerDirections(settings, objective, run)
+    scoring = Scoring(model, settings, rule, passes, data)
     if "then" in settings.order:  # each side is scored by the choice of the other
         chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
     else:
@@ -96,7 +98,9 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **configuration}
+    prediction = rule.prediction(*scoring.pool_sums, data.named_validation)
+    outcome = describe_outcome(model, data, chosen, scoring.identity, prediction)
+    manifest = {**inputs, **outcome, **cost, **configuration}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
