@@ -11,7 +11,7 @@ the pool when it changes its sign, and a few such examples decide Spearman's coe
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Checkpoint:
     """
 
     weights: dict[str, Tensor]
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
     def model(self, dtype: Dtype) -> PreTrainedModel:
         """The model, its weights in this type."""
@@ -80,7 +80,7 @@ def warmed_up(data: InstructionDataModule) -> Checkpoint:
     model, settings = load_model(MODEL), Warmup(fraction=0.1, learning_rate=3e-4)
     ids = settings.draw(data.train_examples.ok_ids(), seed=0)
     moments = warm_up(model, data.training_loader(ids, seed=0), settings.epochs, settings.learning_rate)
-    return Checkpoint(dict(model.named_parameters()), moments)
+    return Checkpoint(dict(model.named_parameters()), dict(moments))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ class DirectionRule(ABC):
             occasion: Suffix that tells the names of passes from earlier ones'.
         """
 
+    def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any] | None:
+        """Describe the quadratic's prediction along the last pool step, for the manifest, if there is one.
+
+        Args:
+            sums: Σ_i g_i by parameter name.
+            count: How many examples it is over.
+        """
+        return None
+
     @abstractmethod
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples."""
@@ -51,10 +60,13 @@ class ScorerDirections(DirectionRule):
         settings: The scorer and the step size.
         objective: V of each validation set, whose gradients have been taken.
         run: Records on which step size the scores depend.
+        named: Whether the validation sets have names.
     """
 
-    def __init__(self, settings: SelectionSettings, objective: ValidationObjective, run: RunFolder) -> None:
-        self._settings, self._objective, self._run = settings, objective, run
+    def __init__(
+        self, settings: SelectionSettings, objective: ValidationObjective, run: RunFolder, named: bool
+    ) -> None:
+        self._settings, self._objective, self._run, self._named = settings, objective, run, named
         self.sets, self.needs_pool_gradient = objective.sets, objective.needs_pool_gradient
         self._step: float | None = None if settings.step_size == "auto" else settings.step_size
         self._along: dict[str, Along] = {}
@@ -72,12 +84,12 @@ class ScorerDirections(DirectionRule):
         bind(self._run, self._settings.step_size)
         return [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
 
-    def prediction(self, sums: Mapping[str, Tensor], count: int, named: bool) -> dict[str, Any]:
-        """Describe the quadratic's prediction along the last pool step, for the manifest; for each set too if named."""
+    def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+        """Describe the quadratic's prediction along the last pool step, for each set too if the sets have names."""
         assert self._step is not None
         if not self._along:
             self._measure(self._objective.statistics(sums, count))
-        description = describe(self._step, self._along, named)
+        description = describe(self._step, self._along, self._named)
         if message := warning(description):
             say(message)
         return description

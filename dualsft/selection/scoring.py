@@ -30,7 +30,9 @@ from dualsft.selection.directions import (
     masked,
     parameter_scores,
 )
+from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
 from dualsft.selection.passes import Passes
+from dualsft.selection.path_totals import column
 from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import all_reduce_sum
@@ -152,10 +154,17 @@ class Scoring:
         self._check()
         return examples
 
-    @property
-    def pool_sums(self) -> tuple[Mapping[str, Tensor], int]:
-        """The latest Σ_i g_i, and how many examples it is over."""
-        return self._latest.sums, self._num_examples
+    def columns(self) -> list[dict[str, Tensor]]:
+        """φ_j of each validation set, by parameter name, on the host, from the latest direction and sum."""
+        sums = self._latest.sums
+        return [{name: column(u[name], sums[name]) for name in u} for u in self._latest.directions]
+
+    def prediction(self) -> dict[str, Any] | None:
+        """Describe what the directions predict of the last pool step, for the manifest, if anything."""
+        return self._rule.prediction(self._latest.sums, self._num_examples)
+
+    def describe(self) -> None:
+        """One scoring checkpoint has no path to tell of."""
 
     def _over(self, ids: list[int]) -> dict[str, Any]:
         """The options of a pass over these examples of the pool."""
@@ -163,7 +172,7 @@ class Scoring:
 
     def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
         """The options of a pass for the rows of these directions; the first such pass also takes the measurements."""
-        measurement = self._rule.measurement(() if self.measured else self._settings.data_allocator.needs)
+        measurement = self._rule.measurement(() if self.measured else self._settings.statistics)
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": us, **options}
 
@@ -190,11 +199,21 @@ class Scoring:
         self.measured = self.measured or found.measured
         self.nonfinite |= found.nonfinite
         self._latest.row_directions, self._latest.rows, self._latest.covered = us, found.rows, found.covered
+        rows, tokens = found.rows, found.tokens
+        if self._settings.normalize != "none":
+            factors = self._factors(rows[0])
+            rows, tokens = [scaled(of, factors) for of in rows], [scaled(of, factors) for of in tokens]
+        combination = self._settings.combination
         return ExampleScores(
-            combined_rows(found.rows, self._settings.combination),
-            dict(zip(self._rule.sets, found.rows, strict=True)),
-            combined_tokens(found.tokens, found.rows, self._settings.combination),
+            combined_rows(rows, combination),
+            dict(zip(self._rule.sets, rows, strict=True)),
+            combined_tokens(tokens, rows, combination),
         )
+
+    def _factors(self, ids: Collection[int]) -> Factors:
+        if self._settings.normalize == "tokens":
+            return token_counts(ids, self._data.train_examples.num_tokens)
+        return inverses(ids, self.measured[self._settings.norm])
 
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
         """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
