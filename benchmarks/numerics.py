@@ -80,7 +80,7 @@ def warmed_up(data: InstructionDataModule) -> Checkpoint:
     model, settings = load_model(MODEL), Warmup(fraction=0.1, learning_rate=3e-4)
     ids = settings.draw(data.train_examples.ok_ids(), seed=0)
     moments = warm_up(model, data.training_loader(ids, seed=0), settings.epochs, settings.learning_rate)
-    return Checkpoint(dict(model.named_parameters()), moments)
+    return Checkpoint(dict(model.named_parameters()), dict(moments))
 
 
 @dataclass(frozen=True)

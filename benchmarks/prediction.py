@@ -62,6 +62,7 @@ def compare(pool: str, validation: str, adam: bool, folder: Path) -> None:
     trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)  # type: ignore[arg-type]
     module = SelectionModule(MODEL, scorer=HessianVector(), step_size="auto", **settings)
     told = trainer.select(module, data, str(folder)).about.prediction
+    assert told is not None
     assert told.curvature is not None  # HessianVector gives one
     model, step = pool_step(str(folder / "warmup") if adam else MODEL, data, adam)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -11,6 +11,7 @@ from dualsft.errors import UserError
 
 GROUPS = {
     "dualsft.scorers": "dualsft.scorers:Scorer",
+    "dualsft.paths": "dualsft.paths:Path",
     "dualsft.parameter_allocators": "dualsft.allocators:ParameterAllocator",
     "dualsft.data_allocators": "dualsft.allocators:DataAllocator",
 }

@@ -1,6 +1,6 @@
 """Slow obvious references: loops of autograd over examples, the prior, and dense matrices, in float64."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
+from dualsft.selection.dense_training import EPS
 from dualsft.selection.prior import Prior
-from dualsft.selection.warmup import EPS
 from tests.cases import Example, Gradients, collate
 from tests.world.jobs import Inputs
 
@@ -94,7 +94,7 @@ def assert_rows(found: Sequence[float], u: Gradients, gradients: Sequence[Gradie
         assert abs(value - inner(u, g)) <= relative * inner_size(u, g)
 
 
-def assert_same_gradients(found: Gradients, expected: Gradients, relative: float) -> None:
+def assert_same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
     """Equal up to a fraction of each tensor's largest entry (some are zero but for rounding, as biases of keys)."""
     assert found.keys() == expected.keys()
     largest = max(float(reference.abs().max()) for reference in expected.values())

@@ -12,7 +12,7 @@ import dualsft
 ROOT = Path(dualsft.__file__).parent
 LAYERS = (
     {"errors", "storage"},
-    {"registry", "scorers", "models", "data"},
+    {"registry", "scorers", "paths", "models", "data"},
     {"sharding"},
     {"allocators", "runs", "objectives", "training", "export"},
     {"matrix", "evaluation"},
@@ -23,8 +23,8 @@ LAYERS = (
 )
 """From the ground up: a layer imports those below it, and its own."""
 RANK = {name: k for k, layer in enumerate(LAYERS) for name in layer}
-MATHEMATICS = ("allocators", "matrix", "objectives", "scorers", "training")
-KEYLESS = ("allocators", "matrix", "objectives", "scorers", "training")
+MATHEMATICS = ("allocators", "matrix", "objectives", "paths", "scorers", "training")
+KEYLESS = ("allocators", "matrix", "objectives", "paths", "scorers", "training")
 """The rooms whose messages name no configuration key."""
 KEY = re.compile(r"(?<!dualsft\.)\b(model|data|trainer)\.[a-z_]+")
 

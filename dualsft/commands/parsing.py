@@ -26,6 +26,7 @@ from dualsft.storage.paths import expanded
 
 NAMED = {
     "model.scorer": "dualsft.scorers",
+    "model.path.along": "dualsft.paths",
     "model.parameter_allocator": "dualsft.parameter_allocators",
     "model.data_allocator": "dualsft.data_allocators",
 }
@@ -211,11 +212,19 @@ def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[s
         elif belongs(key):
             narrowed[key] = value
     for key, group in NAMED.items():
-        section, _, name = key.partition(".")
-        for place, written in ((narrowed, key), (narrowed.get(section), name)):
-            if isinstance(place, dict) and written in place:
-                place[written] = _expand_value(group, place[written])
+        _expand_at(narrowed, key, group)
     return narrowed
+
+
+def _expand_at(place: dict[str, Any], key: str, group: str) -> None:
+    """Replace a name in a configuration by its class path, whether the key is written with dots or as sections."""
+    if key in place:
+        place[key] = _expand_value(group, place[key])
+    for count in range(1, len(parts := key.split("."))):
+        section = ".".join(parts[:count])
+        if isinstance(inner := place.get(section), dict):
+            place[section] = inner = dict(inner)
+            _expand_at(inner, ".".join(parts[count:]), group)
 
 
 def _expand_value(group: str, value: Any) -> Any:

@@ -167,9 +167,9 @@ class InstructionDataModule(LightningDataModule):
         loaders = [self._scoring_loader(key, packing=False) for key in self._keys.values()]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
 
-    def training_loader(self, ids: Sequence[int], seed: int) -> ResumableLoader:
-        """Shuffled training batches over some examples of the pool."""
-        examples = self.train_examples
+    def training_loader(self, ids: Sequence[int], seed: int, validation: str | None = None) -> ResumableLoader:
+        """Shuffled training batches over some examples of the pool, or of a validation set of this name."""
+        examples = self._encoded(TRAIN if validation is None else self._keys[validation])
         row_tokens = self.max_length if self.packing else None
         batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
         return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
@@ -188,10 +188,23 @@ class InstructionDataModule(LightningDataModule):
         return self._scoring_loader(TRAIN, self.packing, ids, start, batch_tokens, step)
 
     def validation_loader(
-        self, name: str = "validation", start: int = 0, batch_tokens: int | None = None, step: int = 1
+        self,
+        name: str = "validation",
+        start: int = 0,
+        batch_tokens: int | None = None,
+        step: int = 1,
+        ids: Sequence[int] | None = None,
     ) -> DataLoader[Batch]:
-        """Batches for scoring over the examples with labels of a set in `validation_sets`; see `pool_loader`."""
-        return self._scoring_loader(self._keys[name], self.packing, None, start, batch_tokens, step)
+        """Batches for scoring over a set in `validation_sets`, all that have labels or some; see `pool_loader`.
+
+        Args:
+            name: The set's.
+            start: As that of `pool_loader`, and so the next two.
+            batch_tokens: Largest batch in tokens.
+            step: Takes every ``step``-th batch.
+            ids: The examples.
+        """
+        return self._scoring_loader(self._keys[name], self.packing, ids, start, batch_tokens, step)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""

@@ -23,8 +23,7 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.runs import folder as run_folder
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
-from dualsft.selection.order import Chosen
-from dualsft.selection.scoring import Scoring
+from dualsft.selection.order import Chosen, ScoresBothSides
 from dualsft.storage.checksums import check_file, file_checksum
 from dualsft.storage.paths import expanded
 from dualsft.storage.writing import writing_to
@@ -259,7 +258,7 @@ def publish(staged: Path, folder: Path) -> None:
     run_folder.publish(staged, folder, last=_MANIFEST)
 
 
-def example_table(data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, list[Any]]:
+def example_table(data: InstructionDataModule, chosen: Chosen, scoring: ScoresBothSides) -> dict[str, list[Any]]:
     """The columns of ``examples.parquet``: name -> one value per record of ``data.train``.
 
     Each named validation set has a column for its scores, and each measured statistic, except sketches, has one.

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
@@ -44,9 +45,14 @@ class Budgets:
     def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Choose weights by φ_j: parameter name -> bool, of the full shape; ``scores`` are this rank's shards.
 
+        Without scores, where no weights are to be chosen, all are.
+
         The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator
         gets all scores at once, so rank zero's host holds them in this step, like that of a single process.
         """
+        if not scores:  # nothing is chosen where all are taken
+            weights = self._model.named_parameters()
+            return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights if p.requires_grad}
         if not is_sharded(self._model):
             return choose_parameters(self._settings, scores, self._base)
         folder = self._run.staging(f"choice-{next(self._round)}")

@@ -8,8 +8,12 @@ from typing import Literal, get_args
 from dualsft.allocators import DataAllocator, ExampleStatistic, ParameterAllocator, ParameterStatistic
 from dualsft.errors import UserError, blaming
 from dualsft.objectives import Objective
+from dualsft.paths.base import PathStatistic, PieceStatistic
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
+from dualsft.selection.normalization import Normalize
+from dualsft.selection.path_settings import PathSettings
 from dualsft.selection.step import StepSize
+from dualsft.selection.warmup import Warmup
 
 Order = Literal["both", "parameters", "data", "parameters_then_data", "data_then_parameters"]
 _TAKEN = r"(validation|pool|chosen)(-|$)"
@@ -34,6 +38,40 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
             "give model.warmup.fraction or model.warmup.checkpoint, or another source of curvature (diagonal_fisher: "
             "empirical_fisher)."
         )
+
+
+def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
+    """Refuse a path with nothing to train on, or whose statistics cannot be computed."""
+    rule = path.along
+    if normalize not in get_args(Normalize):
+        raise UserError(f"model.normalize is {normalize!r}; give one of {', '.join(get_args(Normalize))}.")
+    if rule is None:
+        return
+    _check_known(rule, rule.needs, get_args(PathStatistic))
+    _check_known(rule, rule.needs_of_examples, get_args(PieceStatistic))
+    name = type(rule).__name__
+    if rule.is_complete and rule.needs_of_examples:
+        raise UserError(
+            f"{name} needs {rule.needs_of_examples[0]}, which is measured only where a path has directions of its own; "
+            "define its direction too."
+        )
+    if path.normalize == "initial_loss" and not rule.is_complete:
+        raise UserError(
+            f"model.path.normalize is initial_loss, but {name} does not score by falls of the loss; give none or "
+            "length."
+        )
+    if rule.is_complete and normalize != "none":
+        raise UserError(
+            f"model.normalize is {normalize}, but along {name} the scores are falls of the loss; set "
+            "model.path.normalize instead."
+        )
+    if rule.trains_on == "pool" and (warmup.fraction == 0 or warmup.checkpoint is not None):
+        raise UserError(
+            f"{name} is the path of a warm-up, but none is made; give model.warmup.fraction, and no "
+            "model.warmup.checkpoint."
+        )
+    if rule.needs and path.optimizer == "sgd":
+        raise UserError(f"model.path.optimizer is sgd, but {name} uses the second moment of adamw; set it to that.")
 
 
 def check_step_size(setting: StepSize, scorer: Scorer) -> None:

@@ -16,7 +16,7 @@ from dualsft.errors import UserError, blaming
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors
 from dualsft.scorers import ParameterStatistics, Scorer
-from dualsft.selection.warmup import EPS
+from dualsft.selection.dense_training import EPS
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.shards import full_tensor, local_shard, shard_copy, shard_of
 
@@ -107,18 +107,18 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
     for known in statistics.by_parameter(step_size):
         with blaming(scorer, "direction"):
             u = scorer.direction(known)
-        check_vector(scorer, "direction", u, known)
+        check_vector(scorer, "direction", u, known.name, known.weight)
         chosen[known.name] = shard_copy(u, weights[known.name])
     return chosen
 
 
-def check_vector(scorer: Scorer, method: str, found: object, known: ParameterStatistics) -> None:
-    """Check that a scorer returned a finite tensor of the parameter's shape."""
-    vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == known.weight.shape
+def check_vector(scorer: object, method: str, found: object, name: str, weight: Tensor) -> None:
+    """Check that a scorer, or a path, returned a finite tensor of the parameter's shape."""
+    vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == weight.shape
     if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
         raise UserError(
-            f"{type(scorer).__name__} gave {known.name} a {method} that is not finite or not of its shape "
-            f"{tuple(known.weight.shape)}; mend the scorer."
+            f"{type(scorer).__name__} gave {name} a {method} that is not finite or not of its shape "
+            f"{tuple(weight.shape)}; mend the scorer."
         )
 
 

@@ -21,9 +21,9 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import Dtype, model_fingerprint, model_folder, tokenizer_fingerprint
+from dualsft.selection.completeness import Completeness
 from dualsft.selection.json_values import Mismatch, typed
-from dualsft.selection.order import Chosen
-from dualsft.selection.scoring import Scoring
+from dualsft.selection.order import Chosen, ScoresBothSides
 from dualsft.selection.scoring_checkpoint import describe_checkpoint
 from dualsft.selection.settings import add_later_options, describe_settings, keys, stored_settings
 
@@ -109,7 +109,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class SumIdentity:
-    """Both sides of Σ_i φ_i = Σ_j φ_j, for the validation set where they differ most."""
+    """Both sides of Σ_i φ_i = Σ_j φ_j, for the validation set where they differ most.
+
+    Null where no weight was scored.
+    """
 
     row_sum: float
     column_sum: float
@@ -126,6 +129,20 @@ class Prediction:
     curvature: float | None
     predicted_improvement: float
     second_order_share: float | None
+
+
+@dataclass(frozen=True)
+class WalkedPath:
+    """A path: the steps at its points, how many were walked, and how near the scores are to the falls of the losses.
+
+    Each is null where nothing was integrated, as the examples' scores are the falls themselves then.
+    """
+
+    steps: list[int]
+    walked_steps: int
+    held_out_losses: list[float] | None = None
+    pool: Completeness | None = None
+    validation: Completeness | None = None
 
 
 @dataclass(frozen=True)
@@ -168,13 +185,14 @@ class Manifest:
     data: DataSection
     seed: int
     counts: Counts
-    sum_identity: SumIdentity
-    prediction: Prediction
+    sum_identity: SumIdentity | None
+    prediction: Prediction | None
     rounds: list[Round]
     versions: dict[str, str]
     coverage: float
     scoring_batch_tokens: int
     phases: list[PhaseCost]
+    path_walked: dict[str, WalkedPath] | None = None  # absent before there were paths
     configuration: dict[str, Any] | None = None  # absent before it was kept
     checksums: dict[str, str] | None = None  # name of each other file -> CRC-32; absent before they were taken
 
@@ -260,13 +278,15 @@ def _source(path: str | None, examples: Examples) -> dict[str, Any]:
     }
 
 
-def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: Scoring) -> dict[str, Any]:
+def describe_outcome(
+    model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: ScoresBothSides
+) -> dict[str, Any]:
     """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
 
     The scores cover all of the model's weights but the frozen ones.
     """
-    weights = _count_weights(chosen.mask)
-    worst = max(scoring.identity.values(), key=lambda of: of["relative_difference"])
+    weights, identity = _count_weights(chosen.mask), scoring.identity
+    worst = max(identity.values(), key=lambda of: of["relative_difference"], default=None)
     examples = ExampleCounts(
         selected=len(chosen.examples),
         scored=len(chosen.example_scores.scores),
@@ -275,8 +295,9 @@ def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chos
     )
     return {
         "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
-        "sum_identity": {**worst, "sets": scoring.identity} if data.named_validation else worst,
+        "sum_identity": {**worst, "sets": identity} if worst and data.named_validation else worst,
         "prediction": scoring.prediction(),
+        "path_walked": scoring.describe(),
         "rounds": chosen.rounds,
         "versions": {
             "python": platform.python_version(),

@@ -60,7 +60,7 @@ class ValidationObjective:
         self._needs = frozenset(settings.scorer.needs)
         self._second_order = isinstance(settings.scorer, SecondOrderScorer)
         self._validation, self._further, self._moments = validation, further, moments
-        self._adam = settings.preconditioner == "adam"
+        self._adam = settings.preconditions
         self.preconditioner = preconditioner(model, moments if self._adam else None)
         self._term_gradients: dict[Term, WeightedSum] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}

@@ -8,15 +8,48 @@
 The last two may take more rounds, in which each side is re-scored with the latest choice of the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.checks import Order
-from dualsft.selection.scoring import ExampleScores, Scoring
+from dualsft.selection.scoring import ExampleScores
+
+
+@runtime_checkable
+class ScoresBothSides(Protocol):
+    """What scores weights and examples: at one scoring checkpoint, or along a path.
+
+    Attributes:
+        measured: Name of a statistic -> example id -> its value.
+        nonfinite: Ids of the pool examples whose loss or gradient was found not to be finite.
+        identity: Name of a validation set -> both sides of the sum identity, as last checked.
+    """
+
+    measured: dict[str, dict[int, Tensor]]
+    nonfinite: set[int]
+    identity: dict[str, dict[str, float]]
+
+    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+        """Score all weights over all examples, and all examples by all weights."""
+
+    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
+        """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
+
+        ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
+        """
+
+    def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
+        """Score every finite example of the pool, by the weights chosen in a mask or by all."""
+
+    def prediction(self) -> dict[str, Any] | None:
+        """Describe what the scores predict of a step, for the manifest, if anything."""
+
+    def describe(self) -> dict[str, Any] | None:
+        """Describe the path, for the manifest, if there is one."""
 
 
 @dataclass
@@ -40,7 +73,7 @@ class Chosen:
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
-def choose_by_turns(order: Order, rounds: int, scoring: Scoring, budgets: Budgets, pool: list[int]) -> Chosen:
+def choose_by_turns(order: Order, rounds: int, scoring: ScoresBothSides, budgets: Budgets, pool: list[int]) -> Chosen:
     """Score and choose one side after the other, for ``rounds`` rounds."""
     chosen = Chosen()
     for number in range(1, rounds + 1):
@@ -56,7 +89,7 @@ def choose_by_turns(order: Order, rounds: int, scoring: Scoring, budgets: Budget
 
 
 def _choose_parameters(
-    scoring: Scoring, budgets: Budgets, chosen: Chosen, pool: list[int], occasion: str
+    scoring: ScoresBothSides, budgets: Budgets, chosen: Chosen, pool: list[int], occasion: str
 ) -> dict[str, Any]:
     """Score all weights over the chosen examples, and choose among them."""
     chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
@@ -71,7 +104,7 @@ def _choose_parameters(
     return _record(count, kept)
 
 
-def _choose_examples(scoring: Scoring, budgets: Budgets, chosen: Chosen, occasion: str) -> dict[str, Any]:
+def _choose_examples(scoring: ScoresBothSides, budgets: Budgets, chosen: Chosen, occasion: str) -> dict[str, Any]:
     """Score all examples by the chosen weights, and choose among them."""
     chosen.example_scores = scoring.examples(chosen.mask or None, occasion)
     before = chosen.examples

@@ -32,7 +32,7 @@ _HALVED = "halved"
 
 
 class Passes:
-    """Runs gradient passes at the scoring checkpoint as phases of a run.
+    """Runs gradient passes, at one scoring checkpoint or several, as phases of a run.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -43,6 +43,7 @@ class Passes:
 
     Attributes:
         batch_tokens: Tokens in the largest batch; halved once if memory runs out, in this run or before it was killed.
+        place: Suffix of the passes' names, where several points of weight space have passes of the same name.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Passes:
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
         halved = run.load(_HALVED)
-        self._halved = halved is not None
+        self._halved, self.place = halved is not None, ""
         self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
@@ -71,6 +72,7 @@ class Passes:
         """
         if (finished := self.finished(name)) is not None:
             return finished
+        name = f"{name}{self.place}"
         keeper = PhaseKeeper(self._run, _key(name), self._save_minutes)
         while True:
             try:
@@ -102,11 +104,16 @@ class Passes:
 
     def finished(self, name: str) -> GradientPass | None:
         """The pass of this name, if an earlier run finished it."""
+        name = f"{name}{self.place}"
         if (saved := self._run.load(_key(name))) is None:
             return None
         self._log.restore(saved[1])
         PhaseKeeper(self._run, _key(name), self._save_minutes).drop()
         return GradientPass.from_state(*saved)
+
+    def forget(self, name: str) -> None:
+        """Delete the state of a finished pass, whose results are kept elsewhere; what it cost stays in the log."""
+        self._run.drop(_key(f"{name}{self.place}"))
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
         """Prepare to restart the pass with half the batch size, once, if the longest example fits in it."""

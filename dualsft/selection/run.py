@@ -8,6 +8,7 @@
     6. budgets                a subset of the examples, a mask of the weights                budgets.py
     7. write                  the selection directory                                        artifact.py
 
+Along a path (`path_scoring.py`, `path_checkpoints.py`) steps 2 to 5 are taken at each of its points, and added up.
 Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by the latest choice of the
 other (`order.py`). Every pass over data is a phase: resumed where it was killed, never repeated (`passes.py`).
 Source: arXiv 2605.06166.
@@ -32,9 +33,11 @@ from dualsft.selection.artifact import (
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.manifest import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
-from dualsft.selection.order import Chosen, choose_by_turns
+from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
 from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
+from dualsft.selection.path_run import walk_path
+from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
 from dualsft.selection.terms import make_further_terms, validation_terms
@@ -77,16 +80,19 @@ def run_selection(
     log = PhaseLog(show, compute_device(model))
     passes = Passes(model, run, log, settings, data)
 
-    # 2. The scoring checkpoint.
-    moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
+    # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.
+    scoring: ScoresBothSides
+    if settings.path.along is not None:
+        scoring = walk_path(module, data, passes, run, log, seed)
+    else:
+        moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
+        further = make_further_terms(module, data, seed)
+        objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
+        objective.take_gradients()
+        rule = ScorerDirections(settings, objective, run, data.named_validation)
+        scoring = Scoring(model, settings, rule, passes, data)
 
-    # 3. The validation objective.
-    further = make_further_terms(module, data, seed)
-    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
-    objective.take_gradients()
-
-    # 4. to 6. Direction, rows and columns, budgets.
-    scoring = Scoring(model, settings, objective, passes, run, data)
+    # 5. and 6. Rows and columns, budgets.
     if "then" in settings.order:  # each side is scored by the choice of the other
         chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
     else:
@@ -96,7 +102,8 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **configuration}
+    outcome = describe_outcome(model, data, chosen, scoring)
+    manifest = {**inputs, **outcome, **cost, **configuration}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)

@@ -22,22 +22,19 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_covered
 from dualsft.models import PreTrainedModel
-from dualsft.runs.folder import RunFolder
-from dualsft.runs.progress import say
 from dualsft.selection.directions import (
     ColumnTotals,
-    Statistics,
     column_totals,
     combined_rows,
     combined_tokens,
-    directions,
     masked,
     parameter_scores,
 )
-from dualsft.selection.objective import ValidationObjective
+from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
 from dualsft.selection.passes import Passes
+from dualsft.selection.path_totals import column
+from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
-from dualsft.selection.step import Along, along_pool_step, bind, describe, is_bound, settle, warning
 from dualsft.sharding.collectives import all_reduce_sum
 
 T = TypeVar("T")
@@ -89,10 +86,9 @@ class Scoring:
 
     Args:
         model: The model at the scoring checkpoint.
-        settings: The scorer, the step size, and how several validation sets' scores become one.
-        objective: V of each validation set, whose gradients have been taken.
+        settings: How several validation sets' scores become one, and what is kept beside the scores.
+        rule: Gives the directions.
         passes: Runs the passes over the pool.
-        run: Records on which step size the scores depend.
         data: The pool.
 
     Attributes:
@@ -105,17 +101,14 @@ class Scoring:
         self,
         model: PreTrainedModel,
         settings: SelectionSettings,
-        objective: ValidationObjective,
+        rule: DirectionRule,
         passes: Passes,
-        run: RunFolder,
         data: InstructionDataModule,
     ) -> None:
-        self._model, self._settings, self._objective, self._passes, self._run = model, settings, objective, passes, run
+        self._model, self._settings, self._rule, self._passes = model, settings, rule, passes
         self._data, self._pool = data, data.train_examples.ok_ids()
         self._latest = _Latest()
-        self._step: float | None = None if settings.step_size == "auto" else settings.step_size
         self._num_examples = 0
-        self._along: dict[str, Along] = {}
         self.measured: dict[str, dict[int, Tensor]] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
@@ -126,7 +119,7 @@ class Scoring:
 
     def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
-        if self._objective.needs_pool_gradient:
+        if self._rule.needs_pool_gradient:
             self._sum_gradients(self._finite)
             examples = self.examples()
         else:
@@ -149,7 +142,7 @@ class Scoring:
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
         """Score every finite example of the pool, by the weights chosen in a mask or by all."""
         if not self._latest.directions:
-            if self._objective.needs_pool_gradient:
+            if self._rule.needs_pool_gradient:
                 self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
@@ -161,15 +154,17 @@ class Scoring:
         self._check()
         return examples
 
-    def prediction(self) -> dict[str, object]:
-        """Describe the quadratic's prediction along the last pool step, for the manifest."""
-        assert self._step is not None
-        if not self._along:
-            self._measure(self._objective.statistics(self._latest.sums, self._num_examples))
-        description = describe(self._step, self._along, self._data.named_validation)
-        if message := warning(description):
-            say(message)
-        return description
+    def columns(self) -> list[dict[str, Tensor]]:
+        """φ_j of each validation set, by parameter name, on the host, from the latest direction and sum."""
+        sums = self._latest.sums
+        return [{name: column(u[name], sums[name]) for name in u} for u in self._latest.directions]
+
+    def prediction(self) -> dict[str, Any] | None:
+        """Describe what the directions predict of the last pool step, for the manifest, if anything."""
+        return self._rule.prediction(self._latest.sums, self._num_examples)
+
+    def describe(self) -> None:
+        """One scoring checkpoint has no path to tell of."""
 
     def _over(self, ids: list[int]) -> dict[str, Any]:
         """The options of a pass over these examples of the pool."""
@@ -177,7 +172,7 @@ class Scoring:
 
     def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
         """The options of a pass for the rows of these directions; the first such pass also takes the measurements."""
-        measurement = self._objective.measurement(() if self.measured else self._settings.data_allocator.needs)
+        measurement = self._rule.measurement(() if self.measured else self._settings.statistics)
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": us, **options}
 
@@ -204,24 +199,26 @@ class Scoring:
         self.measured = self.measured or found.measured
         self.nonfinite |= found.nonfinite
         self._latest.row_directions, self._latest.rows, self._latest.covered = us, found.rows, found.covered
+        rows, tokens = found.rows, found.tokens
+        if self._settings.normalize != "none":
+            factors = self._factors(rows[0])
+            rows, tokens = [scaled(of, factors) for of in rows], [scaled(of, factors) for of in tokens]
+        combination = self._settings.combination
         return ExampleScores(
-            combined_rows(found.rows, self._settings.combination),
-            dict(zip(self._objective.sets, found.rows, strict=True)),
-            combined_tokens(found.tokens, found.rows, self._settings.combination),
+            combined_rows(rows, combination),
+            dict(zip(self._rule.sets, rows, strict=True)),
+            combined_tokens(tokens, rows, combination),
         )
+
+    def _factors(self, ids: Collection[int]) -> Factors:
+        if self._settings.normalize == "tokens":
+            return token_counts(ids, self._data.train_examples.num_tokens)
+        return inverses(ids, self.measured[self._settings.norm])
 
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
         """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
         self._num_examples = count
-        statistics = self._objective.statistics(sums, count, occasion)
-        if sums is not None:
-            self._measure(statistics)
-        self._step = settle(self._settings.step_size, list(self._along.values()), is_bound(self._run))
-        bind(self._run, self._settings.step_size)
-        self._latest.directions = [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
-
-    def _measure(self, statistics: Mapping[str, Statistics]) -> None:
-        self._along = {name: along_pool_step(self._settings.scorer, of) for name, of in statistics.items()}
+        self._latest.directions = self._rule.directions(sums, count, occasion)
 
     def _weight_scores(self) -> dict[str, Tensor]:
         return parameter_scores(self._latest.directions, self._latest.sums, self._settings.combination)
@@ -237,7 +234,7 @@ class Scoring:
         names = list(latest.row_directions[0])
         moves = all_reduce_sum(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
-        for name, rows, u in zip(self._objective.sets, latest.rows, latest.row_directions, strict=True):
+        for name, rows, u in zip(self._rule.sets, latest.rows, latest.row_directions, strict=True):
             summed = {i: value for i, value in rows.items() if i in latest.summed}
             self.identity[name] = sum_identity(summed, column_totals(u, latest.sums), compute_dtype(self._model))
 

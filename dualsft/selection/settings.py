@@ -7,13 +7,22 @@ resumed run must agree with it, and whether `dualsft allocate` can change it.
 # ruff: noqa: RUF009 (`option` makes a field)
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from dualsft.allocators import Budget, DataAllocator, GlobalTopK, ParameterAllocator, TopK, check_budget
+from dualsft.allocators import (
+    Budget,
+    DataAllocator,
+    ExampleStatistic,
+    GlobalTopK,
+    ParameterAllocator,
+    TopK,
+    check_budget,
+)
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype
 from dualsft.objectives import Objective
+from dualsft.paths import Path
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.checks import (
     Order,
@@ -21,12 +30,15 @@ from dualsft.selection.checks import (
     check_needs,
     check_objectives,
     check_order,
+    check_path,
     check_preconditioner,
     check_step_size,
 )
 from dualsft.selection.directions import Combination
 from dualsft.selection.json_values import at, describe_part, typed
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.normalization import Normalize
+from dualsft.selection.path_settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup
@@ -81,6 +93,9 @@ class SelectionSettings:
         scorer: The rule for the direction u that scores both sides.
         preconditioner: The optimizer that the fine-tune will use: none (SGD) or adam, which needs the second moment of
             a warm-up.
+        normalize: What an example's score at a checkpoint is counted per: the mean loss of a token (none), the loss
+            summed over the tokens (tokens), or the length of the example's own gradient (gradient_norm: the cosine).
+        path: The path along which everything is scored, in place of one scoring checkpoint.
         step_size: η, the length of the step whose gain is predicted: a number, or auto for the step at which a
             second-order scorer predicts the largest gain. At first order it scales all scores alike.
         parameter_budget: Weights to train: a fraction in (0, 1], a count, or null for all.
@@ -110,6 +125,8 @@ class SelectionSettings:
 
     scorer: OrDefault[Scorer] = option(None, "direction")
     preconditioner: Preconditioning = option("adam", "direction")
+    normalize: Normalize = option("none", "direction", later=True)
+    path: PathSettings = option(PathSettings(), "direction", later=True)
     step_size: StepSize = option(2e-5, "step")
     parameter_budget: Budget = option(0.1, "parameters", key="budgets.parameters")
     data_budget: Budget = option(0.1, "data", key="budgets.data")
@@ -134,9 +151,11 @@ class SelectionSettings:
         check_budget("model.data_budget", self.data_budget)
         if not self.save_minutes > 0:
             raise UserError(f"model.save_minutes is {self.save_minutes}; give a positive number of minutes.")
-        check_preconditioner(self.preconditioner, self.warmup.gives_second_moment)
         self._fill(scorer=self.scorer or FirstOrder())
-        check_needs(self.scorer, self.warmup.gives_second_moment)
+        if self.uses_scorer:
+            check_preconditioner(self.preconditioner, self.warmup.gives_second_moment)
+            check_needs(self.scorer, self.warmup.gives_second_moment)
+        check_path(self.path, self.warmup, self.normalize)
         check_step_size(self.step_size, self.scorer)
         check_order(self.order, self.rounds)
         if self.order == "data":  # the other side is taken whole
@@ -154,9 +173,41 @@ class SelectionSettings:
         check_objectives([self.prior.term(), *self.objectives])
 
     @property
+    def path_rule(self) -> Path:
+        """The rule of the path, where there is one."""
+        assert self.path.along is not None
+        return self.path.along
+
+    @property
+    def uses_scorer(self) -> bool:
+        """Whether the scorer and the preconditioner take part: not along a path with directions of its own."""
+        return self.path.along is None or bool(self.path.along.needs)
+
+    @property
     def needs_second_moment(self) -> bool:
         """Whether anything uses the second moment of the warm-up's Adam."""
-        return self.preconditioner == "adam" or "second_moment" in self.scorer.needs
+        return self.preconditions or (self.uses_scorer and "second_moment" in self.scorer.needs)
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether the preconditioner is Adam's, P = 1/(sqrt(ĉ)+eps), and not 1."""
+        return self.uses_scorer and self.preconditioner == "adam"
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether some weights are taken, and not all."""
+        return self.parameter_budget is not None
+
+    @property
+    def norm(self) -> ExampleStatistic:
+        """The norm of an example's gradient by which the cosine divides."""
+        return "preconditioned_gradient_norm" if self.preconditions else "gradient_norm"
+
+    @property
+    def statistics(self) -> tuple[ExampleStatistic, ...]:
+        """The statistics that are measured of each example, for the data allocator and the normalisation."""
+        needs = self.data_allocator.needs
+        return tuple({*needs, self.norm}) if self.normalize == "gradient_norm" else needs
 
     def _fill(self, **values: Any) -> None:
         for name, value in values.items():
@@ -203,7 +254,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, list):
         return [_described(one) for one in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {of.name: _described(getattr(value, of.name)) for of in fields(value)}
     return value if value is None or isinstance(value, (bool, int, float, str)) else describe_part(value)
 
 

@@ -54,7 +54,7 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
         if isinstance(scorer, SecondOrderScorer):
             with blaming(scorer, "curvature"):
                 bend = scorer.curvature(known)
-            check_vector(scorer, "curvature", bend, known)
+            check_vector(scorer, "curvature", bend, known.name, known.weight)
             curvature.append(float((step * bend).sum()))
             second.append(float((p * bend).double().square().sum()))
     if not curvature:

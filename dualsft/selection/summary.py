@@ -23,11 +23,19 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
         + ")",
         f"weights     {weights.selected:,} of {weights.scored:,} selected "
         f"({weights.selected / weights.scored:.1%}; {m.coverage:.0%} covered by the scores)",
-        f"sums        rows {identity.row_sum:.6g}, columns {identity.column_sum:.6g} "
-        f"(difference {identity.relative_difference:.1e} of the scores' size)",
+        *(
+            [
+                f"sums        rows {identity.row_sum:.6g}, columns {identity.column_sum:.6g} "
+                f"(difference {identity.relative_difference:.1e} of the scores' size)"
+            ]
+            if identity
+            else []
+        ),
         f"batches     {'packed' if m.data.packing else 'padded'} to {m.scoring_batch_tokens:,} tokens, "
         f"{m.data.padding_share:.1%} padding",
         *_prediction(m),
+        *_paths(m),
+        *_rounds(m),
     ]
     width = max([21, *(len(phase.name) for phase in m.phases)])
     for phase in m.phases:
@@ -52,12 +60,36 @@ def _left_out(selection: Selection) -> dict[str, int]:
 
 
 def _prediction(m: Manifest) -> list[str]:
-    """The step, the predicted improvement, and the share of either choice that the last round kept."""
-    lines = [
-        f"step        {m.prediction.step_size:.3g}, predicted improvement {m.prediction.predicted_improvement:.3g}"
-    ]
+    """The step, and the predicted improvement."""
+    if m.prediction is None:
+        return []
+    line = f"step        {m.prediction.step_size:.3g}, predicted improvement {m.prediction.predicted_improvement:.3g}"
     if m.prediction.second_order_share is not None:
-        lines[0] += f" (second-order term {m.prediction.second_order_share:.2g} of the first)"
+        line += f" (second-order term {m.prediction.second_order_share:.2g} of the first)"
+    return [line]
+
+
+def _paths(m: Manifest) -> list[str]:
+    """Where each path ends, and how near the scores are to the falls of the losses."""
+    lines = []
+    for name, of in (m.path_walked or {}).items():
+        line = f"path        {len(of.steps) - 1} pieces to step {of.steps[-1]} of {of.walked_steps}"
+        line += f" to {name}" if len(m.path_walked or {}) > 1 else ""
+        for side, found in (("pool", of.pool), ("validation set", of.validation)):
+            if found is not None:
+                error = max(found.row_error, found.column_error or 0.0)
+                line += (
+                    f"; {side}'s falls within {error:.1%}"
+                    if found.reached
+                    else (f"; {side}'s falls only within {error:.1%} of {found.tolerance:.1%} asked for")
+                )
+        lines.append(line)
+    return lines
+
+
+def _rounds(m: Manifest) -> list[str]:
+    """The share of either choice that each later round kept."""
+    lines = []
     for record in m.rounds[1:]:
         sides = {"parameters": record.parameters.overlap, "data": record.data.overlap}
         kept = ", ".join(f"{overlap or 0:.1%} of the {side}" for side, overlap in sides.items())

@@ -1,5 +1,8 @@
 """Configurations of select, fit and validate: options of wrong types, unknown ones, and odd values; then the job."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +16,9 @@ from dualsft.cli import run
 from tests.fuzz.changes import changed, changed_bytes
 from tests.fuzz.harness import Fuzzer
 from tests.world.jobs import Inputs, write_inputs
+
+SECONDS = 30
+"""How long a job may take; what is at work for longer counts as having ended well."""
 
 
 @cache
@@ -68,7 +74,31 @@ def _run(case: tuple[str, bytes], folder: Path) -> None:
     verb, data = case
     path = folder / "job.yaml"
     path.write_bytes(data)
-    run([verb, "--config", str(path), "--output_dir", str(folder / "out")])
+    with suppress(_StillAtWork), _stopped_after(SECONDS):
+        run([verb, "--config", str(path), "--output_dir", str(folder / "out")])
+
+
+class _StillAtWork(BaseException):
+    """A job does what it was asked to: a million epochs are no mistake."""
+
+
+@contextmanager
+def _stopped_after(seconds: int) -> Iterator[None]:
+    """Stop what takes longer, where the system has alarms."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _StillAtWork
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 CONFIGS = Fuzzer(_cases(), _run, _world)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dualsft.scorers import FirstOrder, ParameterStatistics, Scorer
+from dualsft.selection.dense_training import EPS
 from dualsft.selection.directions import Statistics, column_totals, directions, masked, parameter_scores, preconditioner
 from dualsft.selection.objective import weighted_total
-from dualsft.selection.warmup import EPS
 
 GRADIENT = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 3.0, 4.0])}
 MOMENTS = {"a": torch.tensor([4.0, 0.0]), "b": torch.ones(3)}

@@ -14,7 +14,7 @@ from dualsft.allocators import ScoredExamples
 from dualsft.errors import UserError
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection import Warmup
-from dualsft.selection.warmup import EPS
+from dualsft.selection.dense_training import EPS
 from tests.references import assert_same_gradients, slow_scores
 from tests.world.damage import flipped
 from tests.world.data import LINES, OK, write_jsonl

@@ -22,8 +22,8 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import Objective, SelfDistillation, example_losses
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection import Selection, Warmup, load_selection, passes
+from dualsft.selection.dense_training import EPS
 from dualsft.selection.prior import Prior
-from dualsft.selection.warmup import EPS
 from dualsft.sharding import strategy
 from tests.cases import Example, Gradients, collate
 from tests.references import assert_same_gradients, float64_throughout, gradient_loop, inner, slow_prior, total

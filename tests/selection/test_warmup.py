@@ -7,7 +7,8 @@ from torch.optim import AdamW
 
 from dualsft.errors import UserError
 from dualsft.objectives import example_losses
-from dualsft.selection.warmup import BETAS, EPS, Warmup, warm_up
+from dualsft.selection.dense_training import BETAS, EPS
+from dualsft.selection.warmup import Warmup, warm_up
 from tests.cases import Example, collate, make, make_examples, pack
 from tests.references import assert_same_gradients
 from tests.world.faults import SHORTAGES, Kind, Shortage, kill_at, poison
@@ -191,7 +192,7 @@ def test_a_shortage_halves_the_batch_but_not_the_step(
     assert_same_gradients(moments, expected, 1e-12)
     for (name, found), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12, msg=name)
-    assert [notes for _, notes in notebook.notes] == [{"epoch": 0, "done": 1, "parts": 2}]
+    assert [notes for _, notes in notebook.notes] == [{"epoch": 0, "done": 1, "taken": 1, "parts": 2}]
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("dualsft: memory ran out in the warm-up (")
     assert told.endswith("; it goes on in half batches.")

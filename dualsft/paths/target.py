@@ -1,0 +1,13 @@
+"""The path of a training on the target: how each example's loss moves while the model learns the validation set.
+
+At a checkpoint before the skill is there the validation gradient has no component along it; this path goes there.
+On the data side it is Train on Validation: Jain, Montanari, Sasoglu (ICLR 2026).
+"""
+
+from dualsft.paths.base import Path
+
+
+class TargetPath(Path):
+    """Training on the validation set, u_k = θ_k − θ_{k+1}: what learning the target does to each example's loss."""
+
+    trains_on = "target"

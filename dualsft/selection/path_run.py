@@ -1,0 +1,35 @@
+"""Walks the path of a run, and opens what scores along it."""
+
+from typing import TYPE_CHECKING
+
+from dualsft.data.module import InstructionDataModule
+from dualsft.errors import UserError
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import PhaseLog
+from dualsft.selection.order import ScoresBothSides
+from dualsft.selection.passes import Passes
+from dualsft.selection.path_checkpoints import CheckpointScoring
+from dualsft.selection.path_ending import walk_paths
+from dualsft.selection.path_scoring import PathScoring
+from dualsft.selection.terms import make_further_terms, validation_terms
+
+if TYPE_CHECKING:
+    from dualsft.selection.module import SelectionModule
+
+
+def walk_path(
+    module: "SelectionModule", data: InstructionDataModule, passes: Passes, run: RunFolder, log: PhaseLog, seed: int
+) -> ScoresBothSides:
+    """Walk the path that the settings describe, from the loaded weights on."""
+    model, settings = module.model, module.settings
+    paths = walk_paths(model, settings, data, passes, run, log, seed)
+    if settings.path_rule.is_complete:
+        return PathScoring(model, settings, data, passes, paths)
+    terms = (validation_terms(data), make_further_terms(module, data, seed))
+    (ended, *others) = paths.values()
+    if settings.path_rule.trains_on == "target" and others:
+        raise UserError(
+            f"{type(settings.path_rule).__name__} has directions of its own on the path to one validation set, "
+            "but there are several; give data.validation one source."
+        )
+    return CheckpointScoring(model, settings, data, passes, run, log, ended, terms)

@@ -1,0 +1,98 @@
+"""The directions u by which one scoring checkpoint scores weights and examples, one for each validation set.
+
+A scorer computes them from statistics of the objective V; second-order ones need the pool's mean gradient ḡ first.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dualsft.matrix.sketches import Measurement
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import say
+from dualsft.selection.directions import Statistics, directions
+from dualsft.selection.objective import ValidationObjective
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.step import Along, along_pool_step, bind, describe, is_bound, settle, warning
+
+
+class DirectionRule(ABC):
+    """Gives the direction u of each validation set at one scoring checkpoint.
+
+    Attributes:
+        sets: The names of the validation sets.
+        needs_pool_gradient: Whether u can be computed only once Σ_i g_i is known.
+    """
+
+    sets: list[str]
+    needs_pool_gradient: bool
+
+    @abstractmethod
+    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
+        """Compute u of each set: parameter name -> u, of the (local) shape.
+
+        Args:
+            sums: Σ_i g_i by parameter name, if it is known.
+            count: How many examples it is over, or will be.
+            occasion: Suffix that tells the names of passes from earlier ones'.
+        """
+
+    def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any] | None:
+        """Describe the quadratic's prediction along the last pool step, for the manifest, if there is one.
+
+        Args:
+            sums: Σ_i g_i by parameter name.
+            count: How many examples it is over.
+        """
+        return None
+
+    @abstractmethod
+    def measurement(self, names: Collection[str]) -> Measurement:
+        """The statistics to measure of single examples."""
+
+
+class ScorerDirections(DirectionRule):
+    """The directions of the run's scorer.
+
+    Args:
+        settings: The scorer and the step size.
+        objective: V of each validation set, whose gradients have been taken.
+        run: Records on which step size the scores depend.
+        named: Whether the validation sets have names.
+    """
+
+    def __init__(
+        self, settings: SelectionSettings, objective: ValidationObjective, run: RunFolder, named: bool
+    ) -> None:
+        self._settings, self._objective, self._run, self._named = settings, objective, run, named
+        self.sets, self.needs_pool_gradient = objective.sets, objective.needs_pool_gradient
+        self._step: float | None = None if settings.step_size == "auto" else settings.step_size
+        self._along: dict[str, Along] = {}
+
+    def measurement(self, names: Collection[str]) -> Measurement:
+        """The statistics to measure of single examples, under the preconditioner."""
+        return self._objective.measurement(names)
+
+    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
+        """Compute u of each set, and settle η, on which the run's scores depend from here on."""
+        statistics = self._objective.statistics(sums, count, occasion)
+        if sums is not None:
+            self._measure(statistics)
+        self._step = settle(self._settings.step_size, list(self._along.values()), is_bound(self._run))
+        bind(self._run, self._settings.step_size)
+        return [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
+
+    def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+        """Describe the quadratic's prediction along the last pool step, for each set too if the sets have names."""
+        assert self._step is not None
+        if not self._along:
+            self._measure(self._objective.statistics(sums, count))
+        description = describe(self._step, self._along, self._named)
+        if message := warning(description):
+            say(message)
+        return description
+
+    def _measure(self, statistics: Mapping[str, Statistics]) -> None:
+        self._along = {name: along_pool_step(self._settings.scorer, of) for name, of in statistics.items()}
