@@ -20,7 +20,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import DiagonalFisher, HessianVector
-from dualsft.selection import passes, warmup
+from dualsft.selection import dense_training, passes
 from dualsft.selection.prior import Prior
 from tests.cases import collate, make_examples
 from tests.world.faults import KilledError, PoolAware, kill_at, killed_run, poisoned_by
@@ -135,7 +135,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes(
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The example ids of every batch whose losses are taken, in order, whichever run takes them."""
     batches: list[tuple[int, ...]] = []
-    for place, name in ((warmup, "example_losses"), (ModelCalls, "begin")):
+    for place, name in ((dense_training, "example_losses"), (ModelCalls, "begin")):
         original = getattr(place, name)
 
         def noting(first: Any, batch: Any, *rest: Any, original: Any = original) -> Any:

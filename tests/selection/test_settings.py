@@ -10,11 +10,13 @@ from jsonargparse import ArgumentParser
 from dualsft import SelectionModule
 from dualsft.allocators import Diverse, GlobalTopK, LayerQuota, TopK
 from dualsft.commands import allocate
+from dualsft.paths import TargetPath
 from dualsft.scorers import DiagonalFisher, FirstOrder
 from dualsft.selection import Warmup
 from dualsft.selection.json_values import at
 from dualsft.selection.manifest import PUBLISHED, what_scores_rest_on
 from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.path_settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.settings import (
     CHOICE,
@@ -33,6 +35,8 @@ THEN: Any = {"order": "parameters_then_data"}
 OTHERS: dict[str, dict[str, Any]] = {
     "scorer": {"scorer": DiagonalFisher("empirical_fisher")},
     "preconditioner": {"preconditioner": "none"},
+    "normalize": {"normalize": "tokens"},
+    "path": {"path": PathSettings(along=TargetPath())},
     "step_size": {"step_size": 1.0},
     "parameter_budget": {"parameter_budget": 3},
     "data_budget": {"data_budget": None},
@@ -113,7 +117,7 @@ def test_the_command_line_has_every_option() -> None:
     for field in fields(SelectionSettings):
         assert f"        {field.name}: " in documented
         action = actions.get(f"model.{field.name}")
-        if action is not None and field.name not in ("near_duplicates", "warmup", "prior"):
+        if action is not None and field.name not in ("near_duplicates", "warmup", "prior", "path"):
             assert str(action.help).split(" (type")[0].split("\n")[0][:40] in " ".join(documented.split())
             assert defaults[field.name] == field.default
 
@@ -151,8 +155,8 @@ def test_a_new_option_is_one_field() -> None:
     """It is written and read in its place, and a manifest that is older than it means its default."""
     old = describe_settings(SelectionSettings())
     wide = describe_settings(Wider(novelty=0.7, token_budget=9))
-    assert list(wide) == [*list(old)[:7], "novelty", *list(old)[7:]]
-    assert list(old)[6:8] == ["preconditioner", "token_scores"]
+    assert list(wide) == [*list(old)[:9], "novelty", *list(old)[9:]]
+    assert list(old)[8:10] == ["path", "token_scores"]
     assert wide["budgets"] == {"parameters": 0.1, "data": 0.1, "tokens": 9}
     assert {n: stored_settings(wide, Wider)[n] for n in ("novelty", "token_budget")} == {
         "novelty": 0.7,

@@ -1,5 +1,6 @@
 """A selection on several ranks is the one that a single process makes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from dualsft.allocators import (
     TokenBudget,
     UniformPerLayer,
 )
+from dualsft.paths import Path as PathRule
+from dualsft.paths import Piece, PoolPath, TargetPath
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
 from dualsft.selection import Selection, Warmup, load_selection
+from dualsft.selection.path_settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.sharding.strategy import FSDP2
 from tests.world.jobs import ADAM, SGD, Inputs, select, write_inputs
@@ -47,6 +51,16 @@ WARM: dict[str, dict[str, Any]] = {
         "prior": Prior(weight=0.5, fraction=0.5),
     },
 }
+WALK = PathSettings(along=TargetPath(), epochs=2, learning_rate=1e-3, pieces=2, held_out=0.0, tolerance=10.0)
+
+
+class WholeRows(PathRule):
+    """Somebody's path, which looks at whole rows of the way."""
+
+    def direction(self, piece: Piece) -> Tensor:
+        """The way over its rows' norms."""
+        way = piece.start - piece.end
+        return way / way.flatten(1).norm(dim=-1, keepdim=True).clamp(min=1e-4) if way.dim() > 1 else way
 
 
 class RowNorms(Scorer):
@@ -64,6 +78,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "each layer": {**SGD, "parameter_allocator": UniformPerLayer(), "data_allocator": PositiveOnly()},
     "proportional": {**SGD, "parameter_allocator": Proportional(), "data_allocator": Diverse()},
     "sources": {**SGD, "data_allocator": PerSourceQuota("prompt"), "gradient_checkpointing": True},
+    "along the target": {"path": replace(WALK, columns="product"), "token_scores": True},
+    "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath())},
 }
 
 
@@ -116,8 +132,9 @@ def test_whatever_is_chosen_by_is_chosen_on_ranks(tmp_path: Path) -> None:
 def test_a_warmed_up_selection_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     """With the second moment of a warm-up whose batches the ranks share, and a teacher beside the warmed-up model."""
     inputs, count = write_inputs(tmp_path), 4
-    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", WARM, count)
-    for name, options in WARM.items():
+    runs = {**WARM, "somebody's path": {"path": replace(WALK, along=WholeRows())}}
+    run_on_ranks(count, select_all, inputs, tmp_path / "ranks", runs, count)
+    for name, options in runs.items():
         expected = select(inputs, tmp_path / "alone" / name, options)
         assert_same(load_selection(tmp_path / "ranks" / name), expected)
     kept = {"warmup": Warmup(checkpoint=str(tmp_path / "ranks" / "adam" / "warmup"))}
