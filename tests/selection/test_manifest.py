@@ -120,13 +120,15 @@ def parent(content: Any, path: tuple[str | int, ...]) -> Any:
     return content
 
 
-DEFAULTED = ("near_duplicates", "trainable", "frozen", "counts.examples.near_duplicates")
+LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen")
+DEFAULTED = (*LATER, "path_walked", "counts.examples.near_duplicates")
 NESTED = (
     "configuration",
     "checksums",
     "warmup.",
     "prior.",
     "near_duplicates.",
+    "path.",
     "data.format.",
     "versions.",
     "tokenizer.",
@@ -210,7 +212,7 @@ def test_later_options_are_added_to_the_json(tmp_path: Path, example: dict[str, 
     stored, typed = open_manifest(store(tmp_path, old))
     assert stored == example
     assert typed == open_manifest(EXAMPLE.parent)[1]
-    assert later == ["near_duplicates", "trainable", "frozen"]
+    assert later == list(LATER)
 
 
 def test_no_manifest_at_all(tmp_path: Path) -> None:
