@@ -18,6 +18,11 @@ FORMULA = (
     "term), one matrix M_ij = g_ij u_j scores both: an example by its row sum ⟨u, g_i⟩, a weight by its column sum "
     "u_j Σ_i g_ij ([arXiv 2605.06166](https://arxiv.org/abs/2605.06166))."
 )
+ALONG = (
+    "Along a path θ_0 … θ_K in weight space with u_k = θ_k − θ_{k+1}, or another u_k that its rule defines, one matrix "
+    "M_ij = Σ_k g_ij u_kj scores both: an example by its row sum, which is how far the path lowers its loss, a weight "
+    "by its column sum."
+)
 _KEYS = ("preconditioner", "step_size", "warmup", "prior", "order", "combination", "near_duplicates", "control", "seed")
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,12 +124,15 @@ def _selection(record: Mapping[str, Any] | None) -> list[str]:
             options = ", ".join(f"{name} {_format(value)}" for name, value in part["options"].items())
             lines.append(f"{key.replace('_', ' ')}: `{part['class_path']}`{f' ({options})' if options else ''}")
     lines += [f"{key.replace('_', ' ')}: {_format(record[key])}" for key in _KEYS if key in record]
+    if along := (path := record.get("path", {})).get("along"):
+        chosen = {key: value for key, value in path.items() if value is not None and key != "along"}
+        lines.append(f"path: `{along['class_path']}` ({_format({**along['options'], **chosen})})")
     lines += [f"{key}: {_format(record[key])}" for key in ("trainable", "frozen") if record.get(key)]
     if "predicted_improvement" in (prediction := record.get("prediction", {})):
         lines.append(f"predicted improvement of one step: {prediction['predicted_improvement']:.3g}")
     lines += _data("scored", record.get("data", {}).get("train", []))
     lines += _data("target", record.get("data", {}).get("validation", []))
-    return [*lines, FORMULA] if "scorer" in record else lines
+    return [*lines, *([ALONG] if along else []), *([FORMULA] if "scorer" in record else [])]
 
 
 def _data(role: str, sources: list[Mapping[str, Any]]) -> list[str]:

@@ -15,6 +15,8 @@ from lightning import Trainer
 
 from dualsft.data.module import InstructionDataModule
 
+_OF_A_SCORER = ("scorer", "preconditioner", "step_size", "prior", "warmup", "normalize")
+"""What takes no part in scores along a path that has directions of its own."""
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
 
 
@@ -41,7 +43,10 @@ def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) ->
     record = {key: manifest[key] for key in published if manifest.get(key) is not None}
     if checkpoint := record["warmup"].get("checkpoint"):
         record["warmup"] = {**record["warmup"], "checkpoint": published_name(checkpoint)}
-    record["prediction"] = {key: manifest["prediction"][key] for key in ("step_size", "predicted_improvement")}
+    if (prediction := manifest["prediction"]) is not None:
+        record["prediction"] = {key: prediction[key] for key in ("step_size", "predicted_improvement")}
+    else:  # along a path with directions of its own
+        record = {key: value for key, value in record.items() if key not in _OF_A_SCORER}
     record["data"] = {name: _describe_data(manifest["data"][name]) for name in ("train", "validation")}
     return record
 

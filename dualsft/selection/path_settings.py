@@ -11,7 +11,7 @@ from dualsft.selection.dense_training import OptimizerName
 
 Columns = Literal["target", "pool", "product"]
 Normalization = Literal["none", "initial_loss", "length"]
-EPOCHS = 8
+EPOCHS = 16
 """Epochs of a path along the target, unless they are given."""
 
 
@@ -22,7 +22,7 @@ class PathSettings:
     Args:
         along: target trains on the validation set and scores by what that does to the pool; pool adds up the scorer's
             scores at several checkpoints of the warm-up; or a registered name; null for the scoring checkpoint alone.
-        epochs: Passes over what the path trains on; null for 8 along the target, and for those of the warm-up.
+        epochs: Passes over what the path trains on; null for 16 along the target, and for those of the warm-up.
         learning_rate: The path's, constant; null for the warm-up's.
         optimizer: The path's, without weight decay: adamw, or sgd without momentum.
         pieces: Into how many pieces of equally many steps the path is cut, or the steps at which its pieces end.

@@ -170,6 +170,14 @@ def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int
 
 def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor]:
     scores = source.parameter_scores()
+    counts = source.about.counts.parameters
+    if not scores and source.about.path_walked and counts.selected == counts.scored:  # all were taken, none was scored
+        if settings.parameter_budget is not None:
+            raise UserError(
+                f"{source.folder} took all weights and scored none; select again with model.parameter_budget "
+                f"{settings.parameter_budget}."
+            )
+        return source.mask()
     available = sum(score.numel() for score in scores.values())
     if available != (due := source.about.counts.parameters.scored):
         raise UserError(

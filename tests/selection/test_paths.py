@@ -15,6 +15,8 @@ from torch.optim import AdamW
 
 from dualsft import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.export.model_card import _selection
+from dualsft.export.provenance import describe_selection
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
@@ -24,8 +26,10 @@ from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.dense_training import BETAS, EPS
+from dualsft.selection.manifest import PUBLISHED
 from dualsft.selection.path_ending import ending, split
 from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.reallocation import reallocate
 from tests.cases import Gradients, collate
 from tests.references import assert_same_gradients, gradient_loop, inner, total
 from tests.world.data import LINES, VALIDATION
@@ -268,6 +272,36 @@ def test_either_side_is_scored_by_the_choice_of_the_other(exact: Inputs, tmp_pat
         assert {i: scores[i] for i in rows} == pytest.approx(rows, rel=1e-7, abs=1e-10)
     else:
         assert_same_gradients(found.parameter_scores(), columns, 1e-6)
+
+
+# What others do with a selection along a path
+
+
+def test_other_budgets_on_the_scores_of_a_path(inputs: Inputs, tmp_path: Path) -> None:
+    """Both sides, or the examples alone where no weight was scored, which is told to who would choose weights."""
+    made = select(inputs, tmp_path / "both", {"path": WALK})
+    again = reallocate(made.folder, tmp_path / "more", data_budget=4, parameter_budget=9)
+    assert (len(again.example_ids), again.about.counts.parameters.selected) == (4, 9)
+    assert again.manifest["path_walked"] == made.manifest["path_walked"]
+    alone = select(inputs, tmp_path / "alone", {"path": WALK, "parameter_budget": None})
+    fewer = reallocate(alone.folder, tmp_path / "fewer", data_budget=1, parameter_budget=None)
+    assert len(fewer.example_ids) == 1
+    assert all(bool(mask.all()) for mask in fewer.mask().values())
+    with pytest.raises(
+        UserError, match=r"took all weights and scored none; select again with model\.parameter_budget 9"
+    ):
+        reallocate(alone.folder, tmp_path / "none", data_budget=1, parameter_budget=9)
+
+
+def test_a_published_model_tells_its_path(inputs: Inputs, tmp_path: Path) -> None:
+    """And not of a scorer that took no part; the pool's path has both."""
+    record = describe_selection(select(inputs, tmp_path / "target", {"path": WALK}).manifest, PUBLISHED)
+    assert not {"scorer", "preconditioner", "step_size", "warmup", "prediction"} & set(record)
+    card = "\n".join(_selection(record))
+    assert "dualsft.paths.target.TargetPath" in card
+    assert "its row sum, which is how far the path lowers its loss" in card
+    pool = select(inputs, tmp_path / "pool", {**ADAM, "path": PathSettings(along=PoolPath())})
+    assert {"scorer", "path", "prediction"} <= set(describe_selection(pool.manifest, PUBLISHED))
 
 
 # Kills
