@@ -1,8 +1,8 @@
 """Which scores find the rows worth training on, and which weights: paths beside scores at one checkpoint, over seeds.
 
-    python -m benchmarks.paths --seeds 5 --output_dir runs/paths                    every pool, every score, every fit
-    python -m benchmarks.paths --pools wrong clean --size 640 --seeds 5 --stages scores --output_dir runs/paths
-    python -m benchmarks.paths --data DIR ...          the pool gsm8k too: GSM8K among general instructions, from DIR
+    python benchmarks/paths.py --seeds 5 --output_dir runs/paths                    every pool, every score, every fit
+    python benchmarks/paths.py --pools wrong clean --size 640 --seeds 5 --stages scores --output_dir runs/paths
+    python benchmarks/paths.py --data DIR ...          the pool gsm8k too: GSM8K among general instructions, from DIR
 
 Three stages, whose figures are kept in the output folder, so that a second start repeats nothing: `scores` ranks each
 pool by each score; `fits` trains all weights on each chosen tenth; `masks` trains the clean rows under each mask, at
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from path_pools import GENERAL, SPOILERS, SPOILT, TARGET, make_pool
 from torch import Tensor
 from torch.optim import AdamW
 
-from benchmarks.path_pools import GENERAL, SPOILERS, SPOILT, TARGET, make_pool
 from dualsft import InstructionDataModule, SelectionModule
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import load_tokenizer
