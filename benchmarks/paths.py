@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ class Experiment:
     def data(self) -> InstructionDataModule:
         """The pool and the validation set."""
         train, validation = self.folder / "train.jsonl", self.folder / "validation.jsonl"
-        options = {"max_length": 256, "batch_tokens": 4096, "batch_size": BATCH, "tokenizer": MODEL}
-        return InstructionDataModule(str(train), str(validation), seed=self.seed, **options)
+        return InstructionDataModule(
+            str(train), str(validation), MODEL, max_length=256, batch_tokens=4096, batch_size=BATCH, seed=self.seed
+        )
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """The records of a file."""
@@ -143,7 +145,8 @@ def exact_match(model: PreTrainedModel, rows: list[dict[str, str]]) -> float:
         prompts = [f"{row['prompt']}\n" for row in some]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         inputs.pop("token_type_ids", None)
-        found = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        generate: Any = model.generate
+        found = generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(text.strip() == row["response"].strip() for text, row in zip(texts, some, strict=True))
     return right / len(rows)
@@ -187,7 +190,22 @@ Stage = Callable[[Experiment], Iterator[tuple[str, Callable[[], Figures]]]]
 def scores(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
     """Every score on the pool."""
     for name, options in SCORES.items():
-        yield name, lambda n=name, o=options: score_figures(experiment, experiment.select(n, o))
+        yield name, partial(ranked, experiment, name, options)
+
+
+def ranked(experiment: Experiment, name: str, options: dict[str, Any]) -> Figures:
+    """A selection's figures."""
+    return score_figures(experiment, experiment.select(name, options))
+
+
+def fitted(experiment: Experiment, ids: list[int]) -> Figures:
+    """The figures of all weights trained on these rows."""
+    return fit_figures(experiment, fit(experiment, ids, RATE, None))
+
+
+def fitted_on_choice(experiment: Experiment, name: str, options: dict[str, Any]) -> Figures:
+    """The figures of all weights trained on what a selection chose."""
+    return fitted(experiment, experiment.select(name, options).example_ids)
 
 
 def fits(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
@@ -196,14 +214,11 @@ def fits(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
     clean = [i for i, source in enumerate(sources) if source == TARGET][: len(sources) // 10]
     drawn = torch.randperm(len(sources), generator=torch.Generator().manual_seed(experiment.seed))
 
-    def of(ids: Callable[[], list[int]]) -> Figures:
-        return fit_figures(experiment, fit(experiment, ids(), RATE, None))
-
     yield "base model", lambda: fit_figures(experiment, load_model(MODEL, "float32"))
-    yield "the clean rows", lambda: of(lambda: clean)
-    yield "random rows", lambda: of(lambda: sorted(drawn[: len(sources) // 10].tolist()))
+    yield "the clean rows", partial(fitted, experiment, clean)
+    yield "random rows", partial(fitted, experiment, sorted(drawn[: len(sources) // 10].tolist()))
     for name, options in SCORES.items():
-        yield name, lambda n=name, o=options: of(lambda: experiment.select(n, o).example_ids)
+        yield name, partial(fitted_on_choice, experiment, name, options)
 
 
 def masks(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
