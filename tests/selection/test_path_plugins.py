@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from dualsft import PathTraining, Piece, PieceRows, ScoringPath
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.paths import TargetPath
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.path_settings import PathSettings
 from tests.references import gradient_loop, inner
 from tests.selection.test_paths import WALK, losses, path_select, weights_of
 from tests.world.data import LINES, VALIDATION
-from tests.world.jobs import ADAM, Inputs, select, write_inputs
+from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,39 @@ def test_a_path_may_start_at_a_checkpoint(exact: Inputs, checkpoints: list[str],
     assert found.manifest["path_walked"]["validation"]["steps"][1] > 0
 
 
+@pytest.mark.slow
+def test_a_killed_walk_from_a_checkpoint_goes_on_to_the_same_bytes(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again it loads the checkpoint once more, and trains on from where it was."""
+    model = load_model(inputs.model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.1)
+    model.save_pretrained(tmp_path / "checkpoint")
+    path = replace(WALK, along=Warm(str(tmp_path / "checkpoint")))
+    options: dict[str, Any] = {"path": path, "save_minutes": 1e-9, "order": "data"}
+    expected = contents(select(inputs, tmp_path / "unbroken", options).folder)
+    save, saves, kills = PhaseStore.save, 0, 0
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
+        nonlocal saves, kills
+        save(self, *arguments)
+        saves += 1
+        if saves % 2 == 0:
+            kills += 1
+            raise Killed
+
+    while not (tmp_path / "killed" / "manifest.json").exists():
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(PhaseStore, "save", save_and_die)
+            select(inputs, tmp_path / "killed", options, resume=kills > 0)
+    assert kills > 3
+    assert contents(tmp_path / "killed") == expected
+
+
 class Cosines(ScoringPath):
     """The cosine with the validation gradient, of plain gradients, at the model as it is: a path of no length."""
 
@@ -171,6 +206,15 @@ def test_a_path_that_never_trains(exact: Inputs, tmp_path: Path) -> None:
         UserError, match=r"Cosines needs Adam's second moment, but .* without any training; set model\.pre"
     ):
         path_select(exact, tmp_path / "adam", path, **ADAM)
+
+
+def test_directions_of_ones_own_take_one_validation_set(inputs: Inputs, tmp_path: Path) -> None:
+    """On a path along the target; refused before it is walked."""
+    sets = {"validation": {"a": inputs.validation, "b": inputs.validation}}
+    options = {"path": replace(WALK, along=Cosines()), "preconditioner": "none"}
+    with pytest.raises(UserError, match=r"Cosines has directions of its own .* give data\.validation one source"):
+        select(inputs, tmp_path / "out", options, sets)
+    assert not list((tmp_path / "out").rglob("path-*"))
 
 
 class Odd(ScoringPath):
