@@ -3,7 +3,7 @@
 1. `data` turns records into text with supervised spans, examples and batches.
 2. `models` loads the base model; `sharding` splits it over processes.
 3. `objectives` holds the loss l_i of one example and the terms of V(θ), the validation objective.
-4. `scorers` choose a direction u; `matrix` takes the row and column sums of M_ij = g_ij u_j without forming M.
+4. `scorers` choose a direction u, `paths` where it is taken; `matrix` sums rows and columns of M_ij = g_ij u_j.
 5. `allocators` choose weights and examples by these sums, under a budget for each.
 6. `selection` runs 1 to 5 and writes a selection directory; `finetune` trains the selected weights by `training`.
 7. `export` turns base and change into checkpoints and adapters; `evaluation` measures any checkpoint.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dualsft.errors import UserError
     from dualsft.finetune import MaskedFinetuneModule
     from dualsft.objectives import Objective
+    from dualsft.paths import PathTraining, Piece, PieceRows, ScoringPath
     from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
     from dualsft.selection import SelectionModule, load_selection
 
@@ -32,9 +33,13 @@ __all__ = [
     "Objective",
     "ParameterAllocator",
     "ParameterStatistics",
+    "PathTraining",
+    "Piece",
+    "PieceRows",
     "ScoredExamples",
     "ScoredParameters",
     "Scorer",
+    "ScoringPath",
     "SecondOrderScorer",
     "SelectionModule",
     "UserError",
@@ -49,6 +54,7 @@ _MODULES = {
     "errors": ("UserError",),
     "finetune": ("MaskedFinetuneModule",),
     "objectives": ("Objective",),
+    "paths": ("PathTraining", "Piece", "PieceRows", "ScoringPath"),
     "scorers": ("ParameterStatistics", "Scorer", "SecondOrderScorer"),
     "selection": ("SelectionModule", "load_selection"),
 }

@@ -20,7 +20,7 @@ VERBS = {
         "allocate:allocate_command",
     ),
     "export": ("apply, revert and extract deltas; write a PEFT adapter", "export:export_command"),
-    "plugins": ("list the registered scorers and allocators", "plugins:plugins_command"),
+    "plugins": ("list the registered scorers, paths and allocators", "plugins:plugins_command"),
     "quickstart": ("run the whole job on an embedded model and embedded data", "quickstart:quickstart_command"),
 }
 """Verb -> one line of help, and where in `dualsft.commands` the function is that runs it on the arguments after it."""

@@ -73,8 +73,8 @@ def shortage(error: BaseException) -> str:
 def blaming(part: object, method: str) -> Iterator[None]:
     """Turn an exception of a method of a plugin into a `UserError` that names the plugin.
 
-    A plugin is a scorer, an allocator or a term of the objective. Exceptions for lack of memory pass, as do those of
-    the package's own classes, which keep their traceback.
+    A plugin is a scorer, a path, an allocator or a term of the objective. Exceptions for lack of memory pass, as do
+    those of the package's own classes, which keep their traceback.
     """
     try:
         yield

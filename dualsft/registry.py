@@ -1,4 +1,4 @@
-"""Names for scorers and allocators: entry points, the built-in ones included. Only named classes are imported."""
+"""Names for scorers, paths and allocators: entry points, built-in ones included. Only named classes are imported."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from dualsft.errors import UserError
 
 GROUPS = {
     "dualsft.scorers": "dualsft.scorers:Scorer",
-    "dualsft.paths": "dualsft.paths:Path",
+    "dualsft.paths": "dualsft.paths:ScoringPath",
     "dualsft.parameter_allocators": "dualsft.allocators:ParameterAllocator",
     "dualsft.data_allocators": "dualsft.allocators:DataAllocator",
 }

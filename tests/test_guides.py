@@ -28,29 +28,30 @@ def environment(folder: Path) -> Path:
     return folder / "bin"
 
 
-def embedded(assets: Path) -> None:
-    """The embedded model and pool, and a quarter of the validation set, which decides nothing that a page says."""
+def embedded(assets: Path, every: int) -> None:
+    """The embedded model and pool, and every so many rows one of the validation set."""
     ours, validation = ROOT / "dualsft" / "quickstart" / "assets", "data/validation.jsonl"
     (assets / "data").mkdir(parents=True)
     for name in ("model", "data/pool.jsonl"):
         (assets / name).symlink_to(ours / name)
     rows = (ours / validation).read_text(encoding="utf-8").splitlines(keepends=True)
-    (assets / validation).write_text("".join(rows[::4]), encoding="utf-8")
+    (assets / validation).write_text("".join(rows[::every]), encoding="utf-8")
 
 
-def follow(page: Path, folder: Path) -> dict[str, str]:
+def follow(page: Path, folder: Path, every: int = 4) -> dict[str, str]:
     """Do what a page says, from its first block to its last.
 
     Args:
         page: Blocks with a title are files, to be written; those in bash are run.
         folder: A fresh folder, in which the page finds what it takes from the repository.
+        every: How much of the validation set it finds, of which a quarter serves a page that says nothing of it.
 
     Returns:
         What the commands of each block printed, by the block's text.
     """
     for name in ("configs", "plugins"):
         (folder / name).symlink_to(ROOT / name)
-    embedded(folder / "dualsft" / "quickstart" / "assets")
+    embedded(folder / "dualsft" / "quickstart" / "assets", every)
     bin_folder = environment(folder / "environment")
     variables = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     printed = {}
@@ -90,11 +91,27 @@ def test_write_a_scorer(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+def test_write_a_path(tmp_path: Path) -> None:
+    """From an empty folder to a selection along checkpoints by a path of 20 lines, with the figures that it tells."""
+    page = ROOT / "docs" / "write_a_path.md"
+    printed = "".join(follow(page, tmp_path, every=1).values())
+    assert len((tmp_path / "my-path" / "checkpoints.py").read_text().splitlines()) == 20
+    assert re.search(r"checkpoints +checkpoints:Checkpoints +my-path 0.1.0 +From the base model through", printed)
+    assert "Hugging Face folders or hub ids, in the order of the training." in " ".join(printed.split())
+    assert "1 passed" in printed
+    (shown,) = re.findall(r"^It prints:\n\n((?:    .*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown.replace("\n    ", "\n").strip() in printed
+    along = load_selection(tmp_path / "runs" / "path").manifest["path"]["along"]
+    folders = ["checkpoints/1", "checkpoints/2"]
+    assert along == {"class_path": "checkpoints.Checkpoints", "options": {"folders": folders}}
+
+
+@pytest.mark.heavy
 def test_write_an_allocator(tmp_path: Path) -> None:
     """The template, copied, passes its tests, and what is put in place of its rules decides both sides."""
     printed = "".join(follow(ROOT / "docs" / "write_an_allocator.md", tmp_path).values())
-    assert len(re.findall(r"my_dualsft_plugin:My\w+ +my-dualsft-plugin 0.1.0 +\w", printed)) == 3
-    assert "3 passed" in printed
+    assert len(re.findall(r"my_dualsft_plugin:My\w+ +my-dualsft-plugin 0.1.0 +\w", printed)) == 4
+    assert "4 passed" in printed
     assert "ranks by score per supervised token" in " ".join(printed.split())
     both = load_selection(tmp_path / "runs" / "both")
     assert both.manifest["data_allocator"]["options"] == {"exponent": 0.5}

@@ -18,7 +18,7 @@ from tests.world.jobs import write_inputs
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
-GUIDES = ("write_a_scorer.md", "write_an_allocator.md")  # test_guides.py runs these as they stand
+GUIDES = ("write_a_scorer.md", "write_a_path.md", "write_an_allocator.md")  # test_guides.py runs these as they stand
 VERBS = ("select", "fit", "validate")
 OPTIONS = ROOT / "docs" / "reference" / "options.md"
 
@@ -173,7 +173,7 @@ def names_in(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_paths_and_names_exist(page: Path) -> None:
     """Every path in the package, and every dotted name of it, that a page mentions is there."""
-    groups = ("dualsft.scorers", "dualsft.parameter_allocators", "dualsft.data_allocators")
+    groups = ("dualsft.scorers", "dualsft.paths", "dualsft.parameter_allocators", "dualsft.data_allocators")
     for name in names_in(page):
         if "/" in name:
             assert (ROOT / name).exists(), f"{page.name}: {name}"

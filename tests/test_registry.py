@@ -38,8 +38,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_the_built_in_names_are_registered() -> None:
-    """This package's own scorer and allocators are found by name as any other, and load."""
+    """This package's own scorer, path and allocators are found by name as any other, and load."""
     assert class_path(SCORERS, "first_order") == "dualsft.scorers.FirstOrder"
+    assert class_path("dualsft.paths", "target") == "dualsft.paths.TargetPath"
     assert class_path("dualsft.parameter_allocators", "global_top_k") == "dualsft.allocators.GlobalTopK"
     assert class_path("dualsft.data_allocators", "top_k") == "dualsft.allocators.TopK"
     ours = [entry for entry in registered() if entry.package.startswith("dualsft ")]

@@ -7,9 +7,9 @@ from dualsft.registry import registered
 
 
 def plugins_command(arguments: Sequence[str]) -> None:
-    """List every registered scorer and allocator; there are no arguments."""
+    """List every registered scorer, path and allocator; there are no arguments."""
     if set(arguments) & {"-h", "--help"}:
-        print("usage: dualsft plugins\n\nLists the registered scorers and allocators, and what failed to load.")
+        print("usage: dualsft plugins\n\nLists the registered scorers, paths and allocators, and what failed to load.")
         return
     if arguments:
         raise UserError(f"dualsft plugins takes no arguments, but was given {' '.join(arguments)}.")

@@ -4,8 +4,8 @@ In: a training that a path advances step by step, and the statistics of a piece 
 parameter's part of the directions; M_ij = Σ_k g_ij(θ_k) (u_k)_j follows.
 """
 
-from dualsft.paths.base import Path, PathTraining, Piece, PieceRows
+from dualsft.paths.base import PathTraining, Piece, PieceRows, ScoringPath
 from dualsft.paths.pool import PoolPath
 from dualsft.paths.target import TargetPath
 
-__all__ = ["Path", "PathTraining", "Piece", "PieceRows", "PoolPath", "TargetPath"]
+__all__ = ["PathTraining", "Piece", "PieceRows", "PoolPath", "ScoringPath", "TargetPath"]

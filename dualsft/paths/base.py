@@ -32,16 +32,24 @@ class PathTraining(Protocol):
 
     Attributes:
         model: The model; of a sharded one every rank holds its shards.
-        steps: The optimizer steps of all epochs.
+        epochs: Passes over what it trains on.
+        steps: The optimizer steps of all epochs, the same number in each.
         stretches: The steps of each piece, as the options place them.
     """
 
     model: nn.Module
+    epochs: int
     steps: int
     stretches: Sequence[int]
 
     def train(self, steps: int) -> None:
         """Take so many optimizer steps."""
+
+    def load(self, checkpoint: str) -> None:
+        """Copy the weights of a checkpoint into the model: a Hugging Face folder or hub id, of the same architecture.
+
+        A path that loads before its first step trains from there.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class PieceRows:
     preconditioned_gradient_norm: Float[Tensor, " example"] | None = None
 
 
-class Path:
+class ScoringPath:
     """A rule for the points θ_k, and for the direction u_k of each piece.
 
     A subclass that overrides nothing else is the path of a training with u_k = θ_k − θ_{k+1}.
@@ -108,7 +116,8 @@ class Path:
     def walk(self, training: PathTraining) -> Iterator[None]:
         """Move the model's weights along the path, and yield at each point θ_0 to θ_K; by default by training.
 
-        After a kill the walk starts again; steps of the training that were taken before are then not taken again.
+        The weights may be moved otherwise too, but not between steps of the training. After a kill the walk starts
+        again; steps of the training that were taken before are then not taken again.
         """
         yield
         for steps in training.stretches:
@@ -129,9 +138,9 @@ class Path:
     @property
     def is_complete(self) -> bool:
         """Whether u_k = θ_k − θ_{k+1}, so that the rows add up to the fall of each example's loss."""
-        return type(self).direction is Path.direction
+        return type(self).direction is ScoringPath.direction
 
     @property
     def adds_rows(self) -> bool:
         """Whether the scores are the sums of the rows."""
-        return type(self).contribution is Path.contribution
+        return type(self).contribution is ScoringPath.contribution

@@ -7,10 +7,10 @@ for weights as well as for examples.
 from jaxtyping import Float
 from torch import Tensor
 
-from dualsft.paths.base import Path, Piece
+from dualsft.paths.base import Piece, ScoringPath
 
 
-class PoolPath(Path):
+class PoolPath(ScoringPath):
     """The warm-up's own path, u_k by the run's scorer at the end of each piece: scores of several checkpoints."""
 
     trains_on = "pool"

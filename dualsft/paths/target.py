@@ -4,10 +4,10 @@ At a checkpoint before the skill is there the validation gradient has no compone
 On the data side it is Train on Validation: Jain, Montanari, Sasoglu (ICLR 2026).
 """
 
-from dualsft.paths.base import Path
+from dualsft.paths.base import ScoringPath
 
 
-class TargetPath(Path):
+class TargetPath(ScoringPath):
     """Training on the validation set, u_k = θ_k − θ_{k+1}: what learning the target does to each example's loss."""
 
     trains_on = "target"

@@ -41,7 +41,7 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
 
 
 def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
-    """Refuse a path with nothing to train on, or whose statistics cannot be computed."""
+    """Refuse a path that contradicts itself, with nothing to train on, or whose statistics cannot be computed."""
     rule = path.along
     if normalize not in get_args(Normalize):
         raise UserError(f"model.normalize is {normalize!r}; give one of {', '.join(get_args(Normalize))}.")
@@ -50,10 +50,12 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
     _check_known(rule, rule.needs, get_args(PathStatistic))
     _check_known(rule, rule.needs_of_examples, get_args(PieceStatistic))
     name = type(rule).__name__
-    if rule.is_complete and rule.needs_of_examples:
+    if rule.trains_on not in ("target", "pool"):
+        raise UserError(f"{name} has trains_on {rule.trains_on!r}; it is 'target' or 'pool'; mend it.")
+    if rule.is_complete and (needs := [*rule.needs, *rule.needs_of_examples]):
         raise UserError(
-            f"{name} needs {rule.needs_of_examples[0]}, which is measured only where a path has directions of its own; "
-            "define its direction too."
+            f"{name} needs {needs[0]}, which is measured only where a path has directions of its own; define its "
+            "direction too."
         )
     if path.normalize == "initial_loss" and not rule.is_complete:
         raise UserError(
@@ -65,6 +67,10 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
             f"model.normalize is {normalize}, but along {name} the scores are falls of the loss; set "
             "model.path.normalize instead."
         )
+    if not rule.adds_rows and normalize != "none":
+        raise UserError(
+            f"model.normalize is {normalize}, but {name} says itself what its pieces add to the scores; set it to none."
+        )
     if rule.trains_on == "pool" and (warmup.fraction == 0 or warmup.checkpoint is not None):
         raise UserError(
             f"{name} is the path of a warm-up, but none is made; give model.warmup.fraction, and no "
@@ -72,6 +78,24 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
         )
     if rule.needs and path.optimizer == "sgd":
         raise UserError(f"model.path.optimizer is sgd, but {name} uses the second moment of adamw; set it to that.")
+
+
+def check_contributions(path: PathSettings, order: Order, rounds: int, token_scores: bool) -> None:
+    """Refuse what takes sums over weights or tokens where a path adds up something else."""
+    rule = path.along
+    if rule is None or rule.adds_rows:
+        return
+    name = type(rule).__name__
+    if token_scores:
+        raise UserError(
+            f"model.token_scores is set, but {name} says itself what its pieces add to the scores, which are no sums "
+            "over tokens; drop it."
+        )
+    if rule.is_complete and (order == "parameters_then_data" or rounds > 1):
+        raise UserError(
+            f"model.order {order} with model.rounds {rounds} scores examples by the chosen weights alone, but {name} "
+            "scores by all weights; set model.order to both, or to data_then_parameters with one round."
+        )
 
 
 def check_step_size(setting: StepSize, scorer: Scorer) -> None:

@@ -118,7 +118,7 @@ def check_vector(scorer: object, method: str, found: object, name: str, weight: 
     if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
         raise UserError(
             f"{type(scorer).__name__} gave {name} a {method} that is not finite or not of its shape "
-            f"{tuple(weight.shape)}; mend the scorer."
+            f"{tuple(weight.shape)}; mend it."
         )
 
 

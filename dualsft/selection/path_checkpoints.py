@@ -18,7 +18,7 @@ from dualsft.errors import blaming
 from dualsft.matrix.sketches import NORM, PRECONDITIONED_NORM, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
-from dualsft.paths import Path, Piece, PieceRows
+from dualsft.paths import Piece, PieceRows, ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import ParameterStatistics
@@ -53,7 +53,7 @@ class PathDirections(DirectionRule):
     def __init__(
         self,
         model: PreTrainedModel,
-        rule: Path,
+        rule: ScoringPath,
         path: RecordedPath,
         piece: int,
         scorer: ScorerDirections,

@@ -69,11 +69,11 @@ def walk_paths(
         held_out, trained_on = split(examples.ok_ids(), settings.path.held_out, seed)
         trained = target_training(settings, data, name, trained_on, seed)
         path = walk(model, settings, trained, run, log, seed)
-        losses: list[float] = []
+        walked, losses = path.steps[-1], list[float]()
         if held_out:
             losses = held_out_losses(integrator(path, trained), path, validation_side(data, name, held_out, "held-out"))
             path = path.until(ending(losses, name))
-        paths[name] = EndedPath(path, trained.steps, integrator(path, trained), losses)
+        paths[name] = EndedPath(path, walked, integrator(path, trained), losses)
     return paths
 
 
@@ -112,8 +112,8 @@ def ending(losses: list[float], name: str) -> int:
     end = min(range(len(losses)), key=lambda k: losses[k])
     if end == 0:
         raise UserError(
-            f"Training on the validation set {name} does not lower the loss of its held-out part ({losses[0]:.4g} at "
-            f"the start, {min(losses[1:]):.4g} at best): lower model.path.learning_rate, give more "
-            "validation examples, or set model.path.held_out to 0."
+            f"The path along the validation set {name} does not lower the loss of its held-out part ({losses[0]:.4g} "
+            f"at the start, {min(losses[1:]):.4g} at best): lower model.path.learning_rate, give more validation "
+            "examples, or set model.path.held_out to 0."
         )
     return end

@@ -111,7 +111,7 @@ class PathIntegrator:
 
     def losses(self, side: Side, point: int) -> tuple[dict[int, float], set[int]]:
         """l_i of a side's examples at a point of the path, without gradients; and the ids of those not finite there."""
-        name = f"{side.name} loss at step {self._path.steps[point]} of the {self._title}"
+        name = f"{side.name} loss at point {point} of the {self._title}"
         if (found := self._passes.finished(name)) is None:
             self._path.move(self._model, point)
             loader, measurement = partial(side.loader, side.ids), Measurement((LOSS,))

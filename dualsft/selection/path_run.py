@@ -21,15 +21,15 @@ def walk_path(
     module: "SelectionModule", data: InstructionDataModule, passes: Passes, run: RunFolder, log: PhaseLog, seed: int
 ) -> ScoresBothSides:
     """Walk the path that the settings describe, from the loaded weights on."""
-    model, settings = module.model, module.settings
+    model, settings, rule = module.model, module.settings, module.settings.path_rule
+    if not rule.is_complete and rule.trains_on == "target" and len(data.validation_sets) > 1:
+        raise UserError(
+            f"{type(rule).__name__} has directions of its own on the path to one validation set, but there are "
+            "several; give data.validation one source."
+        )
     paths = walk_paths(model, settings, data, passes, run, log, seed)
-    if settings.path_rule.is_complete:
+    if rule.is_complete:
         return PathScoring(model, settings, data, passes, paths)
     terms = (validation_terms(data), make_further_terms(module, data, seed))
-    (ended, *others) = paths.values()
-    if settings.path_rule.trains_on == "target" and others:
-        raise UserError(
-            f"{type(settings.path_rule).__name__} has directions of its own on the path to one validation set, "
-            "but there are several; give data.validation one source."
-        )
+    ended = next(iter(paths.values()))  # the same for all sets
     return CheckpointScoring(model, settings, data, passes, run, log, ended, terms)

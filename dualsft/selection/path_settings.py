@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from dualsft.errors import UserError
 from dualsft.matrix.quadrature import Rule
-from dualsft.paths import Path
+from dualsft.paths import ScoringPath
 from dualsft.selection.dense_training import OptimizerName
 
 Columns = Literal["target", "pool", "product"]
@@ -38,7 +38,7 @@ class PathSettings:
             scores are falls of the loss, and for none elsewhere.
     """
 
-    along: Path | None = None
+    along: ScoringPath | None = None
     epochs: int | None = None
     learning_rate: float | None = None
     optimizer: OptimizerName = "adamw"
@@ -83,7 +83,7 @@ class PathSettings:
         """The normalisation in use."""
         if self.normalize is not None or self.along is None:
             return self.normalize or "none"
-        return "initial_loss" if self.along.is_complete else "none"
+        return "initial_loss" if self.along.is_complete and self.along.adds_rows else "none"
 
     def ends(self, steps: int) -> list[int]:
         """The steps at which the pieces end, of a training of so many steps.

@@ -3,25 +3,29 @@
 Beside the model, its optimizer's state while it trains, and a batch, nothing of the path is held in memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising, blaming
+from dualsft.matrix.nonfinite import all_finite
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors
+from dualsft.paths import ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.dense_training import DenseTraining, TrainingNames
 from dualsft.selection.directions import trainable_parameters
+from dualsft.selection.path_advance import PathAdvance
 from dualsft.selection.path_settings import EPOCHS
 from dualsft.selection.settings import SelectionSettings
+from dualsft.sharding.collectives import any_rank
 from dualsft.sharding.shards import local_shard
 
 ADVICE = (
@@ -154,27 +158,6 @@ def pool_training(settings: SelectionSettings, data: InstructionDataModule, seed
     )
 
 
-class _Advance:
-    """A `dualsft.paths.PathTraining` over the steps of `DenseTraining`; those that an earlier run took are skipped."""
-
-    def __init__(self, model: PreTrainedModel, stretches: Sequence[int], steps: Iterator[int], taken: int) -> None:
-        self.model: nn.Module = model
-        self.stretches, self.steps = stretches, sum(stretches)
-        self._iterator, self._taken = steps, taken
-        self.goal = 0
-
-    def train(self, steps: int) -> None:
-        """Take so many optimizer steps."""
-        self.goal += steps
-        while self._taken < self.goal:
-            taken = next(self._iterator, None)
-            if taken is None:
-                raise UserError(
-                    f"The path asks for step {self.goal}, but model.path.epochs gives {self._taken}; raise it."
-                )
-            self._taken = taken
-
-
 def walk(
     model: PreTrainedModel,
     settings: SelectionSettings,
@@ -194,42 +177,93 @@ def walk(
         log.restore(saved[1])
         PhaseKeeper(run, key, settings.save_minutes).drop()
         return RecordedPath(run, key, saved[1]["steps"], trained.learning_rate)
-    ends = settings.path.ends(trained.steps)
-    stretches = [b - a for a, b in zip([0, *ends], ends, strict=False)]
     keeper = PhaseKeeper(run, key, settings.save_minutes)
-    names = TrainingNames(trained.title, trained.remedy, ADVICE)
-    training = DenseTraining(model, trained.learning_rate, seed, names, settings.path.optimizer)
+    ends = settings.path.ends(trained.steps)
+    advance = PathAdvance(
+        model,
+        trained.epochs,
+        trained.steps,
+        stretches=[b - a for a, b in zip([0, *ends], ends, strict=False)],
+        start=lambda: DenseTraining(
+            model,
+            trained.learning_rate,
+            seed,
+            TrainingNames(trained.title, trained.remedy, ADVICE),
+            settings.path.optimizer,
+        ),
+        take=lambda training: training.steps(trained.batches, trained.epochs, keeper.meter or iter, keeper),
+        taken=keeper.earlier.get("taken", 0),
+    )
     points: list[int] = []
     try:
         with (
             advising(f"in the {trained.title}", ADVICE),
             log.phase(trained.title, trained.examples * trained.epochs, keeper.earlier, dealt=False) as keeper.meter,
         ):
-            steps = training.steps(trained.batches, trained.epochs, keeper.meter, keeper)
-            advance = _Advance(model, stretches, steps, keeper.earlier.get("taken", 0))
-            with blaming(path, "walk"):
-                for _ in path.walk(advance):
-                    _keep_point(run, _point(key, len(points)), model, training, settings)
-                    points.append(advance.goal)
+            for _ in _points(path, advance):
+                _check_finite(path, model, len(points))
+                moments = _second_moment(path, advance, settings) if points else {}
+                _keep_point(run, _point(key, len(points)), model, moments)
+                points.append(advance.goal)
     finally:
-        training.close()
-    if len(points) < 2:
-        raise UserError(f"{type(path).__name__}.walk yields {len(points)} points; a path has two or more; mend it.")
+        advance.close()
+    recorded = RecordedPath(run, key, points, trained.learning_rate)
+    _check_walk(path, recorded)
     run.save(done, {}, {"steps": points, **log.latest()})
     keeper.drop()
-    return RecordedPath(run, key, points, trained.learning_rate)
+    return recorded
 
 
-def _keep_point(
-    run: RunFolder, name: str, model: PreTrainedModel, training: DenseTraining, settings: SelectionSettings
-) -> None:
-    """Save the model's weights, and Adam's second moment if it will be used, unless an earlier run has."""
+def _points(path: ScoringPath, advance: PathAdvance) -> Iterator[None]:
+    """The points of a rule's walk; a failure of the walk is blamed on the rule."""
+    with blaming(path, "walk"):
+        yield from path.walk(advance) or ()  # a walk that yields nowhere returns None
+
+
+def _check_finite(path: ScoringPath, model: PreTrainedModel, point: int) -> None:
+    """Refuse a point with weights that are not finite."""
+    shards = [local_shard(parameter.detach()) for parameter in model.parameters()]
+    if any_rank(not all(all_finite(shard) for shard in shards if shard.numel())):
+        raise UserError(
+            f"The path of {type(path).__name__} comes to weights that are not finite at point {point}; lower "
+            "model.path.learning_rate, or mend its walk."
+        )
+
+
+def _check_walk(path: ScoringPath, recorded: RecordedPath) -> None:
+    """Refuse a walk that yields no two points, or along which everything scores zero."""
+    name, count = type(path).__name__, len(recorded.steps)
+    if count < 2:
+        raise UserError(
+            f"{name}.walk yields at {count} point{'' if count == 1 else 's'}; a path has two or more, its start among "
+            "them; mend it."
+        )
+    if path.is_complete:
+        first, last = recorded.weights(0), recorded.weights(recorded.pieces)
+        if not any_rank(any(not torch.equal(first[n], last[n]) for n in first)):
+            raise UserError(
+                f"The path of {name} ends at the weights that it starts from, so every score along it is zero; raise "
+                "model.path.learning_rate, or mend its walk."
+            )
+
+
+def _second_moment(path: ScoringPath, advance: PathAdvance, settings: SelectionSettings) -> Mapping[str, Tensor]:
+    """Adam's second moment at the end of a piece, if it will be used."""
+    if not (path.needs and settings.needs_second_moment):
+        return {}
+    if not advance.goal:
+        raise UserError(
+            f"{type(path).__name__} needs Adam's second moment, but its walk comes to a point without any training; "
+            "set model.preconditioner to none, with a scorer that does without."
+        )
+    return advance.second_moment()
+
+
+def _keep_point(run: RunFolder, name: str, model: PreTrainedModel, moments: Mapping[str, Tensor]) -> None:
+    """Save the model's weights and these second moments, unless an earlier run has."""
     if run.load(name) is not None:
         return
     weights = {name: local_shard(parameter.detach()) for name, parameter in model.named_parameters()}
-    assert settings.path.along is not None
-    with_moments = settings.path.along.needs and settings.needs_second_moment
-    moments = training.second_moment() if with_moments else {}
 
     def make(key: str) -> Tensor:
         part, _, of = key.partition(":")

@@ -22,11 +22,12 @@ from dualsft.allocators import (
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype
 from dualsft.objectives import Objective
-from dualsft.paths import Path
+from dualsft.paths import ScoringPath
 from dualsft.scorers import FirstOrder, Scorer
 from dualsft.selection.checks import (
     Order,
     check_allocators,
+    check_contributions,
     check_needs,
     check_objectives,
     check_order,
@@ -158,6 +159,7 @@ class SelectionSettings:
         check_path(self.path, self.warmup, self.normalize)
         check_step_size(self.step_size, self.scorer)
         check_order(self.order, self.rounds)
+        check_contributions(self.path, self.order, self.rounds, self.token_scores)
         if self.order == "data":  # the other side is taken whole
             self._fill(parameter_budget=None, parameter_allocator=None)
         if self.order == "parameters":
@@ -173,7 +175,7 @@ class SelectionSettings:
         check_objectives([self.prior.term(), *self.objectives])
 
     @property
-    def path_rule(self) -> Path:
+    def path_rule(self) -> ScoringPath:
         """The rule of the path, where there is one."""
         assert self.path.along is not None
         return self.path.along

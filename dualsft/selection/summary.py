@@ -73,7 +73,9 @@ def _paths(m: Manifest) -> list[str]:
     """Where each path ends, and how near the scores are to the falls of the losses."""
     lines = []
     for name, of in (m.path_walked or {}).items():
-        line = f"path        {len(of.steps) - 1} pieces to step {of.steps[-1]} of {of.walked_steps}"
+        pieces = len(of.steps) - 1
+        line = f"path        {pieces} piece{'' if pieces == 1 else 's'}"
+        line += f" to step {of.steps[-1]} of {of.walked_steps}" if of.walked_steps else ""
         line += f" to {name}" if len(m.path_walked or {}) > 1 else ""
         for side, found in (("pool", of.pool), ("validation set", of.validation)):
             if found is not None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, load_model, model_folder, reading_weights
 from dualsft.sharding.collectives import on_all_ranks
@@ -37,6 +38,28 @@ def load_sharded(
     device = torch.device("cpu" if cpu_offload else mesh.device_type)
     on_all_ranks(lambda: _read_shards(model, weights, device, folder))
     return model
+
+
+@torch.no_grad()
+def copy_weights(model: PreTrainedModel, name_or_path: str) -> None:
+    """Copy a checkpoint's weights into a model, one after another, each rank its own rows; every rank calls this.
+
+    Raises:
+        UserError: as `load_model` does, and if the checkpoint has other weights than the model.
+    """
+    folder = on_all_ranks(lambda: model_folder(name_or_path))
+    _, weights, _ = on_all_ranks(lambda: lazy_model(folder))
+    parameters = dict(model.named_parameters())
+    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise UserError(f"{name_or_path} has other weights, by name or shape, than the model; give a checkpoint of it.")
+
+    def copy() -> None:
+        with reading_weights(folder):
+            for name, parameter in parameters.items():
+                start, shard = first_row(parameter), local_shard(parameter.detach())
+                shard.copy_(rows_of(weights[name], slice(start, start + len(shard))))
+
+    on_all_ranks(copy)
 
 
 def lazy_model(folder: Path, dtype: Dtype = "auto") -> tuple[PreTrainedModel, dict[str, Tensor], set[str]]:

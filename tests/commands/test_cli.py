@@ -682,7 +682,7 @@ def test_plugins_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) ->
     """Every built-in name, its class and its package are listed."""
     run(["plugins"])
     told = capsys.readouterr().out
-    for name in ("first_order", "global_top_k", "top_k", "dualsft.scorers:FirstOrder"):
+    for name in ("first_order", "target", "global_top_k", "top_k", "dualsft.scorers:FirstOrder", "dualsft.paths\n"):
         assert name in told
 
 

@@ -20,8 +20,7 @@ from dualsft.export.provenance import describe_selection
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
-from dualsft.paths import Path as PathRule
-from dualsft.paths import PathTraining, Piece, PieceRows, PoolPath, TargetPath
+from dualsft.paths import PathTraining, Piece, PieceRows, PoolPath, ScoringPath, TargetPath
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
@@ -223,7 +222,7 @@ def test_examples_alone_take_no_gradient_of_the_pool(inputs: Inputs, tmp_path: P
     path = replace(WALK, columns="pool")
     told = select(inputs, tmp_path / "out", {"path": path, "order": "data"})
     names = [phase["name"] for phase in told.manifest["phases"]]
-    assert names == ["path", "pool loss at step 0 of the path", "pool loss at step 2 of the path"]
+    assert names == ["path", "pool loss at point 0 of the path", "pool loss at point 2 of the path"]
     assert told.manifest["sum_identity"] is None
     assert told.parameter_scores() == {}
     assert all(bool(mask.all()) for mask in told.mask().values())
@@ -404,7 +403,7 @@ def test_local_scores_are_normalised(inputs: Inputs, tmp_path: Path, preconditio
 # Paths of one's own
 
 
-class Straight(PathRule):
+class Straight(ScoringPath):
     """Straight from the start to the end of the training, in three pieces, with a direction of half the length."""
 
     trains_on = "target"
@@ -466,7 +465,7 @@ class Broken(Straight):
 @pytest.mark.parametrize(
     ("mistake", "told"),
     [
-        ("short", r"Broken\.walk yields 1 points; a path has two or more; mend it"),
+        ("short", r"Broken\.walk yields at 1 point; a path has two or more"),
         ("long", r"The path asks for step 1000, but model\.path\.epochs gives 2; raise it"),
         ("raises", r"Broken\.walk failed \(KeyError: 'nothing'\)"),
         ("shape", r"a direction that is not finite or not of its shape"),

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype, load_model, weight_files
 from dualsft.sharding import load as loading
-from dualsft.sharding.load import load_sharded
+from dualsft.sharding.load import copy_weights, load_sharded
 from dualsft.sharding.shards import local_shard
 from tests.cases import ARCHITECTURES, make
 from tests.models.test_loading import DAMAGES, change_weights, shard
@@ -122,6 +122,32 @@ def test_four_ranks_some_without_a_row(folders: dict[str, str], tmp_path: Path) 
     shard(tmp_path / "several")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
     run_on_ranks(4, _on_four, {"mixtral": folders["mixtral"], "several files": str(tmp_path / "several")})
+
+
+def _copied(path: str, other: str, different: str) -> None:
+    """Each rank has the other checkpoint's rows, in its own memory, and the model its own type."""
+    cases: list[tuple[Dtype, bool]] = [("auto", True), ("bfloat16", True), ("float32", False)]
+    for dtype, sharded in cases:
+        model = load_sharded(path, data_parallel_mesh(), dtype) if sharded else load_model(path, dtype)
+        places = [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()]
+        copy_weights(model, other)
+        expected = dict(load_model(other, dtype).named_parameters())
+        for name, parameter in model.named_parameters():
+            assert torch.equal(whole(parameter), expected[name]), name
+        assert [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()] == places
+        assert "has other weights, by name or shape, than the model" in _refusal(
+            partial(copy_weights, model, different)
+        )
+
+
+def test_a_checkpoint_is_copied_into_a_loaded_model(folders: dict[str, str], tmp_path: Path) -> None:
+    """Experts that the files name one by one among it; sharded or whole, and another model's is refused."""
+    other = load_model(folders["mixtral"])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.25)
+    other.save_pretrained(tmp_path / "other")
+    run_on_ranks(2, _copied, folders["mixtral"], str(tmp_path / "other"), save_tiny_model(tmp_path / "different"))
 
 
 def _refusal(load: Callable[[], object]) -> str:

@@ -18,8 +18,7 @@ from dualsft.allocators import (
     TokenBudget,
     UniformPerLayer,
 )
-from dualsft.paths import Path as PathRule
-from dualsft.paths import Piece, PoolPath, TargetPath
+from dualsft.paths import Piece, PoolPath, ScoringPath, TargetPath
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
 from dualsft.selection import Selection, Warmup, load_selection
 from dualsft.selection.path_settings import PathSettings
@@ -54,7 +53,7 @@ WARM: dict[str, dict[str, Any]] = {
 WALK = PathSettings(along=TargetPath(), epochs=2, learning_rate=1e-3, pieces=2, held_out=0.0, tolerance=10.0)
 
 
-class WholeRows(PathRule):
+class WholeRows(ScoringPath):
     """Somebody's path, which looks at whole rows of the way."""
 
     def direction(self, piece: Piece) -> Tensor:

@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from dualsft_baselines.sampling import random_entries
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dualsft import ScoredExamples, ScoredParameters
+from dualsft import ScoredExamples, ScoredParameters, load_examples
 from dualsft.cli import run
 
 RESPONSES = [
@@ -25,6 +27,7 @@ RESPONSES = [
     "the sea, the sea",
 ]
 """Of the pool; the second has nothing to train on."""
+OK = [i for i, response in enumerate(RESPONSES) if response]
 
 
 def examples(score: Sequence[float], num_tokens: Sequence[int] | None = None, **statistics: Tensor) -> ScoredExamples:
@@ -111,6 +114,24 @@ def write_job(folder: Path) -> Job:
     for name, rows in (("train", pool), ("validation", target)):
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return Job(str(folder / "model"), str(folder / "train.jsonl"), str(folder / "validation.jsonl"))
+
+
+def differentiate(model: LlamaForCausalLM, path: str) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of each example of a file that has labels."""
+    losses, gradients = [], []
+    for row in load_examples(path, AutoTokenizer.from_pretrained(model.name_or_path)):
+        labels = torch.tensor(row["labels"])
+        if bool((labels != -100).any()):
+            logits = model(torch.tensor(row["input_ids"])[None]).logits[0]
+            loss = F.cross_entropy(logits[:-1], labels[1:])
+            gradients.append(flat(torch.autograd.grad(loss, list(model.parameters()))))
+            losses.append(loss.detach())
+    return torch.stack(losses), torch.stack(gradients)
+
+
+def flat(tensors: Any) -> Tensor:
+    """One vector, float64."""
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

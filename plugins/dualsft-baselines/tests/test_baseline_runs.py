@@ -5,20 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from baseline_cases import RESPONSES, Job, chosen, is_mask_of
+from baseline_cases import OK, RESPONSES, Job, chosen, differentiate, flat, is_mask_of
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from dualsft import load_examples, load_selection
+from dualsft import load_selection
 from dualsft.cli import run
 
-OK = [i for i, response in enumerate(RESPONSES) if response]
 EXAMPLES, WEIGHTS = 3, 777
 NAMES = {(point.group, point.name) for point in distribution("dualsft-baselines").entry_points}
 BUDGETS = ["--model.data_budget", str(EXAMPLES), "--model.parameter_budget", str(WEIGHTS)]
@@ -51,24 +49,6 @@ class Direct:
         return cls({n: w.detach() for n, w in model.named_parameters()}, loss, gradients, of_validation.mean(0))
 
 
-def differentiate(model: LlamaForCausalLM, path: str) -> tuple[Tensor, Tensor]:
-    """The loss and the gradient of each example of a file that has labels."""
-    losses, gradients = [], []
-    for row in load_examples(path, AutoTokenizer.from_pretrained(model.name_or_path)):
-        labels = torch.tensor(row["labels"])
-        if bool((labels != -100).any()):
-            logits = model(torch.tensor(row["input_ids"])[None]).logits[0]
-            loss = F.cross_entropy(logits[:-1], labels[1:])
-            gradients.append(flat(torch.autograd.grad(loss, list(model.parameters()))))
-            losses.append(loss.detach())
-    return torch.stack(losses), torch.stack(gradients)
-
-
-def flat(tensors: Any) -> Tensor:
-    """One vector, float64."""
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
-
-
 @pytest.fixture(scope="module")
 def direct(job: Job) -> Direct:
     """At the base model."""
@@ -85,7 +65,7 @@ def test_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
     run(["plugins"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "dualsft-baselines 0.1.0" in line]
     assert {line.split()[0] for line in lines} == {name for _, name in NAMES}
-    assert len(lines) == len(NAMES) == 10
+    assert len(lines) == len(NAMES) == 12
     assert not any("cannot be used" in line for line in lines)
     assert all(line.rstrip().endswith(".") for line in lines)
 

@@ -1,7 +1,7 @@
 """Each rule against a small case worked out by hand, whatever it is tuned to."""
 
 import torch
-from my_dualsft_plugin import MyExamples, MyScorer, MyWeights
+from my_dualsft_plugin import MyExamples, MyPath, MyScorer, MyWeights
 
 from dualsft import ParameterStatistics, ScoredExamples, ScoredParameters
 
@@ -13,6 +13,25 @@ def test_the_direction_has_the_parameter_s_shape_and_its_scale() -> None:
     once, twice = MyScorer().direction(known), MyScorer(scale=2.0).direction(known)
     torch.testing.assert_close(once, 0.01 * gradient)
     torch.testing.assert_close(twice, 2 * once)
+
+
+class Counter:
+    """A training that counts its steps."""
+
+    stretches = (2, 1)
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def train(self, steps: int) -> None:
+        """Count them."""
+        self.taken += steps
+
+
+def test_the_walk_yields_at_both_ends_of_each_piece() -> None:
+    """The steps that were taken at each point."""
+    training = Counter()
+    assert [training.taken for _ in MyPath().walk(training)] == [0, 2, 3]
 
 
 def test_the_data_budget_is_kept() -> None:
