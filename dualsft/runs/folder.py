@@ -226,6 +226,7 @@ class RunFolder(PhaseStore):
         _empty(self.path, keep=(UNFINISHED,))
         self._drop_state()
         self._let_go()
+        self._claimed = False  # whoever handles the failure may release it again
 
     def _drop_state(self) -> None:
         """Delete all but the lock; what comes first decides whether the folder holds an unfinished run."""

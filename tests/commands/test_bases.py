@@ -152,6 +152,10 @@ def test_a_fit_sees_that_the_base_has_changed(tmp_path: Path, inputs: dict[str, 
         run(fit)
     for path, text in kept.items():
         path.write_text(text, encoding="utf-8")
+    changed("tokenizer_config.json", '"eos_token": "<eos>"', '"eos_token": "<bos>"')
+    with pytest.raises(UserError, match=r"made with another eos_token \(<eos>\) than .* has now \(<bos>\); restore it"):
+        run(fit)
+    (base / "tokenizer_config.json").write_text(kept[base / "tokenizer_config.json"])
     (base / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(UserError, match="made with another tokenizer or chat template"):
         run(fit)

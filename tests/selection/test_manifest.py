@@ -123,6 +123,7 @@ def parent(content: Any, path: tuple[str | int, ...]) -> Any:
 DEFAULTED = ("near_duplicates", "trainable", "frozen", "counts.examples.near_duplicates")
 NESTED = (
     "configuration",
+    "special_tokens",
     "checksums",
     "warmup.",
     "prior.",
