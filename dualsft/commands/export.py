@@ -21,6 +21,7 @@ from dualsft.errors import UserError
 from dualsft.export.checkpoints import Writer, prepare_apply, prepare_extract, prepare_revert
 from dualsft.export.peft_adapter import prepare_peft
 from dualsft.runs.folder import UNFINISHED, RunFolder, publish
+from dualsft.storage.paths import real
 from dualsft.storage.writing import sync_to_disk
 
 DESCRIPTION = (
@@ -152,7 +153,7 @@ def _holds_a_result(folder: Path) -> bool:
 
 def _beside(folder: Path) -> Path:
     """The hidden folder, on the same drive, for a result that is to replace another."""
-    place = folder.resolve()
+    place = real(folder)
     return place.with_name(f".{place.name}.partial")
 
 

@@ -24,6 +24,7 @@ from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.errors import naming
+from dualsft.models.inspection import read_config
 from dualsft.models.loading import model_folder
 from dualsft.runs.folder import RunFolder
 from dualsft.sharding.collectives import is_rank_zero
@@ -86,7 +87,7 @@ class VerbCLI(LightningCLI, ABC):
         config = self.config = plain_values(self.config)
         if self.needs_folder:
             check_output_dir(config)
-        model_folder(config.model.model_name_or_path)
+        read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         self.folder: RunFolder | None = None
         if config.output_dir:
             inputs = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]

@@ -117,8 +117,10 @@ class Conversation:
         followed = self._first(turn + 1, add_generation_prompt=True)
         if followed.startswith(alone := self._first(turn + 1)):
             return alone, followed[len(alone) :]
-        prompt = self._first(turn, add_generation_prompt=True)
-        header = prompt[_agreement(prompt, self._first(turn)) :]
+        # A prompt behind an answer has that one's end in place of the whole's, which is no part of the header.
+        asked = next((k for k in range(turn, 0, -1) if self.turns[k - 1].message["role"] != "assistant"), turn)
+        prompt = self._first(asked, add_generation_prompt=True)
+        header = prompt[_agreement(prompt, self._first(asked)) :]
         return followed.removesuffix(header), header
 
     def _behind_content(self, alone: str, header: str, text: str, turn: int, start: int) -> Span:

@@ -37,6 +37,10 @@ _NO_SYSTEM = (
     "the chat template does not write what the system says, so that this is no part of some examples; use a template "
     "that does, or put it in the user's turns."
 )
+_NO_THOUGHTS = (
+    "the chat template leaves out what is thought before some answers (reasoning_content, or <think> in the content), "
+    "so that this is not learnt; use a template that writes it, or one turn to a record where only the last is written."
+)
 STATUSES = ("ok", "empty", "truncated")
 
 
@@ -134,6 +138,8 @@ def encode_examples(
             remarks[_NO_END] = None
         if not all(rendered.has_system for rendered in part):
             remarks[_NO_SYSTEM] = None
+        if not all(rendered.has_thoughts for rendered in part):
+            remarks[_NO_THOUGHTS] = None
         if not all(rendered.has_end for rendered in part):
             remarks[_NO_END_OF_TURN] = None
     return Examples(

@@ -50,7 +50,7 @@ def files_of(folder: Path, split: str, is_data: Callable[[Path], bool]) -> Folde
     nested = [path for path in _below(top) if is_data(path) and path.name not in _DESCRIPTIONS]
     found = {path.relative_to(folder).as_posix(): path for path in [*files, *nested]}
     by_name = {name: _split_of(name) for name in list(found)[: len(files) or None]}
-    splits = _splits_by_readme(folder, found) or by_name
+    splits = _splits_by_readme(folder, found, by_name)
     _check(folder, split, splits)
     read = {name: found[name] for name, of in splits.items() if of in (split, None)}
     _check_once(folder, read)
@@ -91,11 +91,13 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _splits_by_readme(folder: Path, names: Mapping[str, Path]) -> dict[str, str | None]:
-    """The split of each file that the ``configs`` of the folder's README.md name, ascending; nothing if it has none.
+def _splits_by_readme(
+    folder: Path, names: Mapping[str, Path], by_name: Mapping[str, str | None]
+) -> Mapping[str, str | None]:
+    """The split of each file that the ``configs`` of the folder's README.md name, ascending; by name if it has none.
 
     Raises:
-        UserError: If it describes several configurations.
+        UserError: If it describes several configurations, or only files that are not there, and names say nothing.
     """
     configs = [config for config in _configs(folder / "README.md") if isinstance(config, dict)]
     if len(configs) > 1:
@@ -104,16 +106,34 @@ def _splits_by_readme(folder: Path, names: Mapping[str, Path]) -> dict[str, str 
             f"The folder {folder} holds several configurations ({listed(known)}), as its README.md says: give a file "
             "or a subfolder of one of them."
         )
-    given = configs[0].get("data_files") if configs else None
     splits: dict[str, str | None] = {}
-    for entry in given if isinstance(given, list) else []:
-        if not (isinstance(entry, dict) and isinstance(entry.get("split"), str)):
-            return {}
-        patterns = entry.get("path") or []
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = (path.relative_to(folder).as_posix() for path in folder.glob(str(pattern)))
-            splits |= dict.fromkeys((name for name in found if name in names), entry["split"])
-    return dict(sorted(splits.items()))
+    patterns = list(_patterns(configs[0].get("data_files"))) if configs else []
+    for split, pattern in patterns:
+        splits |= dict.fromkeys((name for name in _matching(folder, pattern) if name in names), split)
+    if patterns and not splits and not any(by_name.values()):
+        raise UserError(
+            f"The folder {folder} holds none of the files that its README.md names "
+            f"({listed([pattern for _, pattern in patterns])}): give the file itself."
+        )
+    return dict(sorted(splits.items())) or by_name
+
+
+def _patterns(given: Any) -> Iterator[tuple[str, str]]:
+    """The splits and patterns of a configuration's ``data_files``: those without a split are of train."""
+    for entry in given if isinstance(given, list) else [given]:
+        split = entry.get("split", "train") if isinstance(entry, dict) else "train"
+        paths = entry.get("path") if isinstance(entry, dict) else entry
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and isinstance(split, str):
+                yield split, path
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[str]:
+    try:
+        found = list(folder.glob(pattern))
+    except (ValueError, NotImplementedError):  # an absolute one, or one of another dialect, which names nothing here
+        found = []
+    return (path.relative_to(folder).as_posix() for path in found if folder in path.parents)
 
 
 def _configs(readme: Path) -> list[Any]:

@@ -27,6 +27,7 @@ class Rendered:
         spans: Character ranges (start, end) of ``text`` to learn from, ascending; none if there is nothing to learn.
         add_eos: Whether the tokenizer's special tokens belong around the text; a chat template writes its own.
         has_system: Whether the chat template has written what the system says, if it says anything.
+        has_thoughts: Whether the chat template has written what is thought before the answers that are learnt.
         has_end: Whether what the chat template writes behind the last answer is learnt, and more than white space.
     """
 
@@ -34,6 +35,7 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
     add_eos: bool
     has_system: bool = True
+    has_thoughts: bool = True
     has_end: bool = True
 
 
@@ -106,7 +108,9 @@ def _chat_renderer(tokenizer: PreTrainedTokenizerBase, read: Callable[[Record, s
         with limited(f"{where}: the tokenizer's chat template"):
             text, spans = Conversation(turns, template).rendered()
         has_system = all(turn.content.strip() in text for turn in turns if turn.is_system)
-        return Rendered(text, spans, add_eos=False, has_system=has_system, has_end=_has_end(text, spans, turns))
+        has_thoughts = all(turn.thought in text for turn in turns if turn.learnt)
+        has_end = _has_end(text, spans, turns)
+        return Rendered(text, spans, False, has_system, has_thoughts, has_end)
 
     return render
 

@@ -19,6 +19,8 @@ _ROLES: dict[str, str] = {
 }
 _OTHERS = ("function", "ipython", "environment", "context", "documents")  # roles that some templates know
 _MARKS = ("weight", "train", "training", "loss")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SHAREGPT = {"from": "role", "value": "content"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Turn:
     def content(self) -> str:
         """What is said; empty where only functions are called."""
         return str(self.message.get("content", ""))
+
+    @property
+    def thought(self) -> str:
+        """What is thought before the answer, in a field of its own or at the start of the content; empty if nothing."""
+        own = next((value for name in _THOUGHTS if (value := as_text(self.message.get(name)))), "")
+        return (own or self.content.rpartition("</think>")[0].rpartition("<think>")[2]).strip()
 
     @property
     def is_system(self) -> bool:
@@ -112,9 +120,8 @@ def read_tools(value: Any, where: str) -> list[Message] | None:
 
 
 def _read_turn(message: Any, where: str) -> Turn:
-    if isinstance(message, dict) and "role" not in message and "from" in message:
-        others = {key: value for key, value in message.items() if key not in ("from", "value")}
-        message = {"role": message["from"], "content": message.get("value"), **others}
+    if isinstance(message, dict):
+        message = _in_usual_names(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{where}: a turn must be an object with a role and a content.")
     name: str = message["role"]
@@ -127,6 +134,15 @@ def _read_turn(message: Any, where: str) -> Turn:
     says = bool(calls) or bool(content and content.strip())
     learnt = role == "assistant" and says and _is_wanted(message, where)
     return Turn({key: value for key, value in read.items() if not is_missing(value)}, learnt)
+
+
+def _in_usual_names(message: Message) -> Message:
+    """The turn with ``from`` and ``value`` as role and content, where it has no others."""
+    read = {key: value for key, value in message.items() if key not in _SHAREGPT}
+    for theirs, name in _SHAREGPT.items():
+        if theirs in message and is_missing(read.get(name)):
+            read[name] = message[theirs]
+    return read
 
 
 def _content(value: Any, role: str, calls: bool, where: str) -> str | None:

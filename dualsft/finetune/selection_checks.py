@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.configuration import changed_settings, stored_configuration
-from dualsft.models.loading import model_folder, tokenizer_fingerprint
+from dualsft.models.loading import model_folder, special_tokens, tokenizer_fingerprint
 from dualsft.selection import Selection
 from dualsft.selection.artifact import MASK
 from dualsft.selection.mask import refusing_damage
@@ -31,12 +31,18 @@ def check_base(selection: Selection, name_or_path: str, fingerprint: str) -> Non
 
 
 def check_tokenizer(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse another tokenizer, or another chat template."""
+    """Refuse another tokenizer, chat template, or special tokens other than those that were written into the texts."""
     before, now = selection.about.tokenizer.get("fingerprint"), tokenizer_fingerprint(tokenizer)
     if before != now:
         raise UserError(
             f"The selection in {selection.folder} was made with another tokenizer or chat template "
             f"({str(before)[:12]}) than {tokenizer.name_or_path} ({now[:12]}); give that one, or select again."
+        )
+    then, current = selection.about.special_tokens, special_tokens(tokenizer)
+    if then is not None and (changed := sorted(name for name, _ in then.items() ^ current.items())):
+        raise UserError(
+            f"The selection in {selection.folder} was made with another {changed[0]} ({then.get(changed[0])}) than "
+            f"{tokenizer.name_or_path} has now ({current.get(changed[0])}); restore it, or select again."
         )
 
 

@@ -160,6 +160,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{rules}|{tokenizer.chat_template}".encode()).hexdigest()
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The special tokens that are written into texts, by name: at their ends, and by chat templates."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+
+
 def _rules(backend: Any) -> str:
     """A fast tokenizer as JSON, without how it padded and truncated when it was last called."""
     truncation, padding = backend.truncation, backend.padding

@@ -19,7 +19,7 @@ from dualsft.errors import UserError
 from dualsft.runs.folder_lock import FolderLock
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
-from dualsft.storage.paths import check_writable, expanded
+from dualsft.storage.paths import check_writable, expanded, real
 from dualsft.storage.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
 UNFINISHED = ".unfinished"
@@ -115,9 +115,9 @@ class RunFolder(PhaseStore):
             )
 
     def _check_inputs(self, inputs: Sequence[str | None]) -> None:
-        here = self.path.resolve()
+        here = real(self.path)
         for path in filter(None, inputs):
-            if here in (place := Path(expanded(path)).resolve()).parents or here == place:
+            if here in (place := real(Path(expanded(path)))).parents or here == place:
                 raise UserError(f"--overwrite would delete {path}, which this run reads; choose another --output_dir.")
 
     def confirm(self, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -226,6 +226,7 @@ class RunFolder(PhaseStore):
         _empty(self.path, keep=(UNFINISHED,))
         self._drop_state()
         self._let_go()
+        self._claimed = False  # whoever handles the failure may release it again
 
     def _drop_state(self) -> None:
         """Delete all but the lock; what comes first decides whether the folder holds an unfinished run."""

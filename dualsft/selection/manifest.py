@@ -20,7 +20,7 @@ from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
-from dualsft.models.loading import Dtype, model_fingerprint, model_folder, tokenizer_fingerprint
+from dualsft.models.loading import Dtype, model_fingerprint, model_folder, special_tokens, tokenizer_fingerprint
 from dualsft.selection.completeness import Completeness
 from dualsft.selection.json_values import Mismatch, typed
 from dualsft.selection.order import Chosen, ScoresBothSides
@@ -194,6 +194,7 @@ class Manifest:
     phases: list[PhaseCost]
     path_walked: dict[str, WalkedPath] | None = None  # absent before there were paths
     configuration: dict[str, Any] | None = None  # absent before it was kept
+    special_tokens: dict[str, str] | None = None  # absent before they were kept
     checksums: dict[str, str] | None = None  # name of each other file -> CRC-32; absent before they were taken
 
 
@@ -245,12 +246,13 @@ def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> di
     return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
 
 
-def describe_configuration(module: "SelectionModule") -> dict[str, Any]:
-    """The manifest's entry on the base's ``config.json``, by which a fit sees that it has changed since.
+def describe_configuration(module: "SelectionModule", data: InstructionDataModule) -> dict[str, Any]:
+    """The manifest's entries on the base's settings, by which a fit sees that these have changed since.
 
-    It is no part of `describe_inputs`, which a finished selection of an earlier release must agree with.
+    They are no part of `describe_inputs`, which a finished selection of an earlier release must agree with.
     """
-    return {"configuration": stored_configuration(model_folder(module.model_name_or_path))}
+    stored = stored_configuration(model_folder(module.model_name_or_path))
+    return {"configuration": stored, "special_tokens": special_tokens(data.tokenizer)}
 
 
 def _data(data: InstructionDataModule) -> DataSection:

@@ -24,7 +24,7 @@ from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, dat
 from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
-from dualsft.storage.paths import expanded
+from dualsft.storage.paths import expanded, real
 from dualsft.storage.writing import writing_to
 
 
@@ -121,8 +121,8 @@ def _check_order(source: Selection, options: dict[str, Any]) -> None:
 
 
 def _check_apart(selection: Path, output: Path) -> None:
-    here = output.resolve()
-    if selection.resolve() in (here, *here.parents):
+    here = real(output)
+    if real(selection) in (here, *here.parents):
         raise UserError(f"--output_dir {output} lies in {selection}, which this run reads; choose another folder.")
 
 
@@ -213,6 +213,6 @@ def _with_selected(examples: pa.Table, chosen: set[int]) -> pa.Table:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source.resolve(), target)
+        os.link(real(source), target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

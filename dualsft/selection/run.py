@@ -75,7 +75,7 @@ def run_selection(
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
         return finished
     ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each rank stores its own states
-    configuration = on_rank_zero(lambda: describe_configuration(module))
+    configuration = on_rank_zero(lambda: describe_configuration(module, data))
     run.claim({**what_scores_rest_on(module, inputs), **configuration, **ranks})
     log = PhaseLog(show, compute_device(model))
     passes = Passes(model, run, log, settings, data)

@@ -52,6 +52,11 @@ def _written_out(path: str) -> str:
     return full
 
 
+def real(path: Path) -> Path:
+    """The path without links; of links that lead in a circle, which cannot be followed, as far as they can."""
+    return Path(os.path.realpath(path))
+
+
 def named(path: str | os.PathLike[str]) -> str:
     """The path as messages give it: a long one is cut in the middle, and what cannot be printed is escaped."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))

@@ -81,6 +81,16 @@ def test_a_base_that_does_not_do_is_refused(tmp_path: Path, inputs: dict[str, st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verb", ["select", "validate"])
+def test_a_configuration_is_refused_as_one(tmp_path: Path, inputs: dict[str, str], verb: str) -> None:
+    """And not as the fault of the tokenizer, whose loader reads it too."""
+    config = Path(save_base(tmp_path / "base", tiny_llama()), "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": "two"}))
+    with pytest.raises(UserError, match=r"base cannot be loaded as a causal language model:.*expected int, got str"):
+        run(arguments(verb, str(config.parent), inputs, tmp_path / "out"))
+
+
 def padded_base(path: Path, pad_is_known: bool) -> str:
     """A base whose tokenizer pads with a token of its vocabulary, or with one behind the model's embedding."""
     base = save_base(path, tiny_llama(pad_token_id=None))
@@ -142,6 +152,10 @@ def test_a_fit_sees_that_the_base_has_changed(tmp_path: Path, inputs: dict[str, 
         run(fit)
     for path, text in kept.items():
         path.write_text(text, encoding="utf-8")
+    changed("tokenizer_config.json", '"eos_token": "<eos>"', '"eos_token": "<bos>"')
+    with pytest.raises(UserError, match=r"made with another eos_token \(<eos>\) than .* has now \(<bos>\); restore it"):
+        run(fit)
+    (base / "tokenizer_config.json").write_text(kept[base / "tokenizer_config.json"])
     (base / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(UserError, match="made with another tokenizer or chat template"):
         run(fit)

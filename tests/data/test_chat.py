@@ -71,6 +71,50 @@ def test_answers_as_known_models_write_them(name: str, tmp_path: Path) -> None:
     assert tokenizer.decode([label for label in labels if label != -100]) == "".join(ANSWERS[name])
 
 
+FOLLOWED = {
+    "HARMONY": [f"<|channel|>final<|message|>{said}<|end|>" for said in ("b", "end")]
+    + ["<|channel|>final<|message|>d<|return|>"],
+    "PHI3": ["b<|end|>\n", "end<|end|>\n", "d<|end|>\n<eos>"],
+    "LLAMA3": ["b<|eot_id|>", "end<|eot_id|>", "d<|eot_id|>"],
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_an_answer_behind_another(name: str) -> None:
+    """Of two answers one behind the other each has its end, where that of the whole is another one too."""
+    messages = [*turns("a", "b"), {"role": "assistant", "content": "end"}, *turns("c", "d")]
+    assert learnt(one(getattr(templates, name), messages)) == FOLLOWED[name]
+
+
+THOUGHTFUL = {
+    "a field": {"content": "b", "reasoning_content": "hm\n"},
+    "the content": {"content": f"{THOUGHT}b"},
+    "another field": {"content": "b", "thinking": "hm"},
+}
+
+
+@pytest.mark.parametrize("kind", THOUGHTFUL)
+def test_thoughts_that_the_template_leaves_out(kind: str, tmp_path: Path) -> None:
+    """That what is thought is not learnt is said: of a field that is not read, of what is cut off, of old turns."""
+    first = [*turns("a"), {"role": "assistant", **THOUGHTFUL[kind]}]
+    leaving_out = templates.DEEPSEEK_R1 if kind == "the content" else CHATML
+    for template, messages in ((leaving_out, first), (templates.HARMONY, [*first, *turns("c", "d")])):
+        if template == templates.HARMONY and kind != "another field":
+            continue
+        path = write_jsonl(tmp_path / "pool.jsonl", [{"messages": turns("x", "y")}, {"messages": messages}])
+        with pytest.warns(UserWarning, match="leaves out what is thought before some answers"):
+            load_examples(path, chat(template))
+
+
+def test_thoughts_that_are_written() -> None:
+    """Nothing is said of them, of an empty thought, or of a turn that is not learnt."""
+    empty = [{"content": "<think>\n\n</think>\n\nb"}, {"content": "b", "thinking": ""}]
+    for message in ({"content": f"{THOUGHT}b"}, *empty):
+        assert one(templates.QWEN3, [*turns("a"), {"role": "assistant", **message}]).has_thoughts
+    unlearnt = {"role": "assistant", "content": "b", "reasoning": "hm", "train": False}
+    assert one(CHATML, [*turns("a"), unlearnt, *turns("c", "d")]).has_thoughts
+
+
 CALLS = {
     "LLAMA3": ['{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>', "Yes.<|eot_id|>"],
     "HERMES": [f"<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>\n", "Yes.<|im_end|>\n"],
@@ -245,6 +289,16 @@ def test_conversations_under_other_names(column: str, value: list[dict[str, str]
     """A column `conversations`, with role and content or with from and value, is read as `messages` is."""
     [rendered] = render({"id": 1, column: value}, tokenizer=byte_level(CHATML))
     assert rendered == one(CHATML, turns("a", "b"))
+
+
+def test_turns_of_joined_sources() -> None:
+    """Each turn has its role and content under one pair of names, and null under the other, or some of each."""
+    joined = [
+        {"role": None, "content": None, "from": "human", "value": "a"},
+        {"role": "assistant", "content": None, "from": None, "value": "b"},
+    ]
+    for messages in (joined, [{k: v for k, v in turn.items() if v is not None} for turn in joined]):
+        assert one(CHATML, messages) == one(CHATML, turns("a", "b"))
 
 
 def test_the_text_of_a_conversation_under_another_name() -> None:

@@ -97,6 +97,34 @@ def test_the_readme_decides_as_on_the_hub(tmp_path: Path) -> None:
     assert read(tmp_path, "train") == ["one.jsonl", "two.jsonl"]
 
 
+@pytest.mark.parametrize("given", ["one.jsonl", "[one.jsonl]", "[{split: train, path: one.jsonl}]", "[{path: one*}]"])
+def test_files_that_the_readme_names_without_a_split(given: str, tmp_path: Path) -> None:
+    """They are of train, and the others are of no split."""
+    write(tmp_path, ["one.jsonl", "two.jsonl"])
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_files: {given}\n---\n", encoding="utf-8")
+    assert read(tmp_path, "train") == ["one.jsonl"]
+    with pytest.raises(UserError, match="has the splits train, but not 'test'"):
+        read(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["/etc/*.jsonl", "'**.jsonl'", "'{one,two}.jsonl'", "../*.jsonl", "''", "hf://a/b.jsonl"]
+)
+def test_patterns_that_match_nothing(pattern: str, tmp_path: Path) -> None:
+    """A README.md that names other files than are there is no word on those, which are not read for every split."""
+    write(tmp_path, ["one.jsonl", "two.jsonl"])
+    readme = f"---\nconfigs:\n- data_files:\n  - split: train\n    path: {pattern}\n---\n"
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds none of the files that its README\.md names"):
+        read(tmp_path, "train")
+    (tmp_path / "two.jsonl").rename(tmp_path / "test.jsonl")
+    (tmp_path / "one.jsonl").rename(tmp_path / "train.jsonl")
+    assert read(tmp_path, "train") == ["one.jsonl"]
+    for odd in ("5", "null", "{a: b}"):
+        (tmp_path / "README.md").write_text(readme.replace(pattern, odd), encoding="utf-8")
+        assert read(tmp_path, "train") == ["one.jsonl"]
+
+
 @pytest.mark.parametrize("other", ["a.jsonl.gz", "a.json", "a.parquet"])
 def test_a_file_twice(other: str, tmp_path: Path) -> None:
     """Rows are not read twice because a download was unpacked or converted."""

@@ -532,4 +532,5 @@ def test_a_claim_that_cannot_be_written_leaves_what_was_there(
             kill_at(patch, run_folder, "write_atomically", call, error=OSError(errno.ENOSPC, "No space left"))
             with pytest.raises(UserError, match="cannot be written"):
                 run.claim(IDENTITY)
+            run.release()  # as its caller does after any failure
     assert names(tmp_path) == (["old", "old/config.yaml", "old/manifest.json"] if call == 1 else ["old"])

@@ -124,6 +124,7 @@ LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen")
 DEFAULTED = (*LATER, "path_walked", "counts.examples.near_duplicates")
 NESTED = (
     "configuration",
+    "special_tokens",
     "checksums",
     "warmup.",
     "prior.",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dualsft.errors import UserError
-from dualsft.storage.paths import check_writable, expanded, named
+from dualsft.storage.paths import check_writable, expanded, named, real
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,16 @@ def test_unwritable_folders(tmp_path: Path) -> None:
         check_writable(tmp_path / "link")
     with pytest.raises(UserError, match=r"/proc/new cannot be written \(.+\); choose another trainer\.logger"):
         check_writable(Path("/proc/new"), "trainer.logger.save_dir")
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    """They lead nowhere, so that nothing can be written, and are no error of their own."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert real(tmp_path / "loop" / "x") == tmp_path.resolve() / "loop" / "x"
+    assert real(tmp_path / "link" / "x") == tmp_path.resolve() / "x"
+    with pytest.raises(UserError, match="loop/x cannot be written"):
+        check_writable(tmp_path / "loop" / "x")
 
 
 @pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write anywhere")
