@@ -35,7 +35,7 @@ from dualsft.paths import PoolPath, TargetPath
 from dualsft.quickstart.control import random_mask
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.trainer import Trainer
 from dualsft.training.compact import CompactParameters

@@ -11,7 +11,7 @@ from dualsft.objectives import Objective
 from dualsft.paths.base import PathStatistic, PieceStatistic
 from dualsft.scorers import Scorer, SecondOrderScorer, Statistic
 from dualsft.selection.normalization import Normalize
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup
 

@@ -21,9 +21,9 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import Dtype, model_fingerprint, model_folder, special_tokens, tokenizer_fingerprint
-from dualsft.selection.completeness import Completeness
 from dualsft.selection.json_values import Mismatch, typed
 from dualsft.selection.order import Chosen, ScoresBothSides
+from dualsft.selection.paths.completeness import Completeness
 from dualsft.selection.scoring_checkpoint import describe_checkpoint
 from dualsft.selection.settings import add_later_options, describe_settings, keys, stored_settings
 

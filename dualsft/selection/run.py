@@ -8,7 +8,7 @@
     6. budgets                a subset of the examples, a mask of the weights                budgets.py
     7. write                  the selection directory                                        artifact.py
 
-Along a path (`path_scoring.py`, `path_checkpoints.py`) steps 2 to 5 are taken at each of its points, and added up.
+Along a path (`paths/`) steps 2 to 5 are taken at each of its points, and added up.
 Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by the latest choice of the
 other (`order.py`). Every pass over data is a phase: resumed where it was killed, never repeated (`passes.py`).
 Source: arXiv 2605.06166.
@@ -36,7 +36,7 @@ from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
 from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_run import walk_path
+from dualsft.selection.paths.run import walk_path
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint

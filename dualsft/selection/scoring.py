@@ -32,7 +32,7 @@ from dualsft.selection.directions import (
 )
 from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_totals import column
+from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import all_reduce_sum

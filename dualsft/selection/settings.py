@@ -39,7 +39,7 @@ from dualsft.selection.directions import Combination
 from dualsft.selection.json_values import at, describe_part, typed
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.normalization import Normalize
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup

@@ -17,7 +17,7 @@ from dualsft.models.loading import load_model
 from dualsft.paths import TargetPath
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Selection, Warmup
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from tests.references import gradient_loop, inner
 from tests.selection.test_paths import WALK, losses, path_select, weights_of
 from tests.world.data import LINES, VALIDATION

@@ -26,8 +26,8 @@ from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.dense_training import BETAS, EPS
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.selection.path_ending import ending, split
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.ending import ending, split
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.reallocation import reallocate
 from tests.cases import Gradients, collate
 from tests.references import assert_same_gradients, gradient_loop, inner, total

@@ -16,7 +16,7 @@ from dualsft.selection import Warmup
 from dualsft.selection.json_values import at
 from dualsft.selection.manifest import PUBLISHED, what_scores_rest_on
 from dualsft.selection.near_duplicates import NearDuplicates
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.settings import (
     CHOICE,

@@ -21,7 +21,7 @@ from dualsft.allocators import (
 from dualsft.paths import Piece, PoolPath, ScoringPath, TargetPath
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
 from dualsft.selection import Selection, Warmup, load_selection
-from dualsft.selection.path_settings import PathSettings
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.sharding.strategy import FSDP2
 from tests.world.jobs import ADAM, SGD, Inputs, select, write_inputs

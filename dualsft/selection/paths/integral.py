@@ -24,11 +24,11 @@ from dualsft.matrix.sketches import LOSS, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.completeness import Completeness, completeness
 from dualsft.selection.directions import ColumnTotals, masked
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_totals import PathTotals
-from dualsft.selection.path_walk import RecordedPath
+from dualsft.selection.paths.completeness import Completeness, completeness
+from dualsft.selection.paths.totals import PathTotals
+from dualsft.selection.paths.walk import RecordedPath
 from dualsft.selection.scoring import sum_identity
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import all_reduce_sum

@@ -8,9 +8,9 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.order import ScoresBothSides
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_checkpoints import CheckpointScoring
-from dualsft.selection.path_ending import walk_paths
-from dualsft.selection.path_scoring import PathScoring
+from dualsft.selection.paths.checkpoints import CheckpointScoring
+from dualsft.selection.paths.ending import walk_paths
+from dualsft.selection.paths.scoring import PathScoring
 from dualsft.selection.terms import make_further_terms, validation_terms
 
 if TYPE_CHECKING:

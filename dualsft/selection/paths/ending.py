@@ -17,8 +17,8 @@ from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_integral import PathIntegrator, Side
-from dualsft.selection.path_walk import RecordedPath, Trained, pool_training, target_training, walk
+from dualsft.selection.paths.integral import PathIntegrator, Side
+from dualsft.selection.paths.walk import RecordedPath, Trained, pool_training, target_training, walk
 from dualsft.selection.settings import SelectionSettings
 
 

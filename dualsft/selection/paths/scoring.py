@@ -22,12 +22,12 @@ from dualsft.errors import UserError, blaming
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.paths import PieceRows
-from dualsft.selection.completeness import Completeness
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
 from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_ending import EndedPath, validation_side
-from dualsft.selection.path_integral import Falls, Integral, PathIntegrator, Side
+from dualsft.selection.paths.completeness import Completeness
+from dualsft.selection.paths.ending import EndedPath, validation_side
+from dualsft.selection.paths.integral import Falls, Integral, PathIntegrator, Side
 from dualsft.selection.scoring import ExampleScores
 from dualsft.selection.settings import SelectionSettings
 

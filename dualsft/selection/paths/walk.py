@@ -22,8 +22,8 @@ from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.dense_training import DenseTraining, TrainingNames
 from dualsft.selection.directions import trainable_parameters
-from dualsft.selection.path_advance import PathAdvance
-from dualsft.selection.path_settings import EPOCHS
+from dualsft.selection.paths.advance import PathAdvance
+from dualsft.selection.paths.settings import EPOCHS
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import any_rank
 from dualsft.sharding.shards import local_shard

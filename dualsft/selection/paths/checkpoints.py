@@ -26,10 +26,10 @@ from dualsft.selection.directions import check_vector, combined, combined_rows, 
 from dualsft.selection.normalization import scaled, token_counts
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.passes import Passes
-from dualsft.selection.path_ending import EndedPath
-from dualsft.selection.path_scoring import contribution
-from dualsft.selection.path_totals import PathTotals
-from dualsft.selection.path_walk import RecordedPath
+from dualsft.selection.paths.ending import EndedPath
+from dualsft.selection.paths.scoring import contribution
+from dualsft.selection.paths.totals import PathTotals
+from dualsft.selection.paths.walk import RecordedPath
 from dualsft.selection.scorer_directions import DirectionRule, ScorerDirections
 from dualsft.selection.scoring import ExampleScores, Scoring
 from dualsft.selection.settings import SelectionSettings
