@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -158,11 +159,17 @@ def _check_columns(path: Path, table: pa.Table, schema: pa.Schema) -> None:
 
 
 def _check_examples(path: Path, table: pa.Table) -> int:
-    """How many examples are selected; refuses a table without its columns, or with other rows than those of a pool."""
+    """How many examples are selected; refuses a table without its columns, rows of a pool or finite numbers."""
     _check_columns(path, table, _SCHEMA)
     lost = sum(table[name].null_count for name in ("num_tokens", "status", "selected"))
     if lost or table["example_id"].to_pylist() != list(range(len(table))):
         raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
+    for name in (field.name for field in table.schema if field.type == pa.float64()):
+        odd = pc.invert(pc.is_finite(table[name].drop_null()))
+        if pc.any(odd).as_py():
+            raise UserError(
+                f"{path} is damaged: its column {name} holds numbers that are not finite; make the selection again."
+            )
     return sum(table["selected"].to_pylist())
 
 

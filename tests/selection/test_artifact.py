@@ -1,6 +1,7 @@
 """The contract of a selection directory, read with nothing but json, pyarrow, safetensors and numpy."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,21 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, part: 
     (damaged / name).write_bytes(whole[kept])
     with pytest.raises(UserError, match=rf"{name} is damaged"):
         getattr(load_selection(damaged), part)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path, number: float) -> None:
+    """A null stands for no score; what is not finite no run has written, and no allocator can compare."""
+    damaged = copy(folder, tmp_path)
+    table = pq.read_table(damaged / "examples.parquet")
+    scores = table["score"].to_pylist()
+    place = table.schema.get_field_index("score")
+    scores[next(i for i, score in enumerate(scores) if score is not None)] = number
+    changed = table.set_column(place, table.schema.field(place), pa.array(scores, pa.float64()))
+    pq.write_table(changed, damaged / "examples.parquet")
+    forget_checksums(damaged)
+    with pytest.raises(UserError, match="its column score holds numbers that are not finite"):
+        _ = load_selection(damaged).examples
 
 
 READERS: dict[str, Callable[[Selection], Any]] = {

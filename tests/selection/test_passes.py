@@ -91,7 +91,7 @@ def test_a_shortage_halves_the_batches(
     assert_same_scores(found, plain[scorer])
     assert found.manifest["scoring_batch_tokens"] == 50
     assert plain[scorer].manifest["scoring_batch_tokens"] == 100
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dualsft:")]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dualsft: memory")]
     name = {1: "validation gradient"}.get(run, "pool gradient" if scorer == "two" and run < 5 else "scores")
     assert told == [
         f"dualsft: memory ran out in the {name} (at a request for 2.00 GiB); it starts again with batches of 50 "

@@ -35,8 +35,8 @@ def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 PLACES = {
     "before the warm-up": (scoring_checkpoint, "warm_up", 1, False),
     "in the warm-up": (scoring_checkpoint, "warm_up", 1, True),
-    "before the warm-up is written out": (scoring_checkpoint, "save_file", 1, False),
-    "after the warm-up is written out": (scoring_checkpoint, "save_file", 1, True),
+    "before the warm-up is written out": (scoring_checkpoint, "write_shards", 1, False),
+    "after the warm-up is written out": (scoring_checkpoint, "write_shards", 1, True),
     "before the validation gradient": (passes, "gradient_pass", 1, False),
     "after the validation gradient": (passes, "gradient_pass", 1, True),
     "before the scores": (passes, "gradient_pass", 2, False),
