@@ -96,8 +96,11 @@ def _splits_by_readme(
 ) -> Mapping[str, str | None]:
     """The split of each file that the ``configs`` of the folder's README.md name, ascending; by name if it has none.
 
+    Its ``data_dir`` is the folder that the files are in.
+
     Raises:
-        UserError: If it describes several configurations, or only files that are not there, and names say nothing.
+        UserError: If it describes several configurations, or only files that are not there, and names say nothing; or a
+            folder that is not there.
     """
     configs = [config for config in _configs(folder / "README.md") if isinstance(config, dict)]
     if len(configs) > 1:
@@ -107,7 +110,14 @@ def _splits_by_readme(
             "or a subfolder of one of them."
         )
     splits: dict[str, str | None] = {}
-    patterns = list(_patterns(configs[0].get("data_files"))) if configs else []
+    base = f"{given.strip('/')}/" if configs and isinstance(given := configs[0].get("data_dir"), str) else ""
+    patterns = [(split, base + path) for split, path in _patterns(configs[0].get("data_files"))] if configs else []
+    if base and not patterns:
+        if not any(name.startswith(base) for name in names):
+            raise UserError(
+                f"The folder {folder} holds no data in {base}, which its README.md names: give the file itself."
+            )
+        return {name: _split_of(name.removeprefix(base)) for name in names if name.startswith(base)}
     for split, pattern in patterns:
         splits |= dict.fromkeys((name for name in _matching(folder, pattern) if name in names), split)
     if patterns and not splits and not any(by_name.values()):

@@ -24,7 +24,7 @@ from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
-from dualsft.finetune.selection_checks import check_base, check_tokenizer, chosen_weights
+from dualsft.finetune.selection_checks import check_base, check_tokenizer, chosen_weights, tell_of_reading
 from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
@@ -130,6 +130,7 @@ class MaskedFinetuneModule(LightningModule):
         """
         if self.selection:
             check_tokenizer(self.selection, data.tokenizer)
+            tell_of_reading(self.selection, data)
         for key, examples in data.encoded.items():
             check_examples(self.model, key, examples.largest_id(), examples.longest())
 

@@ -1,11 +1,15 @@
 """Whether a selection belongs to the base model and the tokenizer of a fit, and its mask is as it was written."""
 
+from dataclasses import asdict
+
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.errors import UserError
+from dualsft.data.module import InstructionDataModule
+from dualsft.errors import UserError, clipped
 from dualsft.models import PreTrainedModel
 from dualsft.models.configuration import changed_settings, stored_configuration
 from dualsft.models.loading import model_folder, special_tokens, tokenizer_fingerprint
+from dualsft.runs.progress import say
 from dualsft.selection import Selection
 from dualsft.selection.artifact import MASK
 from dualsft.selection.mask import refusing_damage
@@ -44,6 +48,15 @@ def check_tokenizer(selection: Selection, tokenizer: PreTrainedTokenizerBase) ->
             f"The selection in {selection.folder} was made with another {changed[0]} ({then.get(changed[0])}) than "
             f"{tokenizer.name_or_path} has now ({current.get(changed[0])}); restore it, or select again."
         )
+
+
+def tell_of_reading(selection: Selection, data: InstructionDataModule) -> None:
+    """Tell that records are read otherwise than they were scored, as by another template or from other columns."""
+    before = {**asdict(selection.about.data.format), "max_length": selection.about.data.max_length}
+    now = {**asdict(data.options), "max_length": data.max_length}
+    if changed := [name for name, value in now.items() if before[name] != value]:
+        values = ", ".join(f"data.{name} {before[name]!r}, now {now[name]!r}" for name in changed)
+        say(f"the examples were scored as read with {clipped(values)}; they are trained on as read now.")
 
 
 def chosen_weights(selection: Selection, model: PreTrainedModel) -> CompactParameters:

@@ -131,7 +131,9 @@ def test_answers_need_positions_too(tmp_path: Path, inputs: dict[str, str]) -> N
     assert (tmp_path / "fit" / "logs" / "samples.jsonl").is_file()
 
 
-def test_a_fit_sees_that_the_base_has_changed(tmp_path: Path, inputs: dict[str, str]) -> None:
+def test_a_fit_sees_that_the_base_has_changed(
+    tmp_path: Path, inputs: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Settings, chat template and vocabulary are as much a part of what was scored as the weights are."""
     base = Path(save_base(tmp_path / "base", tiny_llama()))
     run(arguments("select", str(base), inputs, tmp_path / "selection"))
@@ -163,3 +165,8 @@ def test_a_fit_sees_that_the_base_has_changed(tmp_path: Path, inputs: dict[str, 
     (base / "chat_template.jinja").unlink()
     run(fit)
     assert (tmp_path / "fit" / "delta.safetensors").is_file()
+    assert "scored as read" not in capsys.readouterr().err
+    # what is the user's to change is told
+    run([*fit, "--data.prompt_template", "Q: {prompt}", "--overwrite"])
+    told = r"data.prompt_template '{prompt}\n', now 'Q: {prompt}'; they are trained on as read now."
+    assert told in capsys.readouterr().err

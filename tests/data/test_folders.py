@@ -107,6 +107,20 @@ def test_files_that_the_readme_names_without_a_split(given: str, tmp_path: Path)
         read(tmp_path, "test")
 
 
+def test_the_folder_that_the_readme_names(tmp_path: Path) -> None:
+    """Its ``data_dir`` holds the files, by their names or by patterns in it; what lies elsewhere is left out."""
+    write(tmp_path, ["main/train.jsonl", "main/test.jsonl", "train.jsonl", "old/train.jsonl"])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- data_dir: main\n---\n", encoding="utf-8")
+    assert read(tmp_path, "train") == ["main/train.jsonl"]
+    assert read(tmp_path, "test") == ["main/test.jsonl"]
+    readme = "---\nconfigs:\n- data_dir: main\n  data_files:\n  - split: held_out\n    path: te*\n---\n"
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    assert read(tmp_path, "held_out") == ["main/test.jsonl"]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- data_dir: nowhere\n---\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds no data in nowhere/, which its README\.md names"):
+        read(tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     "pattern", ["/etc/*.jsonl", "'**.jsonl'", "'{one,two}.jsonl'", "../*.jsonl", "''", "hf://a/b.jsonl"]
 )
