@@ -52,8 +52,7 @@ def check_tokenizer(selection: Selection, tokenizer: PreTrainedTokenizerBase) ->
 
 def tell_of_reading(selection: Selection, data: InstructionDataModule) -> None:
     """Tell that records are read otherwise than they were scored, as by another template or from other columns."""
-    before = {**asdict(selection.about.data.format), "max_length": selection.about.data.max_length}
-    now = {**asdict(data.options), "max_length": data.max_length}
+    before, now = asdict(selection.about.data.format), asdict(data.options)
     if changed := [name for name, value in now.items() if before[name] != value]:
         values = ", ".join(f"data.{name} {before[name]!r}, now {now[name]!r}" for name in changed)
         say(f"the examples were scored as read with {clipped(values)}; they are trained on as read now.")
