@@ -198,13 +198,18 @@ def test_the_held_out_part_ends_the_path(tmp_path: Path) -> None:
     assert (len(told["steps"]) - 1, told["walked_steps"]) == (best, 12 * 5)
 
 
-def test_a_path_that_teaches_nothing_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_path_that_teaches_nothing_is_refused(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where the held-out part only loses; without such a part the user has decided."""
     with pytest.raises(UserError, match=r"does not lower the loss of its held-out part \(.*held_out to 0"):
         select(inputs, tmp_path / "out", {"path": replace(WALK, held_out=0.4, learning_rate=30.0)})
     with pytest.raises(UserError, match="does not lower"):
         ending([1.0, 1.0, 2.0], "validation")
     assert ending([3.0, 1.0, 2.0], "validation") == 1
+    assert ending([3.0, 2.8, 2.9], "validation") == 1
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "lowers the loss of its held-out part by 7% alone (3 to 2.8)" in told
 
 
 def test_a_part_is_held_out_at_random() -> None:

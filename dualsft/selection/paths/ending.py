@@ -15,11 +15,14 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.progress import PhaseLog
+from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.integral import PathIntegrator, Side
 from dualsft.selection.paths.walk import RecordedPath, Trained, pool_training, target_training, walk
 from dualsft.selection.settings import SelectionSettings
+
+LITTLE = 0.1
+"""Share of the held-out loss below which a path is said to have taught little."""
 
 
 @dataclass(frozen=True)
@@ -115,5 +118,11 @@ def ending(losses: list[float], name: str) -> int:
             f"The path along the validation set {name} does not lower the loss of its held-out part ({losses[0]:.4g} "
             f"at the start, {min(losses[1:]):.4g} at best): lower model.path.learning_rate, give more validation "
             "examples, or set model.path.held_out to 0."
+        )
+    if (gain := 1 - losses[end] / losses[0]) < LITTLE:
+        say(
+            f"training on the validation set {name} lowers the loss of its held-out part by {gain:.0%} alone "
+            f"({losses[0]:.4g} to {losses[end]:.4g}): so little is learnt that the scores along the path say little; "
+            "compare them with those at one checkpoint, without model.path.along."
         )
     return end
