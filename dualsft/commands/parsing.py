@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from enum import Enum
 from functools import cache
@@ -43,6 +42,7 @@ SET_ELSEWHERE = {
 }
 _SECTIONS = ("model", "data")
 _ADD_UP = "--tasks"
+_INTEGERS = 2**63
 
 
 def add_folder_options(parser: ArgumentParser, resumable: bool) -> None:
@@ -61,9 +61,9 @@ def check_output_dir(config: Namespace) -> None:
 
 
 def check_numbers(value: Any, key: str = "") -> None:
-    """Refuse an integer anywhere in a parsed configuration that no float holds, so that computing with it fails."""
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise UserError(f"{key} is an integer beyond {sys.float_info.max:.0e}, which no run takes; give a smaller one.")
+    """Refuse an integer anywhere in a parsed configuration that 64 bits do not hold: computing with it would fail."""
+    if isinstance(value, int) and not -_INTEGERS <= value < _INTEGERS:
+        raise UserError(f"{key} is an integer beyond {_INTEGERS:.0e}, which no run takes; give a smaller one.")
     inner = vars(value) if isinstance(value, Namespace) else value
     parts = inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ()
     for name, part in parts:

@@ -18,12 +18,12 @@ def test_values_that_yaml_cannot_make_are_refused(tmp_path: Path, text: str) -> 
         _read_config(str(tmp_path / "job.yaml"))
 
 
-@pytest.mark.parametrize("value", [10**400, [-(10**400)], {"0": 10**5000}, Namespace(x=10**400)])
-def test_an_integer_that_no_float_holds_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [2**63, 10**400, [-(10**400)], {"0": 10**5000}, Namespace(x=10**400)])
+def test_an_integer_that_64_bits_do_not_hold_is_refused(value: Any) -> None:
     """Wherever it is; the message names its key."""
     with pytest.raises(UserError, match=r"^trainer\.a\S* is an integer beyond"):
         check_numbers(Namespace(trainer={"a": value}))
-    check_numbers({"a": 10**300})
+    check_numbers({"a": 2**63 - 1, "b": -(2**63), "c": 1e300, "d": True})
 
 
 @pytest.mark.parametrize("text", ["1", "1_", "a.", ".a", "a b."])
