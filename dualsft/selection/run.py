@@ -81,16 +81,8 @@ def run_selection(
     passes = Passes(model, run, log, settings, data)
 
     # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.
-    scoring: ScoresBothSides
-    if settings.path.along is not None:
-        scoring = walk_path(module, data, passes, run, log, seed)
-    else:
-        moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
-        further = make_further_terms(module, data, seed)
-        objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
-        objective.take_gradients()
-        rule = ScorerDirections(settings, objective, run, data.named_validation)
-        scoring = Scoring(model, settings, rule, passes, data)
+    along_path = settings.path.along is not None
+    scoring = (walk_path if along_path else score_at_checkpoint)(module, data, passes, run, log, seed)
 
     # 5. and 6. Rows and columns, budgets.
     if "then" in settings.order:  # each side is scored by the choice of the other
@@ -125,3 +117,19 @@ def run_selection(
     on_rank_zero(write)
     run.finish()
     return load_selection(run.path)
+
+
+def score_at_checkpoint(
+    module: "SelectionModule", data: InstructionDataModule, passes: Passes, run: RunFolder, log: PhaseLog, seed: int
+) -> ScoresBothSides:
+    """Reach the scoring checkpoint, differentiate V there, and open what scores by the scorer's directions."""
+    model, settings = module.model, module.settings
+    # 2. The scoring checkpoint.
+    moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
+    # 3. The validation objective.
+    further = make_further_terms(module, data, seed)
+    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
+    objective.take_gradients()
+    # 4. The directions.
+    rule = ScorerDirections(settings, objective, run, data.named_validation)
+    return Scoring(model, settings, rule, passes, data)
