@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from dualsft import PathTraining, Piece, PieceRows, ScoringPath
 from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.paths import TargetPath
-from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.paths.settings import PathSettings
 from tests.references import gradient_loop, inner
 from tests.selection.test_paths import WALK, losses, path_select, weights_of
 from tests.world.data import LINES, VALIDATION
+from tests.world.faults import kill_often
 from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
 
@@ -147,24 +146,7 @@ def test_a_killed_walk_from_a_checkpoint_goes_on_to_the_same_bytes(
     path = replace(WALK, along=Warm(str(tmp_path / "checkpoint")))
     options: dict[str, Any] = {"path": path, "save_minutes": 1e-9, "order": "data"}
     expected = contents(select(inputs, tmp_path / "unbroken", options).folder)
-    save, saves, kills = PhaseStore.save, 0, 0
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
-        nonlocal saves, kills
-        save(self, *arguments)
-        saves += 1
-        if saves % 2 == 0:
-            kills += 1
-            raise Killed
-
-    while not (tmp_path / "killed" / "manifest.json").exists():
-        with monkeypatch.context() as patch, suppress(Killed):
-            patch.setattr(PhaseStore, "save", save_and_die)
-            select(inputs, tmp_path / "killed", options, resume=kills > 0)
-    assert kills > 3
+    assert kill_often(inputs, tmp_path / "killed", options, monkeypatch, every=2) > 3
     assert contents(tmp_path / "killed") == expected
 
 

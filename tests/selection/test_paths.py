@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,6 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.paths import PathTraining, Piece, PieceRows, PoolPath, ScoringPath, TargetPath
-from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.dense_training import BETAS, EPS
@@ -32,7 +30,7 @@ from dualsft.selection.reallocation import reallocate
 from tests.cases import Gradients, collate
 from tests.references import assert_same_gradients, gradient_loop, inner, total
 from tests.world.data import LINES, VALIDATION
-from tests.world.faults import PoolAware
+from tests.world.faults import PoolAware, kill_often
 from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
 EXACT: dict[str, Any] = {"dtype": "float64"}
@@ -323,26 +321,8 @@ def test_a_killed_path_goes_on_to_the_same_bytes(
     path, others = KILLS[kind]
     options = {"path": path, "save_minutes": 1e-9, "token_scores": True, **others}
     expected = contents(select(inputs, tmp_path / "unbroken", options).folder)
-    save, saves, kills = PhaseStore.save, 0, 0
-
-    class Killed(BaseException):
-        pass
-
-    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
-        nonlocal saves, kills
-        save(self, *arguments)
-        saves += 1
-        if saves % 5 == 0:
-            kills += 1
-            raise Killed
-
-    folder = tmp_path / "killed"
-    while not (folder / "manifest.json").exists():
-        with monkeypatch.context() as patch, suppress(Killed):
-            patch.setattr(PhaseStore, "save", save_and_die)
-            select(inputs, folder, options, resume=kills > 0)
-    assert kills > 5
-    assert contents(folder) == expected
+    assert kill_often(inputs, tmp_path / "killed", options, monkeypatch, every=5) > 5
+    assert contents(tmp_path / "killed") == expected
 
 
 # Along the pool

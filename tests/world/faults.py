@@ -1,5 +1,6 @@
 """Runs that die at a chosen place, and models with a trap: values that are not finite, and memory that runs out."""
 
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dualsft import SelectionModule
 from dualsft.runs.folder import RunFolder
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import ParameterStatistics, Scorer
 from tests.world.jobs import Inputs, select
 from tests.world.models import tiny_tokenizer
@@ -165,3 +167,27 @@ def killed_run(inputs: Inputs, folder: Path, options: dict[str, Any], *place: An
         patch.setattr(RunFolder, "release", lambda run: run._lock.release())
         with pytest.raises(KilledError):
             select(inputs, folder, options, **run)
+
+
+def kill_often(
+    inputs: Inputs, folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, every: int
+) -> int:
+    """A selection that is killed after every so many states that it keeps, and resumed each time; how often it was."""
+    save, saves, kills = PhaseStore.save, 0, 0
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
+        nonlocal saves, kills
+        save(self, *arguments)
+        saves += 1
+        if saves % every == 0:
+            kills += 1
+            raise Killed
+
+    while not (folder / "manifest.json").exists():
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(PhaseStore, "save", save_and_die)
+            select(inputs, folder, options, resume=kills > 0)
+    return kills
