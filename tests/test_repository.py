@@ -130,16 +130,16 @@ def test_scorer_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def shorten(quickstart: Path) -> None:
     """Cut from an installed quick start what decides none of the comparisons that its test makes.
 
-    The full fine-tune ends its epochs after as many batches as the others have, losses are measured after the last
-    epoch alone, and fewer held-out rows are left.
+    The pool is halved, the full fine-tune ends its epochs after as many batches as the others have, losses are measured
+    after the last epoch alone, and fewer held-out rows are left.
     """
-    settings = "  limit_train_batches: 17\n  check_val_every_n_epoch: 3\n"  # at the end is the trainer's section
+    settings = "  limit_train_batches: 9\n  check_val_every_n_epoch: 3\n"  # at the end is the trainer's section
     config = quickstart / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8") + settings, encoding="utf-8")
-    for kind, every in (("general", 8), ("target", 3)):
-        held_out = quickstart / "assets" / "data" / f"test_{kind}.jsonl"
-        rows = held_out.read_text(encoding="utf-8").splitlines(keepends=True)
-        held_out.write_text("".join(rows[::every]), encoding="utf-8")
+    for name, every in (("pool", 2), ("test_general", 8), ("test_target", 3)):
+        path = quickstart / "assets" / "data" / f"{name}.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(rows[::every]), encoding="utf-8")
 
 
 @pytest.mark.heavy
