@@ -18,14 +18,19 @@ from dualsft.paths import PoolPath, TargetPath
 from dualsft.quickstart.control import random_mask
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
-from dualsft.selection.paths.settings import PathSettings
+from dualsft.selection.paths.settings import Normalization, PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.trainer import Trainer
 
 MODEL = str(Path(__file__).parents[1] / "dualsft" / "quickstart" / "assets" / "model")
 RATE, BATCH = 1e-3, 8
 TO_TARGET = PathSettings(along=TargetPath(), learning_rate=RATE, normalize="none")
-WARM = Warmup(fraction=0.1, learning_rate=RATE)
+WARM, BASE = Warmup(fraction=0.1, learning_rate=RATE), Warmup(fraction=0.0)
+NORMALIZATIONS: dict[str, Normalization] = {
+    "fall": "none",
+    "share of the loss": "initial_loss",
+    "length": "length",
+}
 SCORES: dict[str, dict[str, Any]] = {
     "first order": {"warmup": WARM},
     "first order, defaults": {},
@@ -36,15 +41,19 @@ SCORES: dict[str, dict[str, Any]] = {
     "pool's path, 4 epochs (TracIn)": {"warmup": WARM, "path": PathSettings(along=PoolPath(), epochs=4, pieces=4)},
     "LESS, 4 epochs": {"warmup": WARM, "path": PathSettings(along=LessCheckpoints(), epochs=4)},
     "Train on Validation": {
+        "warmup": BASE,
         "path": PathSettings(along=TrainOnValidation(), learning_rate=RATE, held_out=0.0),
         "parameter_budget": None,
     },
-    "target's path, fall": {"path": TO_TARGET, "parameter_budget": None},
-    "target's path, share of the loss": {
-        "path": replace(TO_TARGET, normalize="initial_loss"),
-        "parameter_budget": None,
+    **{
+        f"target's path{start}, {name}": {
+            "warmup": warmup,
+            "path": replace(TO_TARGET, normalize=normalize),
+            "parameter_budget": None,
+        }
+        for start, warmup in (("", BASE), (" after the warm-up", WARM))
+        for name, normalize in NORMALIZATIONS.items()
     },
-    "target's path, length": {"path": replace(TO_TARGET, normalize="length"), "parameter_budget": None},
 }
 """How examples are scored; the learning rate of warm-ups and paths is that of the fits, but for the defaults."""
 
@@ -115,7 +124,7 @@ def along(columns: Any, signed: bool) -> Callable[[Experiment, float], dict[str,
     """Columns along the path to the target, by their size or by what is gained alone."""
 
     def rule(experiment: Experiment, share: float) -> dict[str, Tensor]:
-        options = {"path": PathSettings(along=TargetPath(), learning_rate=RATE, columns=columns, tolerance=1.0)}
+        options = {"warmup": BASE, "path": replace(TO_TARGET, columns=columns, tolerance=1.0)}
         found = experiment.select(f"columns {columns}", options).parameter_scores()
         return top(found if signed else {name: score.abs() for name, score in found.items()}, share)
 
@@ -132,7 +141,7 @@ def guarded(experiment: Experiment, share: float) -> dict[str, Tensor]:
 
 def along_scores(experiment: Experiment, columns: Any) -> dict[str, Tensor]:
     """The columns of a kind along the path to the target."""
-    options = {"path": PathSettings(along=TargetPath(), learning_rate=RATE, columns=columns, tolerance=1.0)}
+    options = {"warmup": BASE, "path": replace(TO_TARGET, columns=columns, tolerance=1.0)}
     return experiment.select(f"columns {columns}", options).parameter_scores()
 
 

@@ -28,6 +28,7 @@ from torch.optim import AdamW
 
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import load_tokenizer
+from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
@@ -219,10 +220,14 @@ def main() -> None:
 
 
 def kept(path: Path, name: str, compute: Callable[[], Figures]) -> Figures:
-    """The figures of this name in a file, computed if they are not there yet."""
+    """The figures of this name in a file, computed if they are not there yet; none where dualsft refuses."""
     stored: dict[str, Figures] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in stored:
-        stored[name] = compute()
+        try:
+            stored[name] = compute()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            stored[name] = {}
         path.write_text(json.dumps(stored, indent=1), encoding="utf-8")
         print(f"{path.parent.name} {path.stem} {name}: {stored[name]}", file=sys.stderr, flush=True)
     return stored[name]
@@ -233,8 +238,10 @@ def table(found: dict[str, list[Figures]]) -> str:
     names = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
     lines = [f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for method, runs in found.items():
-        cells = [interval([run[name] for run in runs]) if name in runs[0] else "" for name in names]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        done = [run for run in runs if run]
+        refused = f" (refused {len(runs) - len(done)} of {len(runs)})" if len(done) < len(runs) else ""
+        cells = [interval([run[name] for run in done]) if done and name in done[0] else "" for name in names]
+        lines.append(f"| {method}{refused} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
