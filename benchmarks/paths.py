@@ -1,12 +1,13 @@
 """Which scores find the rows worth training on, and which weights: paths beside scores at one checkpoint, over seeds.
 
     python benchmarks/paths.py --seeds 5 --output_dir runs/paths                    every pool, every score, every fit
-    python benchmarks/paths.py --pools wrong clean --size 640 --seeds 5 --stages scores --output_dir runs/paths
+    python benchmarks/paths.py --pools wrong clean --seeds 5 --stages scores --output_dir runs/paths
     python benchmarks/paths.py --data DIR ...          the pool gsm8k too: GSM8K among general instructions, from DIR
 
-Three stages, whose figures are kept in the output folder, so that a second start repeats nothing: `scores` ranks each
-pool by each score; `fits` trains all weights on each chosen tenth; `masks` trains the clean rows under each mask, at
-the learning rate that is best for it on the validation set. Prints means over the seeds with 95% intervals.
+Four stages, whose figures are kept in the output folder, so that a second start repeats nothing: `scores` ranks each
+pool by each score; `fits` trains all weights on each chosen tenth of the rows, and `tenths` the tenth of the weights
+that the same selection chose; `masks` trains the clean rows under each rule for weights. Masks are trained at several
+learning rates, and the one that is best on the validation set counts. Prints means over the seeds, 95% intervals.
 """
 
 import argparse
@@ -15,95 +16,30 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from path_methods import MASKS, MODEL, RATE, SCORES, Experiment
 from path_pools import GENERAL, SPOILERS, SPOILT, TARGET, make_pool
 from torch import Tensor
 from torch.optim import AdamW
 
-from dualsft import InstructionDataModule, SelectionModule
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import load_tokenizer
+from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
-from dualsft.paths import PoolPath, TargetPath
-from dualsft.quickstart.control import random_mask
-from dualsft.scorers import HessianVector
-from dualsft.selection import Selection, Warmup
-from dualsft.selection.paths.settings import PathSettings
-from dualsft.selection.prior import Prior
-from dualsft.trainer import Trainer
+from dualsft.selection import Selection
 from dualsft.training.compact import CompactParameters
 
-MODEL = str(Path(__file__).parents[1] / "dualsft" / "quickstart" / "assets" / "model")
-RATE, EPOCHS, BATCH = 1e-3, 3, 8
+HELD_OUT = ("validation", "test_target", "test_general")
+STEPS = 96
+"""Steps of each fit: three epochs on a tenth of 2,560 rows, in batches of eight."""
 MASK_RATES = (1e-3, 3e-3, 1e-2)
 SHARES = (0.01, 0.05, 0.1)
-TO_TARGET = PathSettings(along=TargetPath(), learning_rate=RATE, normalize="none")
-WARM = Warmup(fraction=0.1, learning_rate=RATE)
-SCORES: dict[str, dict[str, Any]] = {
-    "first order": {"warmup": WARM},
-    "first order, defaults": {},
-    "first order, tokens": {"warmup": WARM, "normalize": "tokens"},
-    "first order, cosine (LESS)": {"warmup": WARM, "normalize": "gradient_norm"},
-    "second order": {"warmup": WARM, "scorer": HessianVector(), "step_size": RATE},
-    "prior": {"warmup": WARM, "prior": Prior(weight=0.2)},
-    "pool's path, 4 epochs": {"warmup": WARM, "path": PathSettings(along=PoolPath(), epochs=4, pieces=4)},
-    "target's path, fall": {"path": TO_TARGET, "parameter_budget": None},
-    "target's path, share of the loss": {
-        "path": PathSettings(along=TargetPath(), learning_rate=RATE, normalize="initial_loss"),
-        "parameter_budget": None,
-    },
-    "target's path, length": {
-        "path": PathSettings(along=TargetPath(), learning_rate=RATE, normalize="length"),
-        "parameter_budget": None,
-    },
-    "target's path, all 8 epochs": {
-        "path": PathSettings(along=TargetPath(), learning_rate=RATE, normalize="initial_loss", epochs=8, held_out=0.0),
-        "parameter_budget": None,
-    },
-}
-"""How examples are scored; the learning rate of warm-ups and paths is that of the fits, but for the defaults."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One pool under one seed.
-
-    Attributes:
-        folder: Its records and selections.
-        kind: The pool's.
-        seed: Decides the pool, the warm-up and the order of training.
-    """
-
-    folder: Path
-    kind: str
-    seed: int
-
-    def data(self) -> InstructionDataModule:
-        """The pool and the validation set."""
-        train, validation = self.folder / "train.jsonl", self.folder / "validation.jsonl"
-        return InstructionDataModule(
-            str(train), str(validation), MODEL, max_length=256, batch_tokens=4096, batch_size=BATCH, seed=self.seed
-        )
-
-    def rows(self, name: str) -> list[dict[str, str]]:
-        """The records of a file."""
-        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def select(self, name: str, options: dict[str, Any]) -> Selection:
-        """A selection of a tenth of the examples and, unless the options say otherwise, of the weights."""
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)  # type: ignore[arg-type]
-        module = SelectionModule(MODEL, dtype="float32", data_budget=0.1, **options)
-        folder = self.folder / name.replace(" ", "-").replace(",", "").replace("'", "")
-        return trainer.select(module, self.data(), str(folder), resume=True, seed=self.seed)
-
 
 # What is measured
 
@@ -153,14 +89,14 @@ def exact_match(model: PreTrainedModel, rows: list[dict[str, str]]) -> float:
 
 
 def fit(experiment: Experiment, ids: list[int], rate: float, mask: dict[str, Tensor] | None) -> PreTrainedModel:
-    """The base model after three epochs on these rows, all weights or those of a mask, as `dualsft fit` trains them."""
+    """The base model after `STEPS` steps on these rows, all weights or those of a mask, as `dualsft fit` trains them."""
     data, model = experiment.data(), load_model(MODEL, "float32")
     compact = CompactParameters(model, mask)
     optimizer = AdamW(compact.parameters(), lr=rate, weight_decay=0.0)
     compact.write_back_after(optimizer)
     compact.attach()
     loader = data.training_loader(ids, experiment.seed)
-    for epoch in range(EPOCHS):
+    for epoch in range(round(STEPS / len(loader))):
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         model.train()
         for batch in loader:
@@ -172,9 +108,9 @@ def fit(experiment: Experiment, ids: list[int], rate: float, mask: dict[str, Ten
 
 def fit_figures(experiment: Experiment, model: PreTrainedModel) -> dict[str, float]:
     """What a model does on held-out rows of the target and of the general tasks."""
-    data = experiment.data()
+    losses = {name: mean_loss(model, experiment.data(name).validation_loader()) for name in HELD_OUT}
     return {
-        "validation loss": mean_loss(model, data.validation_loader()),
+        **{f"{name} loss": loss for name, loss in losses.items()},
         "target exact match": exact_match(model, experiment.rows("test_target")),
         "general exact match": exact_match(model, experiment.rows("test_general")),
     }
@@ -221,93 +157,40 @@ def fits(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
         yield name, partial(fitted_on_choice, experiment, name, options)
 
 
+def tenths(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
+    """Both halves of each selection: its weights trained on its examples."""
+    for name, options in SCORES.items():
+
+        def both(name: str = name, options: dict[str, Any] = options) -> Figures:
+            if "parameter_budget" in options:
+                name, options = f"{name} and weights", {k: v for k, v in options.items() if k != "parameter_budget"}
+            selection = experiment.select(name, options)
+            return best_rate(experiment, selection.example_ids, selection.mask())
+
+        yield name, both
+
+
+def best_rate(experiment: Experiment, ids: list[int], mask: dict[str, Tensor]) -> Figures:
+    """The figures of a mask trained on these rows at its best learning rate of a few, by the validation loss."""
+    found = {rate: fit_figures(experiment, fit(experiment, ids, rate, mask)) for rate in MASK_RATES}
+    rate = min(found, key=lambda r: found[r]["validation loss"])
+    return {**found[rate], "learning rate": rate}
+
+
 def masks(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """The clean rows trained under each mask, each at its best learning rate of a few, by the validation loss."""
+    """The clean rows trained under each mask."""
     sources = [row["source"] for row in experiment.rows("train")]
     clean = [i for i, source in enumerate(sources) if source == TARGET]
     for share in SHARES:
         for name, rule in MASKS.items():
 
-            def best(rule: Any = rule, share: float = share) -> Figures:
-                mask = rule(experiment, share)
-                models = {rate: fit(experiment, clean, rate, mask) for rate in MASK_RATES}
-                found = {rate: fit_figures(experiment, model) for rate, model in models.items()}
-                rate = min(found, key=lambda r: found[r]["validation loss"])
-                return {**found[rate], "learning rate": rate}
+            def trained(rule: Any = rule, share: float = share) -> Figures:
+                return best_rate(experiment, clean, rule(experiment, share))
 
-            yield f"{share:.0%} by {name}", best
+            yield f"{share:.0%} by {name}", trained
 
 
-def top(values: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The mask of the largest values, this share of all."""
-    flat = torch.cat([value.flatten() for value in values.values()])
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.topk(round(share * len(flat))).indices] = True
-    parts = mask.split([value.numel() for value in values.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
-
-
-def weights() -> dict[str, Tensor]:
-    """The base model's weights."""
-    return {name: p.detach() for name, p in load_model(MODEL, "float32").named_parameters()}
-
-
-def validation_gradient(experiment: Experiment) -> dict[str, Tensor]:
-    """v at the base model."""
-    model = load_model(MODEL, "float32").eval()
-    for batch in experiment.data().validation_loader():
-        example_losses(model, batch).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def local(experiment: Experiment, share: float) -> dict[str, Tensor]:
-    """|φ_j| at the scoring checkpoint, today's default."""
-    found = experiment.select("first order", SCORES["first order"]).parameter_scores()
-    return top({name: score.abs() for name, score in found.items()}, share)
-
-
-def along(columns: Any, signed: bool) -> Callable[[Experiment, float], dict[str, Tensor]]:
-    """Columns along the path to the target, by their size or by what is gained alone."""
-
-    def rule(experiment: Experiment, share: float) -> dict[str, Tensor]:
-        options = {"path": PathSettings(along=TargetPath(), learning_rate=RATE, columns=columns, tolerance=1.0)}
-        found = experiment.select(f"columns {columns}", options).parameter_scores()
-        return top(found if signed else {name: score.abs() for name, score in found.items()}, share)
-
-    return rule
-
-
-def guarded(experiment: Experiment, share: float) -> dict[str, Tensor]:
-    """The target's columns less the general rows' along the same path, each as a share of its sum."""
-    both = {c: along_scores(experiment, c) for c in ("target", "pool")}
-    sizes = {c: sum(float(s.abs().sum()) for s in of.values()) for c, of in both.items()}
-    value = {n: both["target"][n].abs() / sizes["target"] - both["pool"][n].abs() / sizes["pool"] for n in both["pool"]}
-    return top(value, share)
-
-
-def along_scores(experiment: Experiment, columns: Any) -> dict[str, Tensor]:
-    """The columns of a kind along the path to the target."""
-    options = {"path": PathSettings(along=TargetPath(), learning_rate=RATE, columns=columns, tolerance=1.0)}
-    return experiment.select(f"columns {columns}", options).parameter_scores()
-
-
-def random_weights(experiment: Experiment, share: float) -> dict[str, Tensor]:
-    """As many weights at random."""
-    return random_mask(top(weights(), share), torch.Generator().manual_seed(experiment.seed))
-
-
-MASKS: dict[str, Callable[[Experiment, float], dict[str, Tensor]]] = {
-    "size of the local score": local,
-    "target's path, over the target": along("target", signed=False),
-    "target's path, over the target, gains": along("target", signed=True),
-    "target's path, over the pool": along("pool", signed=False),
-    "target's path, product": along("product", signed=False),
-    "target's path, over the target less the pool": guarded,
-    "magnitude": lambda _, share: top({n: w.abs() for n, w in weights().items()}, share),
-    "validation gradient (SIFT)": lambda e, share: top({n: g.abs() for n, g in validation_gradient(e).items()}, share),
-    "random": random_weights,
-}
-STAGES: dict[str, Stage] = {"scores": scores, "fits": fits, "masks": masks}
+STAGES: dict[str, Stage] = {"scores": scores, "fits": fits, "tenths": tenths, "masks": masks}
 
 
 def main() -> None:
@@ -337,10 +220,14 @@ def main() -> None:
 
 
 def kept(path: Path, name: str, compute: Callable[[], Figures]) -> Figures:
-    """The figures of this name in a file, computed if they are not there yet."""
+    """The figures of this name in a file, computed if they are not there yet; none where dualsft refuses."""
     stored: dict[str, Figures] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in stored:
-        stored[name] = compute()
+        try:
+            stored[name] = compute()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            stored[name] = {}
         path.write_text(json.dumps(stored, indent=1), encoding="utf-8")
         print(f"{path.parent.name} {path.stem} {name}: {stored[name]}", file=sys.stderr, flush=True)
     return stored[name]
@@ -351,8 +238,10 @@ def table(found: dict[str, list[Figures]]) -> str:
     names = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
     lines = [f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for method, runs in found.items():
-        cells = [interval([run[name] for run in runs]) if name in runs[0] else "" for name in names]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        done = [run for run in runs if run]
+        refused = f" (refused {len(runs) - len(done)} of {len(runs)})" if len(done) < len(runs) else ""
+        cells = [interval([run[name] for run in done]) if done and name in done[0] else "" for name in names]
+        lines.append(f"| {method}{refused} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

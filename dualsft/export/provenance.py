@@ -15,7 +15,7 @@ from lightning import Trainer
 
 from dualsft.data.module import InstructionDataModule
 
-_OF_A_SCORER = ("scorer", "preconditioner", "step_size", "prior", "warmup", "normalize")
+_OF_A_SCORER = ("scorer", "preconditioner", "step_size", "prior", "normalize")
 """What takes no part in scores along a path that has directions of its own."""
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
 

@@ -33,7 +33,7 @@ from tests.world.data import LINES, VALIDATION
 from tests.world.faults import PoolAware, kill_often
 from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
-EXACT: dict[str, Any] = {"dtype": "float64"}
+EXACT: dict[str, Any] = {"dtype": "float64", "warmup": Warmup(fraction=0.0)}
 WALK = PathSettings(along=TargetPath(), epochs=2, learning_rate=3e-3, pieces=2, held_out=0.0, tolerance=10.0)
 
 
@@ -183,6 +183,15 @@ def test_the_path_is_cut_until_the_scores_are_complete(exact: Inputs, tmp_path: 
     assert told["pieces"] == most
 
 
+def test_a_path_to_the_target_starts_at_the_scoring_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
+    """Which the warm-up makes, or has made before."""
+    made = select(inputs, tmp_path / "made", {"path": WALK, "warmup": replace(ADAM["warmup"], keep=True)})
+    ready = select(inputs, tmp_path / "ready", {"path": WALK, "warmup": Warmup(checkpoint=f"{made.folder}/warmup")})
+    base = select(inputs, tmp_path / "base", {"path": WALK, "warmup": Warmup(fraction=0.0)})
+    assert made.examples.equals(ready.examples)
+    assert made.examples["score"] != base.examples["score"]
+
+
 def test_the_held_out_part_ends_the_path(tmp_path: Path) -> None:
     """At the point where its loss is lowest; later points are walked, and score nothing."""
     rows = [json.dumps({"prompt": f"{k}", "response": f"{k * 7919 % 1000}"}) for k in range(12)]
@@ -225,7 +234,7 @@ def test_examples_alone_take_no_gradient_of_the_pool(inputs: Inputs, tmp_path: P
     path = replace(WALK, columns="pool")
     told = select(inputs, tmp_path / "out", {"path": path, "order": "data"})
     names = [phase["name"] for phase in told.manifest["phases"]]
-    assert names == ["path", "pool loss at point 0 of the path", "pool loss at point 2 of the path"]
+    assert names == ["warm-up", "path", "pool loss at point 0 of the path", "pool loss at point 2 of the path"]
     assert told.manifest["sum_identity"] is None
     assert told.parameter_scores() == {}
     assert all(bool(mask.all()) for mask in told.mask().values())
@@ -296,7 +305,8 @@ def test_other_budgets_on_the_scores_of_a_path(inputs: Inputs, tmp_path: Path) -
 def test_a_published_model_tells_its_path(inputs: Inputs, tmp_path: Path) -> None:
     """And not of a scorer that took no part; the pool's path has both."""
     record = describe_selection(select(inputs, tmp_path / "target", {"path": WALK}).manifest, PUBLISHED)
-    assert not {"scorer", "preconditioner", "step_size", "warmup", "prediction"} & set(record)
+    assert not {"scorer", "preconditioner", "step_size", "prediction"} & set(record)
+    assert record["warmup"]["fraction"] == 0.1
     card = "\n".join(_selection(record))
     assert "dualsft.paths.target.TargetPath" in card
     assert "its row sum, which is how far the path lowers its loss" in card
