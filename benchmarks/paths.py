@@ -89,7 +89,7 @@ def exact_match(model: PreTrainedModel, rows: list[dict[str, str]]) -> float:
 
 
 def fit(experiment: Experiment, ids: list[int], rate: float, mask: dict[str, Tensor] | None) -> PreTrainedModel:
-    """The base model after `STEPS` steps on these rows, all weights or those of a mask, as `dualsft fit` trains them."""
+    """The base model after `STEPS` steps on these rows, all weights or those of a mask, as `dualsft fit` trains."""
     data, model = experiment.data(), load_model(MODEL, "float32")
     compact = CompactParameters(model, mask)
     optimizer = AdamW(compact.parameters(), lr=rate, weight_decay=0.0)

@@ -104,7 +104,8 @@ class ScoringPath:
     A subclass that overrides nothing else is the path of a training with u_k = θ_k − θ_{k+1}.
 
     Attributes:
-        trains_on: ``target`` for a path of its own along each validation set, ``pool`` for one along the warm-up.
+        trains_on: ``target`` for a path of its own along each validation set, from the scoring checkpoint on, ``pool``
+            for one along the warm-up, from the base model on.
         needs: What `direction` uses besides the weights.
         needs_of_examples: What `contribution` uses besides the rows.
     """

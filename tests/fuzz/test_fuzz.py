@@ -5,13 +5,13 @@ import pytest
 from tests.fuzz.fuzzers import FUZZERS
 
 CASES = {
-    "records": 300,
-    "templates": 100,
-    "tokenizers": 100,
-    "manifests": 200,
-    "selections": 60,
-    "deltas": 60,
-    "configs": 20,
+    "records": 150,
+    "templates": 50,
+    "tokenizers": 50,
+    "manifests": 80,
+    "selections": 40,
+    "deltas": 40,
+    "configs": 12,
 }
 
 

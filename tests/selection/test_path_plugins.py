@@ -38,7 +38,7 @@ def checkpoints(exact: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list
     for k in range(2):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.sub_(gradient[name], alpha=0.05)
+                parameter.sub_(gradient[name], alpha=0.02)
         folders.append(str(tmp_path_factory.mktemp("checkpoint") / str(k)))
         shutil.copytree(exact.model, folders[-1])  # with the tokenizer
         model.save_pretrained(folders[-1])

@@ -20,8 +20,9 @@ class PathSettings:
     """The path along which weights and examples are scored.
 
     Args:
-        along: target trains on the validation set and scores by what that does to the pool; pool adds up the scorer's
-            scores at several checkpoints of the warm-up; or a registered name; null for the scoring checkpoint alone.
+        along: target trains on the validation set, from the warm-up's end on, and scores by what that does to the pool;
+            pool adds up the scorer's scores at several checkpoints of the warm-up; or a registered name; null for the
+            scoring checkpoint alone.
         epochs: Passes over what the path trains on; null for 16 along the target, and for those of the warm-up.
         learning_rate: The path's, constant; null for the warm-up's.
         optimizer: The path's, without weight decay: adamw, or sgd without momentum.

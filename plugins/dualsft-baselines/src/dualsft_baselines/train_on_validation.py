@@ -5,9 +5,9 @@ arXiv 2510.00386 (ICLR 2026). By its abstract it does inference on the pool befo
 validation set, and selects the samples whose predictions change the most.
 
 What is ours, and was not compared with the paper's code: an example's prediction is its mean loss per supervised token,
-the change is taken of that mean and not token by token, and the first model is the base model. Random examples are not
-mixed in. By dualsft's default a quarter of the validation set is held out, and a training that does not lower its loss
-is refused; with `model.path.held_out` 0 all of the set is trained on.
+and the change is taken of that mean and not token by token. Random examples are not mixed in. By dualsft's default the
+first model is the warm-up's, a quarter of the validation set is held out, and a training that does not lower its loss
+is refused; `model.warmup.fraction` 0 starts at the base model, and `model.path.held_out` 0 trains on all of the set.
 """
 
 from collections.abc import Iterator
