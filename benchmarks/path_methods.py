@@ -29,6 +29,7 @@ WARM, BASE = Warmup(fraction=0.1, learning_rate=RATE), Warmup(fraction=0.0)
 NORMALIZATIONS: dict[str, Normalization] = {
     "fall": "none",
     "share of the loss": "initial_loss",
+    "smoothed share": "smoothed_loss",
     "length": "length",
 }
 SCORES: dict[str, dict[str, Any]] = {

@@ -57,9 +57,9 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
             f"{name} needs {needs[0]}, which is measured only where a path has directions of its own; define its "
             "direction too."
         )
-    if path.normalize == "initial_loss" and not rule.is_complete:
+    if path.normalize in ("initial_loss", "smoothed_loss") and not rule.is_complete:
         raise UserError(
-            f"model.path.normalize is initial_loss, but {name} does not score by falls of the loss; give none or "
+            f"model.path.normalize is {path.normalize}, but {name} does not score by falls of the loss; give none or "
             "length."
         )
     if rule.is_complete and normalize != "none":

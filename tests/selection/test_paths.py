@@ -144,23 +144,26 @@ def test_both_sums_are_those_of_autograd_along_the_path(
 
 
 def test_the_normalisations_are_of_the_falls(exact: Inputs, tmp_path: Path) -> None:
-    """The share of the initial loss, and the fall summed over the tokens; contributions by token add up to either."""
+    """Shares of the initial loss, and the fall summed over the tokens; contributions by token add up to them."""
     model, points = nodes(exact, WALK, exact.data())
     before, after = (losses(exact, model, weights) for weights in (points[0], points[-1]))
+    counts = {i: sum(label >= 0 for label in labels[1:]) for i, (_, labels) in exact.examples("train").items()}
+    mean = sum(counts[i] * before[i] for i in before) / len(before)
     for kind, factor in {
         "none": lambda i, n: 1.0,
         "initial_loss": lambda i, n: 1 / before[i],
         "length": lambda i, n: n,
+        "smoothed_loss": lambda i, n: n / (n * before[i] + mean),
     }.items():
         path = replace(WALK, normalize=kind)  # type: ignore[arg-type]
         table = path_select(exact, tmp_path / kind, path).examples.to_pydict()
         expected = {i: (before[i] - after[i]) * factor(i, table["num_tokens"][i]) for i in before}
         assert {i: table["score"][i] for i in before} == pytest.approx(expected, rel=1e-9)
-        fine = replace(path, columns="pool")
-        told = path_select(exact, tmp_path / f"{kind} tokens", fine, token_scores=True)
-        assert told.token_scores is not None
-        for row in told.token_scores.to_pylist():
-            assert sum(row["score"]) == pytest.approx(told.examples["score"][row["example_id"]].as_py(), rel=1e-9)
+    # by the last one's factors
+    told = path_select(exact, tmp_path / "tokens", replace(path, columns="pool"), token_scores=True)
+    assert told.token_scores is not None
+    for row in told.token_scores.to_pylist():
+        assert sum(row["score"]) == pytest.approx(told.examples["score"][row["example_id"]].as_py(), rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -23,7 +23,7 @@ from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.paths import PieceRows
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
-from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
+from dualsft.selection.normalization import Factors, inverses, scaled, smoothed_shares, token_counts
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.completeness import Completeness
 from dualsft.selection.paths.ending import EndedPath, validation_side
@@ -194,10 +194,12 @@ class PathScoring:
         return dict(zip(ids, total.tolist(), strict=True))
 
     def _factors(self, name: str, ids: list[int]) -> Factors:
-        kind = self._settings.path.normalization
+        kind, num_tokens = self._settings.path.normalization, self._data.train_examples.num_tokens
+        if kind == "smoothed_loss":
+            return smoothed_shares(ids, self._fall(name).start, num_tokens)
         if kind == "initial_loss":
-            return inverses(ids, self._falls[name].start)
-        return token_counts(ids, self._data.train_examples.num_tokens) if kind == "length" else dict.fromkeys(ids, 1.0)
+            return inverses(ids, self._fall(name).start)
+        return token_counts(ids, num_tokens) if kind == "length" else dict.fromkeys(ids, 1.0)
 
     def _measure(self) -> None:
         """Measure the statistics that the data allocator needs, at θ_0."""

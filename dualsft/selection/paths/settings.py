@@ -10,7 +10,7 @@ from dualsft.paths import ScoringPath
 from dualsft.selection.dense_training import OptimizerName
 
 Columns = Literal["target", "pool", "product"]
-Normalization = Literal["none", "initial_loss", "length"]
+Normalization = Literal["none", "initial_loss", "smoothed_loss", "length"]
 EPOCHS = 16
 """Epochs of a path along the target, unless they are given."""
 
@@ -34,9 +34,9 @@ class PathSettings:
         most_pieces: Most pieces to cut the path into.
         columns: Whose loss the weights are scored by: that of the validation set (target), of the pool, or by the
             product of both scores.
-        normalize: What the examples' scores are: the fall of the mean loss of a token (none), its share of the loss at
-            the start (initial_loss), or the fall summed over the tokens (length); null for initial_loss where the
-            scores are falls of the loss, and for none elsewhere.
+        normalize: What the examples' scores are: the fall of the mean loss of a token (none), the fall summed over the
+            tokens (length), its share of the example's loss at the start (initial_loss), or of that and the pool's mean
+            (smoothed_loss); null for smoothed_loss where the scores are falls of the loss, and for none elsewhere.
     """
 
     along: ScoringPath | None = None
@@ -84,7 +84,7 @@ class PathSettings:
         """The normalisation in use."""
         if self.normalize is not None or self.along is None:
             return self.normalize or "none"
-        return "initial_loss" if self.along.is_complete and self.along.adds_rows else "none"
+        return "smoothed_loss" if self.along.is_complete and self.along.adds_rows else "none"
 
     def ends(self, steps: int) -> list[int]:
         """The steps at which the pieces end, of a training of so many steps.
