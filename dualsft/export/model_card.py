@@ -20,8 +20,8 @@ FORMULA = (
 )
 ALONG = (
     "Along a path θ_0 … θ_K in weight space with u_k = θ_k − θ_{k+1}, or another u_k that its rule defines, one matrix "
-    "M_ij = Σ_k g_ij u_kj scores both: an example by its row sum, which is how far the path lowers its loss, a weight "
-    "by its column sum."
+    "M_ij = Σ_k g_ij u_kj scores both: an example by its row sum, which is how far the path lowers its loss "
+    "(counted as `normalize` says), a weight by its column sum."
 )
 _KEYS = ("preconditioner", "step_size", "warmup", "prior", "order", "combination", "near_duplicates", "control", "seed")
 _LOADING = """```python

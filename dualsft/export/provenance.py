@@ -15,8 +15,10 @@ from lightning import Trainer
 
 from dualsft.data.module import InstructionDataModule
 
-_OF_A_SCORER = ("scorer", "preconditioner", "step_size", "prior", "normalize")
+_OF_A_SCORER = ("scorer", "step_size")
 """What takes no part in scores along a path that has directions of its own."""
+_OF_STATISTICS = ("preconditioner", "prior", "normalize")
+"""What takes no part in scores that are falls of the loss either."""
 _PACKAGES = ("dualsft", "torch", "transformers", "lightning", "safetensors")
 
 
@@ -46,7 +48,9 @@ def describe_selection(manifest: Mapping[str, Any], published: Sequence[str]) ->
     if (prediction := manifest["prediction"]) is not None:
         record["prediction"] = {key: prediction[key] for key in ("step_size", "predicted_improvement")}
     else:  # along a path with directions of its own
-        record = {key: value for key, value in record.items() if key not in _OF_A_SCORER}
+        falls = any("pool" in walked for walked in (manifest["path_walked"] or {}).values())
+        without = (*_OF_A_SCORER, *_OF_STATISTICS) if falls else _OF_A_SCORER
+        record = {key: value for key, value in record.items() if key not in without}
     record["data"] = {name: _describe_data(manifest["data"][name]) for name in ("train", "validation")}
     return record
 

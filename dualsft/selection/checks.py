@@ -40,7 +40,7 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
         )
 
 
-def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
+def check_path(path: PathSettings, warmup: Warmup, normalize: str, prior_weight: float) -> None:
     """Refuse a path that contradicts itself, with nothing to train on, or whose statistics cannot be computed."""
     rule = path.along
     if normalize not in get_args(Normalize):
@@ -67,6 +67,13 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str) -> None:
             f"model.normalize is {normalize}, but along {name} the scores are falls of the loss; set "
             "model.path.normalize instead."
         )
+    if rule.is_complete and prior_weight:
+        raise UserError(
+            f"model.prior.weight is {prior_weight}, but along {name} the scores are falls of the loss, without a "
+            "prior; set it to 0."
+        )
+    if rule.trains_on == "pool" and warmup.keep:
+        raise UserError(f"model.warmup.keep is set, but {name} is a path in place of the warm-up; drop it.")
     if not rule.adds_rows and normalize != "none":
         raise UserError(
             f"model.normalize is {normalize}, but {name} says itself what its pieces add to the scores; set it to none."

@@ -68,7 +68,7 @@ class SelectionModule(LightningModule):
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
             check_examples(self.model, f"data.{name}", examples.largest_id(), examples.longest())
-        if warmup.checkpoint is not None and self.settings.needs_second_moment:
+        if warmup.checkpoint is not None and self.settings.needs_second_moment_of_warmup:
             second_moment_file(warmup.checkpoint)
         if "hessian_vector_difference" in self.settings.scorer.needs:
             check_differences(self.model)

@@ -47,7 +47,7 @@ def reach_scoring_checkpoint(
     """
     warmup = settings.warmup
     if warmup.checkpoint is not None:
-        return stored_second_moment(warmup.checkpoint, model) if settings.needs_second_moment else {}
+        return stored_second_moment(warmup.checkpoint, model) if settings.needs_second_moment_of_warmup else {}
     if warmup.fraction == 0:
         return {}
     keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)

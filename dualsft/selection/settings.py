@@ -7,7 +7,7 @@ resumed run must agree with it, and whether `dualsft allocate` can change it.
 # ruff: noqa: RUF009 (`option` makes a field)
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from dualsft.allocators import (
@@ -153,10 +153,13 @@ class SelectionSettings:
         if not self.save_minutes > 0:
             raise UserError(f"model.save_minutes is {self.save_minutes}; give a positive number of minutes.")
         self._fill(scorer=self.scorer or FirstOrder())
+        if self.path.along is not None:
+            self._fill(path=replace(self.path, normalize=self.path.normalization))
         if self.uses_scorer:
-            check_preconditioner(self.preconditioner, self.warmup.gives_second_moment)
-            check_needs(self.scorer, self.warmup.gives_second_moment)
-        check_path(self.path, self.warmup, self.normalize)
+            given = self.path.along is not None or self.warmup.gives_second_moment
+            check_preconditioner(self.preconditioner, given)
+            check_needs(self.scorer, given)
+        check_path(self.path, self.warmup, self.normalize, self.prior.weight)
         check_step_size(self.step_size, self.scorer)
         check_order(self.order, self.rounds)
         check_contributions(self.path, self.order, self.rounds, self.token_scores)
@@ -187,8 +190,13 @@ class SelectionSettings:
 
     @property
     def needs_second_moment(self) -> bool:
-        """Whether anything uses the second moment of the warm-up's Adam."""
+        """Whether anything uses the second moment of Adam, the warm-up's or along a path its own."""
         return self.preconditions or (self.uses_scorer and "second_moment" in self.scorer.needs)
+
+    @property
+    def needs_second_moment_of_warmup(self) -> bool:
+        """Whether the second moment at the scoring checkpoint is used: not along a path, which is trained further."""
+        return self.needs_second_moment and self.path.along is None
 
     @property
     def preconditions(self) -> bool:

@@ -190,6 +190,32 @@ def test_a_path_that_never_trains(exact: Inputs, tmp_path: Path) -> None:
         path_select(exact, tmp_path / "adam", path, **ADAM)
 
 
+class ByScorer(ScoringPath):
+    """The run's scorer at the end of a path to the target, with the second moment of that path's training."""
+
+    needs = ("scorer_direction",)
+
+    def walk(self, training: PathTraining) -> Iterator[None]:
+        """The whole training."""
+        yield
+        training.train(training.steps)
+        yield
+
+    def direction(self, piece: Piece) -> Tensor:
+        """The scorer's."""
+        assert piece.scorer_direction is not None
+        return piece.scorer_direction
+
+
+def test_the_second_moment_of_a_path_is_its_own(inputs: Inputs, tmp_path: Path) -> None:
+    """So that it needs neither a warm-up nor a checkpoint with a second moment."""
+    path = replace(WALK, along=ByScorer())
+    base = select(inputs, tmp_path / "base", {"path": path, "warmup": Warmup(fraction=0.0)})
+    ready = select(inputs, tmp_path / "ready", {"path": path, "warmup": Warmup(checkpoint=inputs.model)})
+    assert base.about.settings["preconditioner"] == "adam"
+    assert base.examples.equals(ready.examples)
+
+
 def test_directions_of_ones_own_take_one_validation_set(inputs: Inputs, tmp_path: Path) -> None:
     """On a path along the target; refused before it is walked."""
     sets = {"validation": {"a": inputs.validation, "b": inputs.validation}}

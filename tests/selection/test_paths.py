@@ -1,6 +1,7 @@
 """Scores along paths: against autograd along the same path in float64, complete, ended and resumed as promised."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -20,17 +21,20 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.paths import PathTraining, Piece, PieceRows, PoolPath, ScoringPath, TargetPath
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
 from dualsft.selection.dense_training import BETAS, EPS
 from dualsft.selection.manifest import PUBLISHED
 from dualsft.selection.paths.ending import ending, split
 from dualsft.selection.paths.settings import PathSettings
+from dualsft.selection.prior import Prior
 from dualsft.selection.reallocation import reallocate
 from tests.cases import Gradients, collate
 from tests.references import assert_same_gradients, gradient_loop, inner, total
+from tests.world.damage import damage_file
 from tests.world.data import LINES, VALIDATION
-from tests.world.faults import PoolAware, kill_often
+from tests.world.faults import PoolAware, kill_often, killed_run
 from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
 EXACT: dict[str, Any] = {"dtype": "float64", "warmup": Warmup(fraction=0.0)}
@@ -258,6 +262,10 @@ def test_each_validation_set_has_its_path(exact: Inputs, tmp_path: Path) -> None
 
 ORDERS: dict[str, dict[str, Any]] = {
     "examples by the chosen weights": {"order": "parameters_then_data", "rounds": 2},
+    "examples by the weights chosen over the pool": {
+        "order": "parameters_then_data",
+        "path": replace(WALK, columns="pool"),
+    },
     "weights by the chosen examples": {"order": "data_then_parameters", "path": replace(WALK, columns="pool")},
 }
 
@@ -280,7 +288,7 @@ def test_either_side_is_scored_by_the_choice_of_the_other(exact: Inputs, tmp_pat
                 rows[i] += inner({n: u[n] * mask[n] for n in u}, g)
                 if i in chosen:
                     columns = {n: columns[n] + u[n] * g[n] for n in u}
-    if "chosen weights" in order:
+    if order.startswith("examples"):
         scores = found.examples["score"].to_pylist()
         assert {i: scores[i] for i in rows} == pytest.approx(rows, rel=1e-7, abs=1e-10)
     else:
@@ -337,7 +345,31 @@ def test_a_killed_path_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "killed") == expected
 
 
+@pytest.mark.parametrize("kills", [5, 12])
+def test_a_damaged_point_is_walked_again(inputs: Inputs, tmp_path: Path, kills: int) -> None:
+    """Whether the walk was under way or over: with all that was kept after it, so that the scores are the same."""
+    options = {"path": replace(WALK, pieces=4, columns="pool"), "save_minutes": 1e-9, "warmup": Warmup(fraction=0.0)}
+    expected = contents(select(inputs, tmp_path / "unbroken", options).folder)
+    killed = tmp_path / "killed"
+    killed_run(inputs, killed, options, PhaseStore, "save", kills, True)
+    assert bool([*killed.glob("**/path-validation-walked*")]) == (kills == 12)
+    (point,) = killed.glob("**/path-validation-point-1.safetensors")
+    times = point.stat()
+    damage_file(point, "flipped")
+    os.utime(point, ns=(times.st_atime_ns, times.st_mtime_ns))
+    select(inputs, killed, options, resume=True)
+    assert contents(killed) == expected
+
+
 # Along the pool
+
+
+@pytest.mark.parametrize("order", ["parameters_then_data", "data_then_parameters"])
+def test_the_pool_s_path_by_turns_notes_what_was_predicted(inputs: Inputs, tmp_path: Path, order: str) -> None:
+    """Where all weights' sums are known."""
+    options = {**ADAM, "path": PathSettings(along=PoolPath(), pieces=2), "order": order}
+    found = select(inputs, tmp_path / "out", options)
+    assert found.manifest["prediction"]["predicted_improvement"] != 0
 
 
 def test_one_point_of_the_pools_path_is_the_scoring_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
@@ -504,6 +536,8 @@ def test_options_are_checked(options: dict[str, Any], told: str) -> None:
         ({"path": PathSettings(along=PoolPath(), normalize="initial_loss")}, "PoolPath does not score by falls"),
         ({"path": WALK, "normalize": "tokens"}, r"set model\.path\.normalize instead"),
         ({"path": replace(WALK, along=PoolPath(), optimizer="sgd")}, r"model\.path\.optimizer is sgd"),
+        ({"path": WALK, "prior": Prior(weight=0.2)}, r"model\.prior\.weight is 0\.2, but along TargetPath"),
+        ({"path": replace(WALK, along=PoolPath()), "warmup": Warmup(keep=True)}, r"PoolPath is a path in place of"),
         ({"path": replace(WALK, pieces=[3, 2000])}, r"model\.path\.pieces ends at step 2000, but the path has 2"),
     ],
 )

@@ -198,12 +198,12 @@ class CheckpointScoring:
             costs = [asdict(phase) for phase in self._log.phases[phases:]]
             totals.add_sums(rows, tokens, found.columns, *costs)
             totals.measured = scoring.measured
-            self._add_notes(totals, scoring, last=piece == self._path.pieces - 1)
+            self._add_notes(totals, scoring, predicts=bool(found.columns) and piece == self._path.pieces - 1)
             totals.save(self._run, key)
         self._passes.place = ""
         self.measured = self.measured or totals.measured
         self.identity = totals.about["identity"] or self.identity
-        self._about = totals.about
+        self._about |= totals.about
         return totals
 
     def _at(self, piece: int) -> tuple[PathDirections, Scoring]:
@@ -247,11 +247,11 @@ class CheckpointScoring:
             added.append(dict(zip(ids, contribution(path, piece).tolist(), strict=True)))
         return added
 
-    def _add_notes(self, totals: PathTotals, scoring: Scoring, last: bool) -> None:
-        """Add the point's sum identities to those before, and note the prediction at the last point."""
+    def _add_notes(self, totals: PathTotals, scoring: Scoring, predicts: bool) -> None:
+        """Add the point's sum identities to those before, and note the prediction at the last point, over all sums."""
         before = totals.about.get("identity", {})
         totals.about["identity"] = {name: _added(before.get(name), of) for name, of in scoring.identity.items()}
-        if last:
+        if predicts:
             totals.about["prediction"] = scoring.prediction()
 
     def _weight_scores(self, totals: PathTotals) -> dict[str, Tensor]:

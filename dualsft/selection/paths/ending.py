@@ -70,6 +70,11 @@ def walk_paths(
         if paths:  # every path starts at θ_0
             next(iter(paths.values())).path.move(model, 0)
         held_out, trained_on = split(examples.ok_ids(), settings.path.held_out, seed)
+        if settings.path.held_out and not held_out:
+            say(
+                f"the validation set {name} is too small to hold a part of it out ({len(trained_on)} examples): the "
+                "path goes to its last step, whatever it learns by heart; give more, or fewer model.path.epochs."
+            )
         trained = target_training(settings, data, name, trained_on, seed)
         path = walk(model, settings, trained, run, log, seed)
         walked, losses = path.steps[-1], list[float]()

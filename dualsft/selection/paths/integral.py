@@ -149,7 +149,8 @@ class PathIntegrator:
             ids = [i for i in side.ids if i in fall and i not in bad]
             if not ids:
                 raise UserError(f"No {side.name} example is finite all along the path; check data and weights.")
-            again = f"{occasion}{f', without {len(bad)}' if bad else ''}"
+            by_chosen = ", by the chosen weights" if mask is not None else ""
+            again = f"{by_chosen}{occasion}{f', without {len(bad)}' if bad else ''}"
             totals = self._totals(side, ids, {i: fall[i] for i in ids}, columns, mask, again)
             if isinstance(totals, PathTotals):
                 return self._integral(totals, fall, mask), bad

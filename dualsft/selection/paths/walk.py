@@ -173,6 +173,7 @@ def walk(
     """
     path, key, done = settings.path.along, trained.key, f"{trained.key}-walked"
     assert path is not None
+    _drop_damaged(run, key)
     if (saved := run.load(done)) is not None:
         log.restore(saved[1])
         PhaseKeeper(run, key, settings.save_minutes).drop()
@@ -257,6 +258,13 @@ def _second_moment(path: ScoringPath, advance: PathAdvance, settings: SelectionS
             "set model.preconditioner to none, with a scorer that does without."
         )
     return advance.second_moment()
+
+
+def _drop_damaged(run: RunFolder, key: str) -> None:
+    """Read every point that an earlier run kept: a damaged one is dropped now, with all states that rest on it."""
+    point = 0
+    while run.load(_point(key, point)) is not None:
+        point += 1
 
 
 def _keep_point(run: RunFolder, name: str, model: PreTrainedModel, moments: Mapping[str, Tensor]) -> None:
