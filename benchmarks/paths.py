@@ -220,12 +220,14 @@ def main() -> None:
 
 
 def kept(path: Path, name: str, compute: Callable[[], Figures]) -> Figures:
-    """The figures of this name in a file, computed if they are not there yet; none where dualsft refuses."""
+    """The figures of this name in a file, computed if they are not there yet; none of a path that teaches nothing."""
     stored: dict[str, Figures] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in stored:
         try:
             stored[name] = compute()
         except UserError as error:
+            if "does not lower the loss" not in str(error):
+                raise
             print(error, file=sys.stderr)
             stored[name] = {}
         path.write_text(json.dumps(stored, indent=1), encoding="utf-8")
