@@ -116,17 +116,16 @@ def validation_gradient(experiment: Experiment) -> dict[str, Tensor]:
 
 
 def local(experiment: Experiment, share: float) -> dict[str, Tensor]:
-    """|φ_j| at the scoring checkpoint, today's default."""
+    """|φ_j| at the scoring checkpoint, the default."""
     found = experiment.select("first order", SCORES["first order"]).parameter_scores()
     return top({name: score.abs() for name, score in found.items()}, share)
 
 
 def along(columns: Any, signed: bool) -> Callable[[Experiment, float], dict[str, Tensor]]:
-    """Columns along the path to the target, by their size or by what is gained alone."""
+    """Columns along the path from the base model to the target, by their size or by what is gained alone."""
 
     def rule(experiment: Experiment, share: float) -> dict[str, Tensor]:
-        options = {"warmup": BASE, "path": replace(TO_TARGET, columns=columns, tolerance=1.0)}
-        found = experiment.select(f"columns {columns}", options).parameter_scores()
+        found = along_scores(experiment, columns)
         return top(found if signed else {name: score.abs() for name, score in found.items()}, share)
 
     return rule
@@ -141,7 +140,7 @@ def guarded(experiment: Experiment, share: float) -> dict[str, Tensor]:
 
 
 def along_scores(experiment: Experiment, columns: Any) -> dict[str, Tensor]:
-    """The columns of a kind along the path to the target."""
+    """The columns of a kind along the path from the base model to the target, on eight pieces whatever their error."""
     options = {"warmup": BASE, "path": replace(TO_TARGET, columns=columns, tolerance=1.0)}
     return experiment.select(f"columns {columns}", options).parameter_scores()
 

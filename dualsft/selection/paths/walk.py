@@ -179,22 +179,7 @@ def walk(
         PhaseKeeper(run, key, settings.save_minutes).drop()
         return RecordedPath(run, key, saved[1]["steps"], trained.learning_rate)
     keeper = PhaseKeeper(run, key, settings.save_minutes)
-    ends = settings.path.ends(trained.steps)
-    advance = PathAdvance(
-        model,
-        trained.epochs,
-        trained.steps,
-        stretches=[b - a for a, b in zip([0, *ends], ends, strict=False)],
-        start=lambda: DenseTraining(
-            model,
-            trained.learning_rate,
-            seed,
-            TrainingNames(trained.title, trained.remedy, ADVICE),
-            settings.path.optimizer,
-        ),
-        take=lambda training: training.steps(trained.batches, trained.epochs, keeper.meter or iter, keeper),
-        taken=keeper.earlier.get("taken", 0),
-    )
+    advance = _advance(model, settings, trained, keeper, seed)
     points: list[int] = []
     try:
         with (
@@ -213,6 +198,23 @@ def walk(
     run.save(done, {}, {"steps": points, **log.latest()})
     keeper.drop()
     return recorded
+
+
+def _advance(
+    model: PreTrainedModel, settings: SelectionSettings, trained: Trained, keeper: PhaseKeeper, seed: int
+) -> PathAdvance:
+    """The training that the walk advances, from the step that an earlier run took last."""
+    ends = settings.path.ends(trained.steps)
+    names = TrainingNames(trained.title, trained.remedy, ADVICE)
+    return PathAdvance(
+        model,
+        trained.epochs,
+        trained.steps,
+        stretches=[b - a for a, b in zip([0, *ends], ends, strict=False)],
+        start=lambda: DenseTraining(model, trained.learning_rate, seed, names, settings.path.optimizer),
+        take=lambda training: training.steps(trained.batches, trained.epochs, keeper.meter or iter, keeper),
+        taken=keeper.earlier.get("taken", 0),
+    )
 
 
 def _points(path: ScoringPath, advance: PathAdvance) -> Iterator[None]:
