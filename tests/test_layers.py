@@ -18,6 +18,7 @@ LAYERS = (
     {"matrix", "evaluation"},
     {"selection"},
     {"finetune", "trainer", "quickstart"},
+    {"experiments"},
     {"cli", "commands"},
     {"__init__", "__main__"},
 )
