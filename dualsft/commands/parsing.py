@@ -200,7 +200,7 @@ def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[s
 
     def belongs(key: str) -> bool:
         others = (other for other in JOB if other != verb)
-        return _knows(parser, key) or not any(_knows(_parser_of(other), key) for other in others)
+        return _knows(parser, key) or not any(_knows(parser_of(other), key) for other in others)
 
     narrowed: dict[str, Any] = {}
     for key, value in config.items():
@@ -240,6 +240,6 @@ def _knows(parser: ArgumentParser, key: str) -> bool:
 
 
 @cache
-def _parser_of(verb: str) -> ArgumentParser:
+def parser_of(verb: str) -> ArgumentParser:
     """The parser of a verb's options; nothing is parsed or run."""
     return capture_parser(resolve_name(JOB[verb]), [])

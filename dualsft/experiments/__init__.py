@@ -1,4 +1,4 @@
-"""Experiments: many restricted fine-tunes, kept and reused, and what they say of a selection.
+"""Experiments: many small selections and fits, kept and reused, and what they say about a selection.
 
-In: a selection, and variants of it. Out: their measured gains, beside the predicted ones, with intervals.
+In: jobs, made from the ordinary configuration. Out: their results, each done once; statistics of them.
 """

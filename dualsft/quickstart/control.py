@@ -1,6 +1,5 @@
 """Controls for a selection: examples and weights drawn at random in the same numbers, or all of them."""
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dualsft.data.records import read_records
-from dualsft.selection import Selection, load_selection
-from dualsft.selection.artifact import publish, write_selection
-from dualsft.selection.manifest import recounted
+from dualsft.selection import Selection
+from dualsft.selection.variants import write_variant
 
 Draw = Literal["chosen", "random", "all"]
 """What to keep of one side: what was chosen, as many at random, or everything."""
@@ -30,29 +28,14 @@ def write_control(
         weights: Which weights to choose.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = set(_draw_examples(selection, examples, generator))
+    chosen = _draw_examples(selection, examples, generator)
     mask = selection.mask()
     if weights == "random":
         mask = random_mask(mask, generator)
     elif weights == "all":
         mask = {name: torch.ones_like(m) for name, m in mask.items()}
-    records = read_records(str(pool))
-    counts = recounted(selection.manifest, mask, selected=len(chosen))
-    table = selection.examples.to_pydict()
-    staged = folder / ".unfinished"
-    staged.mkdir(parents=True)
-    write_selection(
-        staged,
-        manifest={**selection.manifest, "counts": counts, "control": {"examples": examples, "weights": weights}},
-        examples={**table, "selected": [i in chosen for i in table["example_id"]]},
-        parameter_scores=selection.parameter_scores(),
-        mask=mask,
-        selected_lines=[records.line(i) for i in sorted(chosen)],
-        config=(selection.folder / "config.yaml").read_text(encoding="utf-8"),
-    )
-    publish(staged, folder)
-    shutil.rmtree(staged)
-    return load_selection(folder)
+    about = {"examples": examples, "weights": weights}
+    return write_variant(selection, read_records(str(pool)), folder, examples=chosen, mask=mask, about=about)
 
 
 def random_mask(like: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,0 +1,155 @@
+"""Jobs of an experiment, made from the ordinary configuration of select, fit and validate."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from dualsft.commands.resolved import as_arguments, at, resolved, without
+from dualsft.data.options import validation_sources
+from dualsft.data.records import read_records
+from dualsft.data.tokenizer import load_tokenizer
+from dualsft.experiments.jobs import Job
+from dualsft.models.configuration import stored_configuration
+from dualsft.models.loading import model_fingerprint, model_folder, tokenizer_fingerprint
+
+MODEL, TRAIN, VALIDATION, SELECTION = "model.model_name_or_path", "data.train", "data.validation", "model.selection"
+CHECKPOINT = "model.warmup.checkpoint"
+_PATHS = (MODEL, TRAIN, VALIDATION, SELECTION, CHECKPOINT)
+_APART = (*_PATHS, "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.logger")
+"""Keys that are no part of a job's settings: what it reads, by path, and what changes no result."""
+
+
+class Jobs:
+    """Makes jobs that share a configuration.
+
+    Args:
+        arguments: The arguments that select, fit and validate share, such as ``--config FILE``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments = list(arguments)
+
+    def settings(self, verb: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a verb under these overrides, by dotted key; see `resolved` for the errors."""
+        return resolved(verb, [*self._arguments, *as_arguments(overrides)])
+
+    def select(self, name: str, overrides: Mapping[str, Any]) -> Job:
+        """A selection."""
+        settings = self.settings("select", overrides)
+        inputs = inputs_of(settings)
+        what = {"select": without(settings, _APART)}
+        work = _count(inputs[TRAIN], _split(TRAIN, settings))
+        return Job("select", name, what, inputs, _fingerprints(inputs, settings), work)
+
+    def evaluations(self, given: Mapping[str, Mapping[str, Any]]) -> "Evaluations":
+        """Evaluations by name, each from its overrides of validate."""
+        settings = {name: self.settings("validate", overrides) for name, overrides in given.items()}
+        return Evaluations(settings)
+
+    def fit(
+        self,
+        name: str,
+        overrides: Mapping[str, Any],
+        evaluations: "Evaluations",
+        *,
+        selection: str | None = None,
+        selection_fingerprint: str | None = None,
+        variant: Mapping[str, Any] | None = None,
+        examples: int | None = None,
+    ) -> Job:
+        """A fit of what a selection, or a variant of it, chose, and the evaluations after it.
+
+        Args:
+            name: What people call it.
+            overrides: Settings of fit by dotted key.
+            evaluations: What the trained model is measured on.
+            selection: The selection directory, or None to train all weights on all examples.
+            selection_fingerprint: What identifies its scores and choice.
+            variant: What is taken in place of what the selection chose; see `dualsft.experiments.variants`.
+            examples: How many examples an epoch has, if not all; for estimates of time.
+        """
+        settings = self.settings("fit", overrides)
+        inputs = inputs_of(settings)
+        fingerprints = _fingerprints(inputs, settings) | evaluations.fingerprints
+        count = _count(inputs[TRAIN], _split(TRAIN, settings)) if examples is None else examples
+        inputs |= evaluations.inputs
+        if selection is not None:
+            assert selection_fingerprint is not None
+            inputs[SELECTION], fingerprints[SELECTION] = selection, selection_fingerprint
+        what = {"fit": without(settings, _APART), "variant": variant, "evaluations": evaluations.settings}
+        epochs = max(at(settings, "trainer.max_epochs") or 1, 1)
+        return Job("fit", name, what, inputs, fingerprints, count * epochs)
+
+    def evaluate(self, name: str, evaluations: "Evaluations") -> Job:
+        """The evaluations of the base model."""
+        model = next(iter(evaluations.models))
+        fingerprints = {MODEL: _of_model(model), **evaluations.fingerprints}
+        return Job(
+            "evaluate", name, {"evaluations": evaluations.settings}, {MODEL: model, **evaluations.inputs}, fingerprints
+        )
+
+
+class Evaluations:
+    """What models are measured on, by name.
+
+    Args:
+        settings: Name -> the settings of validate.
+
+    Attributes:
+        settings: Name -> the settings, without what is read.
+        inputs: ``evaluations.NAME`` -> the path of its data, where it has any.
+        fingerprints: The same keys -> the hash of the records.
+        models: The models that the settings name.
+    """
+
+    def __init__(self, settings: Mapping[str, dict[str, Any]]) -> None:
+        self.models = {at(of, MODEL) for of in settings.values()}
+        self.settings = {name: without(of, _APART) for name, of in settings.items()}
+        read = {f"evaluations.{name}": of for name, of in settings.items() if at(of, VALIDATION) is not None}
+        self.inputs = {key: str(at(of, VALIDATION)) for key, of in read.items()}
+        self.fingerprints = {key: _of_records(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()}
+
+
+def inputs_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What settings read: key -> path; each of several validation sets has a key of its own."""
+    found = {key: at(settings, key) for key in (MODEL, TRAIN, CHECKPOINT)}
+    sets = at(settings, VALIDATION)
+    named = {f"{VALIDATION}.{n}": path for n, path in validation_sources(sets).items()} if sets is not None else {}
+    found |= {VALIDATION: sets} if isinstance(sets, str) else named
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _fingerprints(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of each of the models and records that settings read."""
+    return {
+        key: _of_model(path) if key in (MODEL, CHECKPOINT) else _of_records(path, _split(key, settings))
+        for key, path in inputs.items()
+    }
+
+
+def _split(key: str, settings: Mapping[str, Any]) -> str:
+    """The split that is read of a source."""
+    return str(at(settings, "data.train_split" if key == TRAIN else "data.validation_split"))
+
+
+@cache
+def _of_model(name_or_path: str) -> str:
+    """The hash of a model's weights, configuration and tokenizer."""
+    parts = {
+        "weights": model_fingerprint(name_or_path),
+        "configuration": stored_configuration(model_folder(name_or_path)),
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(name_or_path)),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _of_records(path: str, split: str) -> str:
+    return read_records(path, split).fingerprint
+
+
+@cache
+def _count(path: str, split: str) -> int:
+    return len(read_records(path, split))

@@ -1,0 +1,166 @@
+"""Does the jobs of an experiment, by the ordinary commands: what `dualsft.experiments.workers` runs as a process."""
+
+import gc
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dualsft.cli import run
+from dualsft.commands.experiment_jobs import CHECKPOINT, MODEL, SELECTION, TRAIN, VALIDATION
+from dualsft.commands.messages import explanation
+from dualsft.commands.resolved import put
+from dualsft.errors import UserError
+from dualsft.experiments.bank import Result, do, log_file, work_folder
+from dualsft.experiments.jobs import Job
+from dualsft.experiments.variants import make_variant
+from dualsft.experiments.workers import serve
+from dualsft.selection import load_selection
+
+_VERSIONS = ("dualsft", "torch", "transformers", "lightning")
+
+
+def execute(job: Job, place: Path) -> Result:
+    """Do a job in its folder, and return its result."""
+    start = time.perf_counter()
+    work = work_folder(place)
+    work.mkdir(exist_ok=True)
+    try:
+        match job.kind:
+            case "select":
+                metrics, costs = {}, _select(job, place)
+            case "fit":
+                costs = _fit(job, work)
+                metrics = evaluate(job, str(work / "fit" / "model"), work)
+            case "evaluate":
+                metrics, costs = evaluate(job, job.inputs[MODEL], work), {}
+            case _:
+                raise UserError(f"A job of the kind {job.kind!r} is not done here.")
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
+    return Result(metrics=metrics, costs=costs, seconds=time.perf_counter() - start, versions=versions)
+
+
+def _select(job: Job, place: Path) -> dict[str, float]:
+    """Make a selection; return its costs."""
+    folder = place / "selection"
+    command("select", job.settings["select"], _read(job), place / "select.yaml", folder)
+    made = load_selection(folder)
+    return {
+        "seconds": sum(phase.seconds for phase in made.about.phases),
+        "peak_memory_bytes": max((phase.peak_memory_bytes for phase in made.about.phases), default=0),
+        "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "examples": made.about.counts.examples.selected,
+        "trained_weights": made.about.counts.parameters.selected,
+    }
+
+
+def _fit(job: Job, work: Path) -> dict[str, float]:
+    """Train what the job says; return its costs."""
+    settings, read = job.settings["fit"], _read(job)
+    if (variant := job.settings["variant"]) is not None:
+        folder = work / "selection"
+        if not (folder / "manifest.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            split = (settings.get("data") or {}).get("train_split") or "train"
+            make_variant(job.inputs[SELECTION], variant, folder, job.inputs[TRAIN], split)
+        read[SELECTION] = str(folder)
+    command("fit", settings, read, work / "fit.yaml", work / "fit")
+    figures = json.loads((work / "fit" / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "seconds": figures["seconds"],
+        "peak_memory_bytes": figures["peak_memory_bytes"],
+        "bytes_on_disk": (work / "fit" / "delta.safetensors").stat().st_size,
+        "trained_weights": figures["weights"]["trained"],
+        "examples": figures["examples"]["each_epoch"],
+        "steps": figures["steps"],
+    }
+
+
+def evaluate(job: Job, model: str, work: Path) -> dict[str, dict[str, float]]:
+    """Evaluate a model as the job says: evaluation -> metric -> value.
+
+    Data sets whose settings are the same are evaluated together, as the model is loaded once for them.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, settings in job.settings["evaluations"].items():
+        alone = f"evaluations.{name}" not in job.inputs  # tasks
+        groups.setdefault(f"{name if alone else ''}{json.dumps(settings, sort_keys=True)}", []).append(name)
+    found: dict[str, dict[str, float]] = {}
+    for number, names in enumerate(groups.values()):
+        settings = job.settings["evaluations"][names[0]]
+        sources = {f"set{k}": job.inputs.get(f"evaluations.{name}") for k, name in enumerate(names)}
+        read = {MODEL: model, VALIDATION: sources if all(sources.values()) else None}
+        folder = work / f"evaluation-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        command("validate", settings, read, work / f"evaluation-{number}.yaml", folder)
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        found |= _by_set(metrics, names) if all(sources.values()) else {names[0]: metrics}
+    return found
+
+
+def _by_set(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The metrics of each named set; means over the sets have no name behind a slash."""
+    of_sets: dict[str, dict[str, float]] = {name: {} for name in names}
+    for key, value in metrics.items():
+        metric, _, number = key.rpartition("/set")
+        if metric:
+            of_sets[names[int(number)]][metric] = value
+    return of_sets
+
+
+def _read(job: Job) -> dict[str, Any]:
+    """What the job reads, by the keys of the configuration."""
+    read: dict[str, Any] = {}
+    for key, path in job.inputs.items():
+        if key in (MODEL, TRAIN, VALIDATION, CHECKPOINT, SELECTION):
+            read[key] = path
+        elif key.startswith(f"{VALIDATION}."):
+            read.setdefault(VALIDATION, {})[key.removeprefix(f"{VALIDATION}.")] = path
+    return read
+
+
+def command(verb: str, settings: Mapping[str, Any], read: Mapping[str, Any], file: Path, output: Path) -> None:
+    """Run a verb on these settings, going on from what an earlier try left; the configuration stands in ``file``.
+
+    A run on several devices gets a process of its own, as the launchers of ranks start the same command once more.
+    """
+    config: dict[str, Any] = json.loads(json.dumps(settings))
+    for key, value in read.items():
+        put(config, key, value)
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    resume = [] if verb == "validate" else ["--resume"]
+    arguments = [verb, "--config", str(file), *resume, "--output_dir", str(output)]
+    trainer = config.get("trainer") or {}
+    if trainer.get("devices") in (1, "1", None) and trainer.get("num_nodes", 1) == 1:
+        run(arguments)
+        return
+    done = subprocess.run([sys.executable, "-m", "dualsft", *arguments], stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"dualsft {verb} ended with exit code {done.returncode}.")
+
+
+def explain(error: Exception) -> str:
+    """One sentence for an exception; its traceback goes to the log."""
+    told = explanation(error)
+    if told is not None:
+        return told[0].removeprefix("dualsft: error: ")
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    serve(partial(do, execute=execute, explain=explain), log_file)

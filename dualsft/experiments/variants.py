@@ -1,0 +1,111 @@
+"""Variants of a selection: the examples and the weights that a job trains in place of those that it chose."""
+
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+from dualsft.data.records import read_records
+from dualsft.errors import UserError
+from dualsft.experiments.draws import (
+    band_of_examples,
+    band_of_weights,
+    mixture,
+    random_blocks,
+    random_examples,
+    random_weights,
+)
+from dualsft.selection import Selection, load_selection
+from dualsft.selection.variants import write_variant
+
+Rule = Literal["chosen", "all", "random", "band", "blocks", "mixture", "listed"]
+
+
+class Draw(TypedDict, total=False):
+    """How one side of a variant is drawn, as JSON.
+
+    chosen and all take no options; random takes count and seed; band takes count, band and bands; blocks (of weights)
+    count, block and seed; mixture (of weights) share and seed; listed (of examples) ids.
+    """
+
+    rule: Rule
+    count: int
+    seed: int
+    band: int
+    bands: int
+    block: Literal["module", "row"]
+    share: float
+    ids: list[int]
+
+
+class Variant(TypedDict):
+    """Both sides of a variant."""
+
+    examples: Draw
+    weights: Draw
+
+
+def examples_of(selection: Selection, draw: Draw) -> list[int]:
+    """The examples that a draw takes, ascending."""
+    table = selection.examples.to_pydict()
+    pairs = zip(table["example_id"], table["score"], table["status"], strict=True)
+    scored = {i: score for i, score, status in pairs if status == "ok"}
+    match draw["rule"]:
+        case "chosen":
+            return selection.example_ids
+        case "all":
+            return sorted(scored)
+        case "random":
+            return random_examples(list(scored), draw["count"], draw["seed"])
+        case "band":
+            return band_of_examples(scored, draw["count"], draw["band"], draw["bands"])
+        case "listed":
+            return sorted(draw["ids"])
+    raise UserError(f"Examples are not drawn by {draw['rule']!r}.")
+
+
+def weights_of(selection: Selection, draw: Draw) -> dict[str, Tensor]:
+    """The mask that a draw takes."""
+    mask = selection.mask()
+    shapes = {name: tuple(part.shape) for name, part in mask.items()}
+    match draw["rule"]:
+        case "chosen":
+            return mask
+        case "all":
+            return {name: part.fill_(True) for name, part in mask.items()}
+        case "random":
+            return random_weights(mask, draw["count"], draw["seed"])
+        case "band":
+            return band_of_weights(selection.parameter_scores(), draw["count"], draw["band"], draw["bands"])
+        case "blocks":
+            return random_blocks(shapes, draw["count"], draw["seed"], draw["block"])
+        case "mixture":
+            return mixture(mask, draw["share"], draw["seed"])
+    raise UserError(f"Weights are not drawn by {draw['rule']!r}.")
+
+
+def make_variant(selection: str, variant: Variant, folder: Path, pool: str, split: str) -> None:
+    """Write the variant of a selection into a new folder.
+
+    Args:
+        selection: The selection directory.
+        variant: What is taken in place of what it chose.
+        folder: The folder to make.
+        pool: The records that it chose from.
+        split: Their split, if they are a dataset of the hub.
+    """
+    source = load_selection(selection)
+    about: Any = {"examples": _shown(variant["examples"]), "weights": _shown(variant["weights"])}
+    write_variant(
+        source,
+        read_records(pool, split),
+        folder,
+        examples=examples_of(source, variant["examples"]),
+        mask=weights_of(source, variant["weights"]),
+        about=about,
+    )
+
+
+def _shown(draw: Draw) -> dict[str, Any]:
+    """A draw without its list of examples, which the selection has itself."""
+    return {key: value for key, value in draw.items() if key != "ids"}

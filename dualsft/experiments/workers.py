@@ -1,0 +1,113 @@
+"""Worker processes: each does one job after another on a device of its own, and a job that kills its worker is told.
+
+A worker is a Python process that reads the folders of jobs from its standard input, one a line, and answers each with a
+line once the job is done. What it does is said by the module that it runs.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+
+Done = Callable[[Path, int | None], None]
+"""Called with a job's folder once it is done; with the exit code of its worker if that died at it."""
+
+
+class Worker:
+    """One process that does jobs, started when the first one comes and again after it died.
+
+    Args:
+        module: What ``python -m`` runs in it: it calls `serve`.
+        environment: Variables that it has beside those of this process.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self._command = [sys.executable, "-m", module]
+        self._environment = {**os.environ, **environment}
+        self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def do(self, place: Path) -> int | None:
+        """Do the job in a folder; return None once it is done, or the exit code of the process if that died at it."""
+        if (process := self._started()) is None:
+            return None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(f"{place}\n")
+            process.stdin.flush()
+            answered = process.stdout.readline()
+        except BrokenPipeError:
+            answered = ""
+        if answered:
+            return None
+        with self._lock:
+            self._process = None
+        return process.wait()
+
+    def stop(self) -> None:
+        """End the process at once, and start none any more."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+
+    def _started(self) -> subprocess.Popen[str] | None:
+        with self._lock:
+            if self._process is None and not self._stopped:
+                self._process = subprocess.Popen(
+                    self._command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            return None if self._stopped else self._process
+
+
+def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> None:
+    """Do the jobs in these folders, each by the next worker that is free; workers are stopped in the end."""
+    if not places:
+        return
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+
+    def do_one(place: Path) -> tuple[Path, int | None]:
+        worker = free.get()
+        try:
+            return place, worker.do(place)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(len(workers)) as threads:
+        try:
+            for job in as_completed([threads.submit(do_one, place) for place in places]):
+                done(*job.result())
+        finally:
+            for worker in workers:
+                worker.stop()  # which lets the threads end, too
+
+
+def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:
+    """Do the jobs that come in, as a worker; what they print goes to each one's log.
+
+    Args:
+        do: Does the job in a folder.
+        log: The file for what the job in a folder prints.
+    """
+    answers = os.fdopen(os.dup(1), "w")  # descriptor 1 will be the job's log
+    for line in sys.stdin:
+        place = Path(line.rstrip("\n"))
+        with open(log(place), "a", encoding="utf-8") as output:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            do(place)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        answers.write("done\n")
+        answers.flush()
