@@ -1,4 +1,4 @@
-"""The settings of a verb as a configuration gives them, with all defaults filled in and checked before anything runs."""
+"""The settings of a verb as a configuration gives them, with all defaults, checked before anything runs."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""Doing what is missing of an experiment's jobs, several at a time where there are several devices, and for how long."""
+"""Doing what is missing of an experiment's jobs, several at a time on several devices, and how long it takes."""
 
 import signal
 from collections.abc import Sequence
