@@ -19,6 +19,10 @@ VERBS = {
         "choose anew from the scores of a finished selection, with other budgets or allocators",
         "allocate:allocate_command",
     ),
+    "audit": (
+        "train variants of a selection, to see how far its scores can be trusted",
+        "audit:AuditCLI.command",
+    ),
     "export": ("apply, revert and extract deltas; write a PEFT adapter", "export:export_command"),
     "plugins": ("list the registered scorers, paths and allocators", "plugins:plugins_command"),
     "quickstart": ("run the whole job on an embedded model and embedded data", "quickstart:quickstart_command"),

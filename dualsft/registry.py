@@ -66,6 +66,13 @@ def class_path(group: str, name: str) -> str:
     return f"{chosen.module}.{chosen.attr}"
 
 
+def registered_name(group: str, path: str) -> str:
+    """The name under which the class of an import path is registered; the class's own name if it is not."""
+    name = path.rpartition(".")[2]
+    alike = [point for point in entry_points(group=group) if point.attr == name]
+    return next((point.name for point in alike if point.load() is resolve_name(path)), name)
+
+
 def registered() -> Iterator[Registered]:
     """All registered names, in order, with the problem of each that failed to load."""
     for group in GROUPS:

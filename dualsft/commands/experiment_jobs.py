@@ -30,10 +30,14 @@ class Jobs:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._arguments = list(arguments)
+        self._resolved: dict[tuple[str, str], dict[str, Any]] = {}
 
     def settings(self, verb: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a verb under these overrides, by dotted key; see `resolved` for the errors."""
-        return resolved(verb, [*self._arguments, *as_arguments(overrides)])
+        key = verb, json.dumps(overrides)
+        if key not in self._resolved:
+            self._resolved[key] = resolved(verb, [*self._arguments, *as_arguments(overrides)])
+        return self._resolved[key]
 
     def select(self, name: str, overrides: Mapping[str, Any]) -> Job:
         """A selection."""

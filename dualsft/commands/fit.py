@@ -37,6 +37,13 @@ DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
 
 
+def add_training_arguments(parser: LightningArgumentParser) -> None:
+    """Add the optimizer and its schedule, and let the selection decide which examples are read."""
+    parser.link_arguments("model.selection", "data.selection")
+    parser.add_optimizer_args((Optimizer,), "optimizer", link_to="model.optimizer")
+    parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler", link_to="model.lr_scheduler")
+
+
 class KeepFolder(Callback):
     """Ends a fit as soon as its output folder is removed, after which all that it writes would be lost."""
 
@@ -62,9 +69,7 @@ class FitCLI(VerbCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the optimizer and its schedule, and let the selection decide which examples are read."""
         super().add_arguments_to_parser(parser)
-        parser.link_arguments("model.selection", "data.selection")
-        parser.add_optimizer_args((Optimizer,), "optimizer", link_to="model.optimizer")
-        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler", link_to="model.lr_scheduler")
+        add_training_arguments(parser)
 
     def complete(self, trainer: dict[str, Any]) -> list[Callback]:
         """Have the trainer log, checkpoint and export into the output folder."""

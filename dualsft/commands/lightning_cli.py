@@ -44,6 +44,7 @@ class VerbCLI(LightningCLI, ABC):
     module_class: ClassVar[type[LightningModule]]
     needs_folder: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
+    is_one_run: ClassVar[bool] = True  # and not an experiment of many, which keeps their results in a bank
     result: ClassVar[str] = "manifest.json"
     """The file that tells a finished run from an unfinished one without any result."""
 
@@ -89,7 +90,7 @@ class VerbCLI(LightningCLI, ABC):
             check_output_dir(config)
         read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         self.folder: RunFolder | None = None
-        if config.output_dir:
+        if config.output_dir and self.is_one_run:
             inputs = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
             self.folder = RunFolder(
                 config.output_dir,

@@ -30,7 +30,7 @@ NAMED = {
     "model.data_allocator": "dualsft.data_allocators",
 }
 """Option -> the group in which the names that it takes are registered."""
-JOB = {verb: f"dualsft.commands.{verb}:{verb.capitalize()}CLI" for verb in ("select", "fit", "validate")}
+JOB = {verb: f"dualsft.commands.{verb}:{verb.capitalize()}CLI" for verb in ("select", "fit", "validate", "audit")}
 """The verbs whose keys one configuration may hold; each one's module is imported only if a key is looked for in it."""
 MOVED = {"dualsft.distributed.strategy.FSDP2": "dualsft.sharding.strategy.FSDP2"}
 """Class path that configurations may give from before its module moved -> the one it has now."""
@@ -52,6 +52,16 @@ def add_folder_options(parser: ArgumentParser, resumable: bool) -> None:
     if resumable:
         parser.add_argument("--resume", **flag, help="Go on from what a killed run left in --output_dir.")
     parser.add_argument("--overwrite", **flag, help="Replace the run that --output_dir holds.")
+
+
+def add_experiment_options(parser: ArgumentParser) -> None:
+    """Add the options about the jobs of an experiment."""
+    bank = "Folder of finished runs, which several experiments may share; null for one in --output_dir."
+    parser.add_argument("--bank", type=str | None, default=None, help=bank)
+    parallel = "Runs at a time; null for one on each accelerator."
+    parser.add_argument("--parallel", type=int | None, default=None, help=parallel)
+    dry = "Say what would be run and how long it takes, and run nothing."
+    parser.add_argument("--dry_run", action=ActionYesNo, default=False, help=dry)
 
 
 def check_output_dir(config: Namespace) -> None:

@@ -19,13 +19,18 @@ from dualsft.sharding.local_batch import local_rows
 
 
 class LanguageModelMetrics(torch.nn.Module):
-    """Loss, perplexity and accuracy over supervised tokens, with equal weights."""
+    """Loss, perplexity and accuracy over supervised tokens, with equal weights.
 
-    def __init__(self) -> None:
+    Args:
+        by_example: Whether the mean over the examples of each one's mean loss is measured, too.
+    """
+
+    def __init__(self, by_example: bool = False) -> None:
         super().__init__()
         # by default torchmetrics leaves NaN out of the mean, with a warning: a broken model would look sound
         self.loss = MeanMetric(nan_strategy="disable")
         self.accuracy = MeanMetric(nan_strategy="disable")
+        self.example_loss = MeanMetric(nan_strategy="disable") if by_example else None
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
@@ -41,16 +46,22 @@ class LanguageModelMetrics(torch.nn.Module):
         hits = logits[:, :-1].argmax(-1) == targets
         self.loss.update(nll[supervised])
         self.accuracy.update(hits[supervised].float())
+        if self.example_loss is not None:
+            counts = supervised.sum(1)
+            self.example_loss.update((nll.sum(1) / counts)[counts > 0])
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]."""
+        """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]; ``example_loss``."""
         loss = self.loss.compute()
-        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.accuracy.compute()}
+        found = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.accuracy.compute()}
+        return found | ({"example_loss": self.example_loss.compute()} if self.example_loss is not None else {})
 
     def reset(self) -> None:
         """Forget all batches."""
         self.loss.reset()
         self.accuracy.reset()
+        if self.example_loss is not None:
+            self.example_loss.reset()
 
 
 class ExactMatch(Metric):
@@ -105,12 +116,13 @@ class ValidationMetrics(torch.nn.Module):
     Args:
         names: The sets' names, in the order of their loaders; None for a single source, which has none.
         exact_match: Whether answers are compared, too.
+        by_example: As of `LanguageModelMetrics`.
     """
 
-    def __init__(self, names: Sequence[str | None], exact_match: bool = False) -> None:
+    def __init__(self, names: Sequence[str | None], exact_match: bool = False, by_example: bool = False) -> None:
         super().__init__()
         self._names = tuple(names)
-        self._tokens = torch.nn.ModuleList(LanguageModelMetrics() for _ in names)
+        self._tokens = torch.nn.ModuleList(LanguageModelMetrics(by_example) for _ in names)
         self._answers = torch.nn.ModuleList(ExactMatch() for _ in names if exact_match)
 
     def tokens(self, index: int) -> LanguageModelMetrics:

@@ -25,6 +25,7 @@ class EvaluationModule(LightningModule):
         model_name_or_path: The checkpoint: a Hugging Face folder or hub id with safetensors weights.
         generation: How answers are generated and compared.
         dtype: Type that the weights are stored and computed in.
+        example_loss: Also measure the mean over the examples of each one's mean loss, which selections lower.
     """
 
     def __init__(
@@ -32,16 +33,17 @@ class EvaluationModule(LightningModule):
         model_name_or_path: str,
         generation: Generation = Generation(),  # noqa: B008 (frozen)
         dtype: Dtype = "auto",
+        example_loss: bool = False,
     ) -> None:
         super().__init__()
-        self.model_name_or_path, self.generation = model_name_or_path, generation
+        self.model_name_or_path, self.generation, self.example_loss = model_name_or_path, generation, example_loss
         self.dtype_name: Dtype = dtype
 
     def setup(self, stage: str) -> None:
         """Check the data before anything is loaded."""
         check_validation_data(self.trainer)
         exact_match = self.generation.max_new_tokens > 0
-        self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match)
+        self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match, self.example_loss)
 
     def configure_model(self) -> None:
         """Load the checkpoint, in shards if the trainer says so."""

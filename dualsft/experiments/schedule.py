@@ -1,7 +1,8 @@
 """Doing what is missing of an experiment's jobs, several at a time on several devices, and how long it takes."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ WORKER = "dualsft.commands.experiment_worker"
 _KILLED_FOR_MEMORY = -int(signal.SIGKILL) if hasattr(signal, "SIGKILL") else None
 
 
-def workers_for(parallel: int | None) -> list[Worker]:
-    """Workers that do jobs at the same time.
+@contextmanager
+def workers_for(parallel: int | None) -> Iterator[list[Worker]]:
+    """Workers that do jobs at the same time, started when they have something to do, and stopped in the end.
 
     Args:
         parallel: How many; None for one on each accelerator of this machine, or one if it has none.
@@ -33,21 +35,26 @@ def workers_for(parallel: int | None) -> list[Worker]:
     if devices and count > devices:
         raise UserError(f"parallel={count} asks for more than the {devices} accelerators of this machine; give fewer.")
     if count == 1:
-        return [Worker(WORKER, {})]  # may use all devices, if a job's trainer does
-    if devices:
-        return [Worker(WORKER, {"CUDA_VISIBLE_DEVICES": str(k)}) for k in range(count)]
-    threads = max(torch.get_num_threads() // count, 1)
-    return [Worker(WORKER, {"OMP_NUM_THREADS": str(threads)}) for _ in range(count)]
+        own: list[dict[str, str]] = [{}]  # may use all devices, if a job's trainer does
+    elif devices:
+        own = [{"CUDA_VISIBLE_DEVICES": str(k)} for k in range(count)]
+    else:
+        own = [{"OMP_NUM_THREADS": str(max(torch.get_num_threads() // count, 1))}] * count
+    workers = [Worker(WORKER, variables) for variables in own]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
-def complete(bank: Bank, jobs: Sequence[Job], parallel: int | None, label: str) -> dict[str, Result]:
+def complete(bank: Bank, jobs: Sequence[Job], workers: Sequence[Worker], label: str) -> dict[str, Result]:
     """Do those of the jobs that are missing; return the results by key, those of jobs that failed among them.
 
     The bar's estimate of what is left counts the examples that pass through the model, at the rate so far.
     """
     missing = bank.missing(jobs)
     names = {bank.place(job): job for job in missing}
-    workers = workers_for(parallel)
     places = [bank.put(job) for job in missing]
     total = sum(job.work for job in missing)
     shape = "{desc} {bar} {postfix} [{elapsed}<{remaining}]"
@@ -93,17 +100,17 @@ def seconds_left(bank: Bank, jobs: Sequence[Job]) -> float | None:
     return total
 
 
-def plan(bank: Bank, jobs: Sequence[Job], parallel: int | None) -> str:
+def plan(bank: Bank, jobs: Sequence[Job], parallel: int) -> str:
     """What would be done, one line a job, and how long it takes, as far as finished jobs tell."""
     missing = {job.key for job in bank.missing(jobs)}
     once = {job.key: job for job in jobs}
     lines = [f"{'to do' if key in missing else 'done':<6} {job.kind:<9} {job.name}" for key, job in once.items()]
-    lines.append(f"{len(missing)} of {len(once)} jobs are to be done, {len(workers_for(parallel))} at a time")
+    lines.append(f"{len(missing)} of {len(once)} jobs are to be done, {parallel} at a time")
     left = seconds_left(bank, jobs)
     if left is None:
         lines.append("how long they take is known once one of each kind is done")
     else:
-        lines.append(f"at the rate of those that are done, in about {readable(left / len(workers_for(parallel)))}")
+        lines.append(f"at the rate of those that are done, in about {readable(left / parallel)}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor
 
 from dualsft.data.records import read_records
@@ -16,6 +17,7 @@ from dualsft.experiments.draws import (
     random_weights,
 )
 from dualsft.selection import Selection, load_selection
+from dualsft.selection.parameter_choice import trainable_names
 from dualsft.selection.variants import write_variant
 
 Rule = Literal["chosen", "all", "random", "band", "blocks", "mixture", "listed"]
@@ -66,18 +68,28 @@ def examples_of(selection: Selection, draw: Draw) -> list[int]:
 
 def weights_of(selection: Selection, draw: Draw) -> dict[str, Tensor]:
     """The mask that a draw takes."""
-    mask = selection.mask()
-    shapes = {name: tuple(part.shape) for name, part in mask.items()}
+    whole = selection.mask()
+    if draw["rule"] == "chosen":
+        return whole
+    settings = selection.about.settings
+    names = trainable_names(settings["trainable"], settings["frozen"], whole)
+    mask = {name: part for name, part in whole.items() if name in names}
+    drawn = _drawn_weights(selection, mask, draw)
+    return {name: drawn[name] if name in names else torch.zeros_like(part) for name, part in whole.items()}
+
+
+def _drawn_weights(selection: Selection, mask: dict[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+    """A draw from the weights that may be trained, those of this mask."""
     match draw["rule"]:
-        case "chosen":
-            return mask
         case "all":
-            return {name: part.fill_(True) for name, part in mask.items()}
+            return {name: torch.ones_like(part) for name, part in mask.items()}
         case "random":
             return random_weights(mask, draw["count"], draw["seed"])
         case "band":
-            return band_of_weights(selection.parameter_scores(), draw["count"], draw["band"], draw["bands"])
+            scores = {name: score for name, score in selection.parameter_scores().items() if name in mask}
+            return band_of_weights(scores, draw["count"], draw["band"], draw["bands"])
         case "blocks":
+            shapes = {name: tuple(part.shape) for name, part in mask.items()}
             return random_blocks(shapes, draw["count"], draw["seed"], draw["block"])
         case "mixture":
             return mixture(mask, draw["share"], draw["seed"])

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -48,7 +49,7 @@ class Worker:
             return None
         with self._lock:
             self._process = None
-        return process.wait()
+        return _ended(process)
 
     def stop(self) -> None:
         """End the process at once, and start none any more."""
@@ -56,7 +57,7 @@ class Worker:
             self._stopped = True
             if self._process is not None:
                 self._process.kill()
-                self._process.wait()
+                _ended(self._process)
 
     def _started(self) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -67,8 +68,15 @@ class Worker:
             return None if self._stopped else self._process
 
 
+def _ended(process: "subprocess.Popen[str]") -> int:
+    """Wait for a process to end, close its pipes, and return its exit code."""
+    with suppress(BrokenPipeError), process:
+        pass
+    return process.wait()
+
+
 def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> None:
-    """Do the jobs in these folders, each by the next worker that is free; workers are stopped in the end."""
+    """Do the jobs in these folders, each by the next worker that is free; an interruption stops the workers."""
     if not places:
         return
     free: SimpleQueue[Worker] = SimpleQueue()
@@ -86,9 +94,10 @@ def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> Non
         try:
             for job in as_completed([threads.submit(do_one, place) for place in places]):
                 done(*job.result())
-        finally:
+        except BaseException:
             for worker in workers:
                 worker.stop()  # which lets the threads end, too
+            raise
 
 
 def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:

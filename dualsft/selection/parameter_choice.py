@@ -23,11 +23,11 @@ def parameter_budget(settings: SelectionSettings, sizes: Mapping[str, int]) -> i
     Raises:
         UserError: if that is more than may be trained, or a pattern matches no name.
     """
-    available = sum(sizes[name] for name in _trainable_names(settings, sizes))
+    available = sum(sizes[name] for name in trainable_names(settings.trainable, settings.frozen, sizes))
     return count_of("model.parameter_budget", settings.parameter_budget, available, "trainable weights")
 
 
-def _trainable_names(settings: SelectionSettings, all_names: Iterable[str]) -> set[str]:
+def trainable_names(trainable: Sequence[str], frozen: Sequence[str], all_names: Iterable[str]) -> set[str]:
     """Find the parameters that may be trained; all are scored in any case.
 
     A pattern matches every name that contains it; in it ``*`` matches anything, ``?`` one character, and ``[0-3]`` one
@@ -37,14 +37,14 @@ def _trainable_names(settings: SelectionSettings, all_names: Iterable[str]) -> s
         UserError: if a pattern matches no name, or none is left.
     """
     names = list(all_names)
-    for key, patterns in {"trainable": settings.trainable, "frozen": settings.frozen}.items():
+    for key, patterns in {"trainable": trainable, "frozen": frozen}.items():
         for pattern in patterns:
             if not _matching(names, [pattern]):
                 raise UserError(
                     f"model.{key} has the pattern {pattern!r}, which no parameter's name contains; names are such as "
                     f"{names[0]} and {names[-1]} (a tied head goes by the embedding's)."
                 )
-    left = _matching(names, settings.trainable or ["*"]) - _matching(names, settings.frozen)
+    left = _matching(names, trainable or ["*"]) - _matching(names, frozen)
     if not left:
         raise UserError("model.trainable and model.frozen leave no parameter to train; drop a pattern.")
     return left
@@ -62,7 +62,7 @@ def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor],
     """
     allocator = settings.parameter_allocator
     budget = parameter_budget(settings, {name: score.numel() for name, score in scores.items()})
-    names = _trainable_names(settings, scores)
+    names = trainable_names(settings.trainable, settings.frozen, scores)
     offered = {name: score for name, score in scores.items() if name in names}
     weights = base() if "weight" in allocator.needs else None
     before = {name: checksum(score) for name, score in offered.items()}

@@ -21,23 +21,27 @@ def logits_and_labels(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def directly(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Token by token, in float64, with nothing but the definition."""
-    losses, hits = [], []
+    losses: list[float] = []
+    hits, of_examples = [], []
     for row in range(len(labels)):
+        before = len(losses)
         for place in range(1, labels.shape[1]):
             label = int(labels[row, place])
             if label != -100:
                 scores = logits[row, place - 1].double()
                 losses.append(float(scores.exp().sum().log() - scores[label]))
                 hits.append(int(scores.argmax()) == label)
-    loss = sum(losses) / len(losses)
-    return {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": sum(hits) / len(hits)}
+        of_examples += [sum(losses[before:]) / (len(losses) - before)] if len(losses) > before else []
+    loss, accuracy = sum(losses) / len(losses), sum(hits) / len(hits)
+    example_loss = sum(of_examples) / len(of_examples)
+    return {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": accuracy, "example_loss": example_loss}
 
 
 @pytest.mark.parametrize("sizes", [[7], [1, 6], [3, 3, 1], [1] * 7])
 def test_metrics_do_not_depend_on_the_batches(sizes: list[int]) -> None:
-    """However the examples are cut into batches, every supervised token weighs the same."""
+    """However the examples are cut into batches, every supervised token weighs the same, or every example."""
     logits, labels = logits_and_labels()
-    metrics = LanguageModelMetrics()
+    metrics = LanguageModelMetrics(by_example=True)
     for part, wanted in zip(logits.split(sizes), labels.split(sizes), strict=True):
         metrics.update(part, wanted)
     found = {name: value.item() for name, value in metrics.compute().items()}
