@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
 GUIDES = ("write_a_scorer.md", "write_a_path.md", "write_an_allocator.md")  # test_guides.py runs these as they stand
 VERBS = ("select", "fit", "validate")
+PARSED = (*VERBS, "audit")
 OPTIONS = ROOT / "docs" / "reference" / "options.md"
 
 
@@ -50,9 +51,9 @@ COMMANDS = dualsft_commands()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] in VERBS], ids=str)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] in PARSED], ids=str)
 def test_commands_parse(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command for select, fit and validate has options and values that these verbs know."""
+    """Each command for select, fit, validate and audit has options and values that these verbs know."""
     monkeypatch.chdir(ROOT)
     asks_for_help = ".help" in command
     arguments = shlex.split(command)[1:]
@@ -86,7 +87,7 @@ def test_allocate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_command_is_one_that_is_tested() -> None:
     """The commands of the pages are verbs that are tested here or by the quick start, and the scripts are there."""
-    known = {*VERBS, "export", "allocate", "quickstart", "plugins"}
+    known = {*PARSED, "export", "allocate", "quickstart", "plugins"}
     assert {c.split()[1] for c in COMMANDS} <= known
     for page in PAGES:
         for line in command_lines(page):
