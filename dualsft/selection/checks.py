@@ -40,7 +40,9 @@ def check_needs(scorer: Scorer, second_moment: bool) -> None:
         )
 
 
-def check_path(path: PathSettings, warmup: Warmup, normalize: str, prior_weight: float) -> None:
+def check_path(
+    path: PathSettings, warmup: Warmup, normalize: str, prior_weight: float, objectives: Sequence[Objective]
+) -> None:
     """Refuse a path that contradicts itself, with nothing to train on, or whose statistics cannot be computed."""
     rule = path.along
     if normalize not in get_args(Normalize):
@@ -71,6 +73,11 @@ def check_path(path: PathSettings, warmup: Warmup, normalize: str, prior_weight:
         raise UserError(
             f"model.prior.weight is {prior_weight}, but along {name} the scores are falls of the loss, without a "
             "prior; set it to 0."
+        )
+    if rule.is_complete and objectives:
+        raise UserError(
+            f"model.objectives has {type(objectives[0]).__name__}, but along {name} the scores are falls of the loss "
+            "alone; leave it out."
         )
     if rule.trains_on == "pool" and warmup.keep:
         raise UserError(f"model.warmup.keep is set, but {name} is a path in place of the warm-up; drop it.")

@@ -159,7 +159,7 @@ class SelectionSettings:
             given = self.path.along is not None or self.warmup.gives_second_moment
             check_preconditioner(self.preconditioner, given)
             check_needs(self.scorer, given)
-        check_path(self.path, self.warmup, self.normalize, self.prior.weight)
+        check_path(self.path, self.warmup, self.normalize, self.prior.weight, self.objectives or [])
         check_step_size(self.step_size, self.scorer)
         check_order(self.order, self.rounds)
         check_contributions(self.path, self.order, self.rounds, self.token_scores)

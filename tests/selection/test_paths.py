@@ -537,6 +537,10 @@ def test_options_are_checked(options: dict[str, Any], told: str) -> None:
         ({"path": WALK, "normalize": "tokens"}, r"set model\.path\.normalize instead"),
         ({"path": replace(WALK, along=PoolPath(), optimizer="sgd")}, r"model\.path\.optimizer is sgd"),
         ({"path": WALK, "prior": Prior(weight=0.2)}, r"model\.prior\.weight is 0\.2, but along TargetPath"),
+        (
+            {"path": WALK, "objectives": [Prior(weight=0.2).term()]},
+            "but along TargetPath the scores are falls of the loss",
+        ),
         ({"path": replace(WALK, along=PoolPath()), "warmup": Warmup(keep=True)}, r"PoolPath is a path in place of"),
         ({"path": replace(WALK, pieces=[3, 2000])}, r"model\.path\.pieces ends at step 2000, but the path has 2"),
     ],
