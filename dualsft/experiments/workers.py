@@ -103,13 +103,17 @@ def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> Non
 def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:
     """Do the jobs that come in, as a worker; what they print goes to each one's log.
 
+    The worker ends, in the middle of a job if need be, as soon as the process that started it has ended.
+
     Args:
         do: Does the job in a folder.
         log: The file for what the job in a folder prints.
     """
     answers = os.fdopen(os.dup(1), "w")  # descriptor 1 will be the job's log
-    for line in sys.stdin:
-        place = Path(line.rstrip("\n"))
+    asked: SimpleQueue[Path] = SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    while True:
+        place = asked.get()
         with open(log(place), "a", encoding="utf-8") as output:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -120,3 +124,10 @@ def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:
             sys.stderr.flush()
         answers.write("done\n")
         answers.flush()
+
+
+def _listen(asked: SimpleQueue[Path]) -> None:
+    """Pass on the folders that are asked for; end the process when nobody can ask any more."""
+    for line in sys.stdin:
+        asked.put(Path(line.rstrip("\n")))
+    os._exit(0)

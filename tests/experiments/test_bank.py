@@ -1,6 +1,8 @@
 """The bank: what identifies a job, and what is kept of it."""
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_estimates_rest_on_finished_jobs(tmp_path: Path) -> None:
 
 
 SERVER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from dualsft.experiments.workers import serve
@@ -95,6 +97,9 @@ def do(place):
     print("at work on", place.name)
     if place.name == "kills":
         os._exit(7)
+    if place.name == "waits":
+        (place / "waiting").write_text(str(os.getpid()))
+        time.sleep(60)
     (place / "done").touch()
 if __name__ == "__main__":
     serve(do, lambda place: place / "log.txt")
@@ -132,3 +137,20 @@ def test_workers_end_when_their_caller_stops(tmp_path: Path) -> None:
     assert not (places[2] / "done").exists()
     assert read_result(places[2]) is None
     assert "serving" not in sys.modules
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """A killed command leaves no worker behind that goes on training."""
+    (tmp_path / "serving.py").write_text(SERVER.format(root=str(Path(__file__).parents[2])))
+    (tmp_path / "waits").mkdir()
+    command = [sys.executable, "-m", "serving"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(f"{tmp_path / 'waits'}\n")
+    process.stdin.flush()
+    while not (tmp_path / "waits" / "waiting").is_file():
+        time.sleep(0.05)
+    process.stdin.close()
+    assert process.wait(20) == 0
+    assert process.stdout is not None
+    process.stdout.close()
