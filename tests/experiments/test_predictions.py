@@ -137,3 +137,31 @@ def test_options_are_checked(options: dict[str, object], problem: str) -> None:
     """Each is refused in one sentence that names it."""
     with pytest.raises(UserError, match=problem):
         AuditOptions(**options)  # type: ignore[arg-type]
+
+
+def test_along_a_path_its_own_scores_rank_the_variants(inputs: Inputs, tmp_path: Path) -> None:
+    """Nothing is scored anew there: an example's mean score, and the sum over the weights, are the predictions."""
+    model = {
+        "path": {"along": "target", "epochs": 1, "held_out": 0.0, "learning_rate": 1e-3},
+        "warmup": {"fraction": 0.5},
+        "data_budget": 3,
+    }
+    data = {"train": inputs.train, "validation": inputs.validation, "max_length": MAX_LENGTH}
+    job = write_job(tmp_path, inputs, model={"model_name_or_path": inputs.model, **model}, data=data)
+    run(["select", "--config", str(job), "--output_dir", str(tmp_path / "selection")])
+    walked = load_selection(tmp_path / "selection")
+    assert own_scorer(walked) == "target"
+    variants = drawn(walked)
+    jobs = ScoreJobs(walked, None, variants, 1.0)
+    assert not jobs.jobs
+    found = predicted_gains(walked, jobs.scored(Bank(tmp_path / "bank")), variants)
+    scores = dict(enumerate(walked.examples["score"].to_pylist()))
+    by_kind = {(one.side, one.label): gain for one, gain in zip(variants, found, strict=True)}
+    chosen = [scores[i] for i in walked.example_ids]
+    pool = sum(score is not None for score in scores.values())
+    assert by_kind["data", "chosen"] == pytest.approx(pool * sum(chosen) / len(chosen))
+    mask, weights = walked.mask(), walked.parameter_scores()
+    total = sum(float(weights[name][part].sum()) for name, part in mask.items())
+    assert by_kind["parameters", "chosen"] == pytest.approx(total, rel=1e-5)
+    with pytest.raises(UserError, match="scored along a path, where no scorer takes part"):
+        ScoreJobs(walked, "first_order", variants, 1.0)
