@@ -104,15 +104,20 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
     run.finish()
 
 
+def sides_behind_scores(order: str, rounds: int) -> list[str]:
+    """The sides whose choice the scores of a selection depend on."""
+    first, _, second = order.partition("_then_")
+    if rounds > 1:
+        return [first, second]
+    return {"both": [], "parameters": ["data"], "data": ["parameters"]}.get(order, [first])
+
+
 def _check_order(source: Selection, options: dict[str, Any]) -> None:
     """Refuse to change a side that the other was scored by: the scores would change with it."""
     before, now = source.about.settings, stored_settings({**source.manifest, **options})
     changed = {option.role for option in recorded() if before[option.name] != now[option.name]}
     order, rounds = before["order"], before["rounds"]
-    first, _, second = order.partition("_then_")
-    fixed = {"both": [], "parameters": ["data"], "data": ["parameters"]}.get(order, [first])
-    if rounds > 1:
-        fixed = [first, second]
+    fixed = sides_behind_scores(order, rounds)
     if spoilt := [side for side in fixed if side in changed]:
         raise UserError(
             f"{source.folder} was made with model.order {order} and model.rounds {rounds}, where the choice of the "
