@@ -27,7 +27,8 @@ class Draw(TypedDict, total=False):
     """How one side of a variant is drawn, as JSON.
 
     chosen and all take no options; random takes count and seed; band takes count, band and bands; blocks (of weights)
-    count, block and seed; mixture (of weights) share and seed; listed (of examples) ids.
+    count, block and seed; mixture (of weights) share and seed; listed (of examples) ids. Where `make_variant` is given
+    no count, it is that of what the selection chose.
     """
 
     rule: Rule
@@ -107,13 +108,14 @@ def make_variant(selection: str, variant: Variant, folder: Path, pool: str, spli
         split: Their split, if they are a dataset of the hub.
     """
     source = load_selection(selection)
+    counts = source.about.counts
     about: Any = {"examples": _shown(variant["examples"]), "weights": _shown(variant["weights"])}
     write_variant(
         source,
         read_records(pool, split),
         folder,
-        examples=examples_of(source, variant["examples"]),
-        mask=weights_of(source, variant["weights"]),
+        examples=examples_of(source, {"count": counts.examples.selected, **variant["examples"]}),
+        mask=weights_of(source, {"count": counts.parameters.selected, **variant["weights"]}),
         about=about,
     )
 
