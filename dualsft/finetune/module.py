@@ -19,6 +19,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.accumulation import follow_accumulation_schedule, most_accumulated
+from dualsft.finetune.adapter import Adapter
 from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
@@ -59,6 +60,10 @@ class MaskedFinetuneModule(LightningModule):
         save_minutes: How often the command line keeps a checkpoint beside that of each epoch, for --resume, unless
             trainer.callbacks has a ModelCheckpoint.
 
+    Attributes:
+        adapter: An adapter to train in place of weights of the model, as experiments do; set before the model is
+            loaded.
+
     Raises:
         UserError: if the selection cannot be read, or an option is out of range.
     """
@@ -88,6 +93,7 @@ class MaskedFinetuneModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
         self.export, self.samples = export, samples
+        self.adapter: Adapter | None = None
         self.best_step: int | None = None
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
@@ -116,7 +122,12 @@ class MaskedFinetuneModule(LightningModule):
         model.train()
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        self.compact = chosen_weights(self.selection, model) if self.selection else CompactParameters(model)
+        if self.adapter:
+            model = self.adapter.put_on(model)
+        if self.selection and not self.adapter:
+            self.compact = chosen_weights(self.selection, model)
+        else:
+            self.compact = CompactParameters(model)
         self.compact.attach()
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
