@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from dualsft.commands.resolved import as_arguments, at, resolved, without
 from dualsft.data.options import validation_sources
@@ -15,10 +16,24 @@ from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import model_fingerprint, model_folder, tokenizer_fingerprint
 
 MODEL, TRAIN, VALIDATION, SELECTION = "model.model_name_or_path", "data.train", "data.validation", "model.selection"
-CHECKPOINT = "model.warmup.checkpoint"
+CHECKPOINT, SEED = "model.warmup.checkpoint", "seed_everything"
 _PATHS = (MODEL, TRAIN, VALIDATION, SELECTION, CHECKPOINT)
 _APART = (*_PATHS, "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.logger")
 """Keys that are no part of a job's settings: what it reads, by path, and what changes no result."""
+
+
+class Pool(NamedTuple):
+    """What another job will have chosen, as the pool of a job.
+
+    Attributes:
+        path: Where its records will be.
+        key: The other job's.
+        size: How many they are, about; for estimates of time.
+    """
+
+    path: str
+    key: str
+    size: int
 
 
 class Jobs:
@@ -30,22 +45,37 @@ class Jobs:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._arguments = list(arguments)
-        self._resolved: dict[tuple[str, str], dict[str, Any]] = {}
+        self._resolved: dict[str, dict[str, Any]] = {}
 
     def settings(self, verb: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a verb under these overrides, by dotted key; see `resolved` for the errors."""
-        key = verb, json.dumps(overrides)
-        if key not in self._resolved:
-            self._resolved[key] = resolved(verb, [*self._arguments, *as_arguments(overrides)])
-        return self._resolved[key]
+        others = {key: value for key, value in overrides.items() if key != SEED}  # seeds are many, and all alike
+        known = json.dumps([verb, others], sort_keys=True)
+        if known not in self._resolved:
+            self._resolved[known] = resolved(verb, [*self._arguments, *as_arguments(others)])
+        settings = deepcopy(self._resolved[known])
+        return {**settings, SEED: overrides[SEED]} if SEED in overrides else settings
 
-    def select(self, name: str, overrides: Mapping[str, Any]) -> Job:
-        """A selection."""
+    def select(self, name: str, overrides: Mapping[str, Any], pool: Pool | None = None) -> Job:
+        """A selection, from the configuration's pool or another one."""
         settings = self.settings("select", overrides)
-        inputs = inputs_of(settings)
         what = {"select": without(settings, _APART)}
-        work = _count(inputs[TRAIN], _split(TRAIN, settings))
-        return Job("select", name, what, inputs, _fingerprints(inputs, settings), work)
+        inputs, fingerprints, count = _read(settings, pool)
+        return Job("select", name, what, inputs, fingerprints, count)
+
+    def allocate(self, name: str, source: Job, folder: str, choice: Mapping[str, Any]) -> Job:
+        """Another choice from the scores of a selection.
+
+        Args:
+            name: What people call it.
+            source: The job that makes the selection.
+            folder: The selection directory.
+            choice: The options of select that decide it, by name.
+        """
+        split = source.settings["select"]["data"]["train_split"]
+        what = {"allocate": {"model": dict(choice), "data": {"train_split": split}}}
+        inputs = {SELECTION: folder, TRAIN: source.inputs[TRAIN]}
+        return Job("allocate", name, what, inputs, {SELECTION: source.key, TRAIN: source.fingerprints[TRAIN]})
 
     def evaluations(self, given: Mapping[str, Mapping[str, Any]]) -> "Evaluations":
         """Evaluations by name, each from its overrides of validate."""
@@ -62,6 +92,8 @@ class Jobs:
         selection_fingerprint: str | None = None,
         variant: Mapping[str, Any] | None = None,
         examples: int | None = None,
+        pool: Pool | None = None,
+        adapter: Mapping[str, Any] | None = None,
     ) -> Job:
         """A fit of what a selection, or a variant of it, chose, and the evaluations after it.
 
@@ -73,17 +105,21 @@ class Jobs:
             selection_fingerprint: What identifies its scores and choice.
             variant: What is taken in place of what the selection chose; see `dualsft.experiments.variants`.
             examples: How many examples an epoch has, if not all; for estimates of time.
+            pool: What the selection was made from, if not from the configuration's pool.
+            adapter: The configuration of an adapter of PEFT that is trained in place of weights.
         """
         settings = self.settings("fit", overrides)
-        inputs = inputs_of(settings)
-        fingerprints = _fingerprints(inputs, settings) | evaluations.fingerprints
-        count = _count(inputs[TRAIN], _split(TRAIN, settings)) if examples is None else examples
+        inputs, fingerprints, rows = _read(settings, pool)
+        count = rows if examples is None else examples
         inputs |= evaluations.inputs
+        fingerprints |= evaluations.fingerprints
         if selection is not None:
             assert selection_fingerprint is not None
             inputs[SELECTION], fingerprints[SELECTION] = selection, selection_fingerprint
         what = {"fit": without(settings, _APART), "variant": variant, "evaluations": evaluations.settings}
         epochs = max(at(settings, "trainer.max_epochs") or 1, 1)
+        if adapter is not None:
+            return Job("adapter", name, {**what, "adapter": dict(adapter)}, inputs, fingerprints, count * epochs)
         return Job("fit", name, what, inputs, fingerprints, count * epochs)
 
     def evaluate(self, name: str, evaluations: "Evaluations") -> Job:
@@ -114,6 +150,15 @@ class Evaluations:
         read = {f"evaluations.{name}": of for name, of in settings.items() if at(of, VALIDATION) is not None}
         self.inputs = {key: str(at(of, VALIDATION)) for key, of in read.items()}
         self.fingerprints = {key: _of_records(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()}
+
+
+def _read(settings: dict[str, Any], pool: Pool | None) -> tuple[dict[str, str], dict[str, str], int]:
+    """What settings read, with its hashes, and how many examples the pool has."""
+    inputs = inputs_of(settings)
+    if pool is None:
+        return inputs, _fingerprints(inputs, settings), record_count(settings)
+    others = {key: path for key, path in inputs.items() if key != TRAIN}
+    return {**others, TRAIN: pool.path}, {**_fingerprints(others, settings), TRAIN: pool.key}, pool.size
 
 
 def inputs_of(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -152,6 +197,11 @@ def _of_model(name_or_path: str) -> str:
 @cache
 def _of_records(path: str, split: str) -> str:
     return read_records(path, split).fingerprint
+
+
+def record_count(settings: Mapping[str, Any]) -> int:
+    """How many records the pool has."""
+    return _count(at(settings, TRAIN), _split(TRAIN, settings))
 
 
 @cache

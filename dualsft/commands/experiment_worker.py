@@ -18,6 +18,7 @@ import yaml
 
 from dualsft.cli import run
 from dualsft.commands.experiment_jobs import CHECKPOINT, MODEL, SELECTION, TRAIN, VALIDATION
+from dualsft.commands.fit import FitCLI
 from dualsft.commands.messages import explanation
 from dualsft.commands.resolved import put
 from dualsft.errors import UserError
@@ -25,6 +26,9 @@ from dualsft.experiments.bank import Result, do, log_file, work_folder
 from dualsft.experiments.jobs import Job
 from dualsft.experiments.variants import make_variant
 from dualsft.experiments.workers import serve
+from dualsft.finetune import ExportModel
+from dualsft.finetune.adapter import Adapter
+from dualsft.finetune.export_adapter import ADAPTER, ExportAdapter
 from dualsft.selection import load_selection
 
 _VERSIONS = ("dualsft", "torch", "transformers", "lightning")
@@ -35,11 +39,14 @@ def execute(job: Job, place: Path) -> Result:
     start = time.perf_counter()
     work = work_folder(place)
     work.mkdir(exist_ok=True)
+    metrics: dict[str, dict[str, float]] = {}
     try:
         match job.kind:
             case "select":
-                metrics, costs = {}, _select(job, place)
-            case "fit":
+                costs = _select(job, place)
+            case "allocate":
+                costs = _allocate(job, place)
+            case "fit" | "adapter":
                 costs = _fit(job, work)
                 metrics = evaluate(job, str(work / "fit" / "model"), work)
             case "evaluate":
@@ -58,6 +65,19 @@ def _select(job: Job, place: Path) -> dict[str, float]:
     """Make a selection; return its costs."""
     folder = place / "selection"
     command("select", job.settings["select"], _read(job), place / "select.yaml", folder)
+    return _costs_of(folder)
+
+
+def _allocate(job: Job, place: Path) -> dict[str, float]:
+    """Choose anew from the scores of another job's selection; return its costs."""
+    folder = place / "selection"
+    read = {"selection": job.inputs[SELECTION], TRAIN: job.inputs[TRAIN]}
+    command("allocate", job.settings["allocate"], read, place / "allocate.yaml", folder)
+    return _costs_of(folder)
+
+
+def _costs_of(folder: Path) -> dict[str, float]:
+    """The costs of a selection."""
     made = load_selection(folder)
     return {
         "seconds": sum(phase.seconds for phase in made.about.phases),
@@ -78,12 +98,17 @@ def _fit(job: Job, work: Path) -> dict[str, float]:
             split = (settings.get("data") or {}).get("train_split") or "train"
             make_variant(job.inputs[SELECTION], variant, folder, job.inputs[TRAIN], split)
         read[SELECTION] = str(folder)
-    command("fit", settings, read, work / "fit.yaml", work / "fit")
+    if (adapter := job.settings.get("adapter")) is not None:
+        fit_adapter(adapter, settings, read, work / "fit.yaml", work / "fit")
+        trained = work / "fit" / ADAPTER / "adapter_model.safetensors"
+    else:
+        command("fit", settings, read, work / "fit.yaml", work / "fit")
+        trained = work / "fit" / "delta.safetensors"
     figures = json.loads((work / "fit" / "metrics.json").read_text(encoding="utf-8"))
     return {
         "seconds": figures["seconds"],
         "peak_memory_bytes": figures["peak_memory_bytes"],
-        "bytes_on_disk": (work / "fit" / "delta.safetensors").stat().st_size,
+        "bytes_on_disk": trained.stat().st_size,
         "trained_weights": figures["weights"]["trained"],
         "examples": figures["examples"]["each_epoch"],
         "steps": figures["steps"],
@@ -138,19 +163,45 @@ def command(verb: str, settings: Mapping[str, Any], read: Mapping[str, Any], fil
 
     A run on several devices gets a process of its own, as the launchers of ranks start the same command once more.
     """
-    config: dict[str, Any] = json.loads(json.dumps(settings))
-    for key, value in read.items():
-        put(config, key, value)
-    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    resume = [] if verb == "validate" else ["--resume"]
-    arguments = [verb, "--config", str(file), *resume, "--output_dir", str(output)]
-    trainer = config.get("trainer") or {}
-    if trainer.get("devices") in (1, "1", None) and trainer.get("num_nodes", 1) == 1:
+    config = _write_config(settings, read, file)
+    again = {"validate": [], "allocate": ["--overwrite"]}.get(verb, ["--resume"])
+    arguments = [verb, "--config", str(file), *again, "--output_dir", str(output)]
+    if _is_alone(config):
         run(arguments)
         return
     done = subprocess.run([sys.executable, "-m", "dualsft", *arguments], stdin=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"dualsft {verb} ended with exit code {done.returncode}.")
+
+
+def fit_adapter(
+    adapter: Mapping[str, Any], settings: Mapping[str, Any], read: Mapping[str, Any], file: Path, output: Path
+) -> None:
+    """Train an adapter in place of weights, as `command` runs fit; see `dualsft.finetune.adapter`."""
+    config = _write_config(settings, read, file)
+    if not _is_alone(config):
+        raise UserError("an adapter is trained on one device; set trainer.devices to 1.")
+    job = FitCLI(["--config", str(file), "--resume", "--output_dir", str(output)])
+    job.model.adapter = Adapter(adapter, int(config["seed_everything"]))
+    callbacks = job.trainer.callbacks  # type: ignore[attr-defined]
+    exporting = [ExportAdapter(output) if isinstance(c, ExportModel) else c for c in callbacks]
+    job.trainer.callbacks = exporting  # type: ignore[attr-defined]
+    job.run()
+
+
+def _write_config(settings: Mapping[str, Any], read: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Write the configuration of a verb, and return it."""
+    config: dict[str, Any] = json.loads(json.dumps(settings))
+    for key, value in read.items():
+        put(config, key, value)
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def _is_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is for one process."""
+    trainer = config.get("trainer") or {}
+    return trainer.get("devices") in (1, "1", None) and trainer.get("num_nodes", 1) == 1
 
 
 def explain(error: Exception) -> str:
