@@ -29,6 +29,7 @@ from dualsft.experiments.workers import serve
 from dualsft.finetune import ExportModel
 from dualsft.finetune.adapter import Adapter
 from dualsft.finetune.export_adapter import ADAPTER, ExportAdapter
+from dualsft.runs.progress import reset_peak_memory
 from dualsft.selection import load_selection
 
 _VERSIONS = ("dualsft", "torch", "transformers", "lightning")
@@ -39,6 +40,7 @@ def execute(job: Job, place: Path) -> Result:
     start = time.perf_counter()
     work = work_folder(place)
     work.mkdir(exist_ok=True)
+    reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # that of this job alone
     metrics: dict[str, dict[str, float]] = {}
     try:
         match job.kind:

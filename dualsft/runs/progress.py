@@ -53,7 +53,7 @@ class PhaseLog:
         """
         examples = -(-examples // world_size()) if dealt else examples
         phase = _phase_from(earlier) if earlier else Phase(name)
-        _reset_peak_memory(self._device)
+        reset_peak_memory(self._device)
         done = phase.examples % max(examples, 1)  # an earlier, discarded attempt may have processed them all
         bar = tqdm(total=examples, initial=done, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True)
         with bar:
@@ -126,7 +126,8 @@ def _phase_from(notes: dict[str, Any]) -> Phase:
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start anew, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -137,7 +138,8 @@ def _reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: allocated on an accelerator, or resident on the host.
 
-    On an accelerator and on Linux it is the peak since the phase began, on other systems since the process began.
+    On an accelerator and on Linux it is the peak since the last reset, as at the beginning of a phase; on other systems
+    since the process began.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
