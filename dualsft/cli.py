@@ -24,6 +24,10 @@ VERBS = {
         "audit:AuditCLI.command",
     ),
     "export": ("apply, revert and extract deltas; write a PEFT adapter", "export:export_command"),
+    "compare": (
+        "compare methods of selection under budgets and seeds: each trained and evaluated alike",
+        "compare:compare_command",
+    ),
     "plugins": ("list the registered scorers, paths and allocators", "plugins:plugins_command"),
     "quickstart": ("run the whole job on an embedded model and embedded data", "quickstart:quickstart_command"),
 }

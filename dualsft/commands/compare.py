@@ -1,0 +1,152 @@
+"""`dualsft compare`: methods x budgets x seeds, each trained and evaluated under the same settings."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dualsft.commands.compare_jobs import CompareJobs, Trial
+from dualsft.errors import UserError
+from dualsft.experiments.bank import Bank, Result
+from dualsft.experiments.figures import draw_comparison
+from dualsft.experiments.grid import Grid
+from dualsft.experiments.grid_file import as_yaml, read_grid
+from dualsft.experiments.jobs import Job
+from dualsft.experiments.report_folder import ReportFolder
+from dualsft.experiments.results import Outcome, Results, base_outcome, check_metrics, parquet_table, plain
+from dualsft.experiments.schedule import complete, plan, workers_for
+from dualsft.experiments.tables import cost_table, quality_table
+from dualsft.storage.writing import replacing, write_atomically, writing_to
+
+Do = Callable[[Sequence[Job], str], Mapping[str, Result]]
+"""Does those of some jobs that are missing, under a label for the progress bar; the results by key."""
+_WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "failures.json", "figures")
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """Compare, or say what would be done."""
+    options = _parser().parse_args(arguments)
+    workers_for(options.parallel)  # refuses a wrong number
+    grid = read_grid(options.config)
+    output = ReportFolder(options.output_dir, options.overwrite, _WRITTEN)
+    bank = Bank(options.bank or output.path / "bank")
+    jobs = CompareJobs(grid, bank)
+    if options.dry_run:
+        print(plan(bank, jobs.all, options.parallel))
+        return
+    output.claim(_replay(grid))
+    _keep_settings(grid, output.path)
+    try:
+        results = compare(grid, jobs, lambda some, label: complete(bank, some, options.parallel, label))
+    except KeyboardInterrupt as stop:
+        raise UserError("the comparison was interrupted; the same command goes on from what is finished.") from stop
+    print(write(results, output.path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dualsft compare", description=__doc__)
+    parser.add_argument("--config", "-c", required=True, help="the grid: methods, budgets, seeds, evaluations")
+    parser.add_argument("--output_dir", required=True, help="folder for the tables, the figures and results.parquet")
+    parser.add_argument("--bank", help="folder of finished runs, which are never repeated (default: OUTPUT_DIR/bank)")
+    parser.add_argument("--parallel", type=int, help="runs at a time (default: one on each accelerator, or one)")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and how long it takes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the reports of another grid")
+    return parser
+
+
+def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results:
+    """Do the jobs of a grid: the base model's evaluations, the selections, and what can be trained with these.
+
+    Raises:
+        UserError: if the base model cannot be evaluated, or has not the main metric of an evaluation.
+    """
+    first = do([jobs.base], "base model")[jobs.base.key]
+    if first.error is not None:
+        raise UserError(f"the base model cannot be evaluated: {first.error}")
+    base = base_outcome(first.metrics)
+    check_metrics(grid, base)
+    found: dict[str, Result] = {}
+    for stage in jobs.stages:
+        found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], "selections")
+    ready = [trial.job for trial in jobs.trials if not _lacks(trial.needs, found)]
+    found |= do(ready, "fits")
+    return Results(grid, base, [_outcome(trial, found) for trial in jobs.trials])
+
+
+def _lacks(needs: Sequence[Job], found: Mapping[str, Result]) -> str:
+    """Why a job cannot be done: the failure of the first one that it needs; empty if it can."""
+    return next((f"{job.name}: {error}" for job in needs if (error := found[job.key].error)), "")
+
+
+def _outcome(trial: Trial, found: Mapping[str, Result]) -> Outcome:
+    recipe = trial.recipe
+    blank = Outcome(recipe.method, recipe.budgets, recipe.seed)
+    if reason := _lacks(trial.needs, found):
+        return replace(blank, error=reason)
+    result = found[trial.job.key]
+    if result.error is not None:
+        return replace(blank, error=result.error)
+    scored = [found[job.key].costs for job in trial.needs] if recipe.uses_scores else []
+    return replace(blank, metrics=plain(result.metrics), costs=_together(result.costs, scored))
+
+
+def _together(fit: Mapping[str, float], selections: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The costs of a fit with those of the selections that it rests on."""
+    parts = [fit, *selections]
+    return {
+        **fit,
+        "seconds": sum(of["seconds"] for of in parts),
+        "peak_memory_bytes": max(of["peak_memory_bytes"] for of in parts),
+    }
+
+
+def _replay(grid: Grid) -> str:
+    """The grid as its folder keeps it, with the configuration's files beside it."""
+    return as_yaml(Grid(**{**vars(grid), "config": [f"settings/{name}" for name in _names(grid)]}))
+
+
+def _names(grid: Grid) -> list[str]:
+    """Names for the copies of the configuration's files, in their order."""
+    return [f"{k}-{Path(file).name}" for k, file in enumerate(grid.config)]
+
+
+def _keep_settings(grid: Grid, folder: Path) -> None:
+    """Copy the configuration's files beside the grid's copy."""
+    with writing_to(folder):
+        (folder / "settings").mkdir(exist_ok=True)
+        for name, file in zip(_names(grid), grid.config, strict=True):
+            if (folder / "settings" / name).resolve() != Path(file).resolve():
+                shutil.copyfile(file, folder / "settings" / name)
+
+
+def write(results: Results, folder: Path) -> str:
+    """Write the reports of a comparison; return what is printed of them."""
+    import pyarrow.parquet as pq
+
+    tables = [quality_table(results), cost_table(results)]
+    failures = results.failures()
+    text = "\n\n".join([*(table.markdown() for table in tables), *_notes(results)])
+    with writing_to(folder), replacing(folder / "results.parquet") as partial:
+        pq.write_table(parquet_table(results.rows()), partial)
+    write_atomically(folder / "table.md", f"{text}\n")
+    write_atomically(folder / "table.tex", "\n\n".join(table.latex() for table in tables) + "\n")
+    write_atomically(folder / "failures.json", json.dumps(failures, indent=2))
+    figures = draw_comparison(results, folder / "figures")
+    files = ["results.parquet", "table.md", "table.tex", "failures.json", *(f"figures/{name}" for name in figures)]
+    return f"{text}\n\nwrote {folder}: {', '.join(files)}"
+
+
+def _notes(results: Results) -> list[str]:
+    """What a reader of the tables must know."""
+    seeds = len({outcome.seed for outcome in results.outcomes})
+    notes = ["Time is that of training, with the selection's where it uses scores, as if each run made its own."]
+    if seeds > 1:
+        notes.insert(
+            0, "± is half of the 95% interval of the mean over seeds (Student's t); bold: better than all others."
+        )
+    else:
+        notes.insert(0, "One seed gives no interval: differences may be chance.")
+    failed = [f"- {of['method']}, seed {of['seed']}: {of['error']}" for of in results.failures()]
+    return [*notes, *(["Failed:\n" + "\n".join(failed)] if failed else [])]

@@ -1,0 +1,209 @@
+"""The jobs of a comparison: a grid's runs, the selections that they need, and the scores that these share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from dualsft.allocators import Budget, count_of
+from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, Evaluations, Jobs, Pool, record_count
+from dualsft.commands.resolved import at, put
+from dualsft.commands.shared_scores import choice_of, data_allocator, sources
+from dualsft.errors import UserError, naming
+from dualsft.experiments.bank import Bank
+from dualsft.experiments.grid import BASE, Evaluation, Grid
+from dualsft.experiments.jobs import Job
+from dualsft.experiments.methods import Choice, Recipe, recipes
+from dualsft.finetune.adapter import with_rank
+from dualsft.models.loading import empty_model
+from dualsft.selection.parameter_choice import parameter_budget
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.warmup import Warmup
+
+
+@dataclass(frozen=True)
+class Made:
+    """A selection of a comparison.
+
+    Attributes:
+        job: The job that makes it.
+        needs: The jobs that must be done before, in their order.
+        count: How many examples it chooses, about.
+    """
+
+    job: Job
+    needs: tuple[Job, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a comparison, with its job.
+
+    Attributes:
+        recipe: What it is.
+        job: The training and its evaluations.
+        needs: The jobs of the selection that it trains, in their order.
+    """
+
+    recipe: Recipe
+    job: Job
+    needs: tuple[Job, ...]
+
+
+class CompareJobs:
+    """Makes the jobs of a grid; whatever is wrong with a method or an evaluation is told here.
+
+    Args:
+        grid: The grid.
+        bank: Where the jobs' results will be.
+
+    Attributes:
+        base: The evaluations of the base model.
+        trials: The runs.
+
+    Raises:
+        UserError: naming the place in the grid.
+    """
+
+    def __init__(self, grid: Grid, bank: Bank) -> None:
+        self._jobs = Jobs([part for file in grid.config for part in ("--config", file)])
+        self._bank = bank
+        evaluations = self._evaluations(grid.evaluations)
+        self.base = self._jobs.evaluate(BASE, evaluations)
+        runs = recipes(grid)
+        made = self._selections(runs)
+        self.trials = [self._trial(recipe, made, evaluations) for recipe in runs]
+
+    def needs_of(self, selection: Job) -> tuple[Job, ...]:
+        """The jobs that the job of a selection needs."""
+        found = next(trial.needs for trial in self.trials if selection.key in {job.key for job in trial.needs})
+        return found[: [job.key for job in found].index(selection.key)]
+
+    @property
+    def stages(self) -> list[list[Job]]:
+        """The jobs of all selections, in groups of which each needs only those before it; each job once."""
+        depths: dict[str, tuple[int, Job]] = {}
+        for trial in self.trials:
+            for depth, job in enumerate(trial.needs):
+                known = depths.get(job.key, (0, job))[0]
+                depths[job.key] = (max(depth, known), job)
+        last = max((depth for depth, _ in depths.values()), default=-1)
+        return [[job for depth, job in depths.values() if depth == k] for k in range(last + 1)]
+
+    @property
+    def all(self) -> list[Job]:
+        """All jobs, in the order in which they are done."""
+        return [self.base, *(job for stage in self.stages for job in stage), *(trial.job for trial in self.trials)]
+
+    def _evaluations(self, given: Mapping[str, Evaluation]) -> Evaluations:
+        for name, evaluation in given.items():
+            with naming(f"evaluations.{name}"):
+                self._jobs.evaluations({name: _of_validate(evaluation)})
+        return self._jobs.evaluations({name: _of_validate(evaluation) for name, evaluation in given.items()})
+
+    def _selections(self, runs: Sequence[Recipe]) -> dict[int, Made]:
+        """The selection of each choice, by its id: those that others choose from first."""
+        made: dict[int, Made] = {}
+        with_choice = [(run.place, run.choice) for run in runs if run.choice is not None]
+        firsts = [(place, choice.of) for place, choice in with_choice if choice.of is not None]
+        alone = [(place, choice) for place, choice in with_choice if choice.of is None]
+        self._make([*firsts, *alone], made)
+        self._make([(place, choice) for place, choice in with_choice if choice.of is not None], made)
+        return made
+
+    def _make(self, choices: Sequence[tuple[str, Choice]], made: dict[int, Made]) -> None:
+        """Add the selections of some choices: one for each kind of scores, and the others allocated from it."""
+        settings = [self._settings(place, choice, made) for place, choice in choices]
+        found = sources(settings)
+        for (place, choice), own, source in zip(choices, settings, found, strict=True):
+            parent = made[id(choice.of)] if choice.of else None
+            pool = self._pool(parent) if parent else None
+            with naming(place):
+                given = choices[source][1].settings
+                job = self._jobs.select(
+                    _name("weights" if pool else "selection", choices[source][0], given), given, pool
+                )
+                rows = pool.size if pool else record_count(own)
+                count = _checked(own, rows, pool is None)
+            needs = (*(parent.needs if parent else ()), job)
+            if choice_of(own) != choice_of(settings[source]):
+                name = _name("choice", place, choice.settings)
+                job = self._jobs.allocate(name, job, self._folder(job), choice_of(own))
+                needs = (*needs, job)
+            made[id(choice)] = Made(job, needs, count)
+
+    def _settings(self, place: str, choice: Choice, made: Mapping[int, Made]) -> dict[str, Any]:
+        """The settings of a selection, with its pool."""
+        with naming(place):
+            settings = self._jobs.settings("select", choice.settings)
+        if choice.of is not None:
+            put(settings, TRAIN, self._pool(made[id(choice.of)]).path)
+        if at(settings, TRAIN) is None or at(settings, "data.validation") is None:
+            raise UserError("data.train and data.validation are not both given in the configuration of the grid.")
+        return settings
+
+    def _trial(self, recipe: Recipe, made: Mapping[int, Made], evaluations: Evaluations) -> Trial:
+        own = made[id(recipe.choice)] if recipe.choice else None
+        parent = made[id(recipe.choice.of)] if recipe.choice and recipe.choice.of else None
+        with naming(recipe.place):
+            fit = {"model.samples.number": 0, **recipe.fit}
+            adapter = recipe.adapter and self._adapter(recipe, recipe.adapter)
+            job = self._jobs.fit(
+                recipe.label,
+                fit,
+                evaluations,
+                selection=self._folder(own.job) if own else None,
+                selection_fingerprint=own.job.key if own else None,
+                variant=recipe.variant,
+                examples=own.count if own else None,
+                pool=self._pool(parent) if parent else None,
+                adapter=adapter,
+            )
+        return Trial(recipe, job, own.needs if own else ())
+
+    def _adapter(self, recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+        settings = self._jobs.settings("select", {})
+        sizes = _sizes(at(settings, MODEL))
+        budget = count_of("the parameter budget", recipe.budgets.parameters, sum(sizes.values()), "weights")
+        return with_rank(given, at(settings, MODEL), budget, recipe.seed)
+
+    def _folder(self, job: Job) -> str:
+        return str(self._bank.place(job) / "selection")
+
+    def _pool(self, made: Made) -> Pool:
+        return Pool(str(self._bank.place(made.job) / "selection" / "selected.jsonl"), made.job.key, made.count)
+
+
+def _name(what: str, place: str, settings: Mapping[str, Any]) -> str:
+    """What people call the job of a selection."""
+    return f"{what} of {place.removeprefix('methods.')}, seed {settings[SEED]}"
+
+
+def _of_validate(evaluation: Evaluation) -> dict[str, Any]:
+    """The settings of validate for an evaluation."""
+    tokens = {"model.generation.max_new_tokens": evaluation.max_new_tokens}
+    return {**tokens, **evaluation.validate, "data.validation": evaluation.data, "tasks": evaluation.tasks}
+
+
+def _checked(settings: Mapping[str, Any], rows: int, is_whole: bool) -> int:
+    """How many examples a selection chooses, about; refuses budgets that cannot be met."""
+    of: dict[str, Any] = settings["model"]
+    alone = SelectionSettings(
+        parameter_budget=of["parameter_budget"],
+        trainable=of["trainable"],
+        frozen=of["frozen"],
+        preconditioner="none",
+        warmup=Warmup(fraction=0),
+    )
+    parameter_budget(alone, _sizes(of["model_name_or_path"]))
+    budget: Budget = of["data_budget"]
+    if isinstance(budget, int) and data_allocator(settings).unit == "tokens":
+        return rows
+    return count_of("model.data_budget", budget, rows, "examples")
+
+
+@cache
+def _sizes(model: str) -> dict[str, int]:
+    """Parameter name -> the number of its weights."""
+    return {name: weight.numel() for name, weight in empty_model(model).named_parameters()}
