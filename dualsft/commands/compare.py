@@ -1,13 +1,15 @@
 """`dualsft compare`: methods x budgets x seeds, each trained and evaluated under the same settings."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from dualsft.commands.compare_jobs import CompareJobs, Trial
+from dualsft.commands.parsing import add_experiment_options, add_folder_options, check_output_dir
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result
 from dualsft.experiments.figures import draw_comparison
@@ -20,6 +22,10 @@ from dualsft.experiments.schedule import complete, plan, workers_for
 from dualsft.experiments.tables import cost_table, quality_table
 from dualsft.storage.writing import replacing, write_atomically, writing_to
 
+DESCRIPTION = (
+    "Trains what each method of a grid chooses, under each budget and seed and otherwise the same settings, and "
+    "measures it. The same command goes on where an earlier one stopped; finished runs are never repeated."
+)
 Do = Callable[[Sequence[Job], str], Mapping[str, Result]]
 """Does those of some jobs that are missing, under a label for the progress bar; the results by key."""
 _WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "failures.json", "figures")
@@ -28,31 +34,31 @@ _WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "fai
 def compare_command(arguments: Sequence[str]) -> None:
     """Compare, or say what would be done."""
     options = _parser().parse_args(arguments)
-    workers_for(options.parallel)  # refuses a wrong number
+    check_output_dir(options)
+    if options.config is None:
+        raise UserError("--config is not given; name the file of the grid.")
     grid = read_grid(options.config)
     output = ReportFolder(options.output_dir, options.overwrite, _WRITTEN)
     bank = Bank(options.bank or output.path / "bank")
-    jobs = CompareJobs(grid, bank)
-    if options.dry_run:
-        print(plan(bank, jobs.all, options.parallel))
-        return
-    output.claim(_replay(grid))
-    _keep_settings(grid, output.path)
-    try:
-        results = compare(grid, jobs, lambda some, label: complete(bank, some, options.parallel, label))
-    except KeyboardInterrupt as stop:
-        raise UserError("the comparison was interrupted; the same command goes on from what is finished.") from stop
+    with workers_for(options.parallel) as workers:
+        jobs = CompareJobs(grid, bank)
+        if options.dry_run:
+            print(plan(bank, jobs.all, len(workers)))
+            return
+        output.claim(_replay(grid))
+        _keep_settings(grid, output.path)
+        try:
+            results = compare(grid, jobs, lambda some, label: complete(bank, some, workers, label))
+        except KeyboardInterrupt as stop:
+            raise UserError("The comparison was interrupted; the same command goes on from what is finished.") from stop
     print(write(results, output.path))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dualsft compare", description=__doc__)
-    parser.add_argument("--config", "-c", required=True, help="the grid: methods, budgets, seeds, evaluations")
-    parser.add_argument("--output_dir", required=True, help="folder for the tables, the figures and results.parquet")
-    parser.add_argument("--bank", help="folder of finished runs, which are never repeated (default: OUTPUT_DIR/bank)")
-    parser.add_argument("--parallel", type=int, help="runs at a time (default: one on each accelerator, or one)")
-    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and how long it takes")
-    parser.add_argument("--overwrite", action="store_true", help="replace the reports of another grid")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="dualsft compare", description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("-c", "--config", type=str | None, help="The grid: methods, budgets, seeds and evaluations.")
+    add_folder_options(parser, resumable=False)
+    add_experiment_options(parser)
     return parser
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from dualsft.allocators import Budget, count_of
-from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, Evaluations, Jobs, Pool, record_count
+from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, VALIDATION, Evaluations, Jobs, Pool, record_count
 from dualsft.commands.resolved import at, put
 from dualsft.commands.shared_scores import choice_of, data_allocator, sources
 from dualsft.errors import UserError, naming
@@ -69,6 +69,7 @@ class CompareJobs:
     def __init__(self, grid: Grid, bank: Bank) -> None:
         self._jobs = Jobs([part for file in grid.config for part in ("--config", file)])
         self._bank = bank
+        self._check_configuration()
         evaluations = self._evaluations(grid.evaluations)
         self.base = self._jobs.evaluate(BASE, evaluations)
         runs = recipes(grid)
@@ -95,6 +96,15 @@ class CompareJobs:
     def all(self) -> list[Job]:
         """All jobs, in the order in which they are done."""
         return [self.base, *(job for stage in self.stages for job in stage), *(trial.job for trial in self.trials)]
+
+    def _check_configuration(self) -> None:
+        """Refuse what is wrong whatever the method."""
+        settings = self._jobs.settings("select", {})
+        for key in (TRAIN, VALIDATION):
+            if at(settings, key) is None:
+                raise UserError(f"{key} is not given; name it in the configuration that the grid's config names.")
+        record_count(settings)
+        self._jobs.settings("fit", {})
 
     def _evaluations(self, given: Mapping[str, Evaluation]) -> Evaluations:
         for name, evaluation in given.items():
@@ -139,8 +149,6 @@ class CompareJobs:
             settings = self._jobs.settings("select", choice.settings)
         if choice.of is not None:
             put(settings, TRAIN, self._pool(made[id(choice.of)]).path)
-        if at(settings, TRAIN) is None or at(settings, "data.validation") is None:
-            raise UserError("data.train and data.validation are not both given in the configuration of the grid.")
         return settings
 
     def _trial(self, recipe: Recipe, made: Mapping[int, Made], evaluations: Evaluations) -> Trial:

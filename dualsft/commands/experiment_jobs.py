@@ -17,6 +17,7 @@ from dualsft.models.loading import model_fingerprint, model_folder, tokenizer_fi
 
 MODEL, TRAIN, VALIDATION, SELECTION = "model.model_name_or_path", "data.train", "data.validation", "model.selection"
 CHECKPOINT, SEED = "model.warmup.checkpoint", "seed_everything"
+_TRAINING = 3  # an example that is trained on costs about three that are evaluated
 _PATHS = (MODEL, TRAIN, VALIDATION, SELECTION, CHECKPOINT)
 _APART = (*_PATHS, "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.logger")
 """Keys that are no part of a job's settings: what it reads, by path, and what changes no result."""
@@ -118,17 +119,17 @@ class Jobs:
             inputs[SELECTION], fingerprints[SELECTION] = selection, selection_fingerprint
         what = {"fit": without(settings, _APART), "variant": variant, "evaluations": evaluations.settings}
         epochs = max(at(settings, "trainer.max_epochs") or 1, 1)
+        work = _TRAINING * count * epochs + evaluations.size
         if adapter is not None:
-            return Job("adapter", name, {**what, "adapter": dict(adapter)}, inputs, fingerprints, count * epochs)
-        return Job("fit", name, what, inputs, fingerprints, count * epochs)
+            return Job("adapter", name, {**what, "adapter": dict(adapter)}, inputs, fingerprints, work)
+        return Job("fit", name, what, inputs, fingerprints, work)
 
     def evaluate(self, name: str, evaluations: "Evaluations") -> Job:
         """The evaluations of the base model."""
         model = next(iter(evaluations.models))
         fingerprints = {MODEL: _of_model(model), **evaluations.fingerprints}
-        return Job(
-            "evaluate", name, {"evaluations": evaluations.settings}, {MODEL: model, **evaluations.inputs}, fingerprints
-        )
+        inputs = {MODEL: model, **evaluations.inputs}
+        return Job("evaluate", name, {"evaluations": evaluations.settings}, inputs, fingerprints, evaluations.size)
 
 
 class Evaluations:
@@ -142,6 +143,7 @@ class Evaluations:
         inputs: ``evaluations.NAME`` -> the path of its data, where it has any.
         fingerprints: The same keys -> the hash of the records.
         models: The models that the settings name.
+        size: How many examples they have, or 1 if they are tasks; for estimates of time.
     """
 
     def __init__(self, settings: Mapping[str, dict[str, Any]]) -> None:
@@ -150,6 +152,7 @@ class Evaluations:
         read = {f"evaluations.{name}": of for name, of in settings.items() if at(of, VALIDATION) is not None}
         self.inputs = {key: str(at(of, VALIDATION)) for key, of in read.items()}
         self.fingerprints = {key: _of_records(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()}
+        self.size = sum(_count(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()) or 1
 
 
 def _read(settings: dict[str, Any], pool: Pool | None) -> tuple[dict[str, str], dict[str, str], int]:
