@@ -1,12 +1,16 @@
 """The jobs of a comparison: a grid's runs, the selections that they need, and the scores that these share."""
 
-from collections.abc import Mapping, Sequence
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from dualsft.allocators import Budget, count_of
 from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, VALIDATION, Evaluations, Jobs, Pool, record_count
+from dualsft.commands.messages import plainly
 from dualsft.commands.resolved import at, put
 from dualsft.commands.shared_scores import choice_of, data_allocator, sources
 from dualsft.errors import UserError, naming
@@ -108,7 +112,7 @@ class CompareJobs:
 
     def _evaluations(self, given: Mapping[str, Evaluation]) -> Evaluations:
         for name, evaluation in given.items():
-            with naming(f"evaluations.{name}"):
+            with telling(f"evaluations.{name}"):
                 self._jobs.evaluations({name: _of_validate(evaluation)})
         return self._jobs.evaluations({name: _of_validate(evaluation) for name, evaluation in given.items()})
 
@@ -118,7 +122,7 @@ class CompareJobs:
         with_choice = [(run.place, run.choice) for run in runs if run.choice is not None]
         firsts = [(place, choice.of) for place, choice in with_choice if choice.of is not None]
         alone = [(place, choice) for place, choice in with_choice if choice.of is None]
-        self._make([*firsts, *alone], made)
+        self._make([*alone, *firsts], made)
         self._make([(place, choice) for place, choice in with_choice if choice.of is not None], made)
         return made
 
@@ -129,7 +133,7 @@ class CompareJobs:
         for (place, choice), own, source in zip(choices, settings, found, strict=True):
             parent = made[id(choice.of)] if choice.of else None
             pool = self._pool(parent) if parent else None
-            with naming(place):
+            with telling(place):
                 given = choices[source][1].settings
                 job = self._jobs.select(
                     _name("weights" if pool else "selection", choices[source][0], given), given, pool
@@ -145,7 +149,7 @@ class CompareJobs:
 
     def _settings(self, place: str, choice: Choice, made: Mapping[int, Made]) -> dict[str, Any]:
         """The settings of a selection, with its pool."""
-        with naming(place):
+        with telling(place):
             settings = self._jobs.settings("select", choice.settings)
         if choice.of is not None:
             put(settings, TRAIN, self._pool(made[id(choice.of)]).path)
@@ -154,7 +158,7 @@ class CompareJobs:
     def _trial(self, recipe: Recipe, made: Mapping[int, Made], evaluations: Evaluations) -> Trial:
         own = made[id(recipe.choice)] if recipe.choice else None
         parent = made[id(recipe.choice.of)] if recipe.choice and recipe.choice.of else None
-        with naming(recipe.place):
+        with telling(recipe.place):
             fit = {"model.samples.number": 0, **recipe.fit}
             adapter = recipe.adapter and self._adapter(recipe, recipe.adapter)
             job = self._jobs.fit(
@@ -181,6 +185,22 @@ class CompareJobs:
 
     def _pool(self, made: Made) -> Pool:
         return Pool(str(self._bank.place(made.job) / "selection" / "selected.jsonl"), made.job.key, made.count)
+
+
+@contextmanager
+def telling(place: str) -> Iterator[None]:
+    """Start what is said of a mistake with its place in the grid."""
+    try:
+        with naming(place):
+            yield
+    except ArgumentError as error:
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", str(error))
+        told = (
+            f"there is no setting {unknown[1]}; --print_config of the command shows them."
+            if unknown
+            else plainly(error)
+        )
+        raise UserError(f"{place}: {told}") from error
 
 
 def _name(what: str, place: str, settings: Mapping[str, Any]) -> str:
