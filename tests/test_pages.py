@@ -87,7 +87,7 @@ def test_allocate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_command_is_one_that_is_tested() -> None:
     """The commands of the pages are verbs that are tested here or by the quick start, and the scripts are there."""
-    known = {*PARSED, "export", "allocate", "quickstart", "plugins"}
+    known = {*PARSED, "compare", "export", "allocate", "quickstart", "plugins"}
     assert {c.split()[1] for c in COMMANDS} <= known
     for page in PAGES:
         for line in command_lines(page):

@@ -1,0 +1,61 @@
+"""The page about comparisons, run as it stands: its files written, its commands run at the repository's root."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dualsft.cli import run
+from dualsft.commands.compare_jobs import CompareJobs
+from dualsft.experiments.bank import Bank
+from dualsft.experiments.grid_file import grid_from
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r'^```yaml title="(.+?)"\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE))
+(METHODS,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+(COMMANDS,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the repository's root, with the page's files."""
+    for name in ("dualsft", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_methods_of_the_page(here: Path) -> None:
+    """Every method that the page shows has jobs: its settings are known, and its names are registered."""
+    subprocess.run(COMMANDS.splitlines()[0], shell=True, check=True)
+    given = {**yaml.safe_load(FILES["grid.yaml"]), "methods": yaml.safe_load(METHODS)["methods"]}
+    jobs = CompareJobs(grid_from(given, here), Bank(here / "bank"))
+    assert {trial.recipe.method for trial in jobs.trials} == set(given["methods"])
+
+
+@pytest.mark.heavy
+def test_commands_of_the_page(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What the page has a reader run gives the files that it names, with every run in them."""
+    for line in COMMANDS.splitlines():
+        if line.startswith("dualsft "):
+            run(shlex.split(line)[1:])
+        else:
+            subprocess.run(line, shell=True, check=True)
+    told = capfd.readouterr().out
+    assert "jobs are to be done" in told
+    folder = here / "runs" / "compare"
+    (table,) = re.findall(r"^## What comes out\n(.*?)^The gain", PAGE, re.DOTALL | re.MULTILINE)
+    for name in re.findall(r"`([\w.]+/?)`(?=[^|]*\| )", "\n".join(row[:60] for row in table.splitlines())):
+        assert (folder / name).exists(), name
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    methods = yaml.safe_load(FILES["grid.yaml"])["methods"]
+    assert {row["method"] for row in rows} == {"base model", *methods}
+    assert (folder / "failures.json").read_text() == "[]"
