@@ -12,6 +12,7 @@ from dualsft.commands.compare_jobs import CompareJobs, Trial
 from dualsft.commands.parsing import add_experiment_options, add_folder_options, check_output_dir
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result
+from dualsft.experiments.comparison_tables import cost_table, quality_table
 from dualsft.experiments.figures import draw_comparison
 from dualsft.experiments.grid import Grid
 from dualsft.experiments.grid_file import as_yaml, read_grid
@@ -19,7 +20,6 @@ from dualsft.experiments.jobs import Job
 from dualsft.experiments.report_folder import ReportFolder
 from dualsft.experiments.results import Outcome, Results, base_outcome, check_metrics, parquet_table, plain
 from dualsft.experiments.schedule import complete, plan, workers_for
-from dualsft.experiments.tables import cost_table, quality_table
 from dualsft.storage.writing import replacing, write_atomically, writing_to
 
 DESCRIPTION = (

@@ -1,28 +1,20 @@
 """The jobs of a comparison: a grid's runs, the selections that they need, and the scores that these share."""
 
-import re
-from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from dualsft.allocators import Budget, count_of
+from dualsft.allocators import count_of
+from dualsft.commands.compare_checks import chosen_count, telling, weight_counts
 from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, VALIDATION, Evaluations, Jobs, Pool, record_count
-from dualsft.commands.messages import plainly
 from dualsft.commands.resolved import at, put
-from dualsft.commands.shared_scores import choice_of, data_allocator, sources
-from dualsft.errors import UserError, naming
+from dualsft.commands.shared_scores import choice_of, sources
+from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank
 from dualsft.experiments.grid import BASE, Evaluation, Grid
 from dualsft.experiments.jobs import Job
 from dualsft.experiments.methods import Choice, Recipe, recipes
 from dualsft.finetune.adapter import with_rank
-from dualsft.models.loading import empty_model
-from dualsft.selection.parameter_choice import parameter_budget
-from dualsft.selection.settings import SelectionSettings
-from dualsft.selection.warmup import Warmup
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ class CompareJobs:
                     _name("weights" if pool else "selection", choices[source][0], given), given, pool
                 )
                 rows = pool.size if pool else record_count(own)
-                count = _checked(own, rows, pool is None)
+                count = chosen_count(own, rows, pool is None)
             needs = (*(parent.needs if parent else ()), job)
             if choice_of(own) != choice_of(settings[source]):
                 name = _name("choice", place, choice.settings)
@@ -176,7 +168,7 @@ class CompareJobs:
 
     def _adapter(self, recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
         settings = self._jobs.settings("select", {})
-        sizes = _sizes(at(settings, MODEL))
+        sizes = weight_counts(at(settings, MODEL))
         budget = count_of("the parameter budget", recipe.budgets.parameters, sum(sizes.values()), "weights")
         return with_rank(given, at(settings, MODEL), budget, recipe.seed)
 
@@ -185,22 +177,6 @@ class CompareJobs:
 
     def _pool(self, made: Made) -> Pool:
         return Pool(str(self._bank.place(made.job) / "selection" / "selected.jsonl"), made.job.key, made.count)
-
-
-@contextmanager
-def telling(place: str) -> Iterator[None]:
-    """Start what is said of a mistake with its place in the grid."""
-    try:
-        with naming(place):
-            yield
-    except ArgumentError as error:
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)", str(error))
-        told = (
-            f"there is no setting {unknown[1]}; --print_config of the command shows them."
-            if unknown
-            else plainly(error)
-        )
-        raise UserError(f"{place}: {told}") from error
 
 
 def _name(what: str, place: str, settings: Mapping[str, Any]) -> str:
@@ -212,26 +188,3 @@ def _of_validate(evaluation: Evaluation) -> dict[str, Any]:
     """The settings of validate for an evaluation."""
     tokens = {"model.generation.max_new_tokens": evaluation.max_new_tokens}
     return {**tokens, **evaluation.validate, "data.validation": evaluation.data, "tasks": evaluation.tasks}
-
-
-def _checked(settings: Mapping[str, Any], rows: int, is_whole: bool) -> int:
-    """How many examples a selection chooses, about; refuses budgets that cannot be met."""
-    of: dict[str, Any] = settings["model"]
-    alone = SelectionSettings(
-        parameter_budget=of["parameter_budget"],
-        trainable=of["trainable"],
-        frozen=of["frozen"],
-        preconditioner="none",
-        warmup=Warmup(fraction=0),
-    )
-    parameter_budget(alone, _sizes(of["model_name_or_path"]))
-    budget: Budget = of["data_budget"]
-    if isinstance(budget, int) and data_allocator(settings).unit == "tokens":
-        return rows
-    return count_of("model.data_budget", budget, rows, "examples")
-
-
-@cache
-def _sizes(model: str) -> dict[str, int]:
-    """Parameter name -> the number of its weights."""
-    return {name: weight.numel() for name, weight in empty_model(model).named_parameters()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualsft.allocators import Budget
+from dualsft.errors import naming
 from dualsft.experiments.grid import Budgets, Grid, Method, Side
 from dualsft.experiments.variants import Draw, Variant
 
@@ -80,7 +81,8 @@ def recipes(grid: Grid) -> list[Recipe]:
     for name, method in grid.methods.items():
         for budgets in grid.budgets:
             for seed in grid.seeds:
-                recipe = _recipe(name, method, budgets, seed)
+                with naming(f"methods.{name}"):
+                    recipe = _recipe(name, method, budgets, seed)
                 found.setdefault((name, recipe.budgets, seed), recipe)
     return list(found.values())
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dualsft.experiments.bootstrap import Estimate
-from dualsft.experiments.figures import Point, draw_comparison, frontier
+from dualsft.experiments.figures import draw_comparison
+from dualsft.experiments.frontier import Point, frontier
 from tests.experiments.cases import results
 
 

@@ -1,5 +1,7 @@
 """What each method of a grid does."""
 
+from typing import Any
+
 import pytest
 
 from dualsft.experiments.grid import Budgets, Method
@@ -55,7 +57,10 @@ def test_everything_needs_no_selection_and_no_second_budget() -> None:
 
 def test_sequential_methods_choose_weights_on_chosen_examples() -> None:
     """The second selection's pool is what the first one chose, and both have the method's common settings."""
-    allocators = {"data": {"model.data_allocator": "less"}, "parameters": {"model.parameter_allocator": "lift"}}
+    allocators: dict[str, Any] = {
+        "data": {"model.data_allocator": "less"},
+        "parameters": {"model.parameter_allocator": "lift"},
+    }
     run = of(Method(select={"model.dtype": "float32"}, **allocators))[0]
     second = run.choice
     assert second is not None

@@ -1,5 +1,7 @@
 """What is computed of a comparison's metrics."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -32,7 +34,7 @@ def test_rows() -> None:
 
 def test_changes_are_gains() -> None:
     """Lower losses and higher shares are gains; forgetting is the loss that was gained, and groups take means."""
-    both = {"group": "plasticity", "metric": "token_accuracy"}
+    both: dict[str, Any] = {"group": "plasticity", "metric": "token_accuracy"}
     evaluations = {"target": Evaluation(data="t", **both), "general": Evaluation(data="g", forgetting=True, **both)}
     run = outcome("both", 0, 2.5, 1.25)
     results = Results(grid(evaluations=evaluations), base_outcome(BASE), [run])

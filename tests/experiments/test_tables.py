@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from dualsft.experiments.comparison_tables import cost_table, quality_table
 from dualsft.experiments.grid import Budgets, Evaluation
 from dualsft.experiments.results import Outcome, Results, base_outcome
-from dualsft.experiments.tables import cost_table, quality_table
 from tests.experiments.cases import BASE, grid, outcome, results
 
 CASES = [
