@@ -139,6 +139,7 @@ def write(results: Results, folder: Path) -> str:
     write_atomically(folder / "table.md", f"{text}\n")
     write_atomically(folder / "table.tex", "\n\n".join(table.latex() for table in tables) + "\n")
     write_atomically(folder / "failures.json", json.dumps(failures, indent=2))
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # those of methods that are gone
     figures = draw_comparison(results, folder / "figures")
     files = ["results.parquet", "table.md", "table.tex", "failures.json", *(f"figures/{name}" for name in figures)]
     return f"{text}\n\nwrote {folder}: {', '.join(files)}"

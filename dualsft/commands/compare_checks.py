@@ -5,12 +5,15 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from dualsft.allocators import Budget, count_of
 from dualsft.commands.messages import plainly
 from dualsft.commands.shared_scores import data_allocator
 from dualsft.errors import UserError, naming
+from dualsft.evaluation.tasks import INSTALL
+from dualsft.experiments.grid import Evaluation
 from dualsft.models.loading import empty_model
 from dualsft.selection.parameter_choice import parameter_budget
 from dualsft.selection.settings import SelectionSettings
@@ -33,7 +36,13 @@ def telling(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {told}") from error
 
 
-def chosen_count(settings: Mapping[str, Any], rows: int, is_whole: bool) -> int:
+def check_tasks_can_be_run(evaluation: Evaluation) -> None:
+    """Refuse tasks where the lm-evaluation-harness is not installed."""
+    if evaluation.tasks is not None and find_spec("lm_eval") is None:
+        raise UserError(f"tasks need the lm-evaluation-harness, which is not installed; install it with {INSTALL}.")
+
+
+def chosen_count(settings: Mapping[str, Any], rows: int) -> int:
     """How many examples a selection chooses, about; refuses budgets that cannot be met."""
     of: dict[str, Any] = settings["model"]
     alone = SelectionSettings(

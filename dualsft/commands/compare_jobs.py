@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualsft.allocators import count_of
-from dualsft.commands.compare_checks import chosen_count, telling, weight_counts
+from dualsft.commands.compare_checks import check_tasks_can_be_run, chosen_count, telling, weight_counts
 from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, VALIDATION, Evaluations, Jobs, Pool, record_count
 from dualsft.commands.resolved import at, put
 from dualsft.commands.shared_scores import choice_of, sources
@@ -22,14 +22,21 @@ class Made:
     """A selection of a comparison.
 
     Attributes:
-        job: The job that makes it.
-        needs: The jobs that must be done before, in their order.
+        folder: Where it will be.
+        key: What identifies its scores and choice.
+        needs: The jobs that make it, in their order.
         count: How many examples it chooses, about.
     """
 
-    job: Job
+    folder: str
+    key: str
     needs: tuple[Job, ...]
     count: int
+
+    @property
+    def as_pool(self) -> Pool:
+        """What it chooses, as the pool of another one."""
+        return Pool(f"{self.folder}/selected.jsonl", self.key, self.count)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class CompareJobs:
     def _evaluations(self, given: Mapping[str, Evaluation]) -> Evaluations:
         for name, evaluation in given.items():
             with telling(f"evaluations.{name}"):
+                check_tasks_can_be_run(evaluation)
                 self._jobs.evaluations({name: _of_validate(evaluation)})
         return self._jobs.evaluations({name: _of_validate(evaluation) for name, evaluation in given.items()})
 
@@ -121,30 +129,37 @@ class CompareJobs:
     def _make(self, choices: Sequence[tuple[str, Choice]], made: dict[int, Made]) -> None:
         """Add the selections of some choices: one for each kind of scores, and the others allocated from it."""
         settings = [self._settings(place, choice, made) for place, choice in choices]
-        found = sources(settings)
-        for (place, choice), own, source in zip(choices, settings, found, strict=True):
+        owns = [self._select(place, choice, made) for place, choice in choices]
+        found = sources(settings, [self._is_done(job) for job in owns])
+        for k, (place, choice) in enumerate(choices):
             parent = made[id(choice.of)] if choice.of else None
-            pool = self._pool(parent) if parent else None
-            with telling(place):
-                given = choices[source][1].settings
-                job = self._jobs.select(
-                    _name("weights" if pool else "selection", choices[source][0], given), given, pool
-                )
-                rows = pool.size if pool else record_count(own)
-                count = chosen_count(own, rows, pool is None)
+            job = owns[found[k]]
             needs = (*(parent.needs if parent else ()), job)
-            if choice_of(own) != choice_of(settings[source]):
-                name = _name("choice", place, choice.settings)
-                job = self._jobs.allocate(name, job, self._folder(job), choice_of(own))
+            with telling(place):
+                count = chosen_count(settings[k], parent.count if parent else record_count(settings[k]))
+            if choice_of(settings[k]) != choice_of(settings[found[k]]):
+                name = _name("choice", place, choice)
+                job = self._jobs.allocate(name, job, self._folder(job), choice_of(settings[k]))
                 needs = (*needs, job)
-            made[id(choice)] = Made(job, needs, count)
+            # known by its own settings, so that it is the same one whichever selection has its scores
+            made[id(choice)] = Made(self._folder(job), owns[k].key, needs, count)
+
+    def _select(self, place: str, choice: Choice, made: Mapping[int, Made]) -> Job:
+        """The job that makes a selection with scores of its own."""
+        pool = made[id(choice.of)].as_pool if choice.of else None
+        with telling(place):
+            return self._jobs.select(_name("weights" if pool else "selection", place, choice), choice.settings, pool)
+
+    def _is_done(self, job: Job) -> bool:
+        found = self._bank.result(job)
+        return found is not None and found.error is None
 
     def _settings(self, place: str, choice: Choice, made: Mapping[int, Made]) -> dict[str, Any]:
         """The settings of a selection, with its pool."""
         with telling(place):
             settings = self._jobs.settings("select", choice.settings)
         if choice.of is not None:
-            put(settings, TRAIN, self._pool(made[id(choice.of)]).path)
+            put(settings, TRAIN, made[id(choice.of)].as_pool.path)
         return settings
 
     def _trial(self, recipe: Recipe, made: Mapping[int, Made], evaluations: Evaluations) -> Trial:
@@ -157,11 +172,11 @@ class CompareJobs:
                 recipe.label,
                 fit,
                 evaluations,
-                selection=self._folder(own.job) if own else None,
-                selection_fingerprint=own.job.key if own else None,
+                selection=own.folder if own else None,
+                selection_fingerprint=own.key if own else None,
                 variant=recipe.variant,
                 examples=own.count if own else None,
-                pool=self._pool(parent) if parent else None,
+                pool=parent.as_pool if parent else None,
                 adapter=adapter,
             )
         return Trial(recipe, job, own.needs if own else ())
@@ -175,13 +190,10 @@ class CompareJobs:
     def _folder(self, job: Job) -> str:
         return str(self._bank.place(job) / "selection")
 
-    def _pool(self, made: Made) -> Pool:
-        return Pool(str(self._bank.place(made.job) / "selection" / "selected.jsonl"), made.job.key, made.count)
 
-
-def _name(what: str, place: str, settings: Mapping[str, Any]) -> str:
+def _name(what: str, place: str, choice: Choice) -> str:
     """What people call the job of a selection."""
-    return f"{what} of {place.removeprefix('methods.')}, seed {settings[SEED]}"
+    return f"{what} of {place.removeprefix('methods.')}, seed {choice.settings[SEED]}"
 
 
 def _of_validate(evaluation: Evaluation) -> dict[str, Any]:

@@ -20,15 +20,19 @@ def choice_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _DEFAULTS.get(name) if value is None else value for name, value in chosen.items()}
 
 
-def sources(selections: Sequence[Mapping[str, Any]]) -> list[int]:
+def sources(selections: Sequence[Mapping[str, Any]], done: Sequence[bool]) -> list[int]:
     """For each of several settings of select, with what is read among them, which of them gives it its scores.
 
-    Those with the same scores get the same one, itself among them: the one that measures most, and that scores weights
-    if any does.
+    Those with the same scores get the same one, itself among them: one that is done already if it can, otherwise the
+    one that measures most, and that scores weights if any does.
+
+    Args:
+        selections: The settings.
+        done: Which of them have been made.
     """
     found = list(range(len(selections)))
     for members in _groups(selections).values():
-        order = sorted(members, key=lambda k: _preference(selections[k]))
+        order = sorted(members, key=lambda k: (not done[k], *_preference(selections[k])))
         for k in members:
             found[k] = next(s for s in order if s == k or _serves(selections[s], selections[k]))
     return found

@@ -19,7 +19,7 @@ _SET_BY_THE_GRID = {
     "data.train": "the grid's config, as one pool is compared",
 }
 """Keys that no method sets -> what sets them."""
-_LOSSES = ("loss", "perplexity", "bits_per_byte")
+_LOSSES = ("loss", "perplexity", "bits_per_byte", "brier_score")
 
 
 @dataclass(frozen=True)

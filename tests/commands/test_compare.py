@@ -159,6 +159,18 @@ def test_killed_and_continued(job: Path, tmp_path: Path) -> None:
     assert not {j.key for j in first.done} & {j.key for j in second.done}
 
 
+def test_a_larger_grid_adds_what_is_new(job: Path, tmp_path: Path) -> None:
+    """Methods that were run before are not run again, though another one that measures more could score for them."""
+    methods = {name: METHODS[name] for name in ("both", "random")}
+    grid, jobs = made(job, tmp_path, methods=methods)
+    compare(grid, jobs, Pretence(Bank(tmp_path)))
+    grid, jobs = made(job, tmp_path)
+    pretence = Pretence(Bank(tmp_path))
+    compare(grid, jobs, pretence)
+    assert not [j.name for j in pretence.done if j.kind == "fit" and j.name.startswith(tuple(methods))]
+    assert sum(j.kind == "select" for j in pretence.done) == 4  # what less measures, and lift on what it chose
+
+
 def test_costs_include_the_selection_that_a_run_rests_on(job: Path, tmp_path: Path) -> None:
     """Time adds up over a run's selections where its choice is by scores, and is the fit's alone where it is not."""
     grid, jobs = made(job, tmp_path)

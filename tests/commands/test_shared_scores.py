@@ -1,11 +1,16 @@
 """Which selections share their scores."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dualsft.commands.shared_scores import sources
+from dualsft.commands import shared_scores
 
 DIVERSE = "dualsft.allocators.Diverse"
+
+
+def sources(given: Sequence[Mapping[str, Any]], done: Collection[int] = ()) -> list[int]:
+    """Who scores for whom, of selections of which some are done."""
+    return shared_scores.sources(given, [k in done for k in range(len(given))])
 
 
 def settings(**changes: Any) -> Mapping[str, Any]:
@@ -41,3 +46,10 @@ def test_sides_behind_scores_are_not_exchanged() -> None:
     assert sources(given) == [0, 0, 2]
     twice = [settings(**order, rounds=2), settings(**order, rounds=2, parameter_budget=0.2)]
     assert sources(twice) == [0, 1]
+
+
+def test_what_is_done_serves_first() -> None:
+    """Finished scores are used where they have what is needed, and only what they lack is measured anew."""
+    diverse = settings(data_allocator={"class_path": DIVERSE})
+    assert sources([settings(data_budget=3), settings(), diverse], done=[1]) == [1, 1, 2]
+    assert sources([settings(), diverse], done=[1]) == [1, 1]
