@@ -1,5 +1,6 @@
 """Does the jobs of an experiment, by the ordinary commands: what `dualsft.experiments.workers` runs as a process."""
 
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +59,7 @@ def execute(job: Job, place: Path) -> Result:
             case _:
                 raise UserError(f"A job of the kind {job.kind!r} is not done here.")
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
     versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
     return Result(metrics=metrics, costs=costs, seconds=time.perf_counter() - start, versions=versions)
 
@@ -169,7 +170,7 @@ def command(verb: str, settings: Mapping[str, Any], read: Mapping[str, Any], fil
     again = {"validate": [], "allocate": ["--overwrite"]}.get(verb, ["--resume"])
     arguments = [verb, "--config", str(file), *again, "--output_dir", str(output)]
     if _is_alone(config):
-        run(arguments)
+        _alone(lambda: run(arguments))
         return
     done = subprocess.run([sys.executable, "-m", "dualsft", *arguments], stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -183,12 +184,36 @@ def fit_adapter(
     config = _write_config(settings, read, file)
     if not _is_alone(config):
         raise UserError("an adapter is trained on one device; set trainer.devices to 1.")
-    job = FitCLI(["--config", str(file), "--resume", "--output_dir", str(output)])
-    job.model.adapter = Adapter(adapter, int(config["seed_everything"]))
-    callbacks = job.trainer.callbacks  # type: ignore[attr-defined]
-    exporting = [ExportAdapter(output) if isinstance(c, ExportModel) else c for c in callbacks]
-    job.trainer.callbacks = exporting  # type: ignore[attr-defined]
-    job.run()
+
+    def fit() -> None:
+        job = FitCLI(["--config", str(file), "--resume", "--output_dir", str(output)])
+        job.model.adapter = Adapter(adapter, int(config["seed_everything"]))
+        callbacks = job.trainer.callbacks  # type: ignore[attr-defined]
+        exporting = [ExportAdapter(output) if isinstance(c, ExportModel) else c for c in callbacks]
+        job.trainer.callbacks = exporting  # type: ignore[attr-defined]
+        job.run()
+
+    _alone(fit)
+
+
+def _alone(work: Callable[[], None]) -> None:
+    """Do something that loads a model, and leave none of it in memory.
+
+    jsonargparse keeps the last parser that it used in a context variable, and with it the model of the command.
+    """
+    try:
+        copy_context().run(work)
+    finally:
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Give back to the system what is no longer used: models refer to themselves, and glibc keeps what was freed."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _write_config(settings: Mapping[str, Any], read: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -154,6 +154,8 @@ class FitCLI(VerbCLI):
             if (refusal := refused(error)) is not None:
                 raise UserError(refusal) from error
             raise
+        finally:
+            self.model.compact.detach()  # hooks, which Python's collector does not see, keep all weights in memory
 
     def _checkpoint(self, folder: Path) -> Path | None:
         """The checkpoint to resume from, if there is one; prints its name."""

@@ -1,9 +1,11 @@
 """Jobs as a worker does them, in this process."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dualsft.commands.experiment_jobs import Jobs
@@ -55,6 +57,22 @@ def test_an_allocation_is_the_selection(jobs: Jobs, tmp_path: Path) -> None:
     for name in CHOICE:
         made, expected = (bank.place(of) / "selection" / name for of in (job, own))
         assert made.read_bytes() == expected.read_bytes()
+
+
+def weights_in_memory() -> int:
+    """How many parameters of models there are."""
+    return sum(type(found) is torch.nn.Parameter for found in gc.get_objects())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fit", "select"])
+def test_nothing_stays_in_memory(kind: str, jobs: Jobs, inputs: Inputs, tmp_path: Path) -> None:
+    """A job leaves no weights behind, so that a worker can do any number of them one after another."""
+    evaluations = jobs.evaluations({"target": {"data.validation": inputs.validation}})
+    job = jobs.select("it", {}) if kind == "select" else jobs.fit("it", {"trainer.max_epochs": 1}, evaluations)
+    before = weights_in_memory()
+    done(job, Bank(tmp_path))
+    assert weights_in_memory() == before
 
 
 def adapter_job(jobs: Jobs, inputs: Inputs, bank: Bank, config: dict[str, Any]) -> Job:
