@@ -155,5 +155,5 @@ def _notes(results: Results) -> list[str]:
         )
     else:
         notes.insert(0, "One seed gives no interval: differences may be chance.")
-    failed = [f"- {of['method']}, seed {of['seed']}: {of['error']}" for of in results.failures()]
+    failed = [f"- {of['run']}: {of['error']}" for of in results.failures()]
     return [*notes, *(["Failed:\n" + "\n".join(failed)] if failed else [])]

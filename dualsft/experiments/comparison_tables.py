@@ -76,7 +76,10 @@ def _row(outcomes: Sequence[Outcome], columns: Sequence[Column], competes: bool)
     budgets = [share(first.budgets.data), share(first.budgets.parameters)] if competes else ["-", "-"]
     runs = str(len(well)) if len(well) == len(outcomes) else f"{len(well)} of {len(outcomes)}"
     values = [[v for of in well if (v := column.value(of)) is not None] for column in columns]
-    error = first.error or ""
-    short = error if len(error) <= _REASON else f"{error[:_REASON].rstrip()}..."
     head = [first.method, *budgets, runs if competes else "-"]
-    return Row(head, values, competes, None if well else f"failed: {short}")
+    return Row(head, values, competes, next((_failure(of.error) for of in outcomes if of.error is not None), ""))
+
+
+def _failure(error: str) -> str:
+    """The first words of why a run failed."""
+    return f"failed: {error}" if len(error) <= _REASON else f"failed: {error[:_REASON].rstrip()} ..."

@@ -15,6 +15,8 @@ from dualsft.storage.writing import writing_to
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPXh"
 _WIDTH, _HEIGHT = 3.5, 2.9  # inches: one column of a page
+_MOST_NAMES = 9  # more would cover the figure: they are numbered
+_COLUMNS, _LINE = 2, 0.125  # of the legend; inches
 _WIDE = 20.0  # ratio of the largest to the smallest value from which on an axis is logarithmic
 _STYLE: Any = {
     "font.size": 7.5,
@@ -72,9 +74,13 @@ def draw_frontier(folder: Path, names: Sequence[str], axis: Axis, gain: Axis) ->
 
     values = zip(names, axis.values, gain.values, strict=True)
     points = [Point(name, _estimate(x, axis.with_bars), _estimate(y)) for name, x, y in values]
+    rows = -(-len(points) // _COLUMNS) if len(points) > _MOST_NAMES else 0
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(_WIDTH, _HEIGHT), dpi=200, layout="constrained")
+        size = (_WIDTH, _HEIGHT + _LINE * rows)
+        figure, axes = pyplot.subplots(figsize=size, dpi=200, layout="constrained")
         _plot(axes, points)
+        if rows:
+            points = _numbered(figure, axes, points)
         _scale(axes, points)
         axes.set(xlabel=axis.label, ylabel=gain.label)
         _finish(figure, axes, points)
@@ -85,6 +91,15 @@ def draw_frontier(folder: Path, names: Sequence[str], axis: Axis, gain: Axis) ->
                 figure.savefig(folder / file, metadata={"Date": None} if file.endswith("svg") else None)
         pyplot.close(figure)
     return files
+
+
+def _numbered(figure: Any, axes: Any, points: Sequence[Point]) -> list[Point]:
+    """The points under numbers, whose names stand in a legend below."""
+    marks = axes.containers  # one for each point, in their order
+    names = [f"{k}  {point.name}" for k, point in enumerate(points, 1)]
+    style = {"frameon": False, "fontsize": 6.5, "columnspacing": 1.0, "handletextpad": 0.2, "labelspacing": 0.35}
+    figure.legend([mark[0] for mark in marks], names, loc="outside lower center", ncols=_COLUMNS, **style)
+    return [point._replace(name=str(k)) for k, point in enumerate(points, 1)]
 
 
 def _plot(axes: Any, points: Sequence[Point]) -> None:

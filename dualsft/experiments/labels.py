@@ -8,6 +8,7 @@ _DISTANCES = (6.0, 9.0, 14.0, 20.0, 28.0, 38.0, 50.0)  # points of print between
 _DIRECTIONS = (0, 2, 6, 4, 1, 7, 3, 5)  # eighths of a turn: right first, then above, below, left
 _NEAR = 9.0  # up to which a label needs no line to its mark
 _MARK = 5.0
+_WORSE = 20.0  # how much worse it is to cover a mark, a label or a line to one, than a thin bar or to be a pixel away
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top, in pixels."""
@@ -28,14 +29,18 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], names: Sequen
     marks = [(x - _MARK * scale, y - _MARK * scale, x + _MARK * scale, y + _MARK * scale) for x, y in pixels]
     window = axes.get_window_extent(renderer)
     inside = (window.x0, window.y0, window.x1, window.y1)
-    taken: list[Box] = [*marks, *bars]
+    taken: list[Box] = [*marks]
     for (x, y), name in sorted(zip(pixels, names, strict=True)):
         width, height = _size(axes, name, renderer)
         others = [mark for mark in taken if not _holds(mark, x, y)]
-        offered = [
-            (far, box, _line(x, y, box) if far > _NEAR else []) for far, box in _places(x, y, width, height, scale)
-        ]
-        _, box, line = min(offered, key=lambda at: (_cost(at[1], at[2], taken, others, inside), at[0]))
+
+        def cost(offer: tuple[float, Box, list[Box]], taken: list[Box] = taken, others: list[Box] = others) -> float:
+            distance, box, line = offer
+            covered = _shared([box], taken) + _shared(line, others) + _outside(box, inside)
+            return _WORSE * covered + _shared([box], bars) + scale * distance
+
+        offers = [(d, box, _line(x, y, box) if d > _NEAR else []) for d, box in _places(x, y, width, height, scale)]
+        _, box, line = min(offers, key=cost)
         taken += [box, *line]
         _write(axes, name, (x, y), box, bool(line))
 
@@ -71,12 +76,14 @@ def _holds(box: Box, x: float, y: float) -> bool:
     return box[0] <= x <= box[2] and box[1] <= y <= box[3]
 
 
-def _cost(box: Box, line: Sequence[Box], taken: Sequence[Box], others: Sequence[Box], inside: Box) -> float:
-    """The area of a label and its line that covers others, or lies outside."""
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    covered = sum(_overlap(box, other) for other in taken)
-    crossed = sum(_overlap(spot, other) for spot in line for other in others)
-    return covered + crossed + 2 * (area - _overlap(box, inside))
+def _shared(boxes: Sequence[Box], others: Sequence[Box]) -> float:
+    """The area that boxes share with others."""
+    return sum(_overlap(box, other) for box in boxes for other in others)
+
+
+def _outside(box: Box, inside: Box) -> float:
+    """The area of a box that lies outside of another one."""
+    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, inside)
 
 
 def _overlap(one: Box, other: Box) -> float:
@@ -87,10 +94,13 @@ def _overlap(one: Box, other: Box) -> float:
 
 def _write(axes: Any, name: str, point: tuple[float, float], box: Box, with_line: bool) -> None:
     """Write a name into its box, with a line from the box's nearest edge to the point."""
+    from matplotlib.patheffects import withStroke
+
     back = axes.transData.inverted()
     if with_line:
         edge = (min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3]))
         (x, y), (end_x, end_y) = back.transform(point), back.transform(edge)
         axes.plot([x, end_x], [y, end_y], color="0.55", lw=0.5, zorder=2)
     x, y = back.transform(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-    axes.text(x, y, name, ha="center", va="center", zorder=4)
+    halo = [withStroke(linewidth=1.5, foreground="white")]  # where it lies on a bar
+    axes.text(x, y, name, ha="center", va="center", zorder=4, path_effects=halo)

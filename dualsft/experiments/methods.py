@@ -55,8 +55,7 @@ class Recipe:
     @property
     def label(self) -> str:
         """What people call it."""
-        sides = {"data": self.budgets.data, "weights": self.budgets.parameters}
-        return f"{self.method} ({', '.join(f'{share(b)} of {name}' for name, b in sides.items())}), seed {self.seed}"
+        return label(self.method, self.budgets, self.seed)
 
     @property
     def uses_scores(self) -> bool:
@@ -66,6 +65,11 @@ class Recipe:
         budgets = {"examples": self.budgets.data, "weights": None if self.adapter else self.budgets.parameters}
         drawn = [] if self.variant is None else [s for s in budgets if self.variant[s]["rule"] == "random"]  # type: ignore[literal-required]
         return any(budget is not None and side not in drawn for side, budget in budgets.items())
+
+
+def label(method: str, budgets: Budgets, seed: int | None) -> str:
+    """A run in words."""
+    return f"{method} ({share(budgets.data)} of data, {share(budgets.parameters)} of weights), seed {seed}"
 
 
 def share(budget: Budget) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from dualsft.allocators import Budget
 from dualsft.errors import UserError
 from dualsft.experiments.grid import BASE, Budgets, Grid, Group, is_loss
+from dualsft.experiments.methods import label
 
 FORGETTING = "forgetting"
 
@@ -95,7 +96,14 @@ class Results:
     def failures(self) -> list[dict[str, Any]]:
         """The runs that failed, with the reasons."""
         return [
-            {"method": of.method, "budgets": vars(of.budgets), "seed": of.seed, "error": of.error}
+            {
+                "run": label(of.method, of.budgets, of.seed),
+                "method": of.method,
+                "budget_data": of.budgets.data,
+                "budget_parameters": of.budgets.parameters,
+                "seed": of.seed,
+                "error": of.error,
+            }
             for of in self.outcomes
             if of.error is not None
         ]

@@ -4,7 +4,7 @@ A cell is the mean ± half of Student's t interval. The best method of a column 
 overlap with that of the second best; the base model is there to compare with, and never bold.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +45,19 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method under its budgets, with the values of each column over its seeds."""
+    """One row.
+
+    Attributes:
+        head: What it is.
+        values: The values of each column over the seeds.
+        competes: Whether it can be the best.
+        remark: What is to be said of it.
+    """
 
     head: list[str]
     values: list[list[float]]
     competes: bool
-    failure: str | None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Table:
     Args:
         heads: Headings of the columns that say which row it is.
         columns: The columns of figures.
-        rows: Its rows.
+        rows: Its rows; where any has a remark, remarks are the last column.
     """
 
     heads: list[str]
@@ -69,30 +76,35 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        bold = self._bold()
-        cells = [[*row.head, *self._cells(k, row, bold, "**{}**", "±")] for k, row in enumerate(self.rows)]
-        return markdown_table([[*self.heads, *(c.heading for c in self.columns)], *cells])
+        lines = [[*row.head, *cells, *self._remark(row)] for row, cells in self._filled("**{}**", "±")]
+        return markdown_table([self._headings(), *lines])
 
     def latex(self) -> str:
         """The table as a tabular of LaTeX's booktabs."""
-        bold = self._bold()
-        lines = [[*self.heads, *(c.heading for c in self.columns)]]
-        lines = [[_escaped(cell) for cell in line] for line in lines]
-        for k, row in enumerate(self.rows):
-            lines.append([*map(_escaped, row.head), *self._cells(k, row, bold, r"\textbf{{{}}}", r"$\pm$")])
+        lines = [[_escaped(cell) for cell in self._headings()]]
+        for row, cells in self._filled(r"\textbf{{{}}}", r"$\pm$"):
+            lines.append([*map(_escaped, row.head), *cells, *map(_escaped, self._remark(row))])
         head, *body = (f"{' & '.join(line)} \\\\" for line in lines)
-        layout = "l" * len(self.heads) + "r" * len(self.columns)
+        layout = "l" * len(self.heads) + "r" * len(self.columns) + "l" * self._has_remarks
         parts = [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
         return "\n".join([*parts, r"\end{tabular}"])
 
-    def _cells(self, k: int, row: Row, bold: set[tuple[int, int]], strong: str, plus_minus: str) -> list[str]:
-        if row.failure is not None:
-            return [row.failure if strong == "**{}**" else _escaped(row.failure), *[""] * (len(self.columns) - 1)]
-        cells = []
-        for c, (column, values) in enumerate(zip(self.columns, row.values, strict=True)):
-            text = _cell(column, values, plus_minus)
-            cells.append(strong.format(text) if (k, c) in bold else text)
-        return cells
+    @property
+    def _has_remarks(self) -> bool:
+        return any(row.remark for row in self.rows)
+
+    def _headings(self) -> list[str]:
+        return [*self.heads, *(column.heading for column in self.columns), *([""] if self._has_remarks else [])]
+
+    def _remark(self, row: Row) -> list[str]:
+        return [row.remark] if self._has_remarks else []
+
+    def _filled(self, strong: str, plus_minus: str) -> Iterator[tuple[Row, list[str]]]:
+        """Each row with its cells."""
+        bold = self._bold()
+        for k, row in enumerate(self.rows):
+            cells = [_cell(column, of, plus_minus) for column, of in zip(self.columns, row.values, strict=True)]
+            yield row, [strong.format(cell) if (k, c) in bold else cell for c, cell in enumerate(cells)]
 
     def _bold(self) -> set[tuple[int, int]]:
         """The cells, by row and column, that are best by more than chance."""

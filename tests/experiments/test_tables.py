@@ -50,10 +50,12 @@ def test_failures_are_told() -> None:
     failed = [Outcome("both", Budgets(0.1, 0.2), seed, error="memory ran out") for seed in (0, 1)]
     lost = [outcome("random", 0, 2.0), Outcome("random", Budgets(0.1, 0.2), 1, error="no room")]
     table = quality_table(Results(grid(), base_outcome(BASE), [*failed, *lost])).markdown()
-    both, random = table.splitlines()[-2:]
-    assert "failed: memory ran out" in both
+    base, both, random = table.splitlines()[-3:]
+    assert both.endswith("failed: memory ran out |")
     assert "| 1 of 2 |" in random
     assert "2.000" in random
+    assert random.endswith("failed: no room |")
+    assert "failed" not in base
 
 
 def test_shares_are_per_cent_and_answers_are_shown() -> None:
