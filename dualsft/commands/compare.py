@@ -141,7 +141,7 @@ def write(results: Results, folder: Path) -> str:
     write_atomically(folder / "failures.json", json.dumps(failures, indent=2))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # those of methods that are gone
     figures = draw_comparison(results, folder / "figures")
-    files = ["results.parquet", "table.md", "table.tex", "failures.json", *(f"figures/{name}" for name in figures)]
+    files = ["results.parquet", "table.md", "table.tex", "failures.json", *(["figures/"] if figures else [])]
     return f"{text}\n\nwrote {folder}: {', '.join(files)}"
 
 

@@ -1,18 +1,22 @@
 """The two tables of a comparison: what the trained models are worth, and what they cost."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dualsft.experiments.grid import is_loss
 from dualsft.experiments.methods import share
 from dualsft.experiments.results import FORGETTING, Outcome, Results
 from dualsft.experiments.tables import Column, Row, Table, Value
 
+_HEADS = ["method", "data", "weights", "runs"]
 _REASON = 60  # characters of a failure that a table shows
 
 
 def quality_table(results: Results) -> Table:
     """What the trained models are worth, by evaluation and group."""
-    return _table(results, [*_evaluation_columns(results), *_group_columns(results)], with_base=True)
+    columns = [*_evaluation_columns(results), *_group_columns(results)]
+    rows = [_row(outcomes, columns) for outcomes in results.by_method().values()]
+    return Table(_HEADS, columns, [_base_row(results.base, columns), *rows])
 
 
 def cost_table(results: Results) -> Table:
@@ -27,7 +31,8 @@ def cost_table(results: Results) -> Table:
         Column("peak memory (MiB)", cost("peak_memory_bytes"), 2**-20, 0),
         Column("on disk (MiB)", cost("bytes_on_disk"), 2**-20, 2),
     ]
-    return _table(results, columns, with_base=False)
+    rows = [_row(outcomes, columns) for outcomes in results.by_method().values()]
+    return Table(_HEADS, columns, [replace(row, remark="") for row in rows])
 
 
 def _evaluation_columns(results: Results) -> list[Column]:
@@ -64,20 +69,19 @@ def _group_columns(results: Results) -> list[Column]:
     return columns
 
 
-def _table(results: Results, columns: list[Column], with_base: bool) -> Table:
-    rows = [_row([results.base], columns, False)] if with_base else []
-    rows += [_row(outcomes, columns, True) for outcomes in results.by_method().values()]
-    return Table(["method", "data", "weights", "runs"], columns, rows)
+def _base_row(base: Outcome, columns: Sequence[Column]) -> Row:
+    """The base model's row, with which the others are compared."""
+    values = [[v] if (v := column.value(base)) is not None else [] for column in columns]
+    return Row([base.method, "-", "-", "-"], values, competes=False)
 
 
-def _row(outcomes: Sequence[Outcome], columns: Sequence[Column], competes: bool) -> Row:
+def _row(outcomes: Sequence[Outcome], columns: Sequence[Column]) -> Row:
     """A method's row: its name, its budgets, and how many of its runs there are."""
     first, well = outcomes[0], [of for of in outcomes if of.error is None]
-    budgets = [share(first.budgets.data), share(first.budgets.parameters)] if competes else ["-", "-"]
     runs = str(len(well)) if len(well) == len(outcomes) else f"{len(well)} of {len(outcomes)}"
     values = [[v for of in well if (v := column.value(of)) is not None] for column in columns]
-    head = [first.method, *budgets, runs if competes else "-"]
-    return Row(head, values, competes, next((_failure(of.error) for of in outcomes if of.error is not None), ""))
+    head = [first.method, share(first.budgets.data), share(first.budgets.parameters), runs]
+    return Row(head, values, True, next((_failure(of.error) for of in outcomes if of.error is not None), ""))
 
 
 def _failure(error: str) -> str:
