@@ -83,7 +83,7 @@ def _write(
     with writing_to(folder), replacing(folder / "runs.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(as_rows(runs)), partial)
     write_atomically(folder / "audit.json", json.dumps({**about, **found, "failures": failures}, indent=2))
-    draw_audit(runs, folder / "figures")
+    draw_audit(runs, calibrated, folder / "figures")
     for side, scorers in found.items():
         for scorer, figures in scorers.items():
             tell(f"{side:<11} {scorer}: {figures['verdict']}")

@@ -23,14 +23,20 @@ _FAMILIES = {
 _TITLES = {"data": "examples", "parameters": "weights", "joint": "examples and weights"}
 
 
-def draw_audit(runs: Sequence[AuditRun], folder: Path) -> list[Path]:
-    """Draw the figures of each scorer and setting, as PNG and SVG; return their paths."""
+def draw_audit(runs: Sequence[AuditRun], calibrated: bool, folder: Path) -> list[Path]:
+    """Draw the figures of each scorer and setting, as PNG and SVG; return their paths.
+
+    Args:
+        runs: The runs.
+        calibrated: Whether predictions are in nats.
+        folder: Where the figures go.
+    """
     drawn = []
     for scorer, steps, rate in dict.fromkeys((run.scorer, run.steps, run.learning_rate) for run in runs):
         own = [r for r in runs if (r.scorer, r.steps, r.learning_rate) == (scorer, steps, rate)]
         label = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{scorer}-{steps}-steps-at-{rate:g}")
         title = f"{scorer}, {steps} steps at {rate:g}"
-        drawn += _saved(_scatters(own, title), folder, f"predicted-{label}")
+        drawn += _saved(_scatters(own, calibrated, title), folder, f"predicted-{label}")
         if any(run.family == "band" for run in own):
             drawn += _saved(_curves(own, title), folder, f"bands-{label}")
     return drawn
@@ -40,7 +46,7 @@ def _sides(runs: Sequence[AuditRun]) -> dict[str, list[AuditRun]]:
     return {side: [run for run in runs if run.side == side] for side in dict.fromkeys(run.side for run in runs)}
 
 
-def _scatters(runs: Sequence[AuditRun], title: str) -> Any:
+def _scatters(runs: Sequence[AuditRun], calibrated: bool, title: str) -> Any:
     """Measured against predicted gains, one panel a side."""
     sides = _sides(runs)
     figure, panels = _panels(len(sides), title)
@@ -52,7 +58,7 @@ def _scatters(runs: Sequence[AuditRun], title: str) -> Any:
                 axes.scatter(x, y, marker=marker, color=colour, s=size, label=name, alpha=0.8, linewidths=0)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
         axes.set_title(_TITLES[side])
-        axes.set_xlabel("predicted gain")
+        axes.set_xlabel("predicted gain (nats)" if calibrated else "sum of the scores")
         axes.legend(fontsize="small", frameon=False)
     panels[0].set_ylabel("measured gain (nats)")
     return figure
