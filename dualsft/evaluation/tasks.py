@@ -1,11 +1,13 @@
 """Tasks of the lm-evaluation-harness (EleutherAI) on a checkpoint.
 
 The harness is optional and imported when tasks are given. It loads the tasks' data, generates or scores the answers
-and computes the metrics. Code from the hub is never run; functions that the user's own task files name are.
+and computes the metrics. Code from the hub is never fetched; functions that the user's own task files name are run, and
+code that the model writes only where `TaskOptions.run_model_code` allows it.
 """
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
@@ -29,6 +31,7 @@ from dualsft.storage.paths import expanded
 
 INSTALL = "pip install 'lm-eval[hf]>=0.4.13'"
 MODELS = "lm_eval.models.huggingface"
+_ALLOWS_CODE = "HF_ALLOW_CODE_EVAL"
 NEEDS = "; its data must be on this machine or in reach, and it may not need code from the hub"
 
 
@@ -44,6 +47,9 @@ class TaskOptions:
         few_shot: Examples to show before each question, if not as many as the task says; a task that says 0 stays so.
         limit: Largest number of questions of each task, from its start.
         chat_template: Whether questions are put through the tokenizer's chat template.
+        run_model_code: Allow tasks such as HumanEval, which run the code that the model writes: on this machine, with
+            your rights, and with nothing to keep it in. Do so only where such code can do no harm. Tasks that run no
+            code do not change.
     """
 
     tasks: str | list[str] | None = None
@@ -51,6 +57,7 @@ class TaskOptions:
     few_shot: int | None = None
     limit: int | None = None
     chat_template: bool = False
+    run_model_code: bool = False
 
     def __post_init__(self) -> None:
         if self.tasks is not None and not self.names:
@@ -59,7 +66,8 @@ class TaskOptions:
             raise UserError(f"few_shot={self.few_shot} is too small: it must be at least 0.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit={self.limit} is too small: it must be at least 1.")
-        idle = [f.name for f in fields(self) if f.name != "tasks" and getattr(self, f.name) != f.default]
+        free = ("tasks", "run_model_code")  # a permission, which does no harm where it is not needed
+        idle = [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default]
         if idle and not self.names:
             raise UserError(f"Without tasks there is no use for {' and '.join(idle)}; name tasks, or leave it out.")
         if self.task_folder is not None and not Path(expanded(self.task_folder)).is_dir():
@@ -86,8 +94,8 @@ def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
         was named.
 
     Raises:
-        UserError: If the harness is not installed, a task is unknown, cannot be loaded, or asks for more than words, or
-            the trainer has several processes.
+        UserError: If the harness is not installed, a task is unknown, cannot be loaded, asks for more than words, or
+            runs code without `TaskOptions.run_model_code`, or the trainer has several processes.
     """
     if not options.names:
         return {}
@@ -95,7 +103,7 @@ def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
         raise UserError(
             f"--tasks runs on one process, but the trainer has {trainer.world_size}; set trainer.devices to 1."
         )
-    with _progress_bars(trainer):
+    with _progress_bars(trainer), _model_code(options):
         manager, unread = _manager(options)
         index = TaskIndex(manager.task_index, options.folder, unread)
         for name in options.names:
@@ -103,9 +111,10 @@ def load_tasks(trainer: Trainer, options: TaskOptions) -> dict[str, Any]:
         with chdir(options.folder) if options.folder else nullcontext(), _no_code_from_the_hub():
             loaded = _merged({name: _load(manager, name) for name in options.names})
     for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
+        if getattr(task, "UNSAFE_CODE", False) and not options.run_model_code:
             raise UserError(
-                f"The task {name!r} runs code that the model writes, which is not offered here; leave it out."
+                f"The task {name!r} runs code that the model writes, on this machine and with your rights; leave it "
+                "out, or set run_model_code (--run_model_code true) where such code can do no harm."
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"The task {name!r} asks about more than text, which the model cannot read; leave it out.")
@@ -142,7 +151,8 @@ def evaluate_tasks(
         raise UserError("chat_template is set, but the tokenizer has none; leave it out for this model.")
     harness, models, precision = _imported("lm_eval"), _imported(MODELS), trainer.precision_plugin
     out_of_memory = advising("while tasks were evaluated", "lower data.batch_size, or set model.dtype to bfloat16")
-    with out_of_memory, _no_code_from_the_hub(), _explaining("The tasks cannot be evaluated"), _progress_bars(trainer):
+    explaining = _explaining("The tasks cannot be evaluated")
+    with out_of_memory, _no_code_from_the_hub(), _model_code(options), explaining, _progress_bars(trainer):
         precision.convert_module(model).to(trainer.strategy.root_device)
         with _captured_log():  # it warns that it is given a model, not a name
             padding = _padding_with_known_ids(tokenizer, embedding_rows(model))
@@ -152,6 +162,7 @@ def evaluate_tasks(
             _prepare(task, options.few_shot, seed)
         with precision.forward_context(), _captured_log() as records:
             how = {"limit": options.limit, "apply_chat_template": options.chat_template}
+            how |= {"confirm_run_unsafe_code": options.run_model_code}
             results = harness.evaluate(wrapped, loaded, log_samples=False, fewshot_as_multiturn=True, **how)
     warnings = list(dict.fromkeys(record.getMessage() for record in records))
     results = {**results, "lm_eval_version": harness.__version__, "warnings": warnings}
@@ -251,6 +262,20 @@ def _no_code_from_the_hub() -> Iterator[None]:
         yield
     finally:
         config.HF_EVALUATE_OFFLINE = before
+
+
+@contextmanager
+def _model_code(options: TaskOptions) -> Iterator[None]:
+    """Tells the metric of Hugging Face that runs code, which asks for it by this variable, that it may, if it may."""
+    before = os.environ.get(_ALLOWS_CODE)
+    if options.run_model_code:
+        os.environ[_ALLOWS_CODE] = "1"
+    try:
+        yield
+    finally:
+        if options.run_model_code:
+            os.environ.pop(_ALLOWS_CODE)
+            os.environ |= {_ALLOWS_CODE: before} if before is not None else {}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -192,6 +193,40 @@ def test_exact_match_of_generated_answers(model: str, tmp_path: Path, padding: s
 
 
 @with_harness
+def test_code_of_the_model_is_run_where_that_is_allowed(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that runs code is evaluated if it may be, and its metric is told by the variable that it asks for.
+
+    The variable is afterwards what it was before, and is not set for a task that may not run code.
+    """
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    write_jsonl(tmp_path / "rows.jsonl", sums(3))
+    (tmp_path / "metric.py").write_text(
+        "import os\n\n\ndef allowed(references, predictions):\n"
+        "    return {'pass@1': float(os.environ.get('HF_ALLOW_CODE_EVAL') == '1')}\n"
+    )
+    code = "output_type: generate_until\nmetric_list: [{metric: !function metric.allowed, aggregation: mean}]\n"
+    task = {
+        "task": "write",
+        "unsafe_code": True,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{response}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2},
+    }
+    (tmp_path / "write.yaml").write_text(yaml.safe_dump(task) + code)
+    module = EvaluationModule(model)
+    (score,) = task_scores(evaluate(module, tasks="write", task_folder=str(tmp_path), run_model_code=True))
+    assert (score.metric, score.value, score.questions) == ("pass@1", 1.0, 3)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    with pytest.raises(UserError, match="runs code that the model writes"):
+        load_tasks(trainer(), TaskOptions("write", str(tmp_path)))
+
+
+@with_harness
 def test_drawn_examples_follow_the_seed(model: str, folder: Path, tmp_path: Path) -> None:
     """The same seed shows the same examples before a question, another seed others."""
     (tmp_path / "data").symlink_to(folder / "data")
@@ -311,7 +346,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "not here": ({"tasks": "choose,arc_easy"}, r"The task 'arc_easy' cannot be loaded \(.*Hub.*on this machine"),
     "no data": ({"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}, r"'choose' cannot be loaded \(FileNotFound"),
     "metric": ({"metric_list": [{"metric": "mine"}]}, r"'choose' cannot be loaded \(.*mine.*may not need code from"),
-    "unsafe": ({"unsafe_code": True}, "'choose' runs code that the model writes"),
+    "unsafe": ({"unsafe_code": True}, r"'choose' runs code that the model writes, .* \(--run_model_code true\)"),
     "pictures": ({"doc_to_image": "question"}, "'choose' asks about more than text"),
     "column": ({"doc_to_text": "{{question[3].x}}"}, r"'choose' cannot be loaded \(.*"),
 }
