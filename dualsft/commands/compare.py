@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from dualsft.commands.compare_jobs import CompareJobs, Trial
+from dualsft.commands.compare_patterns import PATTERNS, chosen_by, write_patterns
 from dualsft.commands.parsing import add_experiment_options, add_folder_options, check_output_dir
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result
@@ -28,7 +29,7 @@ DESCRIPTION = (
 )
 Do = Callable[[Sequence[Job], str], Mapping[str, Result]]
 """Does those of some jobs that are missing, under a label for the progress bar; the results by key."""
-_WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "failures.json", "figures")
+_WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "failures.json", "figures", *PATTERNS)
 
 
 def compare_command(arguments: Sequence[str]) -> None:
@@ -51,7 +52,10 @@ def compare_command(arguments: Sequence[str]) -> None:
             results = compare(grid, jobs, lambda some, label: complete(bank, some, workers, label))
         except KeyboardInterrupt as stop:
             raise UserError("The comparison was interrupted; the same command goes on from what is finished.") from stop
-    print(write(results, output.path))
+    if results is not None:
+        print(write(results, output.path))
+    if grid.patterns:
+        print(write_patterns(chosen_by(jobs, bank), output.path))
 
 
 def _parser() -> ArgumentParser:
@@ -62,23 +66,35 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results:
+def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results | None:
     """Do the jobs of a grid: the base model's evaluations, the selections, and what can be trained with these.
+
+    Returns:
+        What the trained models are worth; None if the grid has no evaluations, so that nothing is trained.
 
     Raises:
         UserError: if the base model cannot be evaluated, or has not the main metric of an evaluation.
     """
+    if jobs.base is None:
+        _select(jobs, do)
+        return None
     first = do([jobs.base], "base model")[jobs.base.key]
     if first.error is not None:
         raise UserError(f"the base model cannot be evaluated: {first.error}")
     base = base_outcome(first.metrics)
     check_metrics(grid, base)
-    found: dict[str, Result] = {}
-    for stage in jobs.stages:
-        found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], "selections")
+    found = _select(jobs, do)
     ready = [trial.job for trial in jobs.trials if not _lacks(trial.needs, found)]
     found |= do(ready, "fits")
     return Results(grid, base, [_outcome(trial, found) for trial in jobs.trials])
+
+
+def _select(jobs: CompareJobs, do: Do) -> dict[str, Result]:
+    """Make the selections; those that need one that failed are not tried."""
+    found: dict[str, Result] = {}
+    for stage in jobs.stages:
+        found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], "selections")
+    return found
 
 
 def _lacks(needs: Sequence[Job], found: Mapping[str, Result]) -> str:

@@ -47,11 +47,15 @@ class Trial:
         recipe: What it is.
         job: The training and its evaluations.
         needs: The jobs of the selection that it trains, in their order.
+        selection: The selection directory that these make, if any.
+        pool: Another one, whose chosen examples are all that it trains on, if that one chose weights alone.
     """
 
     recipe: Recipe
     job: Job
     needs: tuple[Job, ...]
+    selection: str | None
+    pool: str | None
 
 
 class CompareJobs:
@@ -62,7 +66,7 @@ class CompareJobs:
         bank: Where the jobs' results will be.
 
     Attributes:
-        base: The evaluations of the base model.
+        base: The evaluations of the base model; None if nothing is trained and measured.
         trials: The runs.
 
     Raises:
@@ -74,7 +78,7 @@ class CompareJobs:
         self._bank = bank
         self._check_configuration()
         evaluations = self._evaluations(grid.evaluations)
-        self.base = self._jobs.evaluate(BASE, evaluations)
+        self.base = self._jobs.evaluate(BASE, evaluations) if grid.evaluations else None
         runs = recipes(grid)
         made = self._selections(runs)
         self.trials = [self._trial(recipe, made, evaluations) for recipe in runs]
@@ -98,7 +102,8 @@ class CompareJobs:
     @property
     def all(self) -> list[Job]:
         """All jobs, in the order in which they are done."""
-        return [self.base, *(job for stage in self.stages for job in stage), *(trial.job for trial in self.trials)]
+        selections = [job for stage in self.stages for job in stage]
+        return [self.base, *selections, *(trial.job for trial in self.trials)] if self.base else selections
 
     def _check_configuration(self) -> None:
         """Refuse what is wrong whatever the method."""
@@ -179,7 +184,8 @@ class CompareJobs:
                 pool=parent.as_pool if parent else None,
                 adapter=adapter,
             )
-        return Trial(recipe, job, own.needs if own else ())
+        needs, folder = (own.needs, own.folder) if own else ((), None)
+        return Trial(recipe, job, needs, folder, parent.folder if parent else None)
 
     def _adapter(self, recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
         settings = self._jobs.settings("select", {})

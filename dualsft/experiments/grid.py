@@ -15,11 +15,11 @@ _SET_BY_THE_GRID = {
     "seed_everything": "the grid's seeds",
     "model.selection": "the method's selection",
     "output_dir": "--output_dir",
-    "model.model_name_or_path": "the grid's config, as one model is compared",
     "data.train": "the grid's config, as one pool is compared",
 }
 """Keys that no method sets -> what sets them."""
 _LOSSES = ("loss", "perplexity", "bits_per_byte", "brier_score")
+_MODEL = "model.model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -126,30 +126,46 @@ class Grid:
         methods: What is compared, by name.
         budgets: Under which budgets.
         seeds: With which seeds; each is the ``seed_everything`` of selections and fits.
-        evaluations: What each trained model, and the base model, is measured on, by name.
+        evaluations: What each trained model, and the base model, is measured on, by name. Without any, nothing is
+            trained: the selections are made for their patterns, and each method may name a model of its own.
+        patterns: Whether to write where the chosen weights are, by layer and kind of module, and how far the choices of
+            the methods overlap.
     """
 
     config: list[str]
     methods: dict[str, Method]
     budgets: list[Budgets]
     seeds: list[int]
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    patterns: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("methods", "budgets", "seeds", "evaluations"):
+        for name in ("methods", "budgets", "seeds"):
             if not getattr(self, name):
                 raise UserError(f"The grid has no {name}; give at least one.")
+        if not self.evaluations and not self.patterns:
+            raise UserError("The grid has no evaluations; give at least one, or patterns: true to train nothing.")
         if odd := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             raise UserError(f"seeds holds {odd[0]}; give whole numbers from 0 to 4294967295.")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError("seeds holds a seed twice, which would count one run as two; drop it.")
         if BASE in self.methods:
             raise UserError(f"methods names one {BASE!r}, as the untouched model is called; give it another name.")
+        self._check_models()
         self._check_groups()
 
     def group(self, name: Group) -> dict[str, Evaluation]:
         """The evaluations of a group."""
         return {key: of for key, of in self.evaluations.items() if of.group == name}
+
+    def _check_models(self) -> None:
+        """Refuse another model than the one that all methods are measured against."""
+        for name, method in self.methods.items() if self.evaluations else ():
+            if any(_MODEL in (of or {}) for of in (method.select, method.fit, method.data, method.parameters)):
+                raise UserError(
+                    f"methods.{name} has {_MODEL}, which follows the grid's config, as one model is trained and "
+                    "measured; drop it, or the evaluations."
+                )
 
     def _check_groups(self) -> None:
         """Refuse a mean over losses and shares, which has no unit."""

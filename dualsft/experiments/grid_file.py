@@ -1,7 +1,7 @@
 """Reads a grid from a YAML file; what is wrong is told with its place, in one sentence."""
 
 from argparse import ArgumentError
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ _TAKES = {
     "metric": "the name of a metric",
     "seeds": "a list of whole numbers",
     "config": "a file, or a list of files",
+    "patterns": "true or false",
 }
 """Key -> what it takes, in plain words."""
 _BUDGET = "a fraction in (0, 1], a count, or null for all"
@@ -70,8 +71,9 @@ def read_grid(file: str) -> Grid:
 def grid_from(given: Any, folder: Path) -> Grid:
     """The grid in a loaded file, whose paths start at a folder."""
     keys = _known(given, Grid, "the grid")
-    if missing := [field.name for field in fields(Grid) if keys.get(field.name) is None]:
-        raise UserError(f"the grid has no {missing[0]}; it needs {', '.join(field.name for field in fields(Grid))}.")
+    needed = [of.name for of in fields(Grid) if of.default is of.default_factory is MISSING]
+    if missing := [name for name in needed if keys.get(name) is None]:
+        raise UserError(f"the grid has no {missing[0]}; it needs {', '.join(needed)}.")
     config, budgets = keys["config"], keys["budgets"]
     if not isinstance(budgets, list):
         raise UserError("budgets does not take what is given; give a list of {data: ..., parameters: ...}.")
@@ -82,17 +84,19 @@ def grid_from(given: Any, folder: Path) -> Grid:
         seeds=_parsed("seeds", keys["seeds"], list[int], ""),
         evaluations={
             name: _with_paths(_typed(of, Evaluation, f"evaluations.{name}"), folder)
-            for name, of in _named(keys["evaluations"], "evaluations")
+            for name, of in _named(keys.get("evaluations") or {}, "evaluations")
         },
+        patterns=_parsed("patterns", keys.get("patterns", False), bool, ""),
     )
 
 
 def as_yaml(grid: Grid) -> str:
     """The grid as a file that `read_grid` reads, in which nothing that has its default is written."""
-    shown = asdict(grid)
+    shown = {key: value for key, value in asdict(grid).items() if value}
     for name, kind in (("methods", Method), ("evaluations", Evaluation)):
         default = asdict(kind()) if kind is Method else {f.name: f.default for f in fields(kind)} | {"validate": {}}
-        shown[name] = {key: {k: v for k, v in of.items() if v != default[k]} for key, of in shown[name].items()}
+        given = shown.get(name, {})
+        shown |= {name: {key: {k: v for k, v in of.items() if v != default[k]} for key, of in given.items()}}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 

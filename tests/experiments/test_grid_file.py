@@ -57,6 +57,9 @@ WRONG = [
     ({"seeds": [-1]}, "seeds holds -1"),
     ({"evaluations": {"a": {}}}, r"evaluations\.a: .* without them it has no metrics"),
     ({"evaluations": {"a": {"tasks": "arc", "forgetting": True}}}, r"evaluations\.a: tasks have no use for forgetting"),
+    ({"evaluations": {}}, "no evaluations; give at least one, or patterns: true"),
+    ({"patterns": "some"}, "patterns does not take 'some'; it takes true or false"),
+    ({"methods": {"a": {"select": {"model.model_name_or_path": "m"}}}}, r"methods\.a has model\.model_name_or_path"),
     (
         {"evaluations": {"a": {"data": "x", "group": "stability"}, "b": {"tasks": "y", "group": "stability"}}},
         "no mean over the acc of b and the loss of a",
@@ -69,6 +72,16 @@ def test_mistakes_are_told_with_their_place(change: dict[str, Any], told: str) -
     """Each mistake ends in one sentence that says where it is."""
     with pytest.raises(UserError, match=told):
         grid_from({**GRID, **change}, Path())
+
+
+def test_a_grid_without_evaluations(tmp_path: Path) -> None:
+    """Asked for patterns alone it needs none, and its methods may name models; what is written of it is the grid."""
+    methods = {name: {"select": {"model.model_name_or_path": name}} for name in ("one", "two")}
+    given = {key: value for key, value in GRID.items() if key != "evaluations"}
+    grid = grid_from({**given, "methods": methods, "patterns": True}, Path())
+    (tmp_path / "grid.yaml").write_text(as_yaml(grid))
+    assert read_grid(str(tmp_path / "grid.yaml")) == grid
+    assert grid.evaluations == {}
 
 
 @pytest.mark.parametrize("key", ["seeds", "methods", "config"])
