@@ -11,6 +11,7 @@ the gradient. Both sources of c estimate it, but of different gradients:
                        curvature, by up to the factor T. It costs a backward pass for each validation example.
 """
 
+import math
 from typing import Literal
 
 from jaxtyping import Float
@@ -27,20 +28,24 @@ class DiagonalFisher(SecondOrderScorer):
 
     Args:
         source: second_moment takes it from the warm-up's Adam, empirical_fisher from the validation examples.
+        scale: Factor of c. Adam's second moment is corrected for its start from zero; 1 − 0.999^t takes the correction
+            of t steps back, and leaves the running mean as Adam keeps it, which the paper's release takes.
     """
 
-    def __init__(self, source: Source = "second_moment") -> None:
+    def __init__(self, source: Source = "second_moment", scale: float = 1.0) -> None:
         if source not in ("second_moment", "empirical_fisher"):
             raise UserError(
                 f"diagonal_fisher takes its curvature from 'second_moment' or 'empirical_fisher', not from {source!r}."
             )
-        self.source = source
+        if not 0 < scale < math.inf:
+            raise UserError(f"scale of diagonal_fisher is {scale}; give a positive number.")
+        self.source, self.scale = source, scale
         self.needs = ("pool_gradient", source)
 
     def curvature(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
-        """The product c ⊙ P ⊙ ḡ, of the parameter's shape."""
+        """The product c ⊙ P ⊙ ḡ, of the parameter's shape, times the scale."""
         s = statistics
         c = s.second_moment if self.source == "second_moment" else s.empirical_fisher
         assert c is not None
         assert s.pool_gradient is not None
-        return c * s.preconditioner * s.pool_gradient
+        return self.scale * c * s.preconditioner * s.pool_gradient

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dualsft.errors import UserError
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, SecondOrderScorer
 
 KNOWN = ParameterStatistics(
@@ -24,10 +25,11 @@ KNOWN = ParameterStatistics(
     [
         (DiagonalFisher(), [[2.0, 2.0], [0.0, 2.0]]),
         (DiagonalFisher("empirical_fisher"), [[6.0, 0.0], [-6.0, 1.0]]),
+        (DiagonalFisher(scale=0.5), [[1.0, 1.0], [0.0, 1.0]]),
         (HessianVector(), [[1.0, 2.0], [3.0, -4.0]]),
         (HessianVector("finite_difference"), [[1.0, 2.0], [3.0, -4.0]]),
     ],
-    ids=["second moment", "empirical Fisher", "exact", "difference"],
+    ids=["second moment", "empirical Fisher", "scaled", "exact", "difference"],
 )
 def test_direction(scorer: SecondOrderScorer, curvature: list[list[float]]) -> None:
     """U = (η/n) P ⊙ (v − ½ η C) with C = c ⊙ P ⊙ ḡ or H (P ⊙ ḡ), entry by entry."""
@@ -35,6 +37,13 @@ def test_direction(scorer: SecondOrderScorer, curvature: list[list[float]]) -> N
     assert torch.equal(scorer.curvature(KNOWN), expected)
     u = 0.25 * KNOWN.preconditioner * (KNOWN.validation_gradient - 0.25 * expected)
     torch.testing.assert_close(scorer.direction(KNOWN), u)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_without_sense_is_refused(scale: float) -> None:
+    """A diagonal of squared gradients is scaled by a positive, finite number."""
+    with pytest.raises(UserError, match="scale of diagonal_fisher is"):
+        DiagonalFisher(scale=scale)
 
 
 @pytest.mark.parametrize("scorer", [DiagonalFisher(), HessianVector()], ids=lambda s: type(s).__name__)
