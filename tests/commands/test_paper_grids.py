@@ -1,0 +1,182 @@
+"""The grids of `configs/paper`: each is run in miniature, from the files as they are shipped."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dualsft.commands.compare import compare, write
+from dualsft.commands.compare_jobs import CompareJobs
+from dualsft.commands.compare_patterns import chosen_by, write_patterns
+from dualsft.commands.experiment_worker import execute, explain
+from dualsft.errors import UserError
+from dualsft.experiments.bank import Bank, Result, do
+from dualsft.experiments.grid import Evaluation, Grid
+from dualsft.experiments.grid_file import read_grid
+from dualsft.experiments.jobs import Job
+from tests.world.data import sums, write_jsonl
+from tests.world.models import save_tiny_model
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
+SHARED = ("base", "maths")
+GRIDS = [path for path in sorted(PAPER.glob("*.yaml")) if path.stem not in SHARED]
+SMALL: dict[str, Any] = {
+    "model": {"dtype": "float32", "gradient_checkpointing": False, "warmup": {"learning_rate": 1e-3}},
+    "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "accumulate_grad_batches": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+    "run_model_code": True,
+}
+"""What is laid over a grid's configurations."""
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": ["yes", "no"],
+    "doc_to_target": 0,
+    "metric_list": [{"metric": "acc"}],
+}
+WRITING = {"output_type": "generate_until", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2}}
+TASKS: dict[str, dict[str, Any]] = {
+    "arc_challenge": {**CHOICE, "task": "arc_challenge"},
+    "piqa": {**CHOICE, "task": "piqa"},
+    "one": {**CHOICE, "task": "mmlu_one"},
+    "mmlu": {"group": "mmlu", "task": ["mmlu_one"], "aggregate_metric_list": [{"metric": "acc"}]},
+    "gsm8k": {
+        **WRITING,
+        "task": "gsm8k",
+        "filter_list": [{"name": "strict-match", "filter": [{"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "humaneval": {
+        **WRITING,
+        "task": "humaneval",
+        "unsafe_code": True,
+        "filter_list": [{"name": "create_test", "filter": [{"function": "take_first"}]}],
+    },
+}
+"""Task files by the names, and with the metrics, of the harness's."""
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that base.yaml describes, with two tiny models and tasks on local files, and what is laid over it."""
+    folder = tmp_path_factory.mktemp("paper")
+    save_tiny_model(folder / "model", hidden_size=16, intermediate_size=24)
+    (folder / "models").mkdir()
+    save_tiny_model(folder / "models" / "Llama-3.2-1B", hidden_size=16, intermediate_size=24, num_hidden_layers=3)
+    (folder / "models" / "Qwen2.5-3B").symlink_to("Llama-3.2-1B")
+    rows = sums(60)
+    for k, name in enumerate(("code", "maths", "general", "tasks")):
+        (folder / name).mkdir()
+        for part, first, last in (("train", 0, 24), ("validation", 24, 27), ("test", 27, 29)):
+            write_jsonl(folder / name / f"{part}.jsonl", rows[first + k : last + k])
+    _write_tasks(folder / "tasks")
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return folder
+
+
+def _write_tasks(folder: Path) -> None:
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+    }
+    for name, task in TASKS.items():
+        whole = task if "group" in task else {**data, "doc_to_target": "{{response}}", **task}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole))
+    with open(folder / "humaneval.yaml", "a") as stream:
+        stream.write("metric_list: [{metric: !function metric.pass_at_k, aggregation: mean}]\n")
+    (folder / "metric.py").write_text("def pass_at_k(references, predictions):\n    return {'pass@1': 0.5}\n")
+
+
+@pytest.fixture(autouse=True)
+def _set(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one path is set."""
+    monkeypatch.setenv("DUALSFT_PAPER", str(paper))
+
+
+def in_miniature(path: Path, paper: Path) -> Grid:
+    """A shipped grid with a second configuration laid over its own, one seed, and tasks that are here."""
+    grid = read_grid(str(path))
+    offline = {"task_folder": str(paper / "tasks"), "limit": 1}
+    evaluations = {name: _offline(of, offline) for name, of in grid.evaluations.items()}
+    return replace(grid, config=[*grid.config, str(paper / "small.yaml")], seeds=[0], evaluations=evaluations)
+
+
+def _offline(evaluation: Evaluation, settings: Mapping[str, Any]) -> Evaluation:
+    return evaluation if evaluation.tasks is None else replace(evaluation, validate={**evaluation.validate, **settings})
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_name_in_a_grid_exists(path: Path, paper: Path, tmp_path: Path) -> None:
+    """Keys, scorers, allocators, adapters and data of every method and evaluation are found, and budgets can be met."""
+    jobs = CompareJobs(in_miniature(path, paper), Bank(tmp_path))
+    assert {trial.recipe.method for trial in jobs.trials} == set(read_grid(str(path)).methods)
+
+
+def test_code_is_run_only_where_that_is_asked_for() -> None:
+    """As shipped, no configuration allows a task to run what the model writes."""
+    shipped = [yaml.safe_load(path.read_text()) for path in PAPER.parent.rglob("*.yaml")]
+    assert [config["run_model_code"] for config in shipped if "run_model_code" in config] == [False]
+    measures = [of.validate for path in GRIDS for of in read_grid(str(path)).evaluations.values()]
+    assert not any("run_model_code" in settings for settings in measures)
+
+
+class Here:
+    """Does jobs in this process, which is faster for tiny ones."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    def __call__(self, jobs: Sequence[Job], label: str) -> Mapping[str, Result]:
+        for job in self.bank.missing(jobs):
+            do(self.bank.put(job), execute, explain)
+        return {job.key: found for job in jobs if (found := self.bank.result(job)) is not None}
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """One bank for all grids."""
+    return Bank(tmp_path_factory.mktemp("bank"))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_grid_runs(path: Path, paper: Path, bank: Bank, tmp_path: Path) -> None:
+    """Every method is selected, trained and measured under every budget, and every table and figure is written."""
+    pytest.importorskip("lm_eval", exc_type=ImportError)
+    grid = in_miniature(path, paper)
+    jobs = CompareJobs(grid, bank)
+    results = compare(grid, jobs, Here(bank))
+    if results is not None:
+        assert "failed" not in write(results, tmp_path)
+        assert results.failures() == []
+        assert len(results.outcomes) == len(jobs.trials)
+        measured = set(pq.read_table(tmp_path / "results.parquet")["evaluation"].to_pylist())
+        assert measured == set(grid.evaluations)
+    if grid.patterns:
+        write_patterns(chosen_by(jobs, bank), tmp_path)
+        assert {"layers.md", "overlaps.md", "layers.parquet"} <= {file.name for file in tmp_path.iterdir()}
+    assert list((tmp_path / "figures").glob("*.png"))
+
+
+@pytest.mark.heavy
+def test_humaneval_is_refused_unless_it_is_allowed(paper: Path, tmp_path: Path) -> None:
+    """A grid that measures it ends before the first selection, in one sentence with the option."""
+    grid = in_miniature(PAPER / "main-code.yaml", paper)
+    grid = replace(grid, evaluations={"HumanEval": grid.evaluations["HumanEval"]})
+    (paper / "refused.yaml").write_text(yaml.safe_dump({"run_model_code": False}))
+    grid = replace(grid, config=[*grid.config, str(paper / "refused.yaml")])
+    bank = Bank(tmp_path)
+    with pytest.raises(UserError, match=r"the base model cannot be evaluated: .*'humaneval' runs code.*run_model_code"):
+        compare(grid, CompareJobs(grid, bank), Here(bank))
+    assert len(list(tmp_path.iterdir())) == 1
