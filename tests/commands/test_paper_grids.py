@@ -1,5 +1,6 @@
 """The grids of `configs/paper`: each is run in miniature, from the files as they are shipped."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from dualsft.commands.compare_patterns import chosen_by, write_patterns
 from dualsft.commands.experiment_worker import execute, explain
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result, do
-from dualsft.experiments.grid import Evaluation, Grid
+from dualsft.experiments.grid import Budgets, Evaluation, Grid
 from dualsft.experiments.grid_file import read_grid
 from dualsft.experiments.jobs import Job
 from tests.world.data import sums, write_jsonl
@@ -25,7 +26,7 @@ PAPER = Path(__file__).parents[2] / "configs" / "paper"
 SHARED = ("base", "maths")
 GRIDS = [path for path in sorted(PAPER.glob("*.yaml")) if path.stem not in SHARED]
 SMALL: dict[str, Any] = {
-    "model": {"dtype": "float32", "gradient_checkpointing": False, "warmup": {"learning_rate": 1e-3}},
+    "model": {"dtype": "float32", "gradient_checkpointing": False, "warmup": {"learning_rate": 1e-3}, "step_size": 1.5},
     "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
     "trainer": {
         "accelerator": "cpu",
@@ -33,6 +34,7 @@ SMALL: dict[str, Any] = {
         "accumulate_grad_batches": 1,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "logger": False,
     },
     "run_model_code": True,
 }
@@ -73,11 +75,11 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     save_tiny_model(folder / "models" / "Llama-3.2-1B", hidden_size=16, intermediate_size=24, num_hidden_layers=3)
     (folder / "models" / "Qwen2.5-3B").symlink_to("Llama-3.2-1B")
-    rows = sums(60)
-    for k, name in enumerate(("code", "maths", "general", "tasks")):
+    rows = sums(30)
+    for name in ("code", "maths", "general", "tasks"):  # both pools are the same, so that their runs are
         (folder / name).mkdir()
-        for part, first, last in (("train", 0, 24), ("validation", 24, 27), ("test", 27, 29)):
-            write_jsonl(folder / name / f"{part}.jsonl", rows[first + k : last + k])
+        for part, of in (("train", rows[:24]), ("validation", rows[24:27]), ("test", rows[27:])):
+            write_jsonl(folder / name / f"{part}.jsonl", of)
     _write_tasks(folder / "tasks")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return folder
@@ -105,11 +107,17 @@ def _set(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_miniature(path: Path, paper: Path) -> Grid:
-    """A shipped grid with a second configuration laid over its own, one seed, and tasks that are here."""
+    """A shipped grid with another configuration laid over its own, one budget, one seed, and tasks that are here."""
     grid = read_grid(str(path))
     offline = {"task_folder": str(paper / "tasks"), "limit": 1}
     evaluations = {name: _offline(of, offline) for name, of in grid.evaluations.items()}
-    return replace(grid, config=[*grid.config, str(paper / "small.yaml")], seeds=[0], evaluations=evaluations)
+    return replace(
+        grid,
+        config=[*grid.config, str(paper / "small.yaml")],
+        budgets=[Budgets(0.1, 0.1)],
+        seeds=[0],
+        evaluations=evaluations,
+    )
 
 
 def _offline(evaluation: Evaluation, settings: Mapping[str, Any]) -> Evaluation:
@@ -119,7 +127,8 @@ def _offline(evaluation: Evaluation, settings: Mapping[str, Any]) -> Evaluation:
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_name_in_a_grid_exists(path: Path, paper: Path, tmp_path: Path) -> None:
     """Keys, scorers, allocators, adapters and data of every method and evaluation are found, and budgets can be met."""
-    jobs = CompareJobs(in_miniature(path, paper), Bank(tmp_path))
+    grid = replace(in_miniature(path, paper), budgets=read_grid(str(path)).budgets)
+    jobs = CompareJobs(grid, Bank(tmp_path))
     assert {trial.recipe.method for trial in jobs.trials} == set(read_grid(str(path)).methods)
 
 
@@ -132,20 +141,55 @@ def test_code_is_run_only_where_that_is_asked_for() -> None:
 
 
 class Here:
-    """Does jobs in this process, which is faster for tiny ones."""
+    """Does jobs in this process, and what several grids have in common once.
+
+    The base model is measured on each set and task by itself. Trained models are measured on the target alone, and have
+    the base model's figures elsewhere.
+
+    Args:
+        bank: Where the results are kept.
+    """
 
     def __init__(self, bank: Bank) -> None:
-        self.bank = bank
+        self._bank = bank
+        self._base: dict[str, dict[str, float]] = {}
 
     def __call__(self, jobs: Sequence[Job], label: str) -> Mapping[str, Result]:
-        for job in self.bank.missing(jobs):
-            do(self.bank.put(job), execute, explain)
-        return {job.key: found for job in jobs if (found := self.bank.result(job)) is not None}
+        return {job.key: self._done(job) for job in jobs}
+
+    def _done(self, job: Job) -> Result:
+        if "evaluations" not in job.settings:
+            return self._one(job)
+        if job.kind == "evaluate":
+            results = [self._one(_measured_on(job, name)) for name in job.settings["evaluations"]]
+            self._base = {name: metrics for result in results for name, metrics in result.metrics.items()}
+            return Result(error=next((of.error for of in results if of.error), None), metrics=self._base)
+        result = self._one(_measured_on(job, "target"))
+        return replace(result, metrics={**self._base, **result.metrics})
+
+    def _one(self, job: Job) -> Result:
+        if self._bank.missing([job]):
+            do(self._bank.put(job), execute, explain)
+        found = self._bank.result(job)
+        assert found is not None
+        return found
+
+
+def _measured_on(job: Job, name: str) -> Job:
+    """The job with one of its evaluations."""
+    others = {f"evaluations.{other}" for other in job.settings["evaluations"]} - {f"evaluations.{name}"}
+    return replace(
+        job,
+        settings={**job.settings, "evaluations": {name: job.settings["evaluations"][name]}},
+        inputs={key: path for key, path in job.inputs.items() if key not in others},
+        fingerprints={key: found for key, found in job.fingerprints.items() if key not in others},
+    )
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     """One bank for all grids."""
+    gc.freeze()  # what is collected after each job is then the job's
     return Bank(tmp_path_factory.mktemp("bank"))
 
 
