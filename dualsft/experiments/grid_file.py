@@ -95,8 +95,8 @@ def as_yaml(grid: Grid) -> str:
     shown = {key: value for key, value in asdict(grid).items() if value}
     for name, kind in (("methods", Method), ("evaluations", Evaluation)):
         default = asdict(kind()) if kind is Method else {f.name: f.default for f in fields(kind)} | {"validate": {}}
-        given = shown.get(name, {})
-        shown |= {name: {key: {k: v for k, v in of.items() if v != default[k]} for key, of in given.items()}}
+        if name in shown:
+            shown[name] = {key: {k: v for k, v in of.items() if v != default[k]} for key, of in shown[name].items()}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 

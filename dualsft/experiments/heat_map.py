@@ -18,21 +18,23 @@ _TICKS = 12  # names of layers that a panel shows at most
 def draw_layers(tables: Sequence[Densities], folder: Path) -> list[str]:
     """Draw the tables as one figure, PNG and SVG; return the names of the files.
 
-    All panels have one scale of colours, from nothing to the highest density of all.
+    All panels have one scale of colours, from nothing to the highest density of all, by its square root: a few norms
+    that are chosen nearly whole would leave one colour to all else.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.colors import PowerNorm
 
     across = min(_ACROSS, len(tables))
     down = -(-len(tables) // across)
     size = across * _WIDTH + 0.8, down * (_CELL * max(len(table.layers) for table in tables) + _MARGIN)
-    highest = max(float(np.nanmax(table.values)) for table in tables)
+    scale = PowerNorm(0.5, vmin=0, vmax=100 * max(float(np.nanmax(table.values)) for table in tables))
     with pyplot.rc_context(_STYLE):
         figure, panels = pyplot.subplots(down, across, figsize=size, dpi=200, layout="constrained", squeeze=False)
         for axes, table in zip(panels.flat, tables, strict=False):
-            image = _panel(axes, table, 100 * highest)
+            image = _panel(axes, table, scale)
         for axes in panels.flat[len(tables) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=panels, label="weights chosen (%)", fraction=0.04, pad=0.02)
@@ -45,9 +47,9 @@ def draw_layers(tables: Sequence[Densities], folder: Path) -> list[str]:
     return files
 
 
-def _panel(axes: Any, table: Densities, highest: float) -> Any:
+def _panel(axes: Any, table: Densities, scale: Any) -> Any:
     """One table; places where a layer has no module of the kind stay white."""
-    image = axes.imshow(100 * table.values, aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="none")
+    image = axes.imshow(100 * table.values, aspect="auto", cmap="viridis", norm=scale, interpolation="none")
     step = -(-len(table.layers) // _TICKS)
     axes.set_yticks(range(0, len(table.layers), step), table.layers[::step])
     axes.set_xticks(range(len(table.kinds)), table.kinds, rotation=90)

@@ -12,6 +12,7 @@ import yaml
 from dualsft.cli import run
 from dualsft.commands.compare import compare, write
 from dualsft.commands.compare_jobs import CompareJobs
+from dualsft.commands.compare_patterns import PATTERNS
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result, write_result
 from dualsft.experiments.grid import Grid
@@ -236,10 +237,11 @@ def test_through_real_workers(job: Path, tmp_path: Path, capfd: pytest.CaptureFi
     Variants and both sides have the budgets' numbers, and different seeds have different results.
     """
     methods = {name: METHODS[name] for name in ("both", "random")}
-    grid = write_grid(job, methods=methods)
+    grid = write_grid(job, methods=methods, patterns=True)
     run(["compare", "--config", str(grid), "--output_dir", str(tmp_path / "out")])
     capfd.readouterr()
-    files = ("results.parquet", "table.md", "table.tex", "failures.json", "figures/gain-against-forgetting.svg")
+    files = ("results.parquet", "table.md", "table.tex", "failures.json", *PATTERNS)
+    files += ("figures/gain-against-forgetting.svg", "figures/layers.svg")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files}
     assert json.loads(before["failures.json"]) == []
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()

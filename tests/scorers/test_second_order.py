@@ -39,6 +39,17 @@ def test_direction(scorer: SecondOrderScorer, curvature: list[list[float]]) -> N
     torch.testing.assert_close(scorer.direction(KNOWN), u)
 
 
+def test_the_step_size_of_the_release() -> None:
+    """At η = n x lr and P = 1 the direction is lr (v − ½ lr c ⊙ G), with the pool's gradient summed: G = n ḡ."""
+    lr, count, one = 0.03, KNOWN.num_examples, torch.ones(2, 2)
+    found = DiagonalFisher().direction(replace(KNOWN, step_size=count * lr, preconditioner=one))
+    assert KNOWN.pool_gradient is not None
+    assert KNOWN.second_moment is not None
+    summed = count * KNOWN.pool_gradient
+    expected = lr * (KNOWN.validation_gradient - lr / 2 * KNOWN.second_moment * summed)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_scale_without_sense_is_refused(scale: float) -> None:
     """A diagonal of squared gradients is scaled by a positive, finite number."""
