@@ -48,8 +48,14 @@ def compare_command(arguments: Sequence[str]) -> None:
             return
         output.claim(_replay(grid))
         _keep_settings(grid, output.path)
+
+        def do(some: Sequence[Job], label: str) -> Mapping[str, Result]:
+            return complete(bank, some, workers, label)
+
         try:
-            results = compare(grid, jobs, lambda some, label: complete(bank, some, workers, label))
+            results = compare(grid, jobs, do) if grid.evaluations else None
+            if results is None:
+                make_selections(jobs, do)
         except KeyboardInterrupt as stop:
             raise UserError("The comparison was interrupted; the same command goes on from what is finished.") from stop
     if results is not None:
@@ -66,31 +72,26 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results | None:
+def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results:
     """Do the jobs of a grid: the base model's evaluations, the selections, and what can be trained with these.
-
-    Returns:
-        What the trained models are worth; None if the grid has no evaluations, so that nothing is trained.
 
     Raises:
         UserError: if the base model cannot be evaluated, or has not the main metric of an evaluation.
     """
-    if jobs.base is None:
-        _select(jobs, do)
-        return None
+    assert jobs.base is not None
     first = do([jobs.base], "base model")[jobs.base.key]
     if first.error is not None:
         raise UserError(f"the base model cannot be evaluated: {first.error}")
     base = base_outcome(first.metrics)
     check_metrics(grid, base)
-    found = _select(jobs, do)
+    found = make_selections(jobs, do)
     ready = [trial.job for trial in jobs.trials if not _lacks(trial.needs, found)]
     found |= do(ready, "fits")
     return Results(grid, base, [_outcome(trial, found) for trial in jobs.trials])
 
 
-def _select(jobs: CompareJobs, do: Do) -> dict[str, Result]:
-    """Make the selections; those that need one that failed are not tried."""
+def make_selections(jobs: CompareJobs, do: Do) -> dict[str, Result]:
+    """Make the selections, and return their results by key; those that need one that failed are not tried."""
     found: dict[str, Result] = {}
     for stage in jobs.stages:
         found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], "selections")

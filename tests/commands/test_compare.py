@@ -240,8 +240,8 @@ def test_through_real_workers(job: Path, tmp_path: Path, capfd: pytest.CaptureFi
     grid = write_grid(job, methods=methods, patterns=True)
     run(["compare", "--config", str(grid), "--output_dir", str(tmp_path / "out")])
     capfd.readouterr()
-    files = ("results.parquet", "table.md", "table.tex", "failures.json", *PATTERNS)
-    files += ("figures/gain-against-forgetting.svg", "figures/layers.svg")
+    figures = [f"figures/{name}.svg" for name in ("gain-against-forgetting", "layers")]
+    files = ("results.parquet", "table.md", "table.tex", "failures.json", *PATTERNS, *figures)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files}
     assert json.loads(before["failures.json"]) == []
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
