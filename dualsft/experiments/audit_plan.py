@@ -147,10 +147,16 @@ def _random_masks(sizes: Sizes, count: int) -> Iterator[Draw]:
     """Unions of blocks and mixtures in turn, so that their predicted sums differ."""
     for seed in range(count):
         if seed % 2:
-            yield {"rule": "mixture", "share": (seed // 2 + 0.5) / max(count // 2, 1), "seed": seed}
+            yield {"rule": "mixture", "share": _share(sizes, (seed // 2 + 0.5) / max(count // 2, 1)), "seed": seed}
         else:
             block: Literal["module", "row"] = "module" if seed // 2 % _LARGE_BLOCKS == 0 else "row"
             yield {"rule": "blocks", "count": sizes.chosen_weights, "seed": seed, "block": block}
+
+
+def _share(sizes: Sizes, place: float) -> float:
+    """The share of the chosen weights that a mixture keeps: of a large choice some must stay, as few are outside."""
+    least = max(0.0, 2 - sizes.weights / sizes.chosen_weights)
+    return least + place * (1 - least)
 
 
 def _label(draw: Draw) -> str:
@@ -174,5 +180,6 @@ def _subsets_to_pair(sizes: Sizes, count: int, bands: int) -> Sequence[Draw]:
 
 def _masks_to_pair(sizes: Sizes, count: int, bands: int) -> Sequence[Draw]:
     lowest: Draw = {"rule": "band", "count": sizes.chosen_weights, "band": bands - 1, "bands": bands}
-    more: list[Draw] = [{"rule": "mixture", "share": (k + 1) / (count - 1), "seed": k} for k in range(count - 2)]
+    shares = [_share(sizes, (k + 1) / (count - 1)) for k in range(count - 2)]
+    more: list[Draw] = [{"rule": "mixture", "share": share, "seed": seed} for seed, share in enumerate(shares)]
     return [_CHOSEN, lowest, *more]

@@ -1,5 +1,6 @@
 """What an audit's runs say: how far predicted gains can be trusted, for each side, scorer and setting of the fit."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -72,18 +73,20 @@ def _against(
 ) -> dict[str, Any]:
     """Predictions against one kind of measured gain."""
     predicted = np.array([run.predicted for run in runs])
-    seeds = sorted(set.intersection(*(set(of) for of in gains)))
-    measured = np.array([[of[seed] for seed in seeds] for of in gains])
+    seeds = _usual_seeds(gains)
+    by_seed = [np.array([of[seed] for seed in of if seed in seeds] or list(of.values())) for of in gains]
+    measured = np.array([[of.mean()] for of in by_seed])
     order = spearman(predicted, measured)
     sizes = calibration(predicted, measured) if calibrated else None
     at_random = [k for k, run in enumerate(runs) if run.family in ("random", "blocks")]
+    of_random = np.concatenate([np.array([]), *(by_seed[k] for k in at_random)])
     by_family = {
         run.family: np.array(list(of.values())) for run, of in zip(runs, gains, strict=True)
     }  # the last band's
     chosen, none = by_family.get("chosen", np.array([])), np.array([])
     factor = sizes.factor if sizes else None
     over_random, over_lowest = (
-        difference(chosen, measured[at_random].ravel()),
+        difference(chosen, of_random),
         difference(chosen, by_family.get("band", none)),
     )
     return {
@@ -95,9 +98,9 @@ def _against(
         **_told("spearman_of_random", spearman(predicted[at_random], measured[at_random]) if at_random else None),
         **_told("chosen_over_random", over_random),
         **_told("chosen_over_lowest", over_lowest),
-        "bands": _bands(runs, measured),
+        "bands": _bands(runs, by_seed),
         "runs": len(runs),
-        "seeds": measured.shape[1],
+        "seeds": len(seeds),
         "runs_needed": {"width": WIDTH, "runs": runs_for_width(order.value, WIDTH)} if order else None,
         "verdict": verdict(
             side,
@@ -111,6 +114,12 @@ def _against(
     }
 
 
+def _usual_seeds(gains: Sequence[Mapping[int, float]]) -> set[int]:
+    """The seeds that most variants were trained with: some have more, and a failed run leaves its variant fewer."""
+    counts = Counter(seed for of in gains for seed in of)
+    return {seed for seed, count in counts.items() if 2 * count > len(gains)} or set(counts)
+
+
 def _told(name: str, estimate: Estimate | None) -> dict[str, Any]:
     """An estimate and its 95% interval under two keys; null where there is none."""
     return {
@@ -119,17 +128,17 @@ def _told(name: str, estimate: Estimate | None) -> dict[str, Any]:
     }
 
 
-def _bands(runs: Sequence[AuditRun], measured: np.ndarray) -> list[dict[str, Any]]:
+def _bands(runs: Sequence[AuditRun], gains: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """The curve over the bands of the ranking: the mean gain of each, with an interval if there are several seeds."""
     curve = []
     for k, run in enumerate(runs):
         if run.family == "band":
-            interval = mean_interval(measured[k])
+            interval = mean_interval(gains[k])
             curve.append(
                 {
                     "band": run.label,
                     "predicted": run.predicted,
-                    "gain": float(measured[k].mean()),
+                    "gain": float(gains[k].mean()),
                     "gain_interval": [interval.low, interval.high] if interval else None,
                 }
             )

@@ -136,3 +136,15 @@ def test_settings_are_judged_apart() -> None:
     assert [setting["steps"] for setting in found["settings"]] == [5, 9]
     assert found["slope"] is None
     assert found["spearman"] == 1.0
+
+
+def test_a_failed_run_leaves_the_others_figures() -> None:
+    """A variant without the seed that the others have is judged by those that it has."""
+    runs = [made("chosen", "chosen", 9.0, {1: 9.0, 2: 11.0})]
+    runs += [made("random", str(k), float(k), {0: float(k), 1: float(k)}) for k in range(6)]
+    runs += [made("random", "6", 6.0, {1: 6.0}), made("random", "7", 7.0, {0: 7.0})]
+    found = judge(runs, calibrated=True)["data"]["s"]
+    assert found["seeds"] == 2
+    assert found["spearman"] == 1.0
+    assert found["slope"] == pytest.approx(1.0, abs=0.1)
+    assert found["chosen_over_random"] == pytest.approx(10.0 - (2 * 15 + 6 + 7) / 14)

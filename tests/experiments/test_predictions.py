@@ -12,6 +12,7 @@ from dualsft.commands.experiment_worker import execute, explain
 from dualsft.errors import UserError
 from dualsft.experiments.audit_plan import AuditOptions, Sizes, Variation, variations
 from dualsft.experiments.bank import Bank, do
+from dualsft.experiments.draws import mixture
 from dualsft.experiments.predictions import predicted_gains
 from dualsft.experiments.variants import examples_of, make_variant, weights_of
 from dualsft.models.loading import load_model
@@ -165,3 +166,12 @@ def test_along_a_path_its_own_scores_rank_the_variants(inputs: Inputs, tmp_path:
     assert by_kind["parameters", "chosen"] == pytest.approx(total, rel=1e-5)
     with pytest.raises(UserError, match="scored along a path, where no scorer takes part"):
         ScoreJobs(walked, "first_order", variants, 1.0)
+
+
+def test_of_a_large_choice_mixtures_keep_enough() -> None:
+    """Where more than half of the weights were chosen, no mixture asks for more others than there are."""
+    mask = {"a": torch.arange(100) < 70}
+    drawn_weights = [one.variant["weights"] for one in variations(Sizes(10, 3, 100, 70), AuditOptions(pairs=4))]
+    shares = sorted({draw["share"] for draw in drawn_weights if draw["rule"] == "mixture"})
+    assert len(shares) > 10
+    assert all(int(mixture(mask, share, 0)["a"].sum()) == 70 for share in shares)
