@@ -46,6 +46,12 @@ class AuditCLI(VerbCLI):
 
     def run(self) -> None:
         """Audit, or say what would be done, and print the verdicts."""
+        try:
+            self._audit()
+        except KeyboardInterrupt as stop:
+            raise UserError("The audit was interrupted; the same command goes on from what is finished.") from stop
+
+    def _audit(self) -> None:
         if self.model.selection is None:
             raise UserError("model.selection is not given; name the selection directory to audit.")
         options: AuditOptions = self.config_init.audit

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Trainer
 
-from dualsft.commands.audit_scores import ScoreJobs, is_along_a_path, own_scorer
+from dualsft.commands.audit_checks import check_belongs
+from dualsft.commands.audit_scores import ScoreJobs, is_along_a_path, is_first_order, own_scorer
 from dualsft.commands.experiment_jobs import Jobs
 from dualsft.commands.resolved import at
 from dualsft.data.module import InstructionDataModule
@@ -64,6 +65,7 @@ class AuditJobs:
         self._audited, self._module, self._options = module.selection, module, options
         self._jobs = Jobs(["--config", str(config)])
         self._own = self._jobs.settings("fit", {})
+        check_belongs(self._audited, module, data, str(at(self._own, "data.validation_split")))
         self._drawn = variations(_sizes(self._audited), options)
         ordinary, self._examples_a_step = _steps(data, trainer)
         steps = options.steps or [ordinary]
@@ -71,13 +73,10 @@ class AuditJobs:
         self.settings = [Setting(count, rate) for count in steps for rate in rates]
         self._evaluations = self._jobs.evaluations(self._measured_on(data))
         self.base = self._jobs.evaluate("base model", self._evaluations)
-        length = self._total_rate(self.settings[0])
         scorers: Sequence[str | None] = options.scorers or [None]
-        self._scores = {
-            scorer or own_scorer(self._audited): ScoreJobs(self._audited, scorer, self._drawn, length)
-            for scorer in scorers
-        }
-        self.first = [self.base, *(job for scores in self._scores.values() for job in scores.jobs.values())]
+        self._scores = {scorer or own_scorer(self._audited): self._scores_of(scorer) for scorer in scorers}
+        every = (scores for of in self._scores.values() for scores in of.values())
+        self.first = [self.base, *(job for scores in every for job in scores.jobs.values())]
         self.fits = {
             (number, setting, seed): self._fit(one, setting, seed)
             for setting in self.settings
@@ -95,9 +94,10 @@ class AuditJobs:
             UserError: if the base model could not be evaluated, or the scores could not be made.
         """
         base, found = self._base_result(bank), []
-        for scorer, jobs in self._scores.items():
-            predicted = predicted_gains(self._audited, jobs.scored(bank), self._drawn)
+        for scorer, scores in self._scores.items():
+            gains = {of: predicted_gains(self._audited, of.scored(bank), self._drawn) for of in set(scores.values())}
             for setting in self.settings:
+                predicted = gains[scores[setting]]
                 for number, one in enumerate(self._drawn):
                     run = self._run(bank, base, number, one, setting, scorer, predicted[number])
                     found += [run] if run.gains else []
@@ -106,13 +106,23 @@ class AuditJobs:
     def check(self, bank: Bank) -> None:
         """Refuse to go on where the base model could not be evaluated, or the scores could not be made."""
         self._base_result(bank)
-        for jobs in self._scores.values():
-            jobs.scored(bank)
+        for of in self._scores.values():
+            for scores in of.values():
+                scores.scored(bank)
 
     def failures(self, bank: Bank) -> list[dict[str, str]]:
         """The fits that failed, by name, with why."""
         results = ((job, bank.result(job)) for job in self.fits.values())
         return [{"name": job.name, "error": found.error} for job, found in results if found and found.error]
+
+    def _scores_of(self, scorer: str | None) -> dict[Setting, ScoreJobs]:
+        """A scorer's jobs for each setting: the same ones where its scores are in proportion to the step's length."""
+        first = ScoreJobs(self._audited, scorer, self._drawn, self._total_rate(self.settings[0]))
+        if scorer is None or is_first_order(scorer):
+            return dict.fromkeys(self.settings, first)
+        others = self.settings[1:]
+        later = {of: ScoreJobs(self._audited, scorer, self._drawn, self._total_rate(of)) for of in others}
+        return {self.settings[0]: first, **later}
 
     def _run(
         self, bank: Bank, base: Result, number: int, one: Variation, setting: Setting, scorer: str, predicted: float
@@ -220,9 +230,10 @@ def _sizes(selection: Selection) -> Sizes:
 def _steps(data: InstructionDataModule, trainer: Trainer) -> tuple[int, float]:
     """The optimizer steps of the ordinary fit, and the examples of each."""
     data.setup("fit")
-    batches = len(data.train_dataloader())
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches or 0
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     a_step = trainer.accumulate_grad_batches
-    an_epoch = math.ceil(batches / a_step)
+    an_epoch = max(math.ceil(batches / a_step), 1)
     steps = an_epoch * trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else -1
     if trainer.max_steps >= 0:
         steps = min(steps, trainer.max_steps) if steps >= 0 else trainer.max_steps

@@ -121,6 +121,11 @@ def own_scorer(selection: Selection) -> str:
     return registered_name(group, part.class_path)
 
 
+def is_first_order(scorer: str) -> bool:
+    """Whether a scorer's scores are in proportion to the length of the step."""
+    return class_path("dualsft.scorers", scorer) == class_path("dualsft.scorers", "first_order")
+
+
 def is_along_a_path(selection: Selection) -> bool:
     """Whether the selection was scored along a path."""
     return bool(selection.about.path_walked)

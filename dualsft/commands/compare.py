@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from dualsft.commands.compare_jobs import CompareJobs, Trial
 from dualsft.commands.compare_patterns import PATTERNS, chosen_by, write_patterns
@@ -39,6 +39,13 @@ def compare_command(arguments: Sequence[str]) -> None:
     if options.config is None:
         raise UserError("--config is not given; name the file of the grid.")
     grid = read_grid(options.config)
+    try:
+        _compare(grid, options)
+    except KeyboardInterrupt as stop:
+        raise UserError("The comparison was interrupted; the same command goes on from what is finished.") from stop
+
+
+def _compare(grid: Grid, options: Namespace) -> None:
     output = ReportFolder(options.output_dir, options.overwrite, _WRITTEN)
     bank = Bank(options.bank or output.path / "bank")
     with workers_for(options.parallel) as workers:
@@ -52,12 +59,9 @@ def compare_command(arguments: Sequence[str]) -> None:
         def do(some: Sequence[Job], label: str) -> Mapping[str, Result]:
             return complete(bank, some, workers, label)
 
-        try:
-            results = compare(grid, jobs, do) if grid.evaluations else None
-            if results is None:
-                make_selections(jobs, do)
-        except KeyboardInterrupt as stop:
-            raise UserError("The comparison was interrupted; the same command goes on from what is finished.") from stop
+        results = compare(grid, jobs, do) if grid.evaluations else None
+        if results is None:
+            make_selections(jobs, do)
     if results is not None:
         print(write(results, output.path))
     if grid.patterns:

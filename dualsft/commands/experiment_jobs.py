@@ -14,6 +14,7 @@ from dualsft.data.tokenizer import load_tokenizer
 from dualsft.experiments.jobs import Job
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import model_fingerprint, model_folder, tokenizer_fingerprint
+from dualsft.selection.scoring_checkpoint import describe_checkpoint
 
 MODEL, TRAIN, VALIDATION, SELECTION = "model.model_name_or_path", "data.train", "data.validation", "model.selection"
 CHECKPOINT, SEED = "model.warmup.checkpoint", "seed_everything"
@@ -178,7 +179,7 @@ def _fingerprints(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> dic
     return {
         key: _of_model(path) if key in (MODEL, CHECKPOINT) else _of_records(path, _split(key, settings))
         for key, path in inputs.items()
-    }
+    } | _of_second_moment(inputs)
 
 
 def _split(key: str, settings: Mapping[str, Any]) -> str:
@@ -195,6 +196,12 @@ def _of_model(name_or_path: str) -> str:
         "tokenizer": tokenizer_fingerprint(load_tokenizer(name_or_path)),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _of_second_moment(inputs: Mapping[str, str]) -> dict[str, str]:
+    """The hash of the second moment beside the weights of a ready scoring checkpoint, if it has one."""
+    digest = describe_checkpoint(inputs[CHECKPOINT])["second_moment"] if CHECKPOINT in inputs else None
+    return {f"{CHECKPOINT}.second_moment": digest} if digest is not None else {}
 
 
 @cache

@@ -13,6 +13,7 @@ from dualsft.errors import UserError
 from dualsft.selection import load_selection
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
+from tests.world.models import save_tiny_model
 
 SMALL = {"runs": 2, "bands": 2, "pairs": 2}
 
@@ -101,6 +102,44 @@ def test_mistakes_are_told_before_anything_runs(job: Path, tmp_path: Path, more:
     with pytest.raises(UserError, match=problem):
         audit(job, tmp_path / "audit", *more)
     assert not (tmp_path / "audit").exists()
+
+
+def test_the_selection_belongs_to_what_is_measured(job: Path, tmp_path: Path) -> None:
+    """Gains on other validation records than the scores are about, or of another model, are no test of the scores."""
+    with pytest.raises(UserError, match=r"data.validation has other records .*validation.jsonl"):
+        audit(job, tmp_path / "audit", "--data.validation", str(job / "train.jsonl"))
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="made for another model"):
+        audit(job, tmp_path / "audit", "--model.model_name_or_path", other)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_each_setting_has_its_step(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second-order scorer is asked for the step of each setting; the first order's scores are in proportion to it."""
+    settings = ["--audit.steps", "[2, 4]", "--audit.scorers", "[first_order, hessian_vector]"]
+    audit(job, tmp_path / "audit", *settings, "--dry_run")
+    said = capsys.readouterr().out
+    assert said.count("select    hessian_vector") == 2 * said.count("select    first_order") > 0
+
+
+@pytest.mark.parametrize(("limit", "steps"), [("1", 1), ("0.5", 1), ("1.0", 2)])
+def test_variants_take_the_steps_of_the_fit(
+    limit: str, steps: int, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as its epochs have, of which the trainer may be told to leave batches out."""
+    audit(job, tmp_path / "audit", "--trainer.limit_train_batches", limit, "--dry_run")
+    assert f"parameters chosen, {steps} steps" in capsys.readouterr().out
+
+
+def test_interrupted(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on, without an option for it."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dualsft.commands.audit.complete", stopped)
+    with pytest.raises(UserError, match="interrupted; the same command goes on from what is finished"):
+        audit(job, tmp_path / "audit")
 
 
 def test_another_audit_is_not_replaced_unasked(job: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Jobs as a worker does them, in this process."""
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dualsft.commands.experiment_jobs import Jobs
 from dualsft.commands.experiment_worker import execute
@@ -43,6 +44,21 @@ def jobs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def done(job: Job, bank: Bank) -> Result:
     """A job's result."""
     return execute(job, bank.put(job))
+
+
+def test_a_checkpoint_is_known_by_its_second_moment_too(jobs: Jobs, inputs: Inputs, tmp_path: Path) -> None:
+    """A job whose preconditioner comes from another second moment is another job, though the weights are the same."""
+    ready = shutil.copytree(inputs.model, tmp_path / "ready")
+
+    def key() -> str:
+        return jobs.select("ready", {"model.warmup": {"fraction": 0, "checkpoint": str(ready)}}).key
+
+    bare = key()
+    keys = [bare, bare]
+    for number, value in enumerate((1.0, 2.0)):
+        save_file({"moment": torch.tensor([value])}, ready / "second_moment.safetensors")
+        keys[number] = key()
+    assert len({bare, *keys}) == 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,36 @@
+"""Whether a selection belongs to the model, the tokenizer and the validation records that an audit measures with."""
+
+from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import validation_sources
+from dualsft.data.records import read_records
+from dualsft.errors import UserError
+from dualsft.finetune import MaskedFinetuneModule
+from dualsft.finetune.selection_checks import check_base, check_tokenizer
+from dualsft.models.loading import model_fingerprint
+from dualsft.selection import Selection
+
+
+def check_belongs(
+    selection: Selection, module: MaskedFinetuneModule, data: InstructionDataModule, validation_split: str
+) -> None:
+    """Refuse what a selection was not made for: its predictions would be compared with gains of something else.
+
+    Args:
+        selection: The selection to audit.
+        module: The fit's.
+        data: The fit's.
+        validation_split: The split that is read of its validation sources.
+
+    Raises:
+        UserError: if the model, the tokenizer or the validation records are others.
+    """
+    check_base(selection, module.model_name_or_path, model_fingerprint(module.model_name_or_path))
+    check_tokenizer(selection, data.tokenizer)
+    of = selection.about.data.validation
+    made_for = {"validation": of} if not isinstance(of, dict) else of
+    given = [read_records(path, validation_split).fingerprint for path in validation_sources(data.validation).values()]
+    if given and sorted(given) != sorted(source.fingerprint for source in made_for.values()):
+        raise UserError(
+            f"data.validation has other records than those that the selection in {selection.folder} was made for "
+            f"({', '.join(source.path for source in made_for.values())}); give these, and others as audit.held_out."
+        )
