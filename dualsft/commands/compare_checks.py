@@ -59,6 +59,15 @@ def chosen_count(settings: Mapping[str, Any], rows: int) -> int:
     return count_of("model.data_budget", budget, rows, "examples")
 
 
+def check_order(place: str, part: str, settings: Mapping[str, Any]) -> None:
+    """Refuse to choose the examples, or the weights, of a method by a selection that takes all of them."""
+    whole = {"data": "parameters", "parameters": "data"}[part]
+    if settings["model"]["order"] == whole:
+        raise UserError(
+            f"{place}: the selection of {part} has model.order {whole}, which takes all of the {part}; set it to both."
+        )
+
+
 @cache
 def weight_counts(model: str) -> dict[str, int]:
     """Parameter name -> the number of its weights."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualsft.allocators import count_of
-from dualsft.commands.compare_checks import check_tasks_can_be_run, chosen_count, telling, weight_counts
+from dualsft.commands.compare_checks import check_order, check_tasks_can_be_run, chosen_count, telling, weight_counts
 from dualsft.commands.experiment_jobs import MODEL, SEED, TRAIN, VALIDATION, Evaluations, Jobs, Pool, record_count
 from dualsft.commands.resolved import at, put
 from dualsft.commands.shared_scores import choice_of, sources
@@ -79,7 +79,7 @@ class CompareJobs:
         self._check_configuration()
         evaluations = self._evaluations(grid.evaluations)
         self.base = self._jobs.evaluate(BASE, evaluations) if grid.evaluations else None
-        runs = recipes(grid)
+        runs = recipes(grid, at(self._jobs.settings("select", {}), "model.order"))
         made = self._selections(runs)
         self.trials = [self._trial(recipe, made, evaluations) for recipe in runs]
 
@@ -128,7 +128,12 @@ class CompareJobs:
         firsts = [(place, choice.of) for place, choice in with_choice if choice.of is not None]
         alone = [(place, choice) for place, choice in with_choice if choice.of is None]
         self._make([*alone, *firsts], made)
-        self._make([(place, choice) for place, choice in with_choice if choice.of is not None], made)
+        seconds = [(place, choice) for place, choice in with_choice if choice.of is not None]
+        for place, choice in seconds:
+            for part, of in (("data", choice.of), ("parameters", choice)):
+                assert of is not None
+                check_order(place, part, self._settings(place, of, made))
+        self._make(seconds, made)
         return made
 
     def _make(self, choices: Sequence[tuple[str, Choice]], made: dict[int, Made]) -> None:

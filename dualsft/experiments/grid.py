@@ -71,6 +71,8 @@ class Method:
             raise UserError(
                 "data and parameters choose both sides, one after the other; drop examples, weights and adapter."
             )
+        if "model.data_budget" in (self.parameters or {}):
+            raise UserError("parameters has model.data_budget, but weights are chosen on all that data chose; drop it.")
         if self.adapter is not None and self.weights != "chosen":
             raise UserError(f"an adapter is trained in place of weights; drop weights: {self.weights}.")
 
@@ -110,6 +112,8 @@ class Evaluation:
         if self.data is None and (self.forgetting or self.max_new_tokens):
             raise UserError("tasks have no use for forgetting and max_new_tokens; drop them.")
         _check_keys("validate", self.validate)
+        if own := [key for key in ("data.validation", "tasks") if key in self.validate]:
+            raise UserError(f"validate has {own[0]}, which is the evaluation's own {own[0].split('.')[0]}; drop it.")
 
     @property
     def main_metric(self) -> str:
@@ -190,5 +194,7 @@ def _check_keys(place: str, overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         if not isinstance(key, str):
             raise UserError(f"{place} has the key {key!r}, which is not text; give dotted keys such as model.scorer.")
+        if any(name.startswith(f"{key}.") for name in _SET_BY_THE_GRID):
+            raise UserError(f"{place} has the whole section {key}; give its settings by dotted key, as {key}.NAME.")
         if key in _SET_BY_THE_GRID:
             raise UserError(f"{place} has {key}, which follows {_SET_BY_THE_GRID[key]}; drop it.")

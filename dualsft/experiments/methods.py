@@ -79,36 +79,40 @@ def share(budget: Budget) -> str:
     return f"{budget:,}" if isinstance(budget, int) else f"{100 * budget:g}%"
 
 
-def recipes(grid: Grid) -> list[Recipe]:
-    """The runs of a grid, by method, budgets and seed; what no budget of the grid changes is there once."""
+def recipes(grid: Grid, order: str = "both") -> list[Recipe]:
+    """The runs of a grid, by method, budgets and seed; what no budget of the grid changes is there once.
+
+    Args:
+        grid: The grid.
+        order: The ``model.order`` of methods that set none.
+    """
     found: dict[tuple[object, ...], Recipe] = {}
     for name, method in grid.methods.items():
         for budgets in grid.budgets:
             for seed in grid.seeds:
                 with naming(f"methods.{name}"):
-                    recipe = _recipe(name, method, budgets, seed)
+                    recipe = _recipe(name, method, _budgets_of(method, budgets, order), seed)
                 found.setdefault((name, recipe.budgets, seed), recipe)
     return list(found.values())
 
 
 def _recipe(name: str, method: Method, budgets: Budgets, seed: int) -> Recipe:
-    given = _budgets_of(method, budgets)
     everything = method.examples == "all" and (method.weights == "all" or method.adapter is not None)
     return Recipe(
         method=name,
-        budgets=given,
+        budgets=budgets,
         seed=seed,
-        choice=None if everything else _choice(method, given, seed),
+        choice=None if everything else _choice(method, budgets, seed),
         variant=_variant(method, seed),
         fit={**method.fit, _SEED: seed},
         adapter=method.adapter,
     )
 
 
-def _budgets_of(method: Method, budgets: Budgets) -> Budgets:
+def _budgets_of(method: Method, budgets: Budgets, order: str) -> Budgets:
     """The grid's budgets where the method does not fix its own."""
     data, parameters = ({**method.select, **(own or {})} for own in (method.data, method.parameters))
-    order = method.select.get("model.order")
+    order = "both" if method.is_sequential else method.select.get("model.order", order)
     return Budgets(
         None if method.examples == "all" or order == "parameters" else data.get(_DATA, budgets.data),
         None if method.weights == "all" or order == "data" else parameters.get(_PARAMETERS, budgets.parameters),

@@ -200,6 +200,17 @@ WRONG = [
         {"methods": {"a": {"adapter": {"peft_type": "LORA", "rr": 3}}}},
         r"methods\.a: PEFT refuses this LORA adapter: .*rr",
     ),
+    ({"methods": {"a": {"select": {"model": {"data_budget": 2}}}}}, r"methods\.a: select has the whole section model"),
+    ({"methods": {"a": {"parameters": {"model.data_budget": 2}}}}, r"methods\.a: parameters has model\.data_budget"),
+    ({"methods": {"a": {"parameters": {"model.order": "data"}}}}, r"methods\.a: the selection of parameters has"),
+    (
+        {"methods": {"a": {"data": {"model.order": "parameters"}}}},
+        r"methods\.a: the selection of data has model\.order",
+    ),
+    (
+        {"evaluations": {"a": {"data": "train.jsonl", "validate": {"data.validation": "x.jsonl"}}}},
+        r"evaluations\.a: validate has data\.validation",
+    ),
     ({"config": "nosuch.yaml"}, r"The configuration nosuch\.yaml cannot be read"),
 ]
 

@@ -88,3 +88,18 @@ def test_sequential_methods_choose_weights_on_chosen_examples() -> None:
 def test_whose_cost_includes_scores(method: Method, uses: bool) -> None:
     """A run bears the cost of scoring if and only if some side of what it trains was chosen by scores."""
     assert of(method)[0].uses_scores is uses
+
+
+def test_the_configuration_may_choose_one_side() -> None:
+    """Methods that set no order follow the configuration's: what it takes whole has no budget, and runs once."""
+    methods = {
+        "plain": Method(),
+        "both": Method(select={"model.order": "both"}),
+        "one after the other": Method(data={}),
+    }
+    both, few = Budgets(0.1, 0.2), Budgets(0.1, 0.05)
+    found = recipes(grid(methods=methods, budgets=[both, few], seeds=[0]), order="data")
+    assert [(run.method, run.budgets) for run in found] == [
+        ("plain", Budgets(0.1, None)),
+        *((name, budgets) for name in ("both", "one after the other") for budgets in (both, few)),
+    ]
