@@ -52,9 +52,14 @@ def _behind_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
     return without(settings, [f"model.{name}" for name in free])
 
 
-def _preference(settings: Mapping[str, Any]) -> tuple[bool, int]:
-    """A key by which the selections that others can be allocated from come first."""
-    return at(settings, "model.parameter_budget") is None, -len(_needs(settings))
+def _preference(settings: Mapping[str, Any]) -> tuple[bool, int, bool]:
+    """A key by which the selections that others can be allocated from come first.
+
+    Of equals that is one without a plugin's allocator: one that fails would take the scores of the others with it.
+    """
+    paths = [at(settings, f"model.{name}.class_path") or "" for name in _DEFAULTS]
+    foreign = any(not path.startswith("dualsft.") for path in paths if path)
+    return at(settings, "model.parameter_budget") is None, -len(_needs(settings)), foreign
 
 
 def _serves(source: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

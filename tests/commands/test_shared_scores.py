@@ -3,9 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dualsft.allocators import TopK
 from dualsft.commands import shared_scores
 
 DIVERSE = "dualsft.allocators.Diverse"
+
+
+class Foreign(TopK):
+    """An allocator of a plugin."""
 
 
 def sources(given: Sequence[Mapping[str, Any]], done: Collection[int] = ()) -> list[int]:
@@ -28,6 +33,13 @@ def test_choices_share_scores() -> None:
 def test_the_one_that_measures_most_is_made() -> None:
     """Of several allocators the selection of the one with needs serves all, as the others need nothing of it."""
     assert sources([settings(), settings(data_allocator={"class_path": DIVERSE}), settings()]) == [1, 1, 1]
+
+
+def test_a_plugin_that_may_fail_is_no_source() -> None:
+    """Where another selection has all that is needed, that of a plugin's allocator is made from it, and fails alone."""
+    foreign = {"class_path": f"{__name__}.Foreign"}
+    assert sources([settings(data_allocator=foreign), settings()]) == [1, 1]
+    assert sources([settings(parameter_allocator=foreign), settings()]) == [1, 1]
 
 
 def test_weights_without_scores_serve_nobody_who_chooses_weights() -> None:
