@@ -53,8 +53,7 @@ def _compare(grid: Grid, options: Namespace) -> None:
         if options.dry_run:
             print(plan(bank, jobs.all, len(workers)))
             return
-        output.claim(_replay(grid))
-        _keep_settings(grid, output.path)
+        output.claim(_replay(grid), dict(zip(_copies(grid), grid.config, strict=True)))
 
         def do(some: Sequence[Job], label: str) -> Mapping[str, Result]:
             return complete(bank, some, workers, label)
@@ -131,21 +130,12 @@ def _together(fit: Mapping[str, float], selections: Sequence[Mapping[str, float]
 
 def _replay(grid: Grid) -> str:
     """The grid as its folder keeps it, with the configuration's files beside it."""
-    return as_yaml(Grid(**{**vars(grid), "config": [f"settings/{name}" for name in _names(grid)]}))
+    return as_yaml(Grid(**{**vars(grid), "config": _copies(grid)}))
 
 
-def _names(grid: Grid) -> list[str]:
+def _copies(grid: Grid) -> list[str]:
     """Names for the copies of the configuration's files, in their order."""
-    return [f"{k}-{Path(file).name}" for k, file in enumerate(grid.config)]
-
-
-def _keep_settings(grid: Grid, folder: Path) -> None:
-    """Copy the configuration's files beside the grid's copy."""
-    with writing_to(folder):
-        (folder / "settings").mkdir(exist_ok=True)
-        for name, file in zip(_names(grid), grid.config, strict=True):
-            if (folder / "settings" / name).resolve() != Path(file).resolve():
-                shutil.copyfile(file, folder / "settings" / name)
+    return [f"settings/{k}-{Path(file).name.removeprefix(f'{k}-')}" for k, file in enumerate(grid.config)]
 
 
 def write(results: Results, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """The output folder of an experiment: its reports are written anew by each call, its bank is never thrown away."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -37,18 +37,26 @@ class ReportFolder:
                 "alone: choose another --output_dir."
             )
 
-    def claim(self, replay: str) -> None:
-        """Write the configuration that replays the experiment; refuse to replace that of another one unasked."""
-        path = self.path / _CONFIG
-        if (
-            path.is_file()
-            and not self._overwrite
-            and yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(replay)
-        ):
+    def claim(self, replay: str, beside: Mapping[str, str] | None = None) -> None:
+        """Write the configuration that replays the experiment; refuse to replace that of another one unasked.
+
+        Args:
+            replay: The configuration, in YAML.
+            beside: Names in the folder -> YAML files that the configuration names, of which copies are kept there.
+        """
+        kept = {self.path / name: Path(file).read_text(encoding="utf-8") for name, file in (beside or {}).items()}
+        texts = {self.path / _CONFIG: replay, **kept}
+        if not self._overwrite and any(_differs(path, text) for path, text in texts.items()):
             raise UserError(
                 f"{self.path} holds an experiment with other settings (see its {_CONFIG}); choose another "
                 "--output_dir, or give --overwrite to replace its reports: finished runs stay in the bank."
             )
-        with writing_to(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, replay)
+        for path, text in texts.items():
+            with writing_to(self.path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+
+
+def _differs(path: Path, text: str) -> bool:
+    """Whether a file is there and has other settings than a text."""
+    return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(text)
