@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from dualsft.commands.audit_checks import check_belongs
 from dualsft.commands.audit_scores import ScoreJobs, is_along_a_path, is_first_order, own_scorer
-from dualsft.commands.experiment_jobs import Jobs
+from dualsft.commands.experiment_jobs import MODEL, TRAIN, VALIDATION, Jobs
 from dualsft.commands.resolved import at
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
@@ -117,12 +117,14 @@ class AuditJobs:
 
     def _scores_of(self, scorer: str | None) -> dict[Setting, ScoreJobs]:
         """A scorer's jobs for each setting: the same ones where its scores are in proportion to the step's length."""
-        first = ScoreJobs(self._audited, scorer, self._drawn, self._total_rate(self.settings[0]))
+        read = {key: at(self._own, key) for key in (MODEL, TRAIN, VALIDATION)}  # which `check_belongs` compared
+
+        def at_setting(of: Setting) -> ScoreJobs:
+            return ScoreJobs(self._audited, scorer, self._drawn, self._total_rate(of), read)
+
         if scorer is None or is_first_order(scorer):
-            return dict.fromkeys(self.settings, first)
-        others = self.settings[1:]
-        later = {of: ScoreJobs(self._audited, scorer, self._drawn, self._total_rate(of)) for of in others}
-        return {self.settings[0]: first, **later}
+            return dict.fromkeys(self.settings, at_setting(self.settings[0]))
+        return {of: at_setting(of) for of in self.settings}
 
     def _run(
         self, bank: Bank, base: Result, number: int, one: Variation, setting: Setting, scorer: str, predicted: float

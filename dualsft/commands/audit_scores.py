@@ -26,9 +26,17 @@ class ScoreJobs:
         scorer: Its registered name or class path; None for the selection's own.
         drawn: What is varied.
         step_size: The length of the step whose gain a second-order scorer is to predict: Σ_t lr_t of the fits.
+        read: Where the selection's model and records lie now, by key; otherwise where they lay when it was made.
     """
 
-    def __init__(self, audited: Selection, scorer: str | None, drawn: Sequence[Variation], step_size: float) -> None:
+    def __init__(
+        self,
+        audited: Selection,
+        scorer: str | None,
+        drawn: Sequence[Variation],
+        step_size: float,
+        read: Mapping[str, Any] | None = None,
+    ) -> None:
         self._audited = audited
         self.jobs: dict[str, Job] = {}
         if is_along_a_path(audited):
@@ -38,7 +46,7 @@ class ScoreJobs:
                 )
             return
         self._make = Jobs(["--config", str(select_config(audited))])
-        self._common: dict[str, Any] = {"model.rounds": 1, "model.near_duplicates.threshold": None}
+        self._common: dict[str, Any] = {"model.rounds": 1, "model.near_duplicates.threshold": None, **(read or {})}
         if scorer is not None:
             path = class_path("dualsft.scorers", scorer)
             self._common |= {"model.scorer": {"class_path": path}, "model.step_size": step_size}

@@ -1,6 +1,7 @@
 """`dualsft audit` as its user sees it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,18 @@ def test_variants_take_the_steps_of_the_fit(
     """As many as its epochs have, of which the trainer may be told to leave batches out."""
     audit(job, tmp_path / "audit", "--trainer.limit_train_batches", limit, "--dry_run")
     assert f"parameters chosen, {steps} steps" in capsys.readouterr().out
+
+
+def test_what_the_selection_read_may_lie_elsewhere(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selection that was made with relative paths is audited from another folder, by the audit's paths."""
+    made = shutil.copytree(job / "selection", tmp_path / "selection")
+    config = (made / "config.yaml").read_text()
+    (made / "config.yaml").write_text(config.replace(f"{job}/", "").replace(str(job), ""))
+    monkeypatch.chdir(tmp_path)
+    audit(job, tmp_path / "audit", "--model.selection", str(made), "--dry_run")
+    assert "20 of 20 jobs" in capsys.readouterr().out
 
 
 def test_interrupted(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
