@@ -118,13 +118,14 @@ class Table:
 
 
 def _best(values: dict[int, list[float]], lower_is_better: bool) -> int | None:
-    """The row whose interval lies beyond that of the next; None if there is none."""
+    """The row whose interval lies beyond those of all others; None if there is none."""
     sign = -1 if lower_is_better else 1
     ranking = sorted(values, key=lambda k: -sign * float(np.mean(values[k])))
     if len(ranking) < 2:
         return None
-    first, second = (_estimate([sign * v for v in values[k]]) for k in ranking[:2])
-    return ranking[0] if first is not None and second is not None and first.low > second.high else None
+    first, *others = (_estimate([sign * v for v in values[k]]) for k in ranking)
+    beaten = first is not None and all(other is not None and first.low > other.high for other in others)
+    return ranking[0] if beaten else None
 
 
 def _estimate(values: Sequence[float]) -> Estimate | None:

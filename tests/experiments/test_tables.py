@@ -17,6 +17,7 @@ CASES = [
     ({"a": [1.0], "b": [2.0]}, None),
     ({"a": [1.0, 1.0], "b": [1.0, 1.0]}, None),
     ({"a": [2.0, 2.1], "b": [1.0, 1.01], "c": [3.0, 3.0]}, "b"),
+    ({"a": [1.0, 1.01], "b": [2.0, 2.01], "c": [1.0, 4.0]}, None),
     ({"a": [1.0, 1.1]}, None),
 ]
 
@@ -29,7 +30,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("losses", "best"), CASES)
 def test_bold_is_beyond_chance(losses: dict[str, list[float]], best: str | None) -> None:
-    """Bold is the method whose whole interval lies below that of the next, and nobody where there is none."""
+    """Bold is the method whose whole interval lies below those of all others, and nobody where there is none."""
     lines = quality_table(results(losses)).markdown().splitlines()[3:]  # behind headings, rule and base model
     assert [name for name, line in zip(losses, lines, strict=True) if "**" in line.split("|")[5]] == (
         [best] if best else []
