@@ -43,7 +43,7 @@ def test_methods_of_the_page(here: Path) -> None:
 
 @pytest.mark.heavy
 def test_commands_of_the_page(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the page has a reader run gives the files that it names, with every run in them; here with one seed of two."""
+    """What the page has a reader run, here with one of its seeds, gives the files that it names, with every run."""
     (here / "grid.yaml").write_text(FILES["grid.yaml"].replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
     for line in COMMANDS.splitlines():
         if line.startswith("dualsft "):

@@ -18,8 +18,8 @@ from math import sqrt
 
 import numpy as np
 
-FEWEST = 4
-"""Variants below which nothing is said: three have only six orders, so that chance finds the right one in six cases."""
+FEWEST = 5
+"""Variants below which nothing is said: chance finds the right one of four variants' orders in one of 24 cases."""
 RESAMPLES = 5_000
 _TAIL = 0.025  # of either side
 

@@ -54,15 +54,19 @@ def test_audit_compares_predicted_with_measured(job: Path, tmp_path: Path, capfd
     """All sides are judged, with a held-out set too; a second call does nothing again, and gives the same bytes."""
     held_out = ["--audit.held_out", str(job / "validation.jsonl")]
     audit(job, tmp_path / "audit", *held_out)
+    told = capfd.readouterr().out
     found = json.loads((tmp_path / "audit" / "audit.json").read_text())
     for side, runs in {"data": 5, "parameters": 5, "joint": 4}.items():
         figures = found[side]["first_order"]
         assert figures["runs"] == runs
         assert figures["steps"] == 2
+        assert figures["verdict"] in told
+        assert figures["held_out"]["spearman"] == figures["spearman"]  # it is the validation set here
+        if side == "joint":  # four runs are too few
+            assert figures["spearman"] is figures["slope"] is None
+            continue
         assert -1 <= figures["spearman"] <= 1
         assert len(figures["spearman_interval"]) == len(figures["slope_interval"]) == 2
-        assert figures["held_out"]["spearman"] == figures["spearman"]  # it is the validation set here
-        assert figures["verdict"] in capfd.readouterr().out or side != "data"
     table = pq.read_table(tmp_path / "audit" / "runs.parquet").to_pylist()
     assert {row["side"] for row in table} == {"data", "parameters", "joint"}
     assert all(row["gain"] == row["held_out_gain"] for row in table)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dualsft.experiments.bootstrap import Estimate
+from dualsft.experiments.bootstrap import FEWEST, Estimate
 from dualsft.experiments.statistics import (
     calibration,
     difference,
@@ -125,11 +125,11 @@ def test_intervals_hold_the_truth(figure: Callable[..., Estimate | None], varian
 
 
 def test_few_variants_have_no_figures() -> None:
-    """Three are too few; of four, resamples of one variant alone leave no trace."""
-    predicted, measured = simulate(6, variants=3)
+    """Four are too few; of five, resamples of one variant alone leave no trace."""
+    predicted, measured = simulate(6, variants=4)
     assert spearman(predicted, measured) is None
     assert set(vars(calibration(predicted, measured)).values()) == {None}
-    predicted, measured = simulate(6, variants=4)
+    predicted, measured = simulate(6, variants=5)
     for estimate in (spearman(predicted, measured), *vars(calibration(predicted, measured)).values()):
         bounds(estimate)
 
@@ -206,13 +206,13 @@ def test_runs_for_width_are_the_fewest(correlation: float, width: float) -> None
         return tanh(atanh(correlation) + half) - tanh(atanh(correlation) - half)
 
     assert width_of(runs) <= width
-    assert runs == 4 or width_of(runs - 1) > width
+    assert runs == FEWEST or width_of(runs - 1) > width
 
 
 def test_runs_follow_the_square_root() -> None:
     """Half the width takes four times the runs; a perfect correlation takes the fewest that anything is said of."""
-    assert [runs_for_ratio(10, 0.4, width) for width in (0.4, 0.2, 0.1, 4.0)] == [10, 40, 160, 4]
-    assert runs_for_width(1.0, 0.2) == runs_for_width(-1.0, 0.2) == 4
+    assert [runs_for_ratio(10, 0.4, width) for width in (0.4, 0.2, 0.1, 4.0)] == [10, 40, 160, FEWEST]
+    assert runs_for_width(1.0, 0.2) == runs_for_width(-1.0, 0.2) == FEWEST
     needed = [runs_for_width(r, 0.2) for r in (0.0, 0.3, 0.6, 0.9)]
     assert all(more > fewer for more, fewer in pairwise(needed))
     for width in (0.0, 2.0):
