@@ -12,7 +12,6 @@ import yaml
 from dualsft.cli import run
 from dualsft.commands.compare import compare, write
 from dualsft.commands.compare_jobs import CompareJobs
-from dualsft.commands.compare_patterns import PATTERNS
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result, write_result
 from dualsft.experiments.grid import Grid
@@ -239,28 +238,3 @@ def test_dry_run(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "to do  fit       both (5 of data, 20% of weights), seed 1" in told
     assert "5 of 5 jobs are to be done" in told
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.heavy
-def test_through_real_workers(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two methods and two seeds are selected, trained and measured; a second call repeats none.
-
-    Variants and both sides have the budgets' numbers, and different seeds have different results.
-    """
-    methods = {name: METHODS[name] for name in ("both", "random")}
-    grid = write_grid(job, methods=methods, patterns=True)
-    run(["compare", "--config", str(grid), "--output_dir", str(tmp_path / "out")])
-    capfd.readouterr()
-    figures = [f"figures/{name}.svg" for name in ("gain-against-forgetting", "layers")]
-    files = ("results.parquet", "table.md", "table.tex", "failures.json", *PATTERNS, *figures)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in files}
-    assert json.loads(before["failures.json"]) == []
-    rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
-    trained = {row["trained_weights"] for row in rows} - {None}
-    assert len(trained) == 1
-    losses = [row["value"] for row in rows if (row["evaluation"], row["metric"]) == ("target", "loss")]
-    assert len(set(losses)) == 5
-    bank = ["--bank", str(tmp_path / "out" / "bank")]
-    run(["compare", "--config", str(tmp_path / "out" / "config.yaml"), "--output_dir", str(tmp_path / "again"), *bank])
-    assert {name: (tmp_path / "again" / name).read_bytes() for name in files} == before
-    assert "fits" not in capfd.readouterr().err
