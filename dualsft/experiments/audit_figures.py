@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dualsft.experiments.figure_files import save_figure
 from dualsft.experiments.judgement import AuditRun
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ _FAMILIES = {
 _TITLES = {"data": "examples", "parameters": "weights", "joint": "examples and weights"}
 
 
-def draw_audit(runs: Sequence[AuditRun], calibrated: bool, folder: Path) -> list[Path]:
-    """Draw the figures of each scorer and setting, as PNG and SVG; return their paths.
+def draw_audit(runs: Sequence[AuditRun], calibrated: bool, folder: Path) -> list[str]:
+    """Draw the figures of each scorer and setting, as PNG and SVG; return the files' names.
 
     Args:
         runs: The runs.
@@ -36,9 +37,9 @@ def draw_audit(runs: Sequence[AuditRun], calibrated: bool, folder: Path) -> list
         own = [r for r in runs if (r.scorer, r.steps, r.learning_rate) == (scorer, steps, rate)]
         label = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{scorer}-{steps}-steps-at-{rate:g}")
         title = f"{scorer}, {steps} steps at {rate:g}"
-        drawn += _saved(_scatters(own, calibrated, title), folder, f"predicted-{label}")
+        drawn += save_figure(_scatters(own, calibrated, title), folder, f"predicted-{label}")
         if any(run.family == "band" for run in own):
-            drawn += _saved(_curves(own, title), folder, f"bands-{label}")
+            drawn += save_figure(_curves(own, title), folder, f"bands-{label}")
     return drawn
 
 
@@ -85,7 +86,7 @@ def _curves(runs: Sequence[AuditRun], title: str) -> Any:
 def _panels(count: int, title: str) -> "tuple[Any, list[Axes]]":
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
-    figure = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * count, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for axes in panels:
@@ -95,11 +96,3 @@ def _panels(count: int, title: str) -> "tuple[Any, list[Axes]]":
 
 def _mean(run: AuditRun) -> float:
     return float(np.mean(list(run.gains.values())))
-
-
-def _saved(figure: Any, folder: Path, name: str) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dualsft.experiments.bootstrap import Estimate
+from dualsft.experiments.figure_files import save_figure
 from dualsft.experiments.labels import Box, place_labels
 from dualsft.experiments.statistics import mean_interval
-from dualsft.storage.writing import writing_to
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPXh"
@@ -28,7 +28,6 @@ _STYLE: Any = {
     "grid.linewidth": 0.5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "svg.hashsalt": "dualsft",
 }
 
 
@@ -84,11 +83,7 @@ def draw_frontier(folder: Path, names: Sequence[str], axis: Axis, gain: Axis) ->
         _scale(axes, points)
         axes.set(xlabel=axis.label, ylabel=gain.label)
         _finish(figure, axes, points)
-        files = [f"gain-against-{axis.file}.{kind}" for kind in ("png", "svg")]
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                figure.savefig(folder / file, metadata={"Date": None} if file.endswith("svg") else None)
+        files = save_figure(figure, folder, f"gain-against-{axis.file}")
         pyplot.close(figure)
     return files
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from dualsft.experiments.figure_files import save_figure
 from dualsft.experiments.patterns import Densities
-from dualsft.storage.writing import writing_to
 
 _ACROSS = 4  # panels in a row
 _CELL, _WIDTH, _MARGIN = 0.13, 2.2, 0.85  # inches: a layer's height, a panel's width, room for title and names
-_STYLE: Any = {"font.size": 7, "axes.linewidth": 0.6, "svg.hashsalt": "dualsft"}
+_STYLE: Any = {"font.size": 7, "axes.linewidth": 0.6}
 _TICKS = 12  # names of layers that a panel shows at most
 
 
@@ -38,11 +38,7 @@ def draw_layers(tables: Sequence[Densities], folder: Path) -> list[str]:
         for axes in panels.flat[len(tables) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=panels, label="weights chosen (%)", fraction=0.04, pad=0.02)
-        files = [f"layers.{kind}" for kind in ("png", "svg")]
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                figure.savefig(folder / file, metadata={"Date": None} if file.endswith("svg") else None)
+        files = save_figure(figure, folder, "layers")
         pyplot.close(figure)
     return files
 
