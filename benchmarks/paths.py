@@ -172,9 +172,10 @@ def tenths(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]
 
 def best_rate(experiment: Experiment, ids: list[int], mask: dict[str, Tensor]) -> Figures:
     """The figures of a mask trained on these rows at its best learning rate of a few, by the validation loss."""
-    found = {rate: fit_figures(experiment, fit(experiment, ids, rate, mask)) for rate in MASK_RATES}
-    rate = min(found, key=lambda r: found[r]["validation loss"])
-    return {**found[rate], "learning rate": rate}
+    models = {rate: fit(experiment, ids, rate, mask) for rate in MASK_RATES}
+    losses = {rate: mean_loss(model, experiment.data().validation_loader()) for rate, model in models.items()}
+    rate = min(losses, key=lambda r: losses[r])
+    return {**fit_figures(experiment, models[rate]), "learning rate": rate}
 
 
 def masks(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
