@@ -80,15 +80,11 @@ def _against(
     sizes = calibration(predicted, measured) if calibrated else None
     at_random = [k for k, run in enumerate(runs) if run.family in ("random", "blocks")]
     of_random = np.concatenate([np.array([]), *(by_seed[k] for k in at_random)])
-    by_family = {
-        run.family: np.array(list(of.values())) for run, of in zip(runs, gains, strict=True)
-    }  # the last band's
-    chosen, none = by_family.get("chosen", np.array([])), np.array([])
+    # of bands the last one's: the lowest
+    by_family = {run.family: np.array(list(of.values())) for run, of in zip(runs, gains, strict=True)}
+    chosen, lowest = (by_family.get(family, np.array([])) for family in ("chosen", "band"))
+    over_random, over_lowest = difference(chosen, of_random), difference(chosen, lowest)
     factor = sizes.factor if sizes else None
-    over_random, over_lowest = (
-        difference(chosen, of_random),
-        difference(chosen, by_family.get("band", none)),
-    )
     return {
         **_told("spearman", order),
         **_told("slope", sizes.slope if sizes else None),

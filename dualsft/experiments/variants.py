@@ -1,7 +1,7 @@
 """Variants of a selection: the examples and the weights that a job trains in place of those that it chose."""
 
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from dualsft.selection import Selection, load_selection
 from dualsft.selection.parameter_choice import trainable_names
 from dualsft.selection.variants import write_variant
 
-Rule = Literal["chosen", "all", "random", "band", "blocks", "mixture", "listed"]
+Rule = Literal["chosen", "all", "random", "band", "blocks", "mixture"]
 
 
 class Draw(TypedDict, total=False):
     """How one side of a variant is drawn, as JSON.
 
     chosen and all take no options; random takes count and seed; band takes count, band and bands; blocks (of weights)
-    count, block and seed; mixture (of weights) share and seed; listed (of examples) ids. Where `make_variant` is given
-    no count, it is that of what the selection chose.
+    count, block and seed; mixture (of weights) share and seed. Where `make_variant` is given no count, it is that of
+    what the selection chose.
     """
 
     rule: Rule
@@ -38,7 +38,6 @@ class Draw(TypedDict, total=False):
     bands: int
     block: Literal["module", "row"]
     share: float
-    ids: list[int]
 
 
 class Variant(TypedDict):
@@ -62,8 +61,6 @@ def examples_of(selection: Selection, draw: Draw) -> list[int]:
             return random_examples(list(scored), draw["count"], draw["seed"])
         case "band":
             return band_of_examples(scored, draw["count"], draw["band"], draw["bands"])
-        case "listed":
-            return sorted(draw["ids"])
     raise UserError(f"Examples are not drawn by {draw['rule']!r}.")
 
 
@@ -109,17 +106,11 @@ def make_variant(selection: str, variant: Variant, folder: Path, pool: str, spli
     """
     source = load_selection(selection)
     counts = source.about.counts
-    about: Any = {"examples": _shown(variant["examples"]), "weights": _shown(variant["weights"])}
     write_variant(
         source,
         read_records(pool, split),
         folder,
         examples=examples_of(source, {"count": counts.examples.selected, **variant["examples"]}),
         mask=weights_of(source, {"count": counts.parameters.selected, **variant["weights"]}),
-        about=about,
+        about=variant,
     )
-
-
-def _shown(draw: Draw) -> dict[str, Any]:
-    """A draw without its list of examples, which the selection has itself."""
-    return {key: value for key, value in draw.items() if key != "ids"}

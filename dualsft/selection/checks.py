@@ -64,21 +64,8 @@ def check_path(
             f"model.path.normalize is {path.normalize}, but {name} does not score by falls of the loss; give none or "
             "length."
         )
-    if rule.is_complete and normalize != "none":
-        raise UserError(
-            f"model.normalize is {normalize}, but along {name} the scores are falls of the loss; set "
-            "model.path.normalize instead."
-        )
-    if rule.is_complete and prior_weight:
-        raise UserError(
-            f"model.prior.weight is {prior_weight}, but along {name} the scores are falls of the loss, without a "
-            "prior; set it to 0."
-        )
-    if rule.is_complete and objectives:
-        raise UserError(
-            f"model.objectives has {type(objectives[0]).__name__}, but along {name} the scores are falls of the loss "
-            "alone; leave it out."
-        )
+    if rule.is_complete:
+        _check_falls(name, normalize, prior_weight, objectives)
     if rule.trains_on == "pool" and warmup.keep:
         raise UserError(f"model.warmup.keep is set, but {name} is a path in place of the warm-up; drop it.")
     if not rule.adds_rows and normalize != "none":
@@ -92,6 +79,25 @@ def check_path(
         )
     if rule.needs and path.optimizer == "sgd":
         raise UserError(f"model.path.optimizer is sgd, but {name} uses the second moment of adamw; set it to that.")
+
+
+def _check_falls(name: str, normalize: str, prior_weight: float, objectives: Sequence[Objective]) -> None:
+    """Refuse what has no part in scores that are falls of the loss alone."""
+    if normalize != "none":
+        raise UserError(
+            f"model.normalize is {normalize}, but along {name} the scores are falls of the loss; set "
+            "model.path.normalize instead."
+        )
+    if prior_weight:
+        raise UserError(
+            f"model.prior.weight is {prior_weight}, but along {name} the scores are falls of the loss, without a "
+            "prior; set it to 0."
+        )
+    if objectives:
+        raise UserError(
+            f"model.objectives has {type(objectives[0]).__name__}, but along {name} the scores are falls of the loss "
+            "alone; leave it out."
+        )
 
 
 def check_contributions(path: PathSettings, order: Order, rounds: int, token_scores: bool) -> None:
