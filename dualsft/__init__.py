@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dualsft.objectives import Objective
     from dualsft.paths import PathTraining, Piece, PieceRows, ScoringPath
     from dualsft.scorers import ParameterStatistics, Scorer, SecondOrderScorer
-    from dualsft.selection import SelectionModule, load_selection
+    from dualsft.selection import load_selection
+    from dualsft.selection.module import SelectionModule
 
 __all__ = [
     "DataAllocator",
@@ -56,7 +57,8 @@ _MODULES = {
     "objectives": ("Objective",),
     "paths": ("PathTraining", "Piece", "PieceRows", "ScoringPath"),
     "scorers": ("ParameterStatistics", "Scorer", "SecondOrderScorer"),
-    "selection": ("SelectionModule", "load_selection"),
+    "selection": ("load_selection",),
+    "selection.module": ("SelectionModule",),
 }
 """Module -> the public names that it defines."""
 

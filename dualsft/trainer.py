@@ -18,7 +18,8 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
-from dualsft.selection import Selection, SelectionModule
+from dualsft.selection import Selection
+from dualsft.selection.module import SelectionModule
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.run import run_selection
 from dualsft.sharding.strategy import FSDP2

@@ -38,6 +38,12 @@ def test_help_imports_no_library() -> None:
 
 
 @pytest.mark.slow
+def test_selections_are_opened_without_a_trainer() -> None:
+    """Whoever reads a selection does not wait for what would make or train one."""
+    assert not imported("from dualsft import load_selection; load_selection") & {"lightning", "datasets", "pandas"}
+
+
+@pytest.mark.slow
 def test_configurations_are_printed_without_data_libraries() -> None:
     """A verb's options are known without the library that loads data sets, and without the code of any model."""
     printing = "from dualsft.cli import run\ntry: run(['select', '--print_config'])\nexcept SystemExit: pass"

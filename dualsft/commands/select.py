@@ -1,7 +1,7 @@
 """`dualsft select`: score everything, and choose a data subset and a parameter mask."""
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
-from dualsft.selection import SelectionModule
+from dualsft.selection.module import SelectionModule
 from dualsft.selection.summary import summary
 from dualsft.trainer import Trainer
 

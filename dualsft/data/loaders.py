@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from dualsft.data.batches import TrainingBatches
@@ -85,18 +84,3 @@ class ResumableLoader(DataLoader[Any]):
         for batch in remaining:
             self._yielded += 1
             yield batch
-
-
-class KeepEpochCount(Callback):
-    """Keeps checkpoints resumable in a run that was itself resumed from the last batch of an epoch.
-
-    Lightning then starts the next epoch without counting it as begun, and treats every later checkpoint of that run as
-    one between two epochs: the loader's position would be ignored. Within an epoch, one more has begun than has ended.
-    """
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restores the count; a checkpoint may follow this batch."""
-        epochs = trainer.fit_loop.epoch_progress
-        trackers: tuple[Any, ...] = (epochs.total, epochs.current)
-        for tracker in trackers:
-            tracker.ready = tracker.started = tracker.processed + 1

@@ -33,6 +33,21 @@ def _monitored(callbacks: Sequence[Callback]) -> ModelCheckpoint | None:
     return next((checkpoint for checkpoint in checkpoints if checkpoint.monitor), None)
 
 
+class KeepEpochCount(Callback):
+    """Keeps checkpoints resumable in a run that was itself resumed from the last batch of an epoch.
+
+    Lightning then starts the next epoch without counting it as begun, and treats every later checkpoint of that run as
+    one between two epochs: the loader's position would be ignored. Within an epoch, one more has begun than has ended.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restores the count; a checkpoint may follow this batch."""
+        epochs = trainer.fit_loop.epoch_progress
+        trackers: tuple[Any, ...] = (epochs.total, epochs.current)
+        for tracker in trackers:
+            tracker.ready = tracker.started = tracker.processed + 1
+
+
 class RecentCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint at regular intervals that saves no checkpoint just before a validation.
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from dualsft.data.layout import Batch
-from dualsft.data.loaders import KeepEpochCount
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.accumulation import follow_accumulation_schedule, most_accumulated
 from dualsft.finetune.adapter import Adapter
 from dualsft.finetune.checkpoint_files import write_whole_checkpoints
-from dualsft.finetune.checkpointing import BestWeights, Ending
+from dualsft.finetune.checkpointing import BestWeights, Ending, KeepEpochCount
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples

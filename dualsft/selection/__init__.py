@@ -5,7 +5,6 @@ and weights, the chosen examples, the mask, and a manifest.
 """
 
 from dualsft.selection.artifact import Selection, load_selection
-from dualsft.selection.module import SelectionModule
 from dualsft.selection.warmup import Warmup
 
-__all__ = ["Selection", "SelectionModule", "Warmup", "load_selection"]
+__all__ = ["Selection", "Warmup", "load_selection"]

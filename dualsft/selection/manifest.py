@@ -1,41 +1,26 @@
-"""``manifest.json``: the inputs, settings, results and costs of a selection.
+"""``manifest.json`` as dataclasses: the inputs, settings, results and costs of a selection.
 
-The sections are dataclasses, from which the file is written and by which it is read. The options of `dualsft select`
-have their places in it by `SelectionSettings`.
+The file is written from these sections (`describe.py`) and read by them. The options of `dualsft select` have their
+places in it by `SelectionSettings`.
 """
 
-import importlib.metadata
-import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from torch import Tensor, nn
-
-from dualsft.data.examples import Examples
-from dualsft.data.module import InstructionDataModule
-from dualsft.data.options import FormatOptions, validation_sources
+from dualsft.data.options import FormatOptions
 from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
-from dualsft.matrix.passes import compute_dtype
-from dualsft.models.configuration import stored_configuration
-from dualsft.models.loading import Dtype, model_fingerprint, model_folder, special_tokens, tokenizer_fingerprint
+from dualsft.models.loading import Dtype
 from dualsft.selection.json_values import Mismatch, typed
-from dualsft.selection.order import Chosen, ScoresBothSides
 from dualsft.selection.paths.completeness import Completeness
-from dualsft.selection.scoring_checkpoint import describe_checkpoint
-from dualsft.selection.settings import add_later_options, describe_settings, keys, stored_settings
-
-if TYPE_CHECKING:
-    from dualsft.selection.module import SelectionModule
+from dualsft.selection.settings import add_later_options, keys, stored_settings
 
 PUBLISHED = (
     *(*keys("direction"), *keys("step"), *keys("objective"), *keys("parameters", "data")),
     *("counts", "coverage", "control", "seed"),
 )
 """The keys that a model trained on the selection is published with."""
-_PACKAGES = ("dualsft", "torch", "transformers", "lightning", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -212,114 +197,3 @@ def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
         return stored, typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
     except (Mismatch, UserError) as error:
         raise UserError(f"{folder / 'manifest.json'}: {str(error).rstrip('.')}; make the selection again.") from error
-
-
-def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed: int) -> dict[str, Any]:
-    """Everything that decides the outcome; a resumed run must agree with it."""
-    checkpoint = module.settings.warmup.checkpoint
-    model = ModelSection(
-        name_or_path=module.model_name_or_path,
-        fingerprint=model_fingerprint(module.model_name_or_path),
-        num_parameters=sum(p.numel() for p in module.model.parameters()),
-        dtype=cast(Dtype, str(module.model.dtype).removeprefix("torch.")),
-        compute_dtype=str(compute_dtype(module.model)).removeprefix("torch."),
-    )
-    return {
-        "model": asdict(model),
-        "scoring_checkpoint": describe_checkpoint(checkpoint) if checkpoint else None,
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(data.tokenizer)},
-        "data": asdict(_data(data)),
-        **describe_settings(module.settings),
-        "seed": seed,
-    }
-
-
-def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that decide the scores; another choice from the same scores must leave them as they are.
-
-    An option of a choice is among them if the other side is scored by that choice. A step size that turns out to be
-    unusable may still be changed until scores depend on it.
-    """
-    choice = [] if "then" in module.settings.order else keys("parameters", "data")
-    free = {*keys("step"), *choice}
-    measured = {"measured": sorted(module.settings.data_allocator.needs)}
-    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
-
-
-def describe_configuration(module: "SelectionModule", data: InstructionDataModule) -> dict[str, Any]:
-    """The manifest's entries on the base's settings, by which a fit sees that these have changed since.
-
-    They are no part of `describe_inputs`, which a finished selection of an earlier release must agree with.
-    """
-    stored = stored_configuration(model_folder(module.model_name_or_path))
-    return {"configuration": stored, "special_tokens": special_tokens(data.tokenizer)}
-
-
-def _data(data: InstructionDataModule) -> DataSection:
-    paths = validation_sources(data.validation)
-    sets = {name: Source(**_source(paths[name], examples)) for name, examples in data.validation_sets.items()}
-    return DataSection(
-        train=TrainSource(**_source(data.train, data.train_examples), split=data.train_split),
-        validation=sets if data.named_validation else sets["validation"],
-        max_length=data.max_length,
-        batch_tokens=data.batch_tokens,
-        batch_size=data.batch_size,
-        packing=data.packing,
-        padding_share=data.padding_share(),
-        format=data.options,
-    )
-
-
-def _source(path: str | None, examples: Examples) -> dict[str, Any]:
-    return {
-        "path": path,
-        "fingerprint": examples.records.fingerprint,
-        "rows": len(examples.records),
-        "supervised_tokens": int(sum(examples.num_tokens)),
-        "status": dict(examples.counts()),
-    }
-
-
-def describe_outcome(
-    model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: ScoresBothSides
-) -> dict[str, Any]:
-    """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
-
-    The scores cover all of the model's weights but the frozen ones.
-    """
-    weights, identity = _count_weights(chosen.mask), scoring.identity
-    worst = max(identity.values(), key=lambda of: of["relative_difference"], default=None)
-    examples = ExampleCounts(
-        selected=len(chosen.examples),
-        scored=len(chosen.example_scores.scores),
-        near_duplicates=chosen.collapsed,
-        rows=len(data.train_examples.status),
-    )
-    return {
-        "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
-        "sum_identity": {**worst, "sets": identity} if worst and data.named_validation else worst,
-        "prediction": scoring.prediction(),
-        "path_walked": scoring.describe(),
-        "rounds": chosen.rounds,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
-        "coverage": weights.scored / sum(p.numel() for p in model.parameters()),
-    }
-
-
-def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **examples: int) -> dict[str, Any]:
-    """The counts of a manifest after another choice of weights, and of examples with these counts."""
-    before = manifest["counts"]
-    return {
-        **before,
-        "examples": {**before["examples"], **examples},
-        "parameters": {**before["parameters"], **asdict(_count_weights(mask))},
-    }
-
-
-def _count_weights(mask: Mapping[str, Tensor]) -> ParameterCounts:
-    return ParameterCounts(
-        selected=sum(int(part.sum()) for part in mask.values()), scored=sum(part.numel() for part in mask.values())
-    )

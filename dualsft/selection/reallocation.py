@@ -21,8 +21,8 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
+from dualsft.selection.describe import recounted
 from dualsft.selection.diagnostics import row_sources
-from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
 from dualsft.selection.writing import publish, write_selection

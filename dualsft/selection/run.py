@@ -23,8 +23,8 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection
 from dualsft.selection.budgets import Budgets
+from dualsft.selection.describe import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.diagnostics import Basis, describe_target, row_sources
-from dualsft.selection.manifest import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
 from dualsft.selection.overlap import tell_of_data

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualsft.data.records import Records
 from dualsft.selection.artifact import Selection, load_selection
-from dualsft.selection.manifest import recounted
+from dualsft.selection.describe import recounted
 from dualsft.selection.writing import publish, write_selection
 
 

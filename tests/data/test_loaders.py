@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from dualsft.data.loaders import KeepEpochCount, ResumableLoader
+from dualsft.data.loaders import ResumableLoader
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.finetune.checkpointing import KeepEpochCount
 from tests.world.data import write_jsonl
 from tests.world.tokenizers import byte_level
 

@@ -13,8 +13,9 @@ from dualsft.commands import allocate
 from dualsft.paths import TargetPath
 from dualsft.scorers import DiagonalFisher, FirstOrder
 from dualsft.selection import Warmup
+from dualsft.selection.describe import what_scores_rest_on
 from dualsft.selection.json_values import at
-from dualsft.selection.manifest import PUBLISHED, what_scores_rest_on
+from dualsft.selection.manifest import PUBLISHED
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
