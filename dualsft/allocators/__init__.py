@@ -19,6 +19,7 @@ from dualsft.allocators.layer_quota import LayerQuota
 from dualsft.allocators.per_source_quota import PerSourceQuota
 from dualsft.allocators.positive_only import PositiveOnly
 from dualsft.allocators.proportional import Proportional
+from dualsft.allocators.random import RandomExamples, RandomWeights
 from dualsft.allocators.structured import Structured
 from dualsft.allocators.token_budget import TokenBudget
 from dualsft.allocators.top_k import GlobalTopK, TopK
@@ -36,6 +37,8 @@ __all__ = [
     "PerSourceQuota",
     "PositiveOnly",
     "Proportional",
+    "RandomExamples",
+    "RandomWeights",
     "ScoredExamples",
     "ScoredParameters",
     "Structured",

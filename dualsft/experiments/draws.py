@@ -1,36 +1,23 @@
-"""Draws the examples and the weights of a variant of a selection: at random, or a band of the ranking by score.
+"""Draws the examples and the weights of a variant of a selection: a band of the ranking, blocks, or a mixture.
 
 All draws have an exact size, depend on nothing but their arguments, and leave torch's global generator alone. Weights
 are drawn in memory of one tensor at a time beside the masks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dualsft.allocators.choice import Choice, kth_largest
+from dualsft.allocators.choice import Choice
+from dualsft.allocators.random import draw_entries
 
 Block = Literal["module", "row"]
 """What `random_blocks` draws: whole tensors, or the rows of matrices and whole vectors."""
-
-_LOWEST, _HIGHEST = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
-
-
-def random_examples(ids: Sequence[int], count: int, seed: int) -> list[int]:
-    """Draw ``count`` different examples, all equally likely; ascending.
-
-    Raises:
-        ValueError: if there are fewer.
-    """
-    if not 0 <= count <= len(ids):
-        raise ValueError(f"cannot choose {count} of {len(ids)} examples")
-    order = torch.randperm(len(ids), generator=_generator(seed))
-    return sorted(ids[k] for k in order[:count].tolist())
 
 
 def band_of_examples(scores: Mapping[int, float], count: int, band: int, bands: int) -> list[int]:
@@ -54,22 +41,6 @@ def band_of_examples(scores: Mapping[int, float], count: int, band: int, bands: 
     first = _first_rank(len(scores), count, band, bands)
     ranking = sorted(scores, key=lambda i: (-scores[i], i))
     return sorted(ranking[first : first + count])
-
-
-def random_weights(like: Mapping[str, Bool[Tensor, "..."]], count: int, seed: int) -> dict[str, Bool[Tensor, "..."]]:
-    """Draw ``count`` weights, each set of them equally likely.
-
-    Args:
-        like: Parameter name -> a mask of its shape; its entries are not read.
-        count: How many weights to draw.
-        seed: Decides the draw.
-
-    Raises:
-        ValueError: if there are fewer.
-    """
-    shapes = {name: like[name].shape for name in sorted(like)}
-    drawn = _draw({name: prod(shape) for name, shape in shapes.items()}, count, _generator(seed))
-    return {name: drawn[name].view(shape) for name, shape in shapes.items()}
 
 
 def band_of_weights(
@@ -139,7 +110,7 @@ def mixture(mask: Mapping[str, Bool[Tensor, "..."]], share: float, seed: int) ->
     outside = {name: mask[name].numel() - size for name, size in inside.items()}
     count = sum(inside.values())
     kept = round(share * count)
-    stays, comes = _draw(inside, kept, generator), _draw(outside, count - kept, generator)
+    stays, comes = draw_entries(inside, kept, generator), draw_entries(outside, count - kept, generator)
     mixed = {}
     for name in inside:
         chosen = mask[name]
@@ -157,30 +128,6 @@ def _first_rank(available: int, count: int, band: int, bands: int) -> int:
     if not (0 <= band < bands and bands >= 2 and 0 <= count <= available):
         raise ValueError(f"there is no band {band} of {bands} with {count} of {available}")
     return round(band * (available - count) / (bands - 1))
-
-
-def _draw(sizes: Mapping[str, int], count: int, generator: torch.Generator) -> dict[str, Bool[Tensor, " entry"]]:
-    """Draw ``count`` entries of tensors of these sizes: those with the largest of independent uniform random keys.
-
-    Keys are made anew in each sweep instead of kept. This is uniform but for ties at the threshold, which go to the
-    first: less than one entry is expected to tie in a model of less than 2³² weights. Splitting the count over the
-    tensors first would need a hypergeometric law of more than the 10⁹ items that numpy can take.
-    """
-    state = generator.get_state()
-
-    def sweep() -> Iterable[Int[Tensor, " entry"]]:
-        generator.set_state(state)
-        for size in sizes.values():
-            yield torch.randint(_LOWEST, _HIGHEST + 1, (size,), dtype=torch.int32, generator=generator)
-
-    threshold, ties = kth_largest(sweep, count) if count else (_HIGHEST, 0)
-    drawn = {}
-    for name, keys in zip(sizes, sweep(), strict=True):
-        drawn[name] = keys > threshold
-        at_threshold = (keys == threshold).nonzero().squeeze(1)[:ties]
-        drawn[name][at_threshold] = True
-        ties -= len(at_threshold)
-    return drawn
 
 
 def _block_length(shape: Sequence[int], block: Block) -> int:

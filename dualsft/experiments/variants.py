@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+from dualsft.allocators.random import random_examples, random_weights
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.experiments.draws import (
@@ -13,8 +14,6 @@ from dualsft.experiments.draws import (
     band_of_weights,
     mixture,
     random_blocks,
-    random_examples,
-    random_weights,
 )
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.parameter_choice import trainable_names

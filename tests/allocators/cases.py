@@ -1,6 +1,7 @@
 """Scores with ties and special values, and the slow obvious way to rank them."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,3 +90,11 @@ def entries(mask: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> set[tup
     assert {name: chosen.shape for name, chosen in mask.items()} == {n: s.shape for n, s in scores.items()}
     assert all(chosen.dtype == torch.bool for chosen in mask.values())
     return {(name, index) for name in mask for index in mask[name].flatten().nonzero().flatten().tolist()}
+
+
+def are_equally_likely(expected: float, draws: Sequence[Any], outcomes: int) -> bool:
+    """Whether outcomes are equally likely: χ² is within five standard deviations of its mean, and none is missing."""
+    counts = Counter(draws)
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    freedom = outcomes - 1
+    return len(counts) == outcomes and abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5

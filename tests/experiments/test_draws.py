@@ -1,6 +1,5 @@
 """Draws have an exact size, depend on their seed alone, and are what a full sort, or a uniform law, says they are."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,10 +13,8 @@ from dualsft.experiments.draws import (
     band_of_weights,
     mixture,
     random_blocks,
-    random_examples,
-    random_weights,
 )
-from tests.allocators.cases import best, entries, random_scores
+from tests.allocators.cases import are_equally_likely, best, entries, random_scores
 
 SHAPES = {"norm": (7,), "a.weight": (6, 5), "experts": (2, 3, 4), "scale": (), "empty": (0, 5), "none": (3, 0)}
 TOTAL = 7 + 30 + 24 + 1
@@ -33,17 +30,7 @@ def chosen_mask() -> dict[str, Tensor]:
     return band_of_weights(random_scores(0, SHAPES), 20, 0, 2)
 
 
-def agree(expected: float, draws: list[Any], outcomes: int) -> bool:
-    """Whether outcomes are equally likely: χ² is within five standard deviations of its mean, and none is missing."""
-    counts = Counter(draws)
-    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
-    freedom = outcomes - 1
-    return len(counts) == outcomes and abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
-
-
 DRAWS: dict[str, Callable[[int], Any]] = {
-    "examples": partial(random_examples, range(50), 10),
-    "weights": partial(random_weights, zeros(), 10),
     "rows": partial(random_blocks, SHAPES, 10),
     "modules": partial(random_blocks, SHAPES, 10, block="module"),
     "mixture": partial(mixture, chosen_mask(), 0.5),
@@ -62,29 +49,6 @@ def test_the_seed_decides(draw: Callable[[int], Any]) -> None:
     if isinstance(first, dict):
         first, again, other = (entries(mask, zeros()) for mask in (first, again, other))
     assert first == again != other
-
-
-def test_random_examples_are_uniform() -> None:
-    """Each pair of five is drawn equally often, ascending."""
-    draws = [tuple(random_examples([3, 1, 4, 7, 5], 2, seed)) for seed in range(2000)]
-    assert all(a < b for a, b in draws)
-    assert agree(200, draws, outcomes=10)
-
-
-def test_random_weights_are_uniform() -> None:
-    """Each pair of four weights in two tensors is drawn equally often."""
-    like = zeros({"a": (1, 3), "b": ()})
-    draws = [frozenset(entries(random_weights(like, 2, seed), like)) for seed in range(300)]
-    assert agree(50, draws, outcomes=6)
-
-
-def test_random_weights_do_not_follow_the_order_of_the_mapping() -> None:
-    """Nor the values of the mask that gives the shapes."""
-    reverse = {name: ~mask for name, mask in reversed(zeros().items())}
-    for count in (0, 1, 30, TOTAL):
-        drawn = entries(random_weights(zeros(), count, 4), zeros())
-        assert len(drawn) == count
-        assert drawn == entries(random_weights(reverse, count, 4), zeros())
 
 
 @pytest.mark.parametrize(("count", "bands"), [(1, 2), (7, 3), (10, 10), (31, 4), (70, 5), (100, 2)])
@@ -146,7 +110,7 @@ def test_random_blocks_are_drawn_equally_often() -> None:
     """The first row taken is each of six equally often, and a run of two in a row of three starts at either place."""
     shapes = {"a": (4, 3), "b": (2, 3)}
     draws = [frozenset(entries(random_blocks(shapes, 2, seed), zeros(shapes))) for seed in range(2400)]
-    assert agree(200, draws, outcomes=12)
+    assert are_equally_likely(200, draws, outcomes=12)
 
 
 def test_mixtures_keep_the_count_and_a_share() -> None:
@@ -162,12 +126,10 @@ def test_mixtures_are_uniform() -> None:
     """Which weight stays and which comes are independent, and each is equally likely."""
     mask = {"a": torch.tensor([True, False, True]), "b": torch.tensor([False, False])}
     draws = [frozenset(entries(mixture(mask, 0.5, seed), mask)) for seed in range(180)]
-    assert agree(30, draws, outcomes=6)
+    assert are_equally_likely(30, draws, outcomes=6)
 
 
 MISTAKES: dict[str, Callable[[], Any]] = {
-    "more examples than there are": lambda: random_examples([1, 2], 3, 0),
-    "more weights than there are": lambda: random_weights(zeros(), TOTAL + 1, 0),
     "more weights than blocks hold": lambda: random_blocks(SHAPES, TOTAL + 1, 0),
     "no weights left outside": lambda: mixture({"a": torch.ones(4, dtype=torch.bool)}, 0.5, 0),
     "band beyond the last": lambda: band_of_examples({1: 0.0}, 1, 2, 2),

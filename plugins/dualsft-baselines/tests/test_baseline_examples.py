@@ -3,19 +3,9 @@
 import pytest
 import torch
 from baseline_cases import doubles, examples
-from dualsft_baselines import GradientNorm, Less, LongestResponse, Loss, RandomExamples
+from dualsft_baselines import GradientNorm, Less, LongestResponse, Loss
 
-from dualsft import UserError
-
-
-def test_random_examples_are_drawn_by_the_seed_alone() -> None:
-    """The same seed chooses the same ids, ascending and distinct; other seeds others; scores have no say."""
-    first = RandomExamples(1).allocate(examples([0.0] * 30), 10).tolist()
-    assert first == sorted(set(first))
-    assert len(first) == 10
-    assert set(first) <= set(range(10, 70, 2))
-    assert RandomExamples(1).allocate(examples(list(range(30))), 10).tolist() == first
-    assert len({tuple(RandomExamples(seed).allocate(examples([0.0] * 30), 10).tolist()) for seed in range(9)}) == 9
+from dualsft import DataAllocator, UserError
 
 
 def test_longest_response() -> None:
@@ -81,14 +71,13 @@ def test_less_ranks_by_the_cosine() -> None:
 @pytest.mark.parametrize(
     ("allocator", "needs"),
     [
-        (RandomExamples(), ()),
         (LongestResponse(), ()),
         (GradientNorm(), ("gradient_norm",)),
         (Loss(), ("loss",)),
         (Less(), ("preconditioned_gradient_norm",)),
     ],
 )
-def test_needs(allocator: RandomExamples, needs: tuple[str, ...]) -> None:
+def test_needs(allocator: DataAllocator, needs: tuple[str, ...]) -> None:
     """Each asks for what it uses, and is given as many examples as the budget says."""
     assert tuple(allocator.needs) == needs
     assert (allocator.unit, allocator.exact) == ("examples", True)

@@ -1,11 +1,11 @@
-"""Random weights, magnitude and SIFT, on parameters made by hand; and what they are made of."""
+"""Magnitude and SIFT, on parameters made by hand; and what they are made of."""
 
 from collections import Counter
 
 import pytest
 import torch
 from baseline_cases import chosen, is_mask_of, parameters, subset
-from dualsft_baselines import Magnitude, RandomWeights, Sift, ranking, sampling
+from dualsft_baselines import Magnitude, Sift, ranking, sampling
 from dualsft_baselines.ranking import largest_entries
 from torch import Tensor
 
@@ -39,19 +39,6 @@ def test_draws_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         drawn = sampling.random_entries(1000, count, torch.Generator().manual_seed(count))
         assert int(drawn.sum()) == count
         assert abs(int(drawn[:500].sum()) - count / 2) <= 40
-
-
-def test_random_weights_are_spread_over_the_whole_model() -> None:
-    """Exactly the budget, by the seed alone; a parameter's share is that of its size on average."""
-    scores = parameters({"big": torch.zeros(30, 2), "a": torch.zeros(20), "one": torch.zeros(())})
-    for budget in (1, 17, 80, 81):
-        assert is_mask_of(RandomWeights().allocate(scores, budget), scores, budget)
-    masks = [RandomWeights(seed).allocate(scores, 27) for seed in range(300)]
-    assert len({frozenset(chosen(mask)) for mask in masks}) == 300
-    assert chosen(RandomWeights(5).allocate(scores, 27)) == chosen(masks[5])
-    for name, size in (("big", 60), ("a", 20), ("one", 1)):
-        mean = sum(int(mask[name].sum()) for mask in masks) / 300
-        assert abs(mean - size / 3) <= 0.6, name
 
 
 def slowly_largest(weights: dict[str, Tensor], budget: int, sign: int) -> set[tuple[str, int]]:

@@ -8,8 +8,6 @@ from dualsft_baselines.lift import Lift
 from dualsft_baselines.longest_response import LongestResponse
 from dualsft_baselines.loss import Loss
 from dualsft_baselines.magnitude import Magnitude
-from dualsft_baselines.random_examples import RandomExamples
-from dualsft_baselines.random_weights import RandomWeights
 from dualsft_baselines.sift import Sift
 from dualsft_baselines.train_on_validation import TrainOnValidation
 
@@ -22,8 +20,6 @@ __all__ = [
     "LongestResponse",
     "Loss",
     "Magnitude",
-    "RandomExamples",
-    "RandomWeights",
     "Sift",
     "TrainOnValidation",
 ]
