@@ -19,10 +19,10 @@ Measured = Mapping[str, Mapping[int, Tensor]]
 
 
 class ChosenExamples(NamedTuple):
-    """The ids of the chosen examples, and the number of near-duplicates dropped for one with a higher score."""
+    """The ids of the chosen examples, and each near-duplicate that could not be chosen -> the one in its place."""
 
     ids: set[int]
-    collapsed: int
+    duplicate_of: dict[int, int]
 
 
 class Pool(NamedTuple):
@@ -63,13 +63,13 @@ def choose_data(
     if not scores:
         raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
     allocator = settings.data_allocator
-    ids = collapse(settings.near_duplicates, scores, pool.records, pool.options)
-    collapsed = len(scores) - len(ids)
+    duplicate_of = collapse(settings.near_duplicates, scores, pool.records, pool.options)
+    ids = sorted(scores.keys() - duplicate_of.keys())
     cost = {i: int(pool.num_tokens[i]) if allocator.unit == "tokens" else 1 for i in ids}
     available = sum(cost.values())
     if isinstance(settings.data_budget, int) and due > available:
         what = "supervised tokens are in examples that" if allocator.unit == "tokens" else "examples"
-        others = f" once {collapsed:,} near-duplicates are collapsed" if collapsed else ""
+        others = f" once {len(duplicate_of):,} near-duplicates are collapsed" if duplicate_of else ""
         raise UserError(
             f"model.data_budget is {due:,}, but only {available:,} {what} have finite scores{others}; lower it."
         )
@@ -86,7 +86,7 @@ def choose_data(
         answer = allocator.allocate(scored, budget)
     chosen = integers(type(allocator).__name__, answer)
     _check_chosen(allocator, chosen, cost, budget)
-    return ChosenExamples(set(chosen), collapsed)
+    return ChosenExamples(set(chosen), duplicate_of)
 
 
 def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], cost: Mapping[int, int], budget: int) -> None:

@@ -103,7 +103,7 @@ def describe_outcome(
     examples = ExampleCounts(
         selected=len(chosen.examples),
         scored=len(chosen.example_scores.scores),
-        near_duplicates=chosen.collapsed,
+        near_duplicates=len(chosen.duplicate_of),
         rows=len(data.train_examples.status),
     )
     return {

@@ -17,7 +17,7 @@ Source: Broder, On the Resemblance and Containment of Documents (1997).
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from jaxtyping import UInt64
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, record_text
 from dualsft.errors import UserError
+
+DUPLICATE_OF = "duplicate_of"
+"""The column of ``examples.parquet`` with the example that stands in the place of a near-duplicate."""
 
 _PERMUTATIONS, _SEED = 256, 0
 _MISSED = 1e-3
@@ -58,11 +61,11 @@ class NearDuplicates:
 
 def collapse(
     settings: NearDuplicates, scores: Mapping[int, float], records: Records, options: FormatOptions
-) -> list[int]:
-    """The ids of the examples that stay, ascending.
+) -> dict[int, int]:
+    """Each example that is dropped -> the one that stays in its place.
 
     From the highest score to the lowest (of equal ones the earlier row first), an example stays unless it is similar
-    to one that stays already. Equal texts always collapse.
+    to one that stays already: the best of these stands in its place. Equal texts always collapse.
 
     Args:
         settings: From which similarity on two texts are alike.
@@ -71,17 +74,27 @@ def collapse(
         options: How its records are read; only the columns that the format reads count.
     """
     if settings.threshold is None:
-        return sorted(scores)
+        return {}
     columns = options.text_columns(records.columns)
-    seen: set[bytes] = set()
-    kept, index = [], SimilarTexts(settings.threshold)
+    stands_for: dict[bytes, int] = {}  # shingles -> the example that stays
+    kept: list[int] = []
+    twins, index = {}, SimilarTexts(settings.threshold)
     for i in sorted(scores, key=lambda i: (-scores[i], i)):
         shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
-        same = shingles.tobytes()
-        if same not in seen and index.add_unless_like_another(shingles):
+        text = shingles.tobytes()
+        if text in stands_for:
+            twins[i] = stands_for[text]
+        elif (place := index.add_unless_like_another(shingles)) is None:
             kept.append(i)
-        seen.add(same)
-    return sorted(kept)
+            stands_for[text] = i
+        else:
+            twins[i] = stands_for[text] = kept[place]
+    return twins
+
+
+def duplicate_column(ids: Iterable[int], duplicate_of: Mapping[int, int]) -> dict[str, list[int | None]]:
+    """The column ``duplicate_of``, by its name; nothing where no example is one."""
+    return {DUPLICATE_OF: [duplicate_of.get(i) for i in ids]} if duplicate_of else {}
 
 
 def hashed_shingles(text: str, ngram: int) -> UInt64[np.ndarray, " shingle"]:
@@ -136,13 +149,13 @@ class SimilarTexts:
         """The numbers of the texts that are like this one."""
         return self._like(shingles, self._signature(shingles))
 
-    def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> bool:
-        """Add a text unless one that was added before is like it; return whether it was added."""
+    def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> int | None:
+        """Add a text, and return None, unless one that was added before is like it; return the first one's number."""
         signature = self._signature(shingles)
-        if self._like(shingles, signature):
-            return False
+        if found := self._like(shingles, signature):
+            return found[0]
         self._add(shingles, signature)
-        return True
+        return None
 
     def _signature(self, shingles: UInt64[np.ndarray, " shingle"]) -> Any:
         signature = self._blank.copy()

@@ -65,7 +65,7 @@ class Chosen:
         mask: Parameter name -> bool, of the parameter's full shape.
         example_scores: φ_i.
         examples: Ids of the chosen examples.
-        collapsed: How many examples could not be chosen, being near-duplicates of others.
+        duplicate_of: Each near-duplicate that could not be chosen -> the example that stands in its place.
         rounds: The choices of each round, and the share of the last round's choices that it kept.
     """
 
@@ -73,7 +73,7 @@ class Chosen:
     mask: Mapping[str, Tensor] = field(default_factory=dict)
     example_scores: ExampleScores = field(default_factory=ExampleScores)
     examples: set[int] = field(default_factory=set)
-    collapsed: int = 0
+    duplicate_of: dict[int, int] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -99,7 +99,7 @@ def _choose_parameters(
     chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
     while late := chosen.examples & scoring.nonfinite:  # a gradient may not be finite although its row is
         chosen.example_scores = chosen.example_scores.without(late)
-        chosen.examples, chosen.collapsed = budgets.examples(chosen.example_scores.scores, scoring.measured)
+        chosen.examples, chosen.duplicate_of = budgets.examples(chosen.example_scores.scores, scoring.measured)
         occasion = f"{occasion}, again"
         chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
     before, chosen.mask = chosen.mask, budgets.mask(chosen.parameter_scores)
@@ -112,7 +112,7 @@ def _choose_examples(scoring: ScoresBothSides, budgets: Budgets, chosen: Chosen,
     """Score all examples by the chosen weights, and choose among them."""
     chosen.example_scores = scoring.examples(chosen.mask or None, occasion)
     before = chosen.examples
-    chosen.examples, chosen.collapsed = budgets.examples(chosen.example_scores.scores, scoring.measured)
+    chosen.examples, chosen.duplicate_of = budgets.examples(chosen.example_scores.scores, scoring.measured)
     return _record(len(chosen.examples), len(chosen.examples & before) if before else None)
 
 

@@ -23,6 +23,7 @@ from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
 from dualsft.selection.describe import recounted
 from dualsft.selection.diagnostics import row_sources
+from dualsft.selection.near_duplicates import DUPLICATE_OF, duplicate_column
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
 from dualsft.selection.writing import publish, write_selection
@@ -77,13 +78,13 @@ def reallocate(
         mask = _weights(source, settings)
     digest = hashlib.sha256((source.folder / "manifest.json").read_bytes()).hexdigest()
     options["allocated_from"] = {"folder": os.fspath(selection), "manifest": digest}
-    counts = recounted(source.manifest, mask, selected=len(chosen.ids), near_duplicates=chosen.collapsed)
+    counts = recounted(source.manifest, mask, selected=len(chosen.ids), near_duplicates=len(chosen.duplicate_of))
     run.claim({"command": "allocate", **options})
     _publish(
         run,
         source,
         manifest={**_kept(source.manifest, path, split), **options, "counts": counts, "phases": log.as_json()},
-        examples=_with_selected(source.examples, chosen.ids),
+        examples=_with_choice(source.examples, chosen),
         mask=mask,
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
         config=config,
@@ -213,10 +214,14 @@ def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if key != "control"}
 
 
-def _with_selected(examples: pa.Table, chosen: set[int]) -> pa.Table:
+def _with_choice(examples: pa.Table, chosen: ChosenExamples) -> pa.Table:
+    ids = examples["example_id"].to_pylist()
     place = examples.schema.get_field_index("selected")
-    selected = pa.array([i in chosen for i in examples["example_id"].to_pylist()], pa.bool_())
+    selected = pa.array([i in chosen.ids for i in ids], pa.bool_())
     table = examples.set_column(place, examples.schema.field(place), selected)
+    table = table.drop_columns([name for name in (DUPLICATE_OF,) if name in table.column_names])
+    for name, twins in duplicate_column(ids, chosen.duplicate_of).items():
+        table = table.append_column(name, pa.array(twins, pa.int64()))
     return table.combine_chunks()  # otherwise its pages on disk would differ from a fresh table's
 
 

@@ -27,9 +27,12 @@ from dualsft.selection.artifact import (
 )
 from dualsft.selection.diagnostics import Basis, RowSources, diagnose, write_diagnostics
 from dualsft.selection.mask import write_masks
+from dualsft.selection.near_duplicates import DUPLICATE_OF
 from dualsft.sharding.files import read_full_tensors
 from dualsft.storage.checksums import file_checksum
 from dualsft.storage.writing import writing_to
+
+_ALL_OF_TOKENS = TOKEN_SCHEMA.append(pa.field("supervised", pa.list_(pa.bool_())))  # the last is not in older files
 
 
 def write_selection(
@@ -89,7 +92,7 @@ def _write_scores(
         stored = {"example_id": torch.tensor(ids), "sketch": torch.stack([sketches[i].float() for i in ids])}
         save_file(stored, folder / SKETCHES)
     if token_scores is not None:
-        pq.write_table(pa.table(dict(token_scores), schema=TOKEN_SCHEMA), folder / TOKENS)
+        pq.write_table(pa.table(dict(token_scores), schema=_ALL_OF_TOKENS), folder / TOKENS)
     if parameter_scores is not None:
         pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
         save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
@@ -102,8 +105,9 @@ def _write_choice(
     selected_lines: Sequence[str],
 ) -> pa.Table:
     if not isinstance(examples, pa.Table):
-        sets = [pa.field(name, pa.float64()) for name in examples if name not in EXAMPLE_SCHEMA.names]
-        examples = pa.table(dict(examples), schema=pa.schema([*EXAMPLE_SCHEMA, *sets]))
+        others = [name for name in examples if name not in EXAMPLE_SCHEMA.names]
+        kinds = [pa.field(name, pa.int64() if name == DUPLICATE_OF else pa.float64()) for name in others]
+        examples = pa.table(dict(examples), schema=pa.schema([*EXAMPLE_SCHEMA, *kinds]))
     pq.write_table(examples, folder / EXAMPLES)
     write_masks(folder / MASK, mask)
     (folder / SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")

@@ -157,12 +157,15 @@ def test_a_budget_of_tokens_and_one_that_is_a_limit(inputs: Inputs, tmp_path: Pa
 
 @pytest.mark.parametrize("order", ["both", "parameters", "parameters_then_data", "data_then_parameters"])
 def test_near_duplicates_are_collapsed_first(inputs: Inputs, tmp_path: Path, order: str) -> None:
-    """Of two equal records one stays, whatever the order, and the manifest and the summary tell of the other."""
+    """Of two equal records one stays, whatever the order; table, manifest and summary tell of the other."""
     options = {**SGD, "order": order, "data_budget": None, "near_duplicates": NearDuplicates(0.9)}
     made = select(inputs, tmp_path / "out", options)
     assert made.example_ids == [i for i in OK if i != 8]
     assert made.manifest["counts"]["examples"] == {"selected": 7, "scored": 8, "near_duplicates": 1, "rows": 10}
     assert made.manifest["near_duplicates"] == {"threshold": 0.9, "ngram": 3}
+    assert {row["example_id"]: row["duplicate_of"] for row in made.examples.to_pylist() if row["duplicate_of"]} == {
+        8: 7
+    }
     assert "(8 scored, 1 empty, 1 truncated, 1 near-duplicates)" in summary(made)
 
 

@@ -26,7 +26,8 @@ def stay(
     """The rows that stay; scores fall from row to row if not given."""
     ids = range(len(texts))
     settings = NearDuplicates(threshold, ngram)
-    return collapse(settings, scores or {i: -float(i) for i in ids}, pool(texts), FormatOptions())
+    dropped = collapse(settings, scores or {i: -float(i) for i in ids}, pool(texts), FormatOptions())
+    return [i for i in ids if i not in dropped]
 
 
 def shingles(text: str, n: int) -> set[tuple[str, ...]]:
@@ -40,14 +41,17 @@ def similarity(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
     return len(one & other) / len(one | other)
 
 
-def reference(texts: Sequence[str], threshold: float, n: int, scores: Mapping[int, float]) -> list[int]:
-    """From the highest score down, each text compared with all that stay."""
+def reference(texts: Sequence[str], threshold: float, n: int, scores: Mapping[int, float]) -> dict[int, set[int]]:
+    """From the highest score down, each text compared with all that stay: those dropped -> those that are like them."""
     sets = [shingles(text, n) for text in texts]
     kept: list[int] = []
+    dropped = {}
     for i in sorted(range(len(texts)), key=lambda i: (-scores[i], i)):
-        if all(similarity(sets[i], sets[k]) < threshold for k in kept):
+        if alike := {k for k in kept if similarity(sets[i], sets[k]) >= threshold}:
+            dropped[i] = alike
+        else:
             kept.append(i)
-    return sorted(kept)
+    return dropped
 
 
 def mutated_texts(seed: int) -> tuple[list[str], dict[int, float]]:
@@ -67,11 +71,12 @@ def mutated_texts(seed: int) -> tuple[list[str], dict[int, float]]:
 @pytest.mark.parametrize("ngram", [1, 3])
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 1.0])
 def test_collapse_equals_comparing_all_pairs(threshold: float, ngram: int) -> None:
-    """The rows that stay are those of the greedy rule with every pair compared by its n-grams themselves."""
+    """Dropped is what the greedy rule drops with every pair compared by its n-grams, each for the best one like it."""
     texts, scores = mutated_texts(seed=ngram)
     expected = reference(texts, threshold, ngram, scores)
     assert 0 < len(expected) < 250
-    assert stay(texts, threshold, ngram, scores) == expected
+    found = collapse(NearDuplicates(threshold, ngram), scores, pool(texts), FormatOptions())
+    assert found == {i: min(alike, key=lambda k: (-scores[k], k)) for i, alike in expected.items()}
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.1, 0.3, 0.6, 0.9])
@@ -120,7 +125,7 @@ def test_short_texts_are_one_ngram_of_all_their_words() -> None:
 def test_only_the_examples_given_count() -> None:
     """Rows that could not be scored neither stay nor make others go, in whatever order ids come."""
     records = pool(["x y z", "x y z", "u v w"])
-    assert collapse(NearDuplicates(0.5), {2: 1.0, 1: 0.0}, records, FormatOptions()) == [1, 2]
+    assert collapse(NearDuplicates(0.5), {2: 1.0, 1: 0.0}, records, FormatOptions()) == {}
 
 
 def test_without_a_threshold_all_stay() -> None:

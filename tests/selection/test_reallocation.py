@@ -18,6 +18,7 @@ from dualsft.allocators import GlobalTopK, TopK
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection, reallocation
+from dualsft.selection.data_choice import ChosenExamples
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
@@ -225,7 +226,7 @@ def test_large_tables_are_written_as_fresh_ones_are(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / name)
     read = pq.read_table(tmp_path / "a")
     assert read["example_id"].num_chunks > 1
-    pq.write_table(reallocation._with_selected(read, set(range(0, rows, 3))), tmp_path / "c")
+    pq.write_table(reallocation._with_choice(read, ChosenExamples(set(range(0, rows, 3)), {})), tmp_path / "c")
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
 
 

@@ -33,6 +33,7 @@ def test_token_scores_add_up_to_the_example_scores(inputs: Inputs, with_tokens: 
     for row in table.to_pylist():
         assert row["token_id"] == examples[row["example_id"]][0]
         assert len(row["score"]) == len(row["token_id"])
+        assert row["supervised"] == [label != -100 for label in examples[row["example_id"]][1]]
         assert sum(row["score"]) == pytest.approx(scores[row["example_id"]], rel=1e-12)
 
 
