@@ -12,6 +12,7 @@ from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, stability
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.summary import summary
 from tests.references import float64_throughout, gradient_loop, inner, total
 from tests.world.data import LINES, VALIDATION, sums
 from tests.world.jobs import SGD, Inputs, select, write_inputs
@@ -80,6 +81,10 @@ def test_the_scores_are_those_without_halves(several: Inputs, tmp_path: Path, op
     agreed = found.diagnostics.basis.stability
     assert agreed is not None
     assert -1 <= agreed.examples <= 1  # type: ignore[operator]
+    told = (
+        f"stability   rank correlation of the scores by two halves of the validation set: {agreed.examples:.2f} of the"
+    )
+    assert told in summary(found)
     over_pool = [[p.name for p in of.about.phases if not p.name.startswith("validation")] for of in (found, without)]
     assert over_pool[0] == over_pool[1]
 
