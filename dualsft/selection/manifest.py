@@ -17,6 +17,7 @@ from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import FormatOptions, validation_sources
 from dualsft.data.selected import read_manifest
+from dualsft.data.sources import Given, sources_of
 from dualsft.errors import UserError
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
@@ -51,9 +52,9 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of records: its fingerprint, and how many examples have which status."""
+    """A set of records: the sources as they were given, its fingerprint, and how many examples have which status."""
 
-    path: str
+    path: str | list[Any] | dict[str, Any]
     fingerprint: str
     rows: int
     supervised_tokens: int
@@ -209,9 +210,21 @@ def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
     stored = read_manifest(folder)
     try:
         add_later_options(stored)
-        return stored, typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
+        about = typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
+        _check_sources(about.data)
+        return stored, about
     except (Mismatch, UserError) as error:
         raise UserError(f"{folder / 'manifest.json'}: {str(error).rstrip('.')}; make the selection again.") from error
+
+
+def _check_sources(data: DataSection) -> None:
+    """Refuse what no option could have given as the sources of a set."""
+    sets = data.validation if isinstance(data.validation, dict) else {"": data.validation}
+    for key, source in {
+        "train": data.train,
+        **{f"validation.{name}".rstrip("."): of for name, of in sets.items()},
+    }.items():
+        sources_of(source.path, f"data.{key}.path")
 
 
 def describe_inputs(module: "SelectionModule", data: InstructionDataModule, seed: int) -> dict[str, Any]:
@@ -270,9 +283,9 @@ def _data(data: InstructionDataModule) -> DataSection:
     )
 
 
-def _source(path: str | None, examples: Examples) -> dict[str, Any]:
+def _source(given: Given | None, examples: Examples) -> dict[str, Any]:
     return {
-        "path": path,
+        "path": given,
         "fingerprint": examples.records.fingerprint,
         "rows": len(examples.records),
         "supervised_tokens": int(sum(examples.num_tokens)),

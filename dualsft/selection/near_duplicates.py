@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import UInt64
 
 from dualsft.data.options import FormatOptions
-from dualsft.data.records import Records, record_text
+from dualsft.data.reading import text_reader
+from dualsft.data.records import Records
 from dualsft.errors import UserError
 
 _PERMUTATIONS, _SEED = 256, 0
@@ -72,11 +73,11 @@ def collapse(
     """
     if settings.threshold is None:
         return sorted(scores)
-    columns = options.text_columns(records.columns)
+    text = text_reader(records, options)
     seen: set[bytes] = set()
     kept, index = [], SimilarTexts(settings.threshold)
     for i in sorted(scores, key=lambda i: (-scores[i], i)):
-        shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
+        shingles = hashed_shingles(text(i), settings.ngram)
         same = shingles.tobytes()
         if same not in seen and index.add_unless_like_another(shingles):
             kept.append(i)
