@@ -30,7 +30,7 @@ _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adap
 _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
     token_scores.parquet example_sketches.safetensors warmup model model.* delta.safetensors* checkpoints logs
-    metrics.json tasks.json selection random-selection fit-* eval-*
+    metrics.json tasks.json predictions.jsonl selection random-selection fit-* eval-*
 """
 """Patterns of the names that the commands write at the top of an output folder."""
 
