@@ -95,7 +95,7 @@ def main() -> None:
         tokenizer.chat_template = template
         for turns in options.turns:
             given = conversations(options.records, turns)
-            lines = [SourceLine(json.dumps({"messages": one}), "records", None) for one in given]
+            lines = [SourceLine(json.dumps({"messages": one}), "records", k) for k, one in enumerate(given, start=1)]
             records, marks = build_records(lines), "{% generation %}" in template
             if marks:
                 check(tokenizer, given, records)

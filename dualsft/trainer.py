@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
+from dualsft.data.sources import paths_of
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import Selection
@@ -56,8 +57,9 @@ class Trainer(LightningTrainer):
         """
         run = output_dir
         if not isinstance(run, RunFolder):
-            validation = validation_sources(datamodule.validation).values()
-            inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, datamodule.train, *validation)
+            read = (datamodule.train, *validation_sources(datamodule.validation).values())
+            paths = (path for given in read for path in paths_of(given))
+            inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, *paths)
             run = RunFolder(run, resume=resume, overwrite=overwrite, inputs=inputs)
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(

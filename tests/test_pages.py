@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import dualsft
-from dualsft import UserError
+from dualsft import InstructionDataModule, UserError
 from dualsft.cli import run
 from tests.world.jobs import write_inputs
 
@@ -127,6 +127,16 @@ def test_options_parse(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         run([verb, "--config", str(tmp_path / "options.yaml"), *added, "--print_config"])
     assert not stop.value.code
     assert yaml.safe_load(capsys.readouterr().out)["data"]["validation"] == {"gsm8k": "a.jsonl", "code": "b.jsonl"}
+
+
+def test_configurations_of_data_are_taken() -> None:
+    """Each configuration on the page of data is one that the data module takes, every key of it."""
+    blocks = re.findall(
+        r"^```yaml\n(.*?)^```$", text(ROOT / "docs" / "reference" / "data.md"), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) > 1
+    for block in blocks:
+        InstructionDataModule(**yaml.safe_load(block)["data"])
 
 
 def keys_of(config: dict[str, Any], prefix: str = "") -> set[str]:

@@ -22,7 +22,7 @@ class PerSourceQuota(DataAllocator):
     budget is chosen. Among equal remainders, the source that occurs first is rounded up.
 
     Args:
-        column: Column of the records that names an example's source.
+        column: Column of the records that names an example's source; ``source`` is also its name in the pool.
         shares: Parts of the sources: by numbers of examples (proportional), all the same (equal), or proportional to
             numbers in a mapping of sources; a source that the mapping does not name gets a part only if all named ones
             are taken in full.

@@ -3,6 +3,7 @@
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.data.records import read_records
+from dualsft.data.sources import described
 from dualsft.errors import UserError
 from dualsft.finetune import MaskedFinetuneModule
 from dualsft.finetune.selection_checks import check_base, check_tokenizer
@@ -31,6 +32,7 @@ def check_belongs(
     given = [read_records(path, validation_split).fingerprint for path in validation_sources(data.validation).values()]
     if given and sorted(given) != sorted(source.fingerprint for source in made_for.values()):
         raise UserError(
-            f"data.validation has other records than those that the selection in {selection.folder} was made for "
-            f"({', '.join(source.path for source in made_for.values())}); give these, and others as audit.held_out."
+            f"data.validation has other records than those that the selection in {selection.folder} was made for ("
+            f"{', '.join(described(source.path) for source in made_for.values())}); give these, and others as "
+            "audit.held_out."
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dualsft.commands.resolved import as_arguments, at, resolved, without
 from dualsft.data.options import validation_sources
 from dualsft.data.records import read_records
+from dualsft.data.sources import Given
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.experiments.jobs import Job
 from dualsft.models.configuration import stored_configuration
@@ -141,7 +142,7 @@ class Evaluations:
 
     Attributes:
         settings: Name -> the settings, without what is read.
-        inputs: ``evaluations.NAME`` -> the path of its data, where it has any.
+        inputs: ``evaluations.NAME`` -> the sources of its data, where it has any.
         fingerprints: The same keys -> the hash of the records.
         models: The models that the settings name.
         size: How many examples they have, or 1 if they are tasks; for estimates of time.
@@ -151,12 +152,12 @@ class Evaluations:
         self.models = {at(of, MODEL) for of in settings.values()}
         self.settings = {name: without(of, _APART) for name, of in settings.items()}
         read = {f"evaluations.{name}": of for name, of in settings.items() if at(of, VALIDATION) is not None}
-        self.inputs = {key: str(at(of, VALIDATION)) for key, of in read.items()}
+        self.inputs: dict[str, Given] = {key: at(of, VALIDATION) for key, of in read.items()}
         self.fingerprints = {key: _of_records(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()}
         self.size = sum(_count(self.inputs[key], _split(VALIDATION, of)) for key, of in read.items()) or 1
 
 
-def _read(settings: dict[str, Any], pool: Pool | None) -> tuple[dict[str, str], dict[str, str], int]:
+def _read(settings: dict[str, Any], pool: Pool | None) -> tuple[dict[str, Given], dict[str, str], int]:
     """What settings read, with its hashes, and how many examples the pool has."""
     inputs = inputs_of(settings)
     if pool is None:
@@ -165,20 +166,20 @@ def _read(settings: dict[str, Any], pool: Pool | None) -> tuple[dict[str, str], 
     return {**others, TRAIN: pool.path}, {**_fingerprints(others, settings), TRAIN: pool.key}, pool.size
 
 
-def inputs_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What settings read: key -> path; each of several validation sets has a key of its own."""
+def inputs_of(settings: Mapping[str, Any]) -> dict[str, Given]:
+    """What settings read: key -> path or sources; each of several validation sets has a key of its own."""
     found = {key: at(settings, key) for key in (MODEL, TRAIN, CHECKPOINT)}
     sets = at(settings, VALIDATION)
     named = {f"{VALIDATION}.{n}": path for n, path in validation_sources(sets).items()} if sets is not None else {}
-    found |= {VALIDATION: sets} if isinstance(sets, str) else named
-    return {key: path for key, path in found.items() if path is not None}
+    found |= named if isinstance(sets, Mapping) else {VALIDATION: sets}
+    return {key: given for key, given in found.items() if given is not None}
 
 
-def _fingerprints(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+def _fingerprints(inputs: Mapping[str, Given], settings: Mapping[str, Any]) -> dict[str, str]:
     """The hash of each of the models and records that settings read."""
     return {
-        key: _of_model(path) if key in (MODEL, CHECKPOINT) else _of_records(path, _split(key, settings))
-        for key, path in inputs.items()
+        key: _of_model(str(given)) if key in (MODEL, CHECKPOINT) else _of_records(given, _split(key, settings))
+        for key, given in inputs.items()
     } | _of_second_moment(inputs)
 
 
@@ -198,15 +199,14 @@ def _of_model(name_or_path: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _of_second_moment(inputs: Mapping[str, str]) -> dict[str, str]:
+def _of_second_moment(inputs: Mapping[str, Given]) -> dict[str, str]:
     """The hash of the second moment beside the weights of a ready scoring checkpoint, if it has one."""
-    digest = describe_checkpoint(inputs[CHECKPOINT])["second_moment"] if CHECKPOINT in inputs else None
+    digest = describe_checkpoint(str(inputs[CHECKPOINT]))["second_moment"] if CHECKPOINT in inputs else None
     return {f"{CHECKPOINT}.second_moment": digest} if digest is not None else {}
 
 
-@cache
-def _of_records(path: str, split: str) -> str:
-    return read_records(path, split).fingerprint
+def _of_records(given: Given, split: str) -> str:
+    return _known_of(json.dumps(given), split)[0]
 
 
 def record_count(settings: Mapping[str, Any]) -> int:
@@ -214,6 +214,12 @@ def record_count(settings: Mapping[str, Any]) -> int:
     return _count(at(settings, TRAIN), _split(TRAIN, settings))
 
 
+def _count(given: Given, split: str) -> int:
+    return _known_of(json.dumps(given), split)[1]
+
+
 @cache
-def _count(path: str, split: str) -> int:
-    return len(read_records(path, split))
+def _known_of(given: str, split: str) -> tuple[str, int]:
+    """The hash of the records of sources, given as JSON, and how many they are."""
+    records = read_records(json.loads(given), split)
+    return records.fingerprint, len(records)

@@ -23,6 +23,7 @@ from dualsft.commands.parsing import (
 from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
+from dualsft.data.sources import paths_of
 from dualsft.errors import naming
 from dualsft.models.inspection import read_config
 from dualsft.models.loading import model_folder
@@ -91,7 +92,8 @@ class VerbCLI(LightningCLI, ABC):
         read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         self.folder: RunFolder | None = None
         if config.output_dir and self.is_one_run:
-            inputs = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
+            read = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
+            inputs = [path for given in read for path in paths_of(given)]
             self.folder = RunFolder(
                 config.output_dir,
                 resume=config.get("resume", False),

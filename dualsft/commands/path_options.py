@@ -6,15 +6,18 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from dualsft.data.options import validation_key
+from dualsft.data.sources import with_paths
 from dualsft.errors import naming
 from dualsft.storage.paths import check_writable, expanded
 
+VALIDATION = validation_key(None)
 OURS = (
     *("output_dir", "selection", "task_folder", "model.model_name_or_path", "model.selection"),
     *("model.warmup.checkpoint", "data.train", "data.validation", "data.tokenizer", "data.selection"),
     *("base", "model", "delta"),
 )
-"""Keys whose value is a path, a mapping of names to paths, or a name on the hub."""
+"""Keys whose value is a path or a name on the hub, or sources of data, which hold such."""
 WRITTEN_BY_LIGHTNING = ("dirpath", "save_dir")
 LIGHTNINGS = ("default_root_dir", *WRITTEN_BY_LIGHTNING)
 """Names of options of Lightning's trainer, loggers and callbacks."""
@@ -27,16 +30,20 @@ def expand_paths(config: Namespace) -> Namespace:
         UserError: if one is no path, or a folder that Lightning is to write to cannot be written; the key is named.
     """
     for key in OURS:
-        if isinstance(value := config.get(key), (str, dict)):
-            config[key] = _expanded(key, value)
+        if isinstance(value := config.get(key), (str, list, dict)):
+            config[key] = _sources(key, value)
     if "trainer" in config:
         _walk("trainer", config.trainer, _of_lightning)
     return config
 
 
+def _sources(key: str, value: Any) -> Any:
+    if key == VALIDATION and isinstance(value, dict):  # every key is a set's name, path too
+        return {name: with_paths(one, _expanded, f"{key}.{name}") for name, one in value.items()}
+    return with_paths(value, _expanded, key)
+
+
 def _expanded(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _expanded(f"{key}.{name}", part) for name, part in value.items()}
     if not isinstance(value, str) or "://" in value:
         return value
     with naming(key):

@@ -10,6 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dualsft.commands.lightning_cli import VerbCLI, tell
 from dualsft.evaluation import EvaluationModule, TaskOptions, load_tasks, task_metrics, task_report
+from dualsft.evaluation.predictions import FILE, as_lines, cut_short
+from dualsft.runs.progress import say
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import on_rank_zero
 from dualsft.storage.writing import write_atomically
@@ -46,6 +48,8 @@ class ValidateCLI(VerbCLI):
             results = model.evaluate_tasks(self.trainer, tasks, options, data.batch_size, seed)
             if config.verbose:
                 tell(task_report(results))
+        for remark in cut_short(model.predictions, model.generation.max_new_tokens):
+            say(remark)
         if self.folder is not None:
             self.folder.claim({"command": "validate"})
             try:
@@ -71,4 +75,6 @@ class ValidateCLI(VerbCLI):
         if results is not None:
             metrics |= task_metrics(results)
             write_atomically(folder / "tasks.json", json.dumps(results, indent=2))
+        if predictions := self.model.predictions:
+            write_atomically(folder / FILE, as_lines(predictions))
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2))

@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,17 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.folders import listed
-from dualsft.data.formats import Rendered, make_renderer, unread_columns
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, read_records
+from dualsft.data.rendering import on_columns, rendered_chunks
+from dualsft.data.sources import Given, paths_of
 from dualsft.data.supervision import Chunk, encode_chunk
 from dualsft.data.tokenizer import load_tokenizer
-from dualsft.errors import UserError, clipped
+from dualsft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-_CHUNK = 512  # records tokenised at once: enough to keep the tokenizer's threads busy, little enough to be cheap
 _NO_END = (
     "the tokenizer has no end-of-sequence token, so that no response ends in one and nothing teaches the model where "
     "to stop; give the tokenizer an eos_token."
@@ -88,7 +87,7 @@ class Examples:
 
 
 def load_examples(
-    path: str,
+    path: Given,
     tokenizer: str | PreTrainedTokenizerBase,
     *,
     split: str = "train",
@@ -99,22 +98,22 @@ def load_examples(
 
     Args:
         path: A jsonl, json, csv, tsv (each may be compressed), parquet or arrow file, a folder of them or of
-            save_to_disk, or a Hugging Face dataset id.
+            save_to_disk, a glob, or a Hugging Face dataset id; a list of such, or a mapping of names to them.
         tokenizer: A fast tokenizer, or the path or hub id of one.
         split: Split of a Hugging Face dataset, or of a folder with several splits.
         max_length: Tokens to keep of each example.
         **format_options: Fields of `FormatOptions`.
 
     Returns:
-        Columns example_id (the row in the source), input_ids and labels; -100 marks what is not supervised.
+        Columns example_id (the row, over all sources), input_ids and labels; -100 marks what is not supervised.
 
     Raises:
         UserError: If the records, the tokenizer or the options cannot be used.
     """
     options = FormatOptions(**format_options)
-    records = read_records(path, split)
+    records = read_records(path, split, "path")
     if records.left_out:
-        warnings.warn(f"{path}: {listed(records.left_out)} is not read.", stacklevel=2)
+        warnings.warn(f"{listed(paths_of(path))}: {listed(records.left_out)} is not read.", stacklevel=2)
     examples = encode_examples(records, load_tokenizer(tokenizer), options, max_length)
     for remark in examples.remarks:
         warnings.warn(remark, stacklevel=2)
@@ -131,8 +130,8 @@ def encode_examples(
     """
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
-    chunks, remarks = [], dict.fromkeys(_on_columns(records, options))
-    for part in _rendered(records, tokenizer, options):
+    chunks, remarks = [], dict.fromkeys((*records.remarks, *on_columns(records, options)))
+    for part in rendered_chunks(records, tokenizer, options):
         chunks.append(encode_chunk(part, tokenizer, max_length))
         if part[0].add_eos and tokenizer.eos_token_id is None:
             remarks[_NO_END] = None
@@ -150,27 +149,6 @@ def encode_examples(
         records=records,
         remarks=tuple(remarks),
     )
-
-
-def _on_columns(records: Records, options: FormatOptions) -> Iterator[str]:
-    if names := unread_columns(records, options):
-        of = f"column {names[0]} is" if len(names) == 1 else f"columns {listed(names)} are"
-        yield clipped(f"{listed(records.sources)}: the {of} no part of the text that is learnt from.")
-
-
-def _rendered(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Iterator[list[Rendered]]:
-    render = make_renderer(records, tokenizer, options)
-    for first in range(0, len(records), _CHUNK):
-        rows = range(first, min(first + _CHUNK, len(records)))
-        yield [_checked(render(records[row], records.location(row)), records.location(row)) for row in rows]
-
-
-def _checked(rendered: Rendered, where: str) -> Rendered:
-    try:
-        rendered.text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text holds half a character (a lone surrogate); mend or remove it.") from error
-    return rendered
 
 
 def _dataset(chunks: list[Chunk]) -> "datasets.Dataset":

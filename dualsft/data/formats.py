@@ -11,8 +11,7 @@ from dualsft.data.chat import Conversation
 from dualsft.data.columns import Record, answer_of, text_of, text_or_nothing, value_of
 from dualsft.data.dialogues import check_no_dialogue, holds_dialogue, read_conversation, read_dialogue
 from dualsft.data.limits import limited
-from dualsft.data.options import FormatOptions
-from dualsft.data.records import Records
+from dualsft.data.reading import Reading
 from dualsft.data.templates import ChatTemplates
 from dualsft.data.turns import Turn, read_tools
 from dualsft.errors import UserError
@@ -42,15 +41,19 @@ class Rendered:
 Renderer = Callable[[Record, str], Rendered]
 
 
-def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> Renderer:
-    """Chooses one renderer for all records: a function of (record, location).
+def make_renderer(reading: Reading, first: Record, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """Chooses one renderer for all records that are read in one way: a function of (record, location).
+
+    Args:
+        reading: The way.
+        first: The first of the records, which says whether prompts are conversations.
+        tokenizer: The tokenizer, for its chat template and its special tokens.
 
     Raises:
-        UserError: If no format fits or a conversation meets a tokenizer without a chat template. The renderer itself
-            raises it for a record that lacks a column or holds the wrong kind of value, naming the location.
+        UserError: If a conversation meets a tokenizer without a chat template. The renderer itself raises it for a
+            record that lacks a column or holds the wrong kind of value, naming the location.
     """
-    name, columns = options.recognise(records.columns), options.text_columns(records.columns)
-    others = options.other_answers(records.columns)
+    options, name, columns, others = reading
     if name == "alpaca":
         return _alpaca_renderer(str(tokenizer.eos_token or ""), others)
     if name == "text":
@@ -58,7 +61,7 @@ def make_renderer(records: Records, tokenizer: PreTrainedTokenizerBase, options:
     if name == "messages":
         return _chat_renderer(tokenizer, partial(read_conversation, column=columns[0]))
     prompt, *answers = columns
-    if holds_dialogue(records[0], prompt, answers):
+    if holds_dialogue(first, prompt, answers):
         return _chat_renderer(tokenizer, partial(read_dialogue, prompt=prompt, answers=answers))
 
     def render(record: Record, where: str) -> Rendered:
@@ -78,13 +81,13 @@ def _alpaca_renderer(eos: str, others: Sequence[str]) -> Renderer:
     return render
 
 
-def unread_columns(records: Records, options: FormatOptions) -> tuple[str, ...]:
-    """The columns that no renderer of `make_renderer` reads."""
-    name, columns = options.recognise(records.columns), options.text_columns(records.columns)
+def read_columns(reading: Reading, first: Record) -> set[str]:
+    """The columns that the renderer of `make_renderer` reads."""
+    options, name, columns, _ = reading
     read = {*columns, *options.side_columns(name)}
-    if name == "prompt_response" and holds_dialogue(records[0], columns[0], columns[1:]):
+    if name == "prompt_response" and holds_dialogue(first, columns[0], columns[1:]):
         read |= {*options.side_columns("messages")}
-    return tuple(column for column in records.columns if column not in read)
+    return read
 
 
 def _render_text(record: Record, where: str, column: str) -> Rendered:

@@ -18,6 +18,7 @@ from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, v
 from dualsft.data.packing import collate_packed, packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
+from dualsft.data.sources import Given, sources_of
 from dualsft.data.tokenizer import load_tokenizer, pad_id
 from dualsft.errors import UserError, naming
 
@@ -29,9 +30,10 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         train: The pool: a jsonl, json, csv, tsv (each may be compressed), parquet or arrow file, a folder of them or of
-            save_to_disk, or a Hugging Face dataset id.
-        validation: What the model is meant to get better at: a source of the same kinds, or a mapping of names to
-            several.
+            save_to_disk, a glob, or a Hugging Face dataset id; a list of such sources, or a mapping of names to them. A
+            source may be a mapping of its path and options of its own: split, format and columns, share, cap, seed.
+        validation: What the model is meant to get better at: a source of the same kinds or a list that is one set, or a
+            mapping of names to several sets.
         tokenizer: A tokenizer, or the path or hub id of one; on the command line the model's own.
         format: Format of the records; ``auto`` recognises it by their columns.
         prompt_column: Column of the prompt, if not ``prompt``.
@@ -56,13 +58,13 @@ class InstructionDataModule(LightningDataModule):
         named_validation: Whether ``validation`` is a mapping.
 
     Raises:
-        UserError: If an option is out of range, two contradict each other, or `validation_sources` refuses a name.
+        UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
     """
 
     def __init__(
         self,
-        train: str | None = None,
-        validation: str | dict[str, str] | None = None,
+        train: Given | None = None,
+        validation: Given | None = None,
         tokenizer: Any = None,
         format: Format = "auto",
         prompt_column: str | None = None,
@@ -93,11 +95,14 @@ class InstructionDataModule(LightningDataModule):
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
         self._keys = {name: validation_key(name if self.named_validation else None) for name in paths}
-        self._sources: dict[str, tuple[str | None, str]] = {
+        self._sources: dict[str, tuple[Given | None, str]] = {
             TRAIN: (train, train_split),
             _VALIDATION: (None, validation_split),
             **{key: (paths[name], validation_split) for name, key in self._keys.items()},
         }
+        for key, (given, _) in self._sources.items():
+            if given is not None:
+                sources_of(given, key, samples=key == TRAIN)
         self._tokenizer = tokenizer
         self._examples: dict[str, Examples] = {}
 
@@ -218,13 +223,13 @@ class InstructionDataModule(LightningDataModule):
 
     def _encoded(self, key: str) -> Examples:
         if key not in self._examples:
-            path, split = self._sources[key]
-            if path is None:
+            given, split = self._sources[key]
+            if given is None:
                 raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
             tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
                 self._examples[key] = encode_examples(
-                    read_records(path, split), tokenizer, self.options, self.max_length
+                    read_records(given, split), tokenizer, self.options, self.max_length
                 )
         return self._examples[key]
 

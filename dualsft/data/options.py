@@ -10,12 +10,17 @@ from dualsft.storage.paths import expanded
 
 TRAIN = "data.train"
 """The option that gives the source of the pool."""
-_SET_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"[\w-]+")
 
 Format = Literal["auto", "prompt_response", "alpaca", "messages", "text"]
 
 _ANSWERS = ("response", "completion", "output")
 _CONVERSATIONS = ("conversations", "conversation")
+_PAIRS = (
+    *(("question", "answer"), ("query", "response"), ("input", "output"), ("question", "response")),
+    *(("problem", "solution"), ("inputs", "targets"), ("source", "target")),
+)
+"""Other usual names of a prompt and its response, looked for where the columns fit no other format."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,15 @@ class FormatOptions:
             ("prompt_response", {"prompt", "completion"}),
             ("text", {self.text_column}),
             ("messages", {self._conversation(columns)}),
+            *(("prompt_response", set(pair)) for pair in _PAIRS),
         )
         for name, needed in signatures:
             if needed <= set(columns):
                 return name
         raise UserError(
             f"The columns {', '.join(columns)} fit no format (messages; instruction and output; prompt and response "
-            "or completion; text): name the columns with data.prompt_column and data.response_column, or that of a "
-            "conversation with data.messages_column."
+            "or completion; text; question and answer, or a usual pair): name the columns with data.prompt_column "
+            "and data.response_column, or that of a conversation with data.messages_column."
         )
 
     def text_columns(self, columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,6 +85,8 @@ class FormatOptions:
                 return (self._conversation(columns),)
             case "text":
                 return (self.text_column,)
+        if pair := self._pair(columns):
+            return pair
         answers = tuple(column for column in ("response", "completion") if column in columns) or ("completion",)
         return (self.prompt_column or "prompt", *((self.response_column,) if self.response_column else answers))
 
@@ -92,6 +100,20 @@ class FormatOptions:
             return ()
         return tuple(column for column in _ANSWERS if column in columns and column not in self.text_columns(columns))
 
+    def within(self, own: Mapping[str, Any]) -> "FormatOptions":
+        """The options for a source that has its own: what it says of format and columns replaces all that these say.
+
+        Args:
+            own: Fields by name; without any the options are these.
+        """
+        return FormatOptions(**{"prompt_template": self.prompt_template, **own}) if own else self
+
+    def _pair(self, columns: tuple[str, ...]) -> tuple[str, str] | None:
+        """The columns of a prompt and its response where they have another usual pair of names, and none is given."""
+        if self._names_columns or ("prompt" in columns and {"response", "completion"} & set(columns)):
+            return None
+        return next((pair for pair in _PAIRS if set(pair) <= set(columns)), None)
+
     def _conversation(self, columns: tuple[str, ...]) -> str:
         """The column of the conversation: ``conversations`` and the like where nothing has the default's name."""
         given = self.messages_column
@@ -99,8 +121,11 @@ class FormatOptions:
         return given if given in columns or given != "messages" else next(usual, given)
 
 
-def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, str]:
-    """The source of each validation set by name, in the order given; a single source has the name ``validation``.
+def validation_sources(validation: Any) -> dict[str, Any]:
+    """What each validation set is read from, by its name, in the order given; a set without one is ``validation``.
+
+    Args:
+        validation: A mapping of names to sources; or one source, or a list that is one set; or None.
 
     Raises:
         UserError: If a mapping is empty, or has a name that is not made of letters, digits, ``_`` and ``-``: names
@@ -108,18 +133,23 @@ def validation_sources(validation: str | Mapping[Any, str] | None) -> dict[str, 
     """
     if validation is None:
         return {}
-    if isinstance(validation, str):
+    if not isinstance(validation, Mapping):
         return {"validation": validation}
     if not validation:
         raise UserError("data.validation is an empty mapping: give a source, or names with a source each.")
     for name in validation:
-        if not isinstance(name, str):
-            raise UserError(f"data.validation names a set {name!r}, which is not text: put the name in quotes.")
-        if not _SET_NAME.fullmatch(name):
-            raise UserError(f"data.validation names a set {name!r}: use letters, digits, _ and - alone.")
-        with naming("data.validation"):
-            expanded(name)  # names become parts of file names too
+        check_name("data.validation", "set", name)
     return dict(validation)
+
+
+def check_name(key: str, what: str, name: Any) -> None:
+    """Refuse a name in a mapping that could not be part of a metric's, a column's or a file's name."""
+    if not isinstance(name, str):
+        raise UserError(f"{key} names a {what} {name!r}, which is not text: put the name in quotes.")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{key} names a {what} {name!r}: use letters, digits, _ and - alone.")
+    with naming(key):
+        expanded(name)
 
 
 def validation_key(name: str | None) -> str:

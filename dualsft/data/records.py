@@ -2,15 +2,43 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from json import JSONDecodeError
-from typing import Any
+from typing import Any, NamedTuple
 
-from dualsft.data.files import SourceLine, find_source
-from dualsft.data.json_text import parsed
-from dualsft.data.texts import as_messages
+from dualsft.data.files import SourceLine, record_of
+from dualsft.data.finding import find_source
+from dualsft.data.sampling import taken_rows, told
+from dualsft.data.sources import Given, SourceOptions, sources_of
 from dualsft.errors import UserError
+
+
+class Part(NamedTuple):
+    """The records of one file.
+
+    Attributes:
+        start: Row of the first one.
+        columns: Every key that occurs, in order of first appearance.
+        source: The source that names the file.
+        number: Which of the sources this is.
+        label: What the place of a record begins with: the source's name, what a glob matched, or the path where there
+            are several sources.
+        file: Name of the file.
+    """
+
+    start: int
+    columns: tuple[str, ...]
+    source: SourceOptions = SourceOptions("")
+    number: int = 0
+    label: str = ""
+    file: str = ""
+
+    @property
+    def title(self) -> str:
+        """What people call the file, or the source that it is part of."""
+        return self.label or self.file
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -18,15 +46,17 @@ class Records:
     """A sequence of records; only their lines are kept and a record is parsed when asked for.
 
     Attributes:
-        columns: Every key that occurs, in order of first appearance.
+        parts: The files, in the order of their records; those without a record are left out.
         fingerprint: SHA-256 (hex) over the lines: equal exactly when the lines are.
-        left_out: Names of what lies in the source's folder and was not read.
+        left_out: Names of what lies in the sources' folders and was not read.
+        remarks: A sentence on each source of which only a part was taken.
     """
 
-    columns: tuple[str, ...]
+    parts: tuple[Part, ...]
     fingerprint: str
     _lines: tuple[SourceLine, ...]
     left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -37,78 +67,124 @@ class Records:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (json.loads(line.text) for line in self._lines)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every key that occurs, in order of first appearance."""
+        return tuple(dict.fromkeys(column for part in self.parts for column in part.columns))
+
     def line(self, row: int) -> str:
         """The record as one JSON line without its line end; the line itself if the source is JSON lines."""
         return self._lines[row].text
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names of the files, or of the dataset, that the records come from."""
-        return tuple(dict.fromkeys(line.source for line in self._lines))
+    def part(self, row: int) -> int:
+        """The number of the file that holds a record, among ``parts``."""
+        return bisect_right(self.parts, row, key=lambda part: part.start) - 1
 
-    def source_of(self, row: int) -> str:
-        """Name of the file, or of the dataset, that a record comes from."""
-        return self._lines[row].source
+    def source(self, row: int) -> str:
+        """The name of a record's source in a mapping of names; without one its path, or the file's in a folder."""
+        return self.parts[self.part(row)].title
+
+    def with_source(self, row: int) -> dict[str, Any]:
+        """The record; where its source has a name, this is its value under ``source``."""
+        name = self.parts[self.part(row)].source.name
+        return {**self[row], "source": name} if name else self[row]
 
     def location(self, row: int) -> str:
-        """The place of the record in its source, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
-        return self._lines[row].location(row)
+        """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0 over all sources."""
+        return _labelled(self.parts[self.part(row)].label, self._lines[row].location(row))
 
 
-def read_records(path: str, split: str = "train") -> Records:
-    """Reads and checks every record of a file, a folder or a Hugging Face dataset.
+def read_records(given: Given, split: str = "train", key: str = "data") -> Records:
+    """Reads and checks every record of a source, or of several end to end; see `dualsft.data.sources`.
+
+    Args:
+        given: The sources.
+        split: Split of those that do not name their own, where they are folders or datasets with several.
+        key: The option that gives them, for messages.
 
     Raises:
-        UserError: If the source is missing, unreadable or holds no record, or if a row is not a JSON object.
+        UserError: If a source is missing, unreadable or holds no record, or if a row is not a JSON object.
     """
-    source = find_source(path, split)
-    records = build_records(source.lines, source.left_out)
-    if not len(records):
-        raise UserError(f"{path} holds no record.")
-    return records
+    sources, gathered = sources_of(given, key), _Gathered()
+    for number, source in enumerate(sources):
+        gathered.add(Part(0, (), source, number, source.name or (source.path if len(sources) > 1 else "")), split)
+    return gathered.records()
 
 
-def build_records(lines: Iterable[SourceLine], left_out: tuple[str, ...] = ()) -> Records:
-    """Refuses a line that is not a JSON object, and gathers the columns."""
-    columns: dict[str, None] = {}
-    digest = hashlib.sha256()
-    kept: list[SourceLine] = []
-    for row, line in enumerate(lines):
-        columns.update(dict.fromkeys(_parse(line, row)))
-        digest.update(line.text.encode() + b"\n")
-        kept.append(line)
-    return Records(tuple(columns), digest.hexdigest(), tuple(kept), left_out)
+def build_records(lines: Iterable[SourceLine]) -> Records:
+    """The records of one file: refuses a line that is not a JSON object, and gathers the columns."""
+    gathered = _Gathered()
+    gathered.add_file(lines, Part(0, ()))
+    return gathered.records()
 
 
-def _parse(line: SourceLine, row: int) -> dict[str, Any]:
+class _Gathered:
+    """The records of the files that have been read so far."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._lines: list[SourceLine] = []
+        self._parts: list[Part] = []
+        self._left_out: tuple[str, ...] = ()
+        self._remarks: list[str] = []
+
+    def add(self, part: Part, split: str) -> None:
+        """Read the files of a source, of which ``part`` has what is known before."""
+        source, before = part.source, len(self._lines)
+        with _labelling(part.label):
+            found = find_source(source.path, source.split or split)
+        files = [(file.lines, part._replace(label=source.name or file.match or part.label)) for file in found.files]
+        for lines, of in self._sampled(files) if source.is_sampled else files:
+            with _labelling(of.label):
+                self.add_file(lines, of)
+        if len(self._lines) == before:
+            raise UserError(f"{source.path} holds no record.")
+        self._left_out += found.left_out
+
+    def _sampled(self, files: list[tuple[Iterator[SourceLine], Part]]) -> Iterator[tuple[Iterable[SourceLine], Part]]:
+        """The lines of each file of a source that are taken."""
+        whole: list[tuple[list[SourceLine], Part]] = []
+        for unread, part in files:
+            with _labelling(part.label):
+                whole.append((list(unread), part))
+        source, count = files[0][1].source, sum(len(lines) for lines, _ in whole)
+        chosen, start = set(taken_rows(source, count)), 0
+        if len(chosen) < count:
+            self._remarks.append(told(source, source.name or source.path, count))
+        for lines, part in whole:
+            yield [line for row, line in enumerate(lines, start) if row in chosen], part
+            start += len(lines)
+
+    def add_file(self, lines: Iterable[SourceLine], part: Part) -> None:
+        """Add the records of a file."""
+        columns: dict[str, None] = {}
+        start = len(self._lines)
+        for line in lines:
+            columns.update(dict.fromkeys(record_of(line, len(self._lines))))
+            self._digest.update(line.text.encode() + b"\n")
+            self._lines.append(line)
+        if len(self._lines) > start:
+            file = self._lines[start].source
+            self._parts.append(part._replace(start=start, columns=tuple(columns), file=file))
+
+    def records(self) -> Records:
+        """All of them."""
+        fingerprint, lines = self._digest.hexdigest(), tuple(self._lines)
+        return Records(tuple(self._parts), fingerprint, lines, self._left_out, tuple(self._remarks))
+
+
+@contextmanager
+def _labelling(label: str) -> Iterator[None]:
+    """Say which of several sources a mistake is in."""
     try:
-        record = parsed(line.text)
-    except JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg}, column {error.colno})"
-        raise UserError(f"{line.location(row)}: {reason}; mend or remove this row.") from error
-    except ValueError as error:
-        raise UserError(f"{line.location(row)}: not a record ({error}); mend or remove this row.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{line.location(row)}: a record must be a JSON object, not {type(record).__name__}.")
-    return record
+        yield
+    except UserError as error:
+        raise UserError(_labelled(label, str(error))) from error
 
 
-def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """The text of a record: prompt before response, one line per text; a conversation gives its turns' contents.
-
-    The columns are those of `FormatOptions.text_columns`; absent and null ones add nothing.
-    """
-    values = map(record.get, columns)
-    return "\n".join(text for value in values for text in _texts(as_messages(value) or value))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if key not in ("role", "from"):  # who speaks is not part of the text
-                yield from _texts(part)
-    elif value is not None:
-        yield str(value)
+def _labelled(label: str, told: str) -> str:
+    """What is told of a file, behind a label; a path as label stands in place of the file's name."""
+    name = label.rpartition("/")[2]
+    if label and told.startswith((f"{name},", f"{name}:")):
+        return label + told.removeprefix(name)
+    return f"{label}: {told}" if label and not told.startswith(label) else told

@@ -1,6 +1,7 @@
 """Values of a column as text: what counts as text, and what as missing."""
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dualsft.data.json_text import parsed
@@ -37,3 +38,24 @@ def as_messages(value: Any) -> list[Any] | None:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in _PARTS and isinstance(part.get("text"), str)
+
+
+def record_text(record: Mapping[str, Any], columns: Iterable[str]) -> str:
+    """The text of a record: prompt before response, one line per text; a conversation gives its turns' contents.
+
+    The columns are those of `dualsft.data.options.FormatOptions.text_columns`; absent and null ones add nothing.
+    """
+    values = map(record.get, columns)
+    return "\n".join(text for value in values for text in _texts(as_messages(value) or value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("role", "from"):  # who speaks is not part of the text
+                yield from _texts(part)
+    elif value is not None:
+        yield str(value)

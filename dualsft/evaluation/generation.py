@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -54,6 +54,22 @@ class Generation:
         return re.sub(r"(?<=\d),(?=\d{3})", "", answer.strip())
 
 
+class Answer(NamedTuple):
+    """A model's answer to the last prompt of an example.
+
+    Attributes:
+        prompt: The prompt, special tokens included.
+        text: The answer, without special tokens.
+        reference: The example's own answer, without special tokens.
+        is_cut: Whether the longest answer was reached before its end.
+    """
+
+    prompt: str
+    text: str
+    reference: str
+    is_cut: bool
+
+
 def last_turn(input_ids: Int[Tensor, " token"], labels: Int[Tensor, " token"]) -> tuple[list[int], list[int]]:
     """One example's tokens before its last supervised stretch, and that stretch; at least one token is supervised."""
     supervised = (labels != -100).nonzero().squeeze(1)
@@ -80,13 +96,10 @@ def check_room(model: PreTrainedModel, source: str, examples: Examples, max_new_
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
-) -> tuple[list[str], list[str]]:
-    """Greedy continuations of each example's last prompt, and the reference texts.
+) -> list[Answer]:
+    """Greedy continuations of each example's last prompt.
 
     Every rank calls this with the same batch and answers its share of the prompts, at least one; all get all answers.
-
-    Returns:
-        (answers, references), special tokens removed.
 
     Raises:
         UserError: if an example has nothing before its supervised tokens.
@@ -99,14 +112,16 @@ def generate_answers(
                 "to 0."
             )
     prompts = [prompt for prompt, _ in turns]
-    texts = _continuations(
+    own = _continuations(
         model, tokenizer, prompts[rank_slice()] or prompts[:1], batch["input_ids"].device, max_new_tokens
     )
-    answers = [""] * len(turns)
-    for number, of_rank in enumerate(all_gather(texts)):
+    answers = [("", False)] * len(turns)
+    for number, of_rank in enumerate(all_gather(own)):
         answers[number :: world_size()] = of_rank[: len(answers[number :: world_size()])]
     references = tokenizer.batch_decode([reference for _, reference in turns], skip_special_tokens=True)
-    return answers, list(references)
+    spelt = tokenizer.batch_decode(prompts)
+    parts = zip(spelt, answers, references, strict=True)
+    return [Answer(prompt, text, reference, is_cut) for prompt, (text, is_cut), reference in parts]
 
 
 def _continuations(
@@ -115,8 +130,11 @@ def _continuations(
     prompts: list[list[int]],
     device: torch.device,
     max_new_tokens: int,
-) -> list[str]:
-    """The texts of greedy continuations; every rank calls the model as often as the rank that finishes last."""
+) -> list[tuple[str, bool]]:
+    """Greedy continuations as texts, each with whether it has no end.
+
+    Every rank calls the model as often as the rank that finishes last.
+    """
     pad, rows = min(pad_id(tokenizer), embedding_rows(model) - 1), [torch.tensor(prompt) for prompt in prompts]
     # on the left, so that every prompt ends in the last column
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(device)
@@ -131,4 +149,9 @@ def _continuations(
     )
     generate: Any = model.generate  # not part of the base class's type
     tokens = generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=world_size() > 1)
-    return list(tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True))
+    made = tokens[:, ids.shape[1] :]
+    known = [] if config.eos_token_id is None else config.eos_token_id
+    ends = torch.tensor(known, dtype=made.dtype, device=made.device)
+    has_end = torch.isin(made, ends).any(1).tolist()
+    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [(text, not ended) for text, ended in zip(texts, has_end, strict=True)]

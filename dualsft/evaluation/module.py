@@ -9,6 +9,7 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.evaluation.generation import Generation, check_room, generate_answers
 from dualsft.evaluation.metrics import ValidationMetrics, check_validation_data, validation_names
+from dualsft.evaluation.predictions import Prediction, judged
 from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype
@@ -26,6 +27,9 @@ class EvaluationModule(LightningModule):
         generation: How answers are generated and compared.
         dtype: Type that the weights are stored and computed in.
         example_loss: Also measure the mean over the examples of each one's mean loss, which selections lower.
+
+    Attributes:
+        predictions: The answers of the last evaluation; none where none are generated.
     """
 
     def __init__(
@@ -38,12 +42,15 @@ class EvaluationModule(LightningModule):
         super().__init__()
         self.model_name_or_path, self.generation, self.example_loss = model_name_or_path, generation, example_loss
         self.dtype_name: Dtype = dtype
+        self.predictions: list[Prediction] = []
 
     def setup(self, stage: str) -> None:
         """Check the data before anything is loaded."""
         check_validation_data(self.trainer)
         exact_match = self.generation.max_new_tokens > 0
-        self.metrics = ValidationMetrics(validation_names(self.trainer), exact_match, self.example_loss)
+        self._names = validation_names(self.trainer)
+        self.metrics = ValidationMetrics(self._names, exact_match, self.example_loss)
+        self.predictions = []
 
     def configure_model(self) -> None:
         """Load the checkpoint, in shards if the trainer says so."""
@@ -64,10 +71,13 @@ class EvaluationModule(LightningModule):
         """Update the metrics of the validation set of this index with one batch."""
         self.metrics.tokens(dataloader_idx).measure(self.model, batch)
         if self.generation.max_new_tokens:
-            answers, references = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
-            extract, own = self.generation.extract, rank_slice()  # every rank has all answers, and counts are summed
+            answers = generate_answers(self.model, self.tokenizer, batch, self.generation.max_new_tokens)
+            name, ids = self._names[dataloader_idx], batch["example_id"].tolist()
+            made = [judged(name, i, answer, self.generation) for i, answer in zip(ids, answers, strict=True)]
+            self.predictions += made
+            own = made[rank_slice()]  # every rank has all answers, and counts are summed
             self.metrics.answers(dataloader_idx).update(
-                [extract(answer) for answer in answers[own]], [extract(reference) for reference in references[own]]
+                [one.answer for one in own], [one.reference_answer for one in own]
             )
 
     def on_validation_epoch_end(self) -> None:

@@ -26,7 +26,7 @@ class Job:
         kind: What is done.
         name: What people call it; no part of its identity.
         settings: How it is done, as JSON, without what it reads.
-        inputs: What it reads: key -> the path, or the key of another job.
+        inputs: What it reads: key -> the path, the sources of data, or the key of another job.
         fingerprints: The same keys -> the hash of what is there.
         work: How much is to be done, in examples that pass through the model, for estimates of time; no part of its
             identity.
@@ -35,7 +35,7 @@ class Job:
     kind: Kind
     name: str
     settings: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     work: float = 1.0
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dualsft.allocators.random import random_examples, random_weights
 from dualsft.data.records import read_records
+from dualsft.data.sources import Given
 from dualsft.errors import UserError
 from dualsft.experiments.draws import (
     band_of_examples,
@@ -93,15 +94,15 @@ def _drawn_weights(selection: Selection, mask: dict[str, Tensor], draw: Draw) ->
     raise UserError(f"Weights are not drawn by {draw['rule']!r}.")
 
 
-def make_variant(selection: str, variant: Variant, folder: Path, pool: str, split: str) -> None:
+def make_variant(selection: str, variant: Variant, folder: Path, pool: Given, split: str) -> None:
     """Write the variant of a selection into a new folder.
 
     Args:
         selection: The selection directory.
         variant: What is taken in place of what it chose.
         folder: The folder to make.
-        pool: The records that it chose from.
-        split: Their split, if they are a dataset of the hub.
+        pool: The sources of the records that it chose from.
+        split: Their split, of those that are datasets of the hub.
     """
     source = load_selection(selection)
     counts = source.about.counts

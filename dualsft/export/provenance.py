@@ -14,6 +14,7 @@ from typing import Any
 from lightning import Trainer
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.data.sources import paths_of
 
 _OF_A_SCORER = ("scorer", "step_size")
 """What takes no part in scores along a path that has directions of its own."""
@@ -59,7 +60,8 @@ def _describe_data(source: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Describe a source by name, fingerprint and rows; named validation sets one by one."""
     if not isinstance(source.get("fingerprint"), str):
         return [{"set": name, **_describe_data(one)[0]} for name, one in source.items()]
-    name = {"name": published_name(source["path"])} if source.get("path") else {}
+    paths = paths_of(source.get("path"))
+    name = {"name": ", ".join(map(published_name, paths))} if all(paths) and paths else {}
     return [name | {key: source[key] for key in ("fingerprint", "rows", "supervised_tokens") if key in source}]
 
 

@@ -93,10 +93,9 @@ class LogSamples(Callback):
         if room < 1:
             return
         longest = min(self._samples.max_new_tokens, room)
-        answers, references = generate_answers(model, tokenizer, batch, longest)
-        for k, answer, reference in zip(with_prompt, answers, references, strict=True):
+        for k, answer in zip(with_prompt, generate_answers(model, tokenizer, batch, longest), strict=True):
             example = {"set": name, "example_id": rows[k]["example_id"], "prompt": prompts[k]}
-            yield {**example, "answer": answer, "reference": reference}
+            yield {**example, "answer": answer.text, "reference": answer.reference}
 
 
 def _write(path: Path, samples: list[Sample]) -> None:

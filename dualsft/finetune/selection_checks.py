@@ -1,10 +1,13 @@
 """Whether a selection belongs to the base model and the tokenizer of a fit, and its mask is as it was written."""
 
 from dataclasses import asdict
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.data.options import TRAIN, FormatOptions
+from dualsft.data.sources import Given, sources_of
 from dualsft.errors import UserError, clipped
 from dualsft.models import PreTrainedModel
 from dualsft.models.configuration import changed_settings, stored_configuration
@@ -52,10 +55,23 @@ def check_tokenizer(selection: Selection, tokenizer: PreTrainedTokenizerBase) ->
 
 def tell_of_reading(selection: Selection, data: InstructionDataModule) -> None:
     """Tell that records are read otherwise than they were scored, as by another template or from other columns."""
-    before, now = asdict(selection.about.data.format), asdict(data.options)
-    if changed := [name for name, value in now.items() if before[name] != value]:
-        values = ", ".join(f"data.{name} {before[name]!r}, now {now[name]!r}" for name in changed)
+    made_from = selection.about.data
+    before, now = _ways(made_from.train.path, made_from.format), _ways(data.train, data.options)
+    changed = {
+        f"data.{name} {then[name]!r}, now {value!r}": None
+        for then, way in zip(before, now, strict=False)
+        for name, value in way.items()
+        if then[name] != value
+    }
+    if changed:
+        values = ", ".join(changed)
         say(f"the examples were scored as read with {clipped(values)}; they are trained on as read now.")
+
+
+def _ways(given: Given | None, options: FormatOptions) -> list[dict[str, Any]]:
+    """How each of the sources is read."""
+    sources = sources_of(given, TRAIN) if given is not None else ()
+    return [asdict(options.within(source.reading)) for source in sources]
 
 
 def chosen_weights(selection: Selection, model: PreTrainedModel) -> CompactParameters:

@@ -31,7 +31,7 @@ _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
     diagnostics.json parameters.parquet token_scores.parquet example_sketches.safetensors warmup model model.*
     delta.safetensors* checkpoints logs
-    metrics.json tasks.json selection random-selection fit-* eval-*
+    metrics.json tasks.json predictions.jsonl selection random-selection fit-* eval-*
 """
 """Patterns of the names that the commands write at the top of an output folder."""
 

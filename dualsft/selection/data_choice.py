@@ -115,7 +115,7 @@ class _RecordsByRow(Mapping[int, Mapping[str, Any]]):
         self._records, self._ids = records, ids
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        return self._records[row]
+        return self._records.with_source(row)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._ids)
@@ -131,7 +131,7 @@ class _LazyRecords(Sequence[Mapping[str, Any]]):
         self._records, self._ids = records, ids
 
     def __getitem__(self, k: Any) -> Any:
-        return self._records[self._ids[k]]
+        return self._records.with_source(self._ids[k])
 
     def __len__(self) -> int:
         return len(self._ids)

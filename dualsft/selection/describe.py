@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
+from dualsft.data.sources import Given
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import Dtype, model_fingerprint, model_folder, special_tokens, tokenizer_fingerprint
@@ -81,9 +82,9 @@ def _data(data: InstructionDataModule) -> DataSection:
     )
 
 
-def _source(path: str | None, examples: Examples) -> dict[str, Any]:
+def _source(given: Given | None, examples: Examples) -> dict[str, Any]:
     return {
-        "path": path,
+        "path": given,
         "fingerprint": examples.records.fingerprint,
         "rows": len(examples.records),
         "supervised_tokens": int(sum(examples.num_tokens)),

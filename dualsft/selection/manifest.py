@@ -10,6 +10,7 @@ from typing import Any
 
 from dualsft.data.options import FormatOptions
 from dualsft.data.selected import read_manifest
+from dualsft.data.sources import sources_of
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype
 from dualsft.selection.json_values import Mismatch, typed
@@ -36,9 +37,9 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of records: its fingerprint, and how many examples have which status."""
+    """A set of records: the sources as they were given, its fingerprint, and how many examples have which status."""
 
-    path: str
+    path: str | list[Any] | dict[str, Any]
     fingerprint: str
     rows: int
     supervised_tokens: int
@@ -194,6 +195,18 @@ def open_manifest(folder: Path) -> tuple[dict[str, Any], Manifest]:
     stored = read_manifest(folder)
     try:
         add_later_options(stored)
-        return stored, typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
+        about = typed(Manifest, {**stored, "settings": stored_settings(stored)}, "")
+        _check_sources(about.data)
+        return stored, about
     except (Mismatch, UserError) as error:
         raise UserError(f"{folder / 'manifest.json'}: {str(error).rstrip('.')}; make the selection again.") from error
+
+
+def _check_sources(data: DataSection) -> None:
+    """Refuse what no option could have given as the sources of a set."""
+    sets = data.validation if isinstance(data.validation, dict) else {"": data.validation}
+    for key, source in {
+        "train": data.train,
+        **{f"validation.{name}".rstrip("."): of for name, of in sets.items()},
+    }.items():
+        sources_of(source.path, f"data.{key}.path")

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import UInt64
 
 from dualsft.data.options import FormatOptions
-from dualsft.data.records import Records, record_text
+from dualsft.data.reading import text_reader
+from dualsft.data.records import Records
 from dualsft.errors import UserError
 
 DUPLICATE_OF = "duplicate_of"
@@ -75,12 +76,12 @@ def collapse(
     """
     if settings.threshold is None:
         return {}
-    columns = options.text_columns(records.columns)
+    text_of = text_reader(records, options)
     stands_for: dict[bytes, int] = {}  # shingles -> the example that stays
     kept: list[int] = []
     twins, index = {}, SimilarTexts(settings.threshold)
     for i in sorted(scores, key=lambda i: (-scores[i], i)):
-        shingles = hashed_shingles(record_text(records[i], columns), settings.ngram)
+        shingles = hashed_shingles(text_of(i), settings.ngram)
         text = shingles.tobytes()
         if text in stands_for:
             twins[i] = stands_for[text]

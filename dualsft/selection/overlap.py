@@ -10,7 +10,7 @@ from dualsft.data.examples import Examples
 from dualsft.data.folders import listed
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import TRAIN, FormatOptions
-from dualsft.data.records import record_text
+from dualsft.data.reading import text_reader
 from dualsft.runs.progress import say
 from dualsft.selection.near_duplicates import SimilarTexts, hashed_ngrams, hashed_shingles, words_of
 from dualsft.sharding.collectives import is_rank_zero
@@ -76,8 +76,8 @@ def shared_rows(pool: Examples, target: Examples, options: FormatOptions) -> tup
 
 
 def _texts(examples: Examples, options: FormatOptions) -> Iterator[tuple[int, str]]:
-    columns = options.text_columns(examples.records.columns)
-    return ((i, record_text(examples.records[i], columns)) for i in examples.ok_ids())
+    text = text_reader(examples.records, options)
+    return ((i, text(i)) for i in examples.ok_ids())
 
 
 def _if_known(words: Sequence[str], known: UInt64[np.ndarray, " known"]) -> UInt64[np.ndarray, " shingle"] | None:

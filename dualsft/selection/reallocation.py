@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dualsft.allocators import DataAllocator
+from dualsft.data.options import TRAIN
 from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
+from dualsft.data.sources import Given, paths_of
 from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
@@ -35,7 +37,7 @@ def reallocate(
     selection: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     *,
-    train: str | None = None,
+    train: Given | None = None,
     train_split: str | None = None,
     overwrite: bool = False,
     config: str = "",
@@ -50,8 +52,8 @@ def reallocate(
         selection: A finished selection directory; it stays as it is. The new one shares its score files where the
             file system has hard links.
         output_dir: Folder to write the new selection to.
-        train: Path of the records that the selection was made from; None for the recorded path.
-        train_split: Split to load if that is a Hugging Face dataset; None for the recorded split.
+        train: The sources of the records that the selection was made from; None for the recorded ones.
+        train_split: Split to load of those that are Hugging Face datasets; None for the recorded split.
         overwrite: Replace the results of an earlier run in ``output_dir``.
         config: YAML that replays the run, kept beside the results.
         choice: Options of `SelectionSettings` that decide a choice; `CHOICE` lists them.
@@ -69,11 +71,11 @@ def reallocate(
     options = {key: described[key] for key in keys("parameters", "data")}
     _check_order(source, options)
     made_from = source.about.data.train
-    path, split = train or made_from.path, train_split or made_from.split
-    run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), path), resumable=False)
+    given, split = train or made_from.path, train_split or made_from.split
+    run = RunFolder(output_dir, overwrite=overwrite, inputs=(str(source.folder), *paths_of(given)), resumable=False)
     log = PhaseLog(show=False)
     with log.phase("allocation", examples=0):
-        records = _records(source, path, split)
+        records = _records(source, given, split)
         chosen = _examples(source, records, settings)
         mask = _weights(source, settings)
     digest = hashlib.sha256((source.folder / "manifest.json").read_bytes()).hexdigest()
@@ -83,7 +85,7 @@ def reallocate(
     _publish(
         run,
         source,
-        manifest={**_kept(source.manifest, path, split), **options, "counts": counts, "phases": log.as_json()},
+        manifest={**_kept(source.manifest, given, split), **options, "counts": counts, "phases": log.as_json()},
         examples=_with_choice(source.examples, chosen),
         mask=mask,
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
@@ -136,11 +138,11 @@ def _check_apart(selection: Path, output: Path) -> None:
         raise UserError(f"--output_dir {output} lies in {selection}, which this run reads; choose another folder.")
 
 
-def _records(source: Selection, path: str, split: str) -> Records:
+def _records(source: Selection, given: Given, split: str) -> Records:
     try:
-        records = read_records(path, split)
+        records = read_records(given, split, TRAIN)
     except UserError as error:
-        if path != source.about.data.train.path:
+        if given != source.about.data.train.path:
             raise
         raise UserError(
             f"The data that {source.folder} was made from cannot be read ({str(error).rstrip('.')}); say with "
@@ -207,9 +209,9 @@ def _base_weights(source: Selection) -> dict[str, Tensor]:
     return base_weights(model.name_or_path, model.dtype)
 
 
-def _kept(manifest: dict[str, Any], path: str, split: str) -> dict[str, Any]:
+def _kept(manifest: dict[str, Any], given: Given, split: str) -> dict[str, Any]:
     """The manifest's entries that another choice keeps; a control's mark is dropped, as scores decide again."""
-    train = {**manifest["data"]["train"], "path": path, "split": split}
+    train = {**manifest["data"]["train"], "path": given, "split": split}
     kept = {**manifest, "data": {**manifest["data"], "train": train}}
     return {key: value for key, value in kept.items() if key != "control"}
 

@@ -112,6 +112,8 @@ def test_one_configuration_serves_every_verb(job: Path, selection: Path, fitted:
     run(["validate", "--config", str(job / "job.yaml"), *at])
     measured = json.loads((job / "evaluation" / "metrics.json").read_text())
     assert {"loss", "perplexity", "token_accuracy", "exact_match"} <= measured.keys()
+    lines = (job / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum(json.loads(line)["correct"] for line in lines) == measured["exact_match"] * len(lines)
 
 
 def test_only_selected_weights_change(job: Path, selection: Path, fitted: Path) -> None:

@@ -69,6 +69,18 @@ def test_the_option_is_named(key: str, value: Any, problem: str) -> None:
         expand_paths(given)
 
 
+def test_paths_of_several_sources(home: Path) -> None:
+    """They are written out in lists and mappings, and a source's other options are not; a set may be called path."""
+    sources = {"a": ["~/a", {"path": "$PLACE/b", "prompt_template": "~/{prompt}"}], "c": {"path": "~/c", "cap": 3}}
+    given = Namespace(data=Namespace(train=sources, validation={"path": ["~/v"], "other": "~/w"}))
+    config = expand_paths(given)
+    changed = [f"{home}/a", {"path": f"{home}/b", "prompt_template": "~/{prompt}"}]
+    assert config.data.train == {"a": changed, "c": {"path": f"{home}/c", "cap": 3}}
+    assert config.data.validation == {"path": [f"{home}/v"], "other": f"{home}/w"}
+    with pytest.raises(UserError, match=r"^data\.train\[1\]\.path: The path \$NOWHERE/x names \$NOWHERE"):
+        expand_paths(Namespace(data=Namespace(train=["x", {"path": "$NOWHERE/x"}])))
+
+
 def test_a_job_in_the_home_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A configuration with shorthands is found by one, reads and writes there, and leaves nothing where it runs."""
     write_inputs(home)

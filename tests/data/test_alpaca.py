@@ -6,7 +6,8 @@ import pytest
 
 from dualsft.data.examples import encode_examples, load_examples
 from dualsft.data.options import FormatOptions
-from dualsft.data.records import read_records, record_text
+from dualsft.data.records import read_records
+from dualsft.data.texts import record_text
 from dualsft.errors import UserError
 from tests.data.test_formats import learnt, render
 from tests.world.data import write_jsonl

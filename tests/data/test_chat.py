@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.data.examples import load_examples
 from dualsft.data.formats import Rendered
 from dualsft.data.options import FormatOptions
-from dualsft.data.records import record_text
+from dualsft.data.texts import record_text
 from dualsft.errors import UserError
 from tests.data.test_formats import learnt, render, turns
 from tests.world import templates

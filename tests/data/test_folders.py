@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
 
+from dualsft import load_examples
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
+from tests.world.tokenizers import CHATML, byte_level
 
 LAYOUTS: dict[str, dict[str, list[str]]] = {
     "three files": {"train": ["train.jsonl"], "validation": ["validation.jsonl"], "test": ["test.jsonl"]},
@@ -49,6 +52,40 @@ def test_the_split_decides_as_in_datasets(layout: str, tmp_path: Path) -> None:
         assert sorted(str(Path(file).relative_to(tmp_path)) for file in theirs[split]) == sorted(names)
         others = sorted(name for other, of in splits.items() if other != split for name in of)
         assert list(read_records(str(tmp_path), split).left_out) == others
+
+
+def test_files_of_different_columns(tmp_path: Path) -> None:
+    """Each file of a folder, and of a glob's matches, is read by its own columns, and as it is read alone."""
+    rows: dict[str, dict[str, Any]] = {
+        "a.jsonl": {"question": "2 + 2?", "answer": "4"},
+        "b.csv": {"prompt": "3 + 3?", "response": "6"},
+        "c.jsonl": {"prompt": "4 + 4?", "completion": "8"},
+        "d.jsonl": {"text": "A text."},
+        "e.jsonl": {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]},
+    }
+    for name, row in rows.items():
+        csv = f"{','.join(row)}\n{','.join(map(str, row.values()))}\n"
+        (tmp_path / name).write_text(csv if name.endswith("csv") else json.dumps(row), encoding="utf-8")
+    tokenizer = byte_level(CHATML)
+    alone = [load_examples(str(tmp_path / name), tokenizer)[0] for name in rows]
+    for path in (tmp_path, tmp_path / "*"):
+        together = load_examples(str(path), tokenizer)
+        assert [row["input_ids"] for row in together] == [row["input_ids"] for row in alone]
+        assert [row["labels"] for row in together] == [row["labels"] for row in alone]
+
+
+def test_globs(tmp_path: Path) -> None:
+    """A glob reads what it matches by name, ``**`` in every folder below; what exists under its name is no glob."""
+    write(tmp_path, ["b.jsonl", "a.jsonl", "more/c.jsonl", "test.jsonl", "[ab].jsonl"])
+    assert read(tmp_path / "?.jsonl", "train") == ["a.jsonl", "b.jsonl"]
+    assert read(tmp_path / "**" / "c.jsonl", "train") == ["more/c.jsonl"]
+    assert read(tmp_path / "t*.jsonl", "train") == ["test.jsonl"]
+    assert read(tmp_path / "[ab].jsonl", "train") == ["[ab].jsonl"]
+    with pytest.raises(UserError, match=r"x\*\.jsonl matches no file: mend the pattern"):
+        read(tmp_path / "x*.jsonl", "train")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"notes\.txt is not a kind of file that can be read"):
+        read(tmp_path / "*", "train")
 
 
 def test_a_split_that_the_folder_has_not(tmp_path: Path) -> None:

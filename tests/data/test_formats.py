@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.data.files import SourceLine
 from dualsft.data.formats import Rendered, make_renderer
 from dualsft.data.options import FormatOptions
+from dualsft.data.reading import readings
 from dualsft.data.records import build_records
 from dualsft.errors import UserError
 from tests.world.tokenizers import CHATML, FORGETFUL, RESTLESS, STRICT, byte_level
@@ -17,7 +18,8 @@ def render(*rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = No
     """Renders rows as a JSON lines pool."""
     lines = [SourceLine(json.dumps(row), "pool.jsonl", number) for number, row in enumerate(rows, start=1)]
     records = build_records(lines)
-    function = make_renderer(records, tokenizer or byte_level(), FormatOptions(**options))
+    (reading,) = readings(records, FormatOptions(**options))
+    function = make_renderer(reading, records[0], tokenizer or byte_level())
     return [function(record, records.location(row)) for row, record in enumerate(records)]
 
 
@@ -200,6 +202,9 @@ def test_parts_as_texts() -> None:
         (("text", "prompt", "response"), "prompt_response"),
         (("text", "completion", "prompt"), "prompt_response"),
         (("prompt", "text"), "text"),
+        (("input", "output", "instruction"), "alpaca"),
+        (("question", "answer", "text"), "text"),
+        (("query", "response", "conversations"), "messages"),
     ],
 )
 def test_recognition(columns: tuple[str, ...], expected: str) -> None:
@@ -207,10 +212,25 @@ def test_recognition(columns: tuple[str, ...], expected: str) -> None:
     assert FormatOptions().recognise(columns) == expected
 
 
+@pytest.mark.parametrize(
+    "pair",
+    ["question answer", "query response", "question response", "input output", "inputs targets", "source target"],
+)
+def test_usual_pairs(pair: str) -> None:
+    """Other usual names of a prompt and its response are as good as these, beside columns that are not read."""
+    prompt, response = pair.split()
+    [one] = render({"id": 7, prompt: "What?", response: "That."})
+    assert one == render({"prompt": "What?", "response": "That."})[0]
+    assert FormatOptions().text_columns(("id", response, prompt)) == (prompt, response)
+
+
 def test_unknown_columns() -> None:
     """Columns that fit no format are listed, with what would fit and how to say so."""
-    with pytest.raises(UserError, match=r"question, answer fit no format.*data\.prompt_column and data\.response_col"):
-        render({"question": "a", "answer": "b"})
+    with pytest.raises(
+        UserError,
+        match=r"^pool.jsonl: The columns headline, body fit no format.*data\.prompt_column and data\.response_col",
+    ):
+        render({"headline": "a", "body": "b"})
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,29 @@ def test_setup_is_lazy_and_done_once(pool: str, monkeypatch: pytest.MonkeyPatch)
     assert data.train_examples is data.train_examples
 
 
+def test_a_list_is_one_validation_set(pool: str, other: str) -> None:
+    """Files in a list are one set without a name, end to end, and a named set may be such a list."""
+    alone = module(None, validation=[pool, other])
+    assert (alone.named_validation, list(alone.validation_sets)) == (False, ["validation"])
+    assert len(alone.validation_sets["validation"]) == 10
+    named = module(None, validation={"both": [pool, other], "one": {"path": other, "format": "text"}})
+    assert [len(examples) for examples in named.validation_sets.values()] == [10, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"train": {"a": {"path": "x", "cap": 0}}}, r"data\.train\.a\.cap is 0"),
+        ({"validation": {"a": {"path": "x", "cap": 3}}}, r"data\.validation\.a\.cap is for data\.train alone"),
+        ({"validation": []}, r"data\.validation is an empty list"),
+    ],
+)
+def test_mistakes_in_sources_are_told_at_once(given: dict[str, Any], problem: str) -> None:
+    """Options of sources are checked when the module is made, under the option that gives them."""
+    with pytest.raises(UserError, match=problem):
+        InstructionDataModule(**given)
+
+
 def test_named_validation_sets(pool: str, other: str) -> None:
     """Sets come in the order given, each as it would be alone; a name shares nothing with the pool's or a source's."""
     given = {"wide": other, "train": pool, "validation": other, "a-1": pool}
@@ -265,7 +288,7 @@ def test_mistakes_in_a_named_set_are_told_with_its_name(pool: str, tmp_path: Pat
     long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "the sea?", "response": "the sea " * 30}])
     for source, words in (
         ("nowhere.jsonl", r"nowhere\.jsonl does not exist"),
-        (odd, "The columns q, a fit no format"),
+        (odd, "odd.jsonl: The columns q, a fit no format"),
         (long, r"Example 0 has 40 tokens, more than data\.batch_tokens=39"),
     ):
         for stage in ("fit", "validate"):

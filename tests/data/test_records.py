@@ -13,7 +13,9 @@ from dualsft.data.examples import encode_examples
 from dualsft.data.files import SourceLine
 from dualsft.data.formats import make_renderer
 from dualsft.data.options import FormatOptions
-from dualsft.data.records import build_records, read_records, record_text
+from dualsft.data.reading import readings
+from dualsft.data.records import build_records, read_records
+from dualsft.data.texts import record_text
 from dualsft.errors import UserError
 from tests.world.tokenizers import CHATML, byte_level
 
@@ -303,6 +305,7 @@ def test_other_columns_do_not_matter_to_the_renderer_either(case: str) -> None:
     rendered = []
     for one in (row, {"id": 7, "source": "s", **row}):
         records = build_records([SourceLine(json.dumps(one), "pool.jsonl", 1)])
-        rendered.append(make_renderer(records, byte_level(CHATML), FormatOptions(**options))(records[0], "here"))
+        (reading,) = readings(records, FormatOptions(**options))
+        rendered.append(make_renderer(reading, records[0], byte_level(CHATML))(records[0], "here"))
     assert rendered[0] == rendered[1]
     assert all(line in rendered[0].text for line in expected.split("\n"))

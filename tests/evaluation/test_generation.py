@@ -87,11 +87,13 @@ def test_answers_equal_those_of_single_prompts() -> None:
     """Batching and left padding change nothing: each answer is what the prompt alone gives."""
     tokenizer = tiny_tokenizer()
     responses = ["2", "deep", "the sea is wide", "so"]
-    answers, references = generate_answers(tiny_llama(), tokenizer, batch_of(PROMPTS, responses), NEW_TOKENS)
+    answers = generate_answers(tiny_llama(), tokenizer, batch_of(PROMPTS, responses), NEW_TOKENS)
     expected = [alone(prompt, tokenizer.eos_token_id) for prompt in PROMPTS]
-    assert answers == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
-    assert len(set(answers)) == len(answers)
-    assert references == responses
+    texts = [answer.text for answer in answers]
+    assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert len(set(texts)) == len(texts)
+    assert [answer.reference for answer in answers] == responses
+    assert [answer.prompt for answer in answers] == [tokenizer.decode(tokenizer(p)["input_ids"]) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -104,8 +106,23 @@ def test_answers_end_where_the_model_or_else_the_tokenizer_says(own: bool) -> No
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [stop] if own else None
     tokenizer.eos_token = "<eos>" if own else tokenizer.convert_ids_to_tokens(stop)
-    answers, _ = generate_answers(model, tokenizer, batch_of([PROMPTS[1]], ["x"]), NEW_TOKENS)
-    assert answers[0] in {tokenizer.decode(free[:4]), tokenizer.decode(free[:3])}
+    [answer] = generate_answers(model, tokenizer, batch_of([PROMPTS[1]], ["x"]), NEW_TOKENS)
+    assert answer.text in {tokenizer.decode(free[:4]), tokenizer.decode(free[:3])}
+
+
+@pytest.mark.parametrize(("most", "is_cut"), [(3, True), (4, False), (5, False)])
+def test_an_answer_without_an_end_is_cut(most: int, is_cut: bool) -> None:
+    """An answer is cut if the longest one is reached before its end token, and not if that is the last one allowed."""
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    free = alone(PROMPTS[1], None)
+    other = alone(PROMPTS[0], None)
+    stop = int(free[3])
+    assert stop not in free[:3]
+    assert stop not in other[:5]
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = stop
+    made = generate_answers(model, tokenizer, batch_of([PROMPTS[1], PROMPTS[0]], ["x", "y"]), most)
+    assert [answer.is_cut for answer in made] == [is_cut, True]
 
 
 def test_an_example_without_a_prompt_is_refused() -> None:

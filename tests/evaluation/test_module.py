@@ -82,6 +82,17 @@ def test_exact_match_of_generated_answers(model: str, tmp_path: Path) -> None:
     assert validate(module, rows[1::2], tmp_path)["exact_match"] == 1.0  # nothing is left of the first run
 
 
+def test_predictions_are_kept(model: str, tmp_path: Path) -> None:
+    """Every example's prompt, answer and reference are kept as they were judged, those of the last run alone."""
+    module, rows = EvaluationModule(model, Generation(max_new_tokens=6)), half_right(model, 8)
+    validate(module, {"a": rows[:5], "b": rows}, tmp_path)
+    assert validate(module, rows, tmp_path)["exact_match"] == 0.5
+    made = sorted(module.predictions, key=lambda one: one.example_id)
+    assert [(one.set, one.example_id, one.correct) for one in made] == [(None, k, bool(k % 2)) for k in range(8)]
+    assert all(row["prompt"] in one.prompt for one, row in zip(made, rows, strict=True))
+    assert [one.reference.strip() for one in made] == [row["response"].strip() for row in rows]
+
+
 def test_metrics_of_a_second_run_stand_alone(model: str, tmp_path: Path) -> None:
     """Nothing is carried over from one validation to the next."""
     module = EvaluationModule(model)

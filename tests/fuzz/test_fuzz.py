@@ -6,6 +6,7 @@ from tests.fuzz.fuzzers import FUZZERS
 
 CASES = {
     "records": 150,
+    "sources": 150,
     "templates": 50,
     "tokenizers": 50,
     "manifests": 80,

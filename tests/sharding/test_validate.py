@@ -53,8 +53,8 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     module.configure_model()
     right = []
     for batch in data.validation_loader():
-        answers, _ = generate_answers(module.model, data.tokenizer, batch, 6)
-        right += [{**rows[k], "response": a} for k, a in zip(batch["example_id"].tolist(), answers, strict=True)]
+        answers = generate_answers(module.model, data.tokenizer, batch, 6)
+        right += [{**rows[k], "response": a.text} for k, a in zip(batch["example_id"].tolist(), answers, strict=True)]
     assert len({len(row["response"]) for row in right}) > 2
     right[0]["response"] = "another"
     return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}

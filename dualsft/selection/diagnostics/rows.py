@@ -29,15 +29,20 @@ class RowSources:
 def row_sources(records: Records, allocator: DataAllocator) -> RowSources | None:
     """The sources of a pool's rows; None if all are of one file and no column says more."""
     column = allocator.column if isinstance(allocator, PerSourceQuota) else COLUMN
-    if column in records.columns:
+    if _has(records, column):
         return RowSources(column, tuple(_named(records, column)))
-    if len(records.sources) > 1:
-        return RowSources(None, tuple(map(records.source_of, range(len(records)))))
-    return None
+    files = tuple(map(records.source, range(len(records))))
+    return RowSources(None, files) if len(set(files)) > 1 else None
+
+
+def _has(records: Records, column: str) -> bool:
+    """Whether the records have this column; a named source's records have its name under `COLUMN`."""
+    return column in records.columns or (column == COLUMN and any(part.source.name for part in records.parts))
 
 
 def _named(records: Records, column: str) -> Iterable[str]:
-    return (str(value) if (value := record.get(column)) is not None else "" for record in records)
+    values = (records.with_source(row).get(column) for row in range(len(records)))
+    return (str(value) if value is not None else "" for value in values)
 
 
 def describe_target(sets: Iterable[Examples], column: str | None) -> Target:
@@ -47,7 +52,7 @@ def describe_target(sets: Iterable[Examples], column: str | None) -> Target:
     for examples in sets:
         ids = examples.ok_ids()
         lengths += examples.num_tokens[ids].tolist()
-        if column is not None and column in examples.records.columns:
+        if column is not None and _has(examples.records, column):
             names = tuple(_named(examples.records, column))
             found.update(names[i] for i in ids)
     return Target(len(lengths), quantiles(lengths), dict(found.most_common()) or None)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from dualsft.data.records import Records, record_text
+from dualsft.data.reading import text_reader
+from dualsft.data.records import Records
 from dualsft.selection.artifact import Selection
 from dualsft.selection.diagnostics.examples import Rows
 from dualsft.selection.summary.text import one_line
@@ -21,13 +22,13 @@ def shown_rows(selection: Selection, records: Records) -> Iterator[str]:
     """
     rows = Rows(selection.examples)
     width = shutil.get_terminal_size((100, 24)).columns
-    columns = selection.about.data.format.text_columns(records.columns)
+    text_of = text_reader(records, selection.about.data.format)
     legend = "      score  text (* is chosen)"
     for title, part in _parts(rows).items():
         yield f"{title:<10}{legend}".rstrip()
         for row in part:
             head = f"{'*' if rows.selected[row] else ' '} {row:>8,} {rows.score[row]:>10.3g}  "
-            yield head + one_line(record_text(records[row], columns), max(20, width - len(head)))
+            yield head + one_line(text_of(row), max(20, width - len(head)))
         legend = ""
 
 
