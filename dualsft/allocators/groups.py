@@ -58,6 +58,12 @@ def kind_of(name: str) -> str:
     return table.get(with_parent) or table.get(module, "other")
 
 
+def place_of(name: str) -> tuple[int | None, str]:
+    """The number of a parameter's layer, None if it is in none, and its kind."""
+    layer = layer_of(name)
+    return None if layer is None else layer[1], kind_of(name)
+
+
 def layers(names: Iterable[str]) -> list[list[str]]:
     """The names of each layer's parameters, layers in order; names outside of all layers are left out."""
     groups: dict[tuple[str, int], list[str]] = {}

@@ -46,6 +46,10 @@ class Records:
         """Names of the files, or of the dataset, that the records come from."""
         return tuple(dict.fromkeys(line.source for line in self._lines))
 
+    def source_of(self, row: int) -> str:
+        """Name of the file, or of the dataset, that a record comes from."""
+        return self._lines[row].source
+
     def location(self, row: int) -> str:
         """The place of the record in its source, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0."""
         return self._lines[row].location(row)

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dualsft.allocators.groups import KINDS, kind_of, layer_of
+from dualsft.allocators.groups import KINDS
 from dualsft.experiments.grid import Budgets
 from dualsft.experiments.methods import share
 from dualsft.runs.table import markdown_table
-
-ALL = "all"
-"""The column of a layer's modules of all kinds together."""
+from dualsft.selection.diagnostics import ALL, by_place
+from dualsft.selection.diagnostics.parameters import parameter_figures
 
 
 @dataclass(frozen=True)
@@ -45,32 +44,14 @@ class Chosen:
 def density_rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
     """One row for each choice, layer and kind of module; layer is null for weights outside of all layers."""
     return [
-        {**one.described(), "layer": layer, "kind": kind, "weights": size, "chosen": count, "density": count / size}
+        {
+            **one.described(),
+            **{"layer": of.layer, "kind": of.kind, "weights": of.size, "chosen": of.selected, "density": of.density},
+        }
         for one in chosen
         if one.budgets.parameters is not None
-        for (layer, kind), (count, size) in _counts(one.mask).items()
+        for of in by_place(parameter_figures(one.mask, {})[0])
     ]
-
-
-def _counts(mask: Mapping[str, Tensor]) -> dict[tuple[int | None, str], tuple[int, int]]:
-    """(layer, kind) -> how many of how many weights are chosen, layers in order, those outside of all at the end."""
-    found: dict[tuple[int | None, str], tuple[int, int]] = {}
-    for name in mask:
-        part, (layer, kind) = mask[name], _place(name)
-        for key in ((layer, kind), (layer, ALL)):
-            count, size = found.get(key, (0, 0))
-            found[key] = count + int(part.sum()), size + part.numel()
-    order = (*KINDS, ALL)
-    return dict(sorted(found.items(), key=lambda item: (_depth(item[0][0]), order.index(item[0][1]))))
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    layer = layer_of(name)
-    return None if layer is None else layer[1], kind_of(name)
-
-
-def _depth(layer: int | None) -> float:
-    return float("inf") if layer is None else layer
 
 
 @dataclass(frozen=True)

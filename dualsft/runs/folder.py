@@ -29,7 +29,8 @@ _BEING_EMPTIED = {"command": None}
 _RESULTS = (_MANIFEST, "delta.safetensors", "metrics.json", "config.json", "adapter_config.json")
 _WRITTEN = """
     .unfinished .finished config.yaml manifest.json examples.parquet parameter_scores* mask.safetensors selected.jsonl
-    token_scores.parquet example_sketches.safetensors warmup model model.* delta.safetensors* checkpoints logs
+    diagnostics.json parameters.parquet token_scores.parquet example_sketches.safetensors warmup model model.*
+    delta.safetensors* checkpoints logs
     metrics.json tasks.json selection random-selection fit-* eval-*
 """
 """Patterns of the names that the commands write at the top of an output folder."""

@@ -1,8 +1,8 @@
-"""The selection directory: scores, choices and a manifest, which is published last and marks it as complete."""
+"""The selection directory as it is read: scores, choices, diagnostics, and a manifest that marks it as complete."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,27 +11,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dualsft.data.module import InstructionDataModule
-from dualsft.data.selected import SCHEMA_VERSION
 from dualsft.errors import UserError
-from dualsft.matrix.sketches import SKETCH
-from dualsft.runs import folder as run_folder
+from dualsft.selection.diagnostics import (
+    DIAGNOSTICS,
+    PARAMETERS,
+    Basis,
+    Diagnostics,
+    diagnose,
+)
+from dualsft.selection.diagnostics.parameters import SCHEMA as PARAMETER_SCHEMA
+from dualsft.selection.json_values import Mismatch
 from dualsft.selection.manifest import Manifest, open_manifest
-from dualsft.selection.mask import refusing_damage, stored_masks, write_masks
-from dualsft.selection.order import Chosen, ScoresBothSides
-from dualsft.storage.checksums import check_file, file_checksum
+from dualsft.selection.mask import refusing_damage, stored_masks
+from dualsft.storage.checksums import check_file
 from dualsft.storage.paths import expanded
-from dualsft.storage.writing import writing_to
 
-_MANIFEST, _EXAMPLES, MASK, _SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
+MANIFEST, EXAMPLES, MASK, SELECTED = "manifest.json", "examples.parquet", "mask.safetensors", "selected.jsonl"
 
-_SCHEMA = pa.schema(
+EXAMPLE_SCHEMA = pa.schema(
     [
         ("example_id", pa.int64()),
         ("score", pa.float64()),
@@ -40,8 +41,8 @@ _SCHEMA = pa.schema(
         ("selected", pa.bool_()),
     ]
 )
-_TOKENS, WEIGHT_SCORES, _SKETCHES = "token_scores.parquet", "parameter_scores", "example_sketches.safetensors"
-_TOKEN_SCHEMA = pa.schema(
+TOKENS, WEIGHT_SCORES, SKETCHES = "token_scores.parquet", "parameter_scores", "example_sketches.safetensors"
+TOKEN_SCHEMA = pa.schema(
     [("example_id", pa.int64()), ("token_id", pa.list_(pa.int32())), ("score", pa.list_(pa.float64()))]
 )
 
@@ -66,11 +67,11 @@ class Selection:
 
         Several validation sets add a column score_NAME each; ``score`` combines these.
         """
-        table, counts = _read_table(self._intact(_EXAMPLES)), self.about.counts.examples
-        selected = _check_examples(self.folder / _EXAMPLES, table)
+        table, counts = _read_table(self._intact(EXAMPLES)), self.about.counts.examples
+        selected = _check_examples(self.folder / EXAMPLES, table)
         if (len(table), selected) != (counts.rows, counts.selected):
             raise UserError(
-                f"{self.folder / _EXAMPLES} is damaged: it has {selected:,} of {len(table):,} rows selected, the "
+                f"{self.folder / EXAMPLES} is damaged: it has {selected:,} of {len(table):,} rows selected, the "
                 f"manifest tells of {counts.selected:,} of {counts.rows:,}; make the selection again."
             )
         return table
@@ -78,12 +79,37 @@ class Selection:
     @cached_property
     def token_scores(self) -> pa.Table | None:
         """One row per scored example, if scores by token were asked for: example_id, token_id and score (lists)."""
-        path = self.folder / _TOKENS
+        path = self.folder / TOKENS
         if not path.is_file():
             return None
-        table = _read_table(self._intact(_TOKENS))
-        _check_columns(path, table, _TOKEN_SCHEMA)
+        table = _read_table(self._intact(TOKENS))
+        _check_columns(path, table, TOKEN_SCHEMA)
         return table
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """What the choice looks like; computed from the scores where an earlier release has written none."""
+        path = self.folder / DIAGNOSTICS
+        if not path.is_file():
+            return self._diagnosed[0]
+        try:
+            return Diagnostics.from_json(self._intact(DIAGNOSTICS).read_text(encoding="utf-8"))
+        except (Mismatch, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
+
+    @cached_property
+    def parameters(self) -> pa.Table:
+        """One row per parameter, by name: layer, kind, size, how many are selected, and figures of the scores."""
+        path = self.folder / PARAMETERS
+        if not path.is_file():
+            return self._diagnosed[1]
+        table = _read_table(self._intact(PARAMETERS))
+        _check_columns(path, table, PARAMETER_SCHEMA)
+        return table
+
+    @cached_property
+    def _diagnosed(self) -> tuple[Diagnostics, pa.Table]:
+        return diagnose(self.examples, self.stored_masks(), self.parameter_scores(), None, Basis())
 
     @property
     def example_ids(self) -> list[int]:
@@ -94,7 +120,7 @@ class Selection:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The selected records, in source order."""
-        path = self._intact(_SELECTED)
+        path = self._intact(SELECTED)
         with refusing_damage(path), open(path, encoding="utf-8", newline="\n") as lines:
             records = [json.loads(line) for line in lines]
         if (found := len(records)) != (due := self.about.counts.examples.selected):
@@ -121,11 +147,11 @@ class Selection:
 
     def sketches(self) -> dict[int, Tensor]:
         """Example id -> its gradient's sketch, float32; empty unless the data allocator needed it."""
-        path = self.folder / _SKETCHES
+        path = self.folder / SKETCHES
         if not path.is_file():
             return {}
         with refusing_damage(path):
-            stored = load_file(self._intact(_SKETCHES))
+            stored = load_file(self._intact(SKETCHES))
             sketches = dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
         numbers, scores = (self.examples[name].to_pylist() for name in ("example_id", "score"))
         if lost := [i for i, score in zip(numbers, scores, strict=True) if score is not None and i not in sketches]:
@@ -135,7 +161,7 @@ class Selection:
     @property
     def score_files(self) -> list[Path]:
         """The files that hold scores and nothing of the choice: those of weights, and of tokens and sketches if any."""
-        return sorted(path for name in (f"{WEIGHT_SCORES}*", _TOKENS, _SKETCHES) for path in self.folder.glob(name))
+        return sorted(path for name in (f"{WEIGHT_SCORES}*", TOKENS, SKETCHES) for path in self.folder.glob(name))
 
     def _intact(self, name: str) -> Path:
         """The path of a file, for reading; refuses one that holds other bytes than were written."""
@@ -160,7 +186,7 @@ def _check_columns(path: Path, table: pa.Table, schema: pa.Schema) -> None:
 
 def _check_examples(path: Path, table: pa.Table) -> int:
     """How many examples are selected; refuses a table without its columns, rows of a pool or finite numbers."""
-    _check_columns(path, table, _SCHEMA)
+    _check_columns(path, table, EXAMPLE_SCHEMA)
     lost = sum(table[name].null_count for name in ("num_tokens", "status", "selected"))
     if lost or table["example_id"].to_pylist() != list(range(len(table))):
         raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
@@ -184,113 +210,6 @@ def load_selection(folder: str | os.PathLike[str]) -> Selection:
     if not path.is_dir():
         raise UserError(f"{path}: no such selection directory; `dualsft select --output_dir {path}` makes one.")
     manifest, about = open_manifest(path)
-    if lost := [name for name in (_EXAMPLES, MASK, _SELECTED) if not (path / name).is_file()]:
+    if lost := [name for name in (EXAMPLES, MASK, SELECTED) if not (path / name).is_file()]:
         raise UserError(f"{path} has lost {', '.join(lost)}; make the selection again.")
     return Selection(path, manifest, about)
-
-
-def write_selection(
-    folder: Path,
-    *,
-    manifest: Mapping[str, Any],
-    examples: Mapping[str, Sequence[Any]] | pa.Table,
-    mask: Mapping[str, Tensor],
-    selected_lines: Sequence[str],
-    config: str,
-    parameter_scores: Mapping[str, Tensor] | None = None,
-    token_scores: Mapping[str, Sequence[Any]] | None = None,
-    sketches: Mapping[int, Tensor] | None = None,
-) -> None:
-    """Write the parts of a selection into an empty folder; see `publish` for the step that makes it visible.
-
-    Args:
-        folder: A folder that is empty, or holds the files of those scores that are not given.
-        manifest: All but the schema version and the checksums; those of the files that are there are kept, if it has
-            them.
-        examples: Column name -> one value per record of ``data.train``; columns beside the usual ones hold scores.
-        mask: Parameter name -> which entries are chosen, of the parameter's shape.
-        selected_lines: The selected records as they stand in the source, in source order.
-        config: YAML that replays the run.
-        parameter_scores: Parameter name -> φ_j, float32, of the parameter's shape.
-        token_scores: Column name -> one value per scored example.
-        sketches: Example id -> its gradient's sketch.
-    """
-    with writing_to(folder):
-        kept = {path.name for path in folder.iterdir()} & (manifest.get("checksums") or {}).keys()
-        _write_scores(folder, parameter_scores, token_scores, sketches)
-        _write_choice(folder, examples, mask, selected_lines)
-        checksums = {
-            p.name: manifest["checksums"][p.name] if p.name in kept else file_checksum(p)
-            for p in sorted(folder.iterdir())
-        }
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
-        whole = {"schema_version": SCHEMA_VERSION, **manifest, "checksums": checksums}
-        text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / _MANIFEST).write_text(f"{text}\n", encoding="utf-8")
-
-
-def _write_scores(
-    folder: Path,
-    parameter_scores: Mapping[str, Tensor] | None,
-    token_scores: Mapping[str, Sequence[Any]] | None,
-    sketches: Mapping[int, Tensor] | None,
-) -> None:
-    if sketches is not None:
-        ids = sorted(sketches)
-        stored = {"example_id": torch.tensor(ids), "sketch": torch.stack([sketches[i].float() for i in ids])}
-        save_file(stored, folder / _SKETCHES)
-    if token_scores is not None:
-        pq.write_table(pa.table(dict(token_scores), schema=_TOKEN_SCHEMA), folder / _TOKENS)
-    if parameter_scores is not None:
-        pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
-        save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
-
-
-def _write_choice(
-    folder: Path,
-    examples: Mapping[str, Sequence[Any]] | pa.Table,
-    mask: Mapping[str, Tensor],
-    selected_lines: Sequence[str],
-) -> None:
-    if not isinstance(examples, pa.Table):
-        sets = [pa.field(name, pa.float64()) for name in examples if name not in _SCHEMA.names]
-        examples = pa.table(dict(examples), schema=pa.schema([*_SCHEMA, *sets]))
-    pq.write_table(examples, folder / _EXAMPLES)
-    write_masks(folder / MASK, mask)
-    (folder / _SELECTED).write_text("".join(f"{line}\n" for line in selected_lines), encoding="utf-8", newline="\n")
-
-
-def publish(staged: Path, folder: Path) -> None:
-    """Move a staged selection into its folder, the manifest last: without it nothing there counts as a selection."""
-    run_folder.publish(staged, folder, last=_MANIFEST)
-
-
-def example_table(data: InstructionDataModule, chosen: Chosen, scoring: ScoresBothSides) -> dict[str, list[Any]]:
-    """The columns of ``examples.parquet``: name -> one value per record of ``data.train``.
-
-    Each named validation set has a column for its scores, and each measured statistic, except sketches, has one.
-    """
-    pool, found = data.train_examples, chosen.example_scores
-    ids = range(len(pool.status))
-    sets = found.by_set if data.named_validation else {}
-    numbers = {name: values for name, values in scoring.measured.items() if name != SKETCH}
-    return {
-        "example_id": list(ids),
-        "score": [found.scores.get(i) for i in ids],
-        "num_tokens": [int(n) for n in pool.num_tokens],
-        "status": ["nonfinite" if i in scoring.nonfinite else status for i, status in enumerate(pool.status)],
-        "selected": [i in chosen.examples for i in ids],
-        **{f"score_{name}": [scores.get(i) for i in ids] for name, scores in sets.items()},
-        **{name: [float(values[i]) if i in found.scores else None for i in ids] for name, values in numbers.items()},
-    }
-
-
-def token_table(data: InstructionDataModule, chosen: Chosen) -> dict[str, list[Any]]:
-    """The columns of ``token_scores.parquet``: name -> one value per scored example."""
-    tokens, pool = chosen.example_scores.tokens, data.train_examples.dataset
-    ids = sorted(tokens)
-    return {
-        "example_id": ids,
-        "token_id": [list(pool[i]["input_ids"]) for i in ids],
-        "score": [tokens[i].tolist() for i in ids],
-    }

@@ -19,11 +19,13 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
+from dualsft.selection.diagnostics import row_sources
 from dualsft.selection.manifest import recounted
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
+from dualsft.selection.writing import publish, write_selection
 from dualsft.storage.paths import expanded, real
 from dualsft.storage.writing import writing_to
 
@@ -85,6 +87,8 @@ def reallocate(
         mask=mask,
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
         config=config,
+        sources=row_sources(records, settings.data_allocator),
+        basis=source.diagnostics.basis,
     )
     return load_selection(run.path)
 

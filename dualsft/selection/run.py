@@ -6,7 +6,7 @@
     4. direction              u = η/n P ⊙ (v − ½ η H (P ⊙ ḡ)), or as another scorer defines  directions.py
     5. rows and columns       φ_i = <u, g_i>  and  φ_j = u_j Σ_i g_ij                        scoring.py
     6. budgets                a subset of the examples, a mask of the weights                budgets.py
-    7. write                  the selection directory                                        artifact.py
+    7. write                  the selection directory                                        writing.py
 
 Along a path (`paths/`) steps 2 to 5 are taken at each of its points, and added up.
 Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by the latest choice of the
@@ -21,16 +21,9 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import (
-    WEIGHT_SCORES,
-    Selection,
-    example_table,
-    load_selection,
-    publish,
-    token_table,
-    write_selection,
-)
+from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection
 from dualsft.selection.budgets import Budgets
+from dualsft.selection.diagnostics import Basis, describe_target, row_sources
 from dualsft.selection.manifest import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
@@ -40,7 +33,9 @@ from dualsft.selection.paths.run import walk_path
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
+from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_terms
+from dualsft.selection.writing import publish, write_selection
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.files import write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
@@ -101,6 +96,7 @@ def run_selection(
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
 
     def write() -> None:
+        sources = row_sources(pool.records, settings.data_allocator)
         write_selection(
             staged,
             manifest=manifest,
@@ -111,6 +107,8 @@ def run_selection(
             config=config,
             token_scores=token_table(data, chosen) if settings.token_scores else None,
             sketches=scoring.measured.get(SKETCH),
+            sources=sources,
+            basis=Basis(describe_target(data.validation_sets.values(), sources.column if sources else None)),
         )
         publish(staged, run.path)
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from dualsft.data.records import Records
-from dualsft.selection.artifact import Selection, load_selection, publish, write_selection
+from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.manifest import recounted
+from dualsft.selection.writing import publish, write_selection
 
 
 def write_variant(

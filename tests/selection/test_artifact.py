@@ -73,10 +73,12 @@ def test_the_files_are_these(folder: Path) -> None:
     """A finished selection has the promised files and no others: no state, no pickle."""
     assert sorted(path.name for path in folder.rglob("*")) == [
         "config.yaml",
+        "diagnostics.json",
         "examples.parquet",
         "manifest.json",
         "mask.safetensors",
         "parameter_scores.safetensors",
+        "parameters.parquet",
         "selected.jsonl",
     ]
     assert not any(path.read_bytes().startswith((b"\x80", b"PK")) for path in folder.iterdir())

@@ -15,11 +15,11 @@ from dualsft.data.selected import read_manifest
 from dualsft.errors import UserError
 from dualsft.scorers import FirstOrder
 from dualsft.selection import Warmup, load_selection
-from dualsft.selection.artifact import write_selection
 from dualsft.selection.json_values import Part, describe_part
 from dualsft.selection.manifest import Manifest, open_manifest
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.settings import SelectionSettings, describe_settings, options
+from dualsft.selection.writing import write_selection
 from tests.world.jobs import SGD, Inputs, select
 
 EXAMPLE = Path(__file__).with_name("manifest.json")
@@ -92,7 +92,13 @@ def test_a_manifest_is_written_as_it_was_read(tmp_path: Path) -> None:
     moved = {"schema_version": 1, **json.loads(text)}
     again = (tmp_path / "again" / "manifest.json").read_text(encoding="utf-8")
     new = json.loads(again)["checksums"]
-    assert [*new] == ["examples.parquet", "mask.safetensors", "selected.jsonl"]
+    assert [*new] == [
+        "diagnostics.json",
+        "examples.parquet",
+        "mask.safetensors",
+        "parameters.parquet",
+        "selected.jsonl",
+    ]
     first, _, _ = text.partition('"checksums"')
     assert again.partition('"checksums"')[0] == first.replace(
         '{\n  "foreign": "é",\n  "schema_version": 1,\n', '{\n  "schema_version": 1,\n  "foreign": "é",\n'

@@ -11,12 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import save_torch_state_dict
 
 from dualsft import ParameterAllocator, load_selection
 from dualsft.allocators import GlobalTopK, TopK
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
-from dualsft.selection import Selection, artifact, reallocation
+from dualsft.selection import Selection, reallocation
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.reallocation import reallocate
 from dualsft.selection.summary import summary
@@ -257,7 +258,7 @@ def test_scores_in_several_files(source: Path, tmp_path: Path, monkeypatch: pyte
     sharded = copy(source, tmp_path)
     scores = load_selection(source).parameter_scores()
     (sharded / "parameter_scores.safetensors").unlink()
-    artifact.save_torch_state_dict(
+    save_torch_state_dict(
         scores, sharded, filename_pattern="parameter_scores{suffix}.safetensors", max_shard_size=20_000
     )
     made = reallocate(sharded, tmp_path / "out", **AS_BEFORE)

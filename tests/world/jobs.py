@@ -20,7 +20,7 @@ from dualsft.finetune import MaskedFinetuneModule
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import load_model, model_fingerprint, tokenizer_fingerprint
 from dualsft.selection import Selection, Warmup
-from dualsft.selection.artifact import write_selection
+from dualsft.selection.writing import write_selection
 from dualsft.trainer import Trainer
 from tests.cases import Example
 from tests.world.data import LINES, VALIDATION, Row, random_mask, sums, write_jsonl

@@ -1,0 +1,202 @@
+"""``diagnostics.json`` as dataclasses, from which it is written and by which it is read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dualsft.selection.json_values import typed
+
+LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+"""The levels at which quantiles are kept."""
+
+Quantiles = dict[str, float]
+"""A level of `LEVELS`, as text -> the smallest value that is at least as large as this share of the values."""
+
+
+def quantiles(values: np.ndarray | Sequence[float]) -> Quantiles:
+    """Exact quantiles at `LEVELS`; empty without values."""
+    if not len(values):
+        return {}
+    found = np.quantile(np.asarray(values, np.float64), LEVELS, method="inverted_cdf")
+    return dict(zip(map(str, LEVELS), found.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFigures:
+    """The scores of one side, and what was chosen of it.
+
+    Attributes:
+        scored: How many examples or weights have scores.
+        selected: How many are chosen.
+        score_sum: The sum of the scores.
+        positive_share: The share of the scores that is above zero.
+        positive_sum: The sum of these.
+        captured: The share of that sum that the chosen hold; null if no score is positive.
+        quantiles: Of the scores.
+        capture: For budgets of 1% to 100%, the share of the positive sum that the highest scores hold; empty if no
+            score is positive.
+        capture_by_magnitude: The same share of Σ |φ| that the largest |φ| hold, by which weights are chosen unless one
+            asks for another way; empty for examples.
+    """
+
+    scored: int
+    selected: int
+    score_sum: float
+    positive_share: float
+    positive_sum: float
+    captured: float | None
+    quantiles: Quantiles
+    capture: list[float]
+    capture_by_magnitude: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceGroup:
+    """The rows of one source: how many there are, were scored and chosen, with their supervised tokens.
+
+    The name is null for all that are too rare to be listed.
+    """
+
+    name: str | None
+    rows: int
+    scored: int
+    selected: int
+    tokens: int
+    selected_tokens: int
+    score_sum: float
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The rows by source, the most frequent first; the column that names it is null where files are the sources."""
+
+    column: str | None
+    groups: list[SourceGroup]
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """The rows with this many supervised tokens, both bounds included: how many there are, were scored and chosen."""
+
+    shortest: int
+    longest: int
+    rows: int
+    scored: int
+    selected: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of the rows in supervised tokens.
+
+    Attributes:
+        bins: Lengths from one power of two to the next.
+        pool: Quantiles of the lengths of all scored rows.
+        selected: Quantiles of the lengths of the chosen rows.
+        pool_tokens: The tokens of all scored rows.
+        selected_tokens: The tokens of the chosen rows.
+        correlation: Spearman's rank correlation of length and score; null where either is the same in all rows.
+    """
+
+    bins: list[LengthBin]
+    pool: Quantiles
+    selected: Quantiles
+    pool_tokens: int
+    selected_tokens: int
+    correlation: float | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The validation sets together.
+
+    Attributes:
+        rows: How many of their rows have supervised tokens.
+        tokens: Quantiles of the lengths in supervised tokens.
+        sources: Source -> how many rows, by the column that names the pool's sources; null without it.
+    """
+
+    rows: int
+    tokens: Quantiles
+    sources: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Cosines of directions in weight space for one validation set; null where no pass gave both.
+
+    Attributes:
+        validation_prior: Of the gradient of the validation loss and the prior's, at the scoring checkpoint.
+        direction_pool: Of u and ḡ.
+    """
+
+    validation_prior: float | None = None
+    direction_pool: float | None = None
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Spearman's rank correlation of the scores that two halves of the validation set give.
+
+    Attributes:
+        examples: Of the examples' scores.
+        parameters: Of the weights' scores.
+    """
+
+    examples: float | None = None
+    parameters: float | None = None
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the scores rest on; another choice from the same scores keeps it.
+
+    Attributes:
+        target: The validation sets.
+        alignment: Validation set -> cosines.
+        warmup_steps: Optimizer steps of the warm-up; null without one.
+        stability: How far the order of the scores rests on the choice of validation rows; null if not asked for.
+    """
+
+    target: Target | None = None
+    alignment: dict[str, Alignment] = field(default_factory=dict)
+    warmup_steps: int | None = None
+    stability: Stability | None = None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What a choice looks like.
+
+    Attributes:
+        examples: The examples' scores.
+        parameters: The weights' scores; null where none was scored.
+        lengths: The rows by length.
+        sources: The rows by source; null where all are of one file and have no such column.
+        basis: What the scores rest on.
+    """
+
+    examples: ScoreFigures
+    parameters: ScoreFigures | None
+    lengths: Lengths
+    sources: Sources | None
+    basis: Basis
+
+    def as_json(self) -> str:
+        """The text of ``diagnostics.json``."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Diagnostics":
+        """The inverse of `as_json`.
+
+        Raises:
+            ValueError: if it is no JSON.
+            Mismatch: if a key is missing or of another type.
+        """
+        found: Any = typed(Diagnostics, json.loads(text), "")
+        assert isinstance(found, Diagnostics)
+        return found

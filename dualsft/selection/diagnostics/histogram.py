@@ -1,0 +1,108 @@
+"""Quantiles and sums of many float32 scores in the memory of one histogram.
+
+A score falls into the bin of its upper sixteen bits: sign, exponent and seven bits of the fraction. The scores of a bin
+differ by less than 2^-7 of their size, so that a quantile is that near, and all sums are exact up to the share that a
+budget takes of a single bin.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dualsft.selection.diagnostics.figures import LEVELS
+
+_BINS, _ZERO = 2**16, 2**15
+"""How many bins there are, and the first that holds no negative score."""
+CHUNK = 2**20
+"""Scores that are looked at together."""
+
+
+class ScoreHistogram:
+    """Counts and sums of float32 scores, the bins in the order of the scores.
+
+    Attributes:
+        counts: How many scores each bin holds.
+        sums: Their sum.
+        least: The lowest score.
+        most: The highest score.
+        positive: How many scores are above zero.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Int[np.ndarray, " bin"] = np.zeros(_BINS, np.int64)
+        self.sums: Float[np.ndarray, " bin"] = np.zeros(_BINS)
+        self.least, self.most, self.positive = float("inf"), float("-inf"), 0
+
+    def add(self, scores: Float[Tensor, " score"]) -> None:
+        """Add scores on the host, at most `CHUNK` at a time."""
+        if not len(scores):
+            return
+        bins = _bins(scores)
+        self.counts += torch.bincount(bins, minlength=_BINS).numpy()
+        self.sums += torch.bincount(bins, scores.double(), minlength=_BINS).numpy()
+        self.least = min(self.least, float(scores.min()))
+        self.most = max(self.most, float(scores.max()))
+        self.positive += int((scores > 0).sum())
+
+    def merge(self, other: "ScoreHistogram") -> None:
+        """Add the scores of another histogram."""
+        self.counts += other.counts
+        self.sums += other.sums
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
+        self.positive += other.positive
+
+    @property
+    def count(self) -> int:
+        """How many scores there are."""
+        return int(self.counts.sum())
+
+    @property
+    def positive_sum(self) -> float:
+        """The sum of the scores above zero."""
+        return float(self.sums[_ZERO:].sum())
+
+    def quantiles(self) -> dict[str, float]:
+        """Level -> quantile: the mean of its bin, and the very lowest and highest at 0 and 1; empty without scores."""
+        if not self.count:
+            return {}
+        reached = np.searchsorted(np.cumsum(self.counts), [_rank(level, self.count) for level in LEVELS])
+        values = self.sums[reached] / self.counts[reached]
+        inner = dict(zip(map(str, LEVELS), values.tolist(), strict=True))
+        return {**inner, str(LEVELS[0]): self.least, str(LEVELS[-1]): self.most}
+
+    def capture(self) -> list[float]:
+        """The share of the positive sum that the highest 1% to 100% of the scores hold; empty if there is none."""
+        return _capture(self.counts[_ZERO:][::-1], self.sums[_ZERO:][::-1], self.count)
+
+    def capture_by_magnitude(self) -> list[float]:
+        """The share of Σ |φ| that the largest 1% to 100% of |φ| hold; empty if all are zero."""
+        counts = self.counts[_ZERO:] + self.counts[:_ZERO][::-1]
+        sums = self.sums[_ZERO:] - self.sums[:_ZERO][::-1]
+        return _capture(counts[::-1], sums[::-1], self.count)
+
+
+def _rank(level: float, count: int) -> int:
+    """The place from 1 of a quantile among sorted values."""
+    return max(1, int(np.ceil(level * count)))
+
+
+def _bins(scores: Float[Tensor, " score"]) -> Int[Tensor, " score"]:
+    """The bin of each score: its upper half as an integer, negative ones mirrored, so that bins rise with scores."""
+    upper = scores.float().contiguous().view(torch.int32) >> 16
+    return torch.where(upper < 0, _ZERO - 1 - (upper & 0x7FFF), _ZERO + upper)
+
+
+def _capture(counts: Int[np.ndarray, " bin"], sums: Float[np.ndarray, " bin"], available: int) -> list[float]:
+    """The share of all sums that each percent of ``available`` takes, from the first bin on, a bin's share evenly."""
+    held, total = np.concatenate([[0], np.cumsum(counts)]), np.concatenate([[0.0], np.cumsum(sums)])
+    if not total[-1] > 0:
+        return []
+    return (np.interp(budget_counts(available), held, total) / total[-1]).tolist()
+
+
+def budget_counts(available: int) -> Sequence[int]:
+    """How many of the available things budgets of 1% to 100% allow; see `dualsft.allocators.count_of`."""
+    return [max(1, percent * available // 100) for percent in range(1, 101)]

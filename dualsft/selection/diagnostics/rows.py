@@ -1,0 +1,53 @@
+"""Where the rows of a pool come from: a column of the records that says so, or the files of a folder."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dualsft.allocators import DataAllocator, PerSourceQuota
+from dualsft.data.examples import Examples
+from dualsft.data.records import Records
+from dualsft.selection.diagnostics.figures import Target, quantiles
+
+COLUMN = "source"
+"""The column that names a record's source, unless the allocator of the data is told of another."""
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """The source of every row.
+
+    Attributes:
+        column: The column that names it; None where it is the file.
+        names: Row number -> source; empty text for a record without the column.
+    """
+
+    column: str | None
+    names: tuple[str, ...]
+
+
+def row_sources(records: Records, allocator: DataAllocator) -> RowSources | None:
+    """The sources of a pool's rows; None if all are of one file and no column says more."""
+    column = allocator.column if isinstance(allocator, PerSourceQuota) else COLUMN
+    if column in records.columns:
+        return RowSources(column, tuple(_named(records, column)))
+    if len(records.sources) > 1:
+        return RowSources(None, tuple(map(records.source_of, range(len(records)))))
+    return None
+
+
+def _named(records: Records, column: str) -> Iterable[str]:
+    return (str(value) if (value := record.get(column)) is not None else "" for record in records)
+
+
+def describe_target(sets: Iterable[Examples], column: str | None) -> Target:
+    """The lengths of all validation rows with supervised tokens, and their sources if a column names those."""
+    lengths: list[int] = []
+    found: Counter[str] = Counter()
+    for examples in sets:
+        ids = examples.ok_ids()
+        lengths += examples.num_tokens[ids].tolist()
+        if column is not None and column in examples.records.columns:
+            names = tuple(_named(examples.records, column))
+            found.update(names[i] for i in ids)
+    return Target(len(lengths), quantiles(lengths), dict(found.most_common()) or None)
