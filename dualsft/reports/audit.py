@@ -35,8 +35,7 @@ def audit_section(source: Source, name: str) -> Section:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         verdicts = list(_verdicts(found))
-        told = [Text(f"{_SIDES[side].capitalize()}, {scorer}: {of['verdict']}.") for side, scorer, of in verdicts]
-        blocks: list[Block] = [_lead(found, verdicts), *told, _table(verdicts), *_failures(found)]
+        blocks: list[Block] = [_lead(found, verdicts), _told(verdicts), _table(verdicts), *_failures(found)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); run the audit again.") from error
     pictures = list(_pictures(source.folder / "figures", name))
@@ -61,6 +60,11 @@ def _lead(found: dict[str, Any], verdicts: list[tuple[str, str, dict[str, Any]]]
         f"those that the scores predict, {sizes}.",
         "lead",
     )
+
+
+def _told(verdicts: list[tuple[str, str, dict[str, Any]]]) -> Table:
+    rows = [[f"{_SIDES[side]}, {scorer}", of["verdict"].replace("; ", ";\n")] for side, scorer, of in verdicts]
+    return Table("The verdicts", ["side and scorer", "verdict"], rows, frozenset({1}))
 
 
 def _table(verdicts: list[tuple[str, str, dict[str, Any]]]) -> Table:

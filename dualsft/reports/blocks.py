@@ -55,7 +55,7 @@ class Picture:
     caption: str
     alt: str
     paint: Callable[[Any], None] = field(compare=False)
-    size: tuple[float, float] = (5.2, 2.8)
+    size: tuple[float, float] = (4.6, 2.6)
     numbers: Table | None = None
 
 

@@ -26,6 +26,31 @@ def frame() -> str:
     return str(matplotlib.rcParams["axes.edgecolor"])
 
 
+def diverging() -> Any:
+    """Colours from the second series' (negative) over the grid's (zero) to the first one's (positive)."""
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+
+    settings = matplotlib.rcParams
+    first, second = settings["axes.prop_cycle"].by_key()["color"][:2]
+    return LinearSegmentedColormap.from_list("diverging", [second, settings["grid.color"], first])
+
+
+def linear_width(values: np.ndarray) -> float:
+    """The half-width of the part around zero that an asinh axis shows as it is: the middle one of the sizes."""
+    sizes = np.abs(values[values != 0])
+    return float(np.median(sizes)) if len(sizes) else 1.0
+
+
+def asinh_edges(values: np.ndarray, bins: int) -> np.ndarray:
+    """Edges of bins that are equally wide on such an axis, from the least value to the largest."""
+    width = linear_width(values)
+    low, high = (float(np.arcsinh(of / width)) for of in (values.min(), values.max()))
+    edges = width * np.sinh(np.linspace(low, high if high > low else low + 1.0, bins + 1))
+    edges[0], edges[-1] = min(edges[0], values.min()), max(edges[-1], values.max())
+    return edges
+
+
 def stacked_bins(axes: Any, edges: np.ndarray, series: Sequence[tuple[str, np.ndarray]]) -> None:
     """Counts in bins, one series on top of the other, each with its name."""
     below = np.zeros(len(edges) - 1)

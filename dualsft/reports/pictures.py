@@ -12,7 +12,7 @@ from dualsft.experiments.figure_files import save_figure
 from dualsft.reports.blocks import Drawn, Picture
 from dualsft.storage.writing import writing_to
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 9.0,
     "axes.linewidth": 0.7,
@@ -25,7 +25,7 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "image.cmap": "viridis",
 }
-_PIXELS = 128  # CSS pixels of an inch, on a wide screen
+_PIXELS = 140  # CSS pixels of an inch, on a wide screen
 _COLOURS = {
     # surface, text, lines of the frame, grid; then the series: Okabe and Ito's, lighter ones on a dark page
     "light": ("#ffffff", "#1d2129", "#7a828e", "#e6e8ec", ("#0072b2", "#d55e00", "#007a5a", "#b0508a", "#8a6d00")),
@@ -75,18 +75,19 @@ def embed(drawn: Drawn, folder: Path) -> Embedded:
 
 def _drawn(picture: Picture, theme: str, use: Callable[[Any], Any]) -> Any:
     """What a use makes of the picture, drawn in the colours of a theme."""
-    import matplotlib
+    from cycler import cycler
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     surface, text, frame, grid, series = _COLOURS[theme]
-    colours = {
+    colours: dict[Any, Any] = {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), surface),
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), text),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), frame),
         "grid.color": grid,
-        "axes.prop_cycle": matplotlib.cycler(color=series),
+        "axes.prop_cycle": cycler(color=series),
     }
-    with matplotlib.rc_context({**_STYLE, **colours}):
+    with rc_context({**_STYLE, **colours}):
         figure = Figure(figsize=picture.size, dpi=160, layout="constrained")
         picture.paint(figure)
         return use(figure)

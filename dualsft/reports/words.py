@@ -1,6 +1,7 @@
 """Numbers as a page shows them."""
 
 import math
+from dataclasses import dataclass
 
 
 def percent(share: float) -> str:
@@ -14,7 +15,8 @@ def signed(value: float | None, digits: int = 3) -> str:
     """A number with its sign, to so many digits; a dash for none."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:+.{digits}g}".replace("-", "−", 1) if value else "0"
+    text = f"{value:+,.0f}" if abs(value) >= 10**digits else f"{value:+#.{digits}g}".removesuffix(".")
+    return text.replace("-", "−") if value else "0"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -22,7 +24,41 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None or math.isnan(value):
         return "–"
     text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".removesuffix(".")
-    return text.replace("-", "−", 1)
+    return text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A power of a thousand in which small or large scores are shown, so that they have few digits.
+
+    Attributes:
+        exponent: Its power of ten; 0 where scores are of a usual size.
+    """
+
+    exponent: int
+
+    @staticmethod
+    def of(largest: float) -> "Unit":
+        """The unit in which numbers up to this size have one to three digits before the point."""
+        if not largest > 0 or 0.1 <= largest < 1000:
+            return Unit(0)
+        return Unit(3 * math.floor(math.log10(largest) / 3))
+
+    @property
+    def size(self) -> float:
+        """The unit itself."""
+        return 10.0**self.exponent
+
+    def show(self, value: float | None, digits: int = 3) -> str:
+        """A score in this unit, with its sign."""
+        return signed(None if value is None else value / self.size, digits)
+
+    def label(self, what: str) -> str:
+        """A quantity with the unit behind it."""
+        return f"{what} ({self})" if self.exponent else what
+
+    def __str__(self) -> str:
+        return f"10{str(self.exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def short(value: float) -> str:

@@ -73,7 +73,7 @@ def fits_beside(fits: Sequence[Fit]) -> Table:
 
 
 def _shown(fit: Fit) -> list[str]:
-    return list((fit.figures.validation.metrics or {}))
+    return list(fit.figures.validation.metrics or {})
 
 
 def _of_base(fits: Sequence[Fit], name: str) -> str:

@@ -27,15 +27,17 @@ def _table(subjects: Sequence[Subject]) -> Table:
         counts = [f"{about.counts.examples.selected:,}", f"{about.counts.parameters.selected:,}"]
         seconds = readable(sum(of.seconds for of in about.phases))
         rows.append([subject.name, scorer, counts[0], shares[0], counts[1], shares[1], seconds])
-    head = ["selection", "scorer", "examples", "their score", "weights", "their score", "time"]
-    caption = "What each selection chose; “their score” is the share of the positive score that the chosen hold"
+    head = ["selection", "scorer", "examples", "score of the examples", "weights", "score of the weights", "time"]
+    caption = "What each selection chose; their score is the share of the positive score that the chosen hold"
     return Table(caption, head, rows, frozenset({1}))
 
 
 def _overlaps(subjects: Sequence[Subject]) -> list[Block]:
     rows = [_pair(one, other) for one, other in combinations(subjects, 2)]
     head = ["selections", "examples", "by chance", "weights", "by chance", "order of the scores"]
-    caption = "Overlap: the share of the smaller choice that the other has made too, beside that of a random choice of its size"
+    caption = (
+        "Overlap: the share of the smaller choice that the other has made too, and that of a random choice of its size"
+    )
     note = "“Order of the scores” is the rank correlation of the examples' scores; – is where pools or models differ."
     return [Table(caption, head, rows), Text(note, "note")]
 

@@ -40,7 +40,8 @@ def _told(name: str, of: ScoreFigures) -> str:
         return f"Of the {name}, all are taken."
     others = [min(100, max(1, round(100 * share * factor))) for factor in (0.5, 2)]
     half, twice = (f"{percent(of.capture[k - 1])} with the best {k}%" for k in others)
-    return f"The chosen {percent(share)} of the {name} hold {percent(of.captured)} of the positive score; it would be {half} and {twice}."
+    held = f"The chosen {percent(share)} of the {name} hold {percent(of.captured)} of the positive score"
+    return f"{held}; it would be {half} and {twice}."
 
 
 def _paint(figure: Any, sides: dict[str, ScoreFigures]) -> None:

@@ -3,7 +3,7 @@
 from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Block, Table, Text
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import counted, memory, number, percent, signed
+from dualsft.reports.words import counted, memory, number, percent
 
 
 def checks(subject: Subject) -> list[Block]:
@@ -21,7 +21,8 @@ def _identity(subject: Subject) -> list[list[str]]:
     if found is None:
         return [["sum identity", "–", "no weight was scored, so there are no sums to compare"]]
     ok = "holds" if found.relative_difference <= found.tolerance else "does not hold"
-    sums = f"{ok}: {number(found.row_sum)} and {number(found.column_sum)}, apart by {found.relative_difference:.1e}"
+    sums = " and ".join(subject.shown(of, 6) for of in (found.row_sum, found.column_sum))
+    sums = f"{ok}: {sums}, apart by {found.relative_difference:.1e} of the scores' size"
     return [["sum identity", sums, "the examples' scores and the weights' add up to the same"]]
 
 
@@ -33,7 +34,7 @@ def _step(subject: Subject) -> list[list[str]]:
     found = subject.about.prediction
     if found is None:
         return []
-    rows = [["predicted improvement", f"{signed(found.predicted_improvement)} at step {found.step_size:.3g}"]]
+    rows = [["predicted improvement", f"{subject.shown(found.predicted_improvement)} at step {found.step_size:.3g}"]]
     rows[0].append("fall of the validation objective by one step on all of the pool")
     if found.second_order_share is not None:
         share = f"{number(found.second_order_share, 2)} of the first"

@@ -11,7 +11,7 @@ from dualsft.reports.blocks import Block, Example, Piece, Section, Text
 from dualsft.reports.selections.subject import Subject
 from dualsft.reports.selections.texts import cut, record_pieces
 from dualsft.reports.selections.tokens import coloured, telling, utilities
-from dualsft.reports.words import counted, signed
+from dualsft.reports.words import counted
 
 _MOST, _AT_CUT = 5, 3  # examples at either end, and on either side of the cut
 
@@ -47,6 +47,7 @@ class _Painter:
     def __init__(self, subject: Subject, shown: Sequence[int]) -> None:
         self._subject = subject
         self._tokens = _token_scores(subject, shown)
+        self._tokenizer: Any
         self._tokenizer, self._lacks = _tokenizer(subject) if self._tokens else (None, "")
 
     def notes(self) -> list[Block]:
@@ -61,7 +62,7 @@ class _Painter:
             told.append(f"Tokens are not coloured, as the tokenizer is not at hand: {self._lacks}")
         else:
             told.append(
-                "Tokens are not coloured, as their scores were not kept; with model.token_scores: true, select keeps them."
+                "Tokens are not coloured, as their scores were not kept; model.token_scores: true has select keep them."
             )
         if self._subject.pool[0] is None:
             told.append(f"Only chosen examples have their text, as the pool is not at hand: {self._subject.pool[1]}")
@@ -74,8 +75,9 @@ class _Painter:
 
     def _text(self, row: int) -> tuple[list[Piece], str]:
         if self._tokenizer is not None and row in self._tokens:
+            unit = self._subject.unit
             found = utilities(self._tokenizer, *self._tokens[row])
-            return cut(coloured(found)), telling(found)
+            return cut(coloured(found, unit)), telling(found, unit)
         record = self._subject.record(row)
         if record is None:
             return [Piece("(its text is not at hand)", learnt=False)], ""
@@ -84,7 +86,7 @@ class _Painter:
     def _facts(self, row: int) -> str:
         subject = self._subject
         place = f"place {subject.places[row]:,} of {len(subject.order):,}"
-        facts = [f"score {signed(float(subject.rows.score[row]))}", place]
+        facts = [f"score {subject.shown(float(subject.rows.score[row]))}", place]
         facts += [counted(int(subject.rows.tokens[row]), "supervised token")]
         facts += [f"source {name}"] if (name := subject.source(row)) else []
         return " · ".join([*facts, "chosen" if subject.rows.selected[row] else "not chosen"])

@@ -5,7 +5,7 @@ from typing import Any
 from dualsft.reports.blocks import Block, Picture, Table
 from dualsft.reports.figures import grid
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import percent, signed
+from dualsft.reports.words import percent
 from dualsft.selection.diagnostics import SourceGroup
 
 _MOST_BARS = 12
@@ -26,11 +26,11 @@ def origins(subject: Subject) -> list[Block]:
             f"{of.selected:,}",
             percent(of.selected / chosen if chosen else 0.0),
             percent(of.selected / of.rows if of.rows else 0.0),
-            signed(of.score_sum / of.scored if of.scored else None),
+            subject.shown(of.score_sum / of.scored if of.scored else None),
         ]
         for of in groups
     ]
-    head = ["source", "rows", "of the pool", "chosen", "of the chosen", "of its rows", "mean score"]
+    head = ["source", "rows", "of the pool", "chosen", "of the chosen", "of its rows", subject.unit.label("mean score")]
     by = f"the column {sources.column}" if sources.column is not None else "the file"
     shown = groups[:_MOST_BARS]
     most = max(shown, key=lambda of: of.selected)
@@ -39,7 +39,7 @@ def origins(subject: Subject) -> list[Block]:
         "Each source's share of the pool, and of the chosen examples.",
         f"Bar chart of {len(shown)} sources; most of the chosen are from {_name(most)}. The table has all figures.",
         lambda figure: _paint(figure, shown, rows, chosen),
-        (5.0, 0.9 + 0.36 * len(shown)),
+        (4.6, 0.9 + 0.36 * len(shown)),
     )
     return [picture, Table(f"Examples by source ({by})", head, cells)]
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from dualsft.matrix.sketches import LOSS
 from dualsft.reports.blocks import Block, Picture, Table, Text
-from dualsft.reports.figures import count_map, neutral
+from dualsft.reports.figures import asinh_edges, count_map, linear_width, neutral
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import number, percent
+from dualsft.reports.words import percent
 from dualsft.selection.diagnostics.examples import rank_correlation
 
-_CELLS, _TAIL = 40, 0.002
-_STRONG = 0.5  # rank correlation from which on the order by score is much of that by length
+_CELLS = 40
+_STRONG, _WEAK = 0.5, 0.2  # rank correlations from which on the order by score is much, and something, of another
 
 
 def relations(subject: Subject) -> list[Block]:
@@ -25,9 +25,9 @@ def _length(subject: Subject) -> list[Block]:
     if not lengths.bins:
         return []
     told = _correlated("length", lengths.correlation)
-    medians = [of.get("0.5") for of in (lengths.pool, lengths.selected)]
-    if None not in medians:
-        told += f" The median example has {number(medians[0])} supervised tokens, the median chosen one {number(medians[1])}."
+    if lengths.pool and lengths.selected:
+        pool, chosen = lengths.pool["0.5"], lengths.selected["0.5"]
+        told += f" The median example has {pool:,.0f} supervised tokens, the median chosen one {chosen:,.0f}."
     share = [f"{of.shortest:,}–{of.longest:,}" for of in lengths.bins]
     table = [
         [name, f"{of.rows:,}", f"{of.selected:,}", percent(of.selected / of.rows) if of.rows else "–"]
@@ -35,6 +35,8 @@ def _length(subject: Subject) -> list[Block]:
     ]
     numbers = Table("Examples by length", ["supervised tokens", "examples", "chosen", "share"], table, folded=True)
     shown = rows.scored & (rows.tokens > 0)
+    if not shown.any():
+        return [numbers]
     return [Text(told), _map(subject, "length", rows.tokens.astype(float), shown, True, told, numbers)]
 
 
@@ -45,6 +47,8 @@ def _loss(subject: Subject) -> list[Block]:
         return [Text(told, "note")]
     loss = table[LOSS].to_numpy()
     shown = rows.scored & np.isfinite(loss)
+    if not shown.any():
+        return []
     told = _correlated("loss", rank_correlation(loss[shown], rows.score[shown]))
     return [Text(told), _map(subject, "loss", loss, shown, False, told, None)]
 
@@ -54,6 +58,8 @@ def _correlated(what: str, found: float | None) -> str:
         return f"Scores and {what} have no rank correlation: one of them is the same everywhere."
     if abs(found) >= _STRONG:
         return f"Scores go with {what} (rank correlation {found:.2f}): see whether it is {what} that was chosen."
+    if abs(found) >= _WEAK:
+        return f"Scores go with {what} to some extent (rank correlation {found:.2f})."
     return f"Scores hardly go with {what} (rank correlation {found:.2f})."
 
 
@@ -72,23 +78,21 @@ def _map(
 
 def _paint(figure: Any, subject: Subject, x: np.ndarray, score: np.ndarray, logarithmic: bool, label: str) -> None:
     axes = figure.subplots()
-    low, high = np.quantile(score, [_TAIL, 1 - _TAIL]) if len(score) else (0.0, 1.0)
-    rows = np.linspace(low, high if high > low else low + 1.0, _CELLS + 1)
-    columns = _columns(x, logarithmic)
-    counts, *_ = np.histogram2d(x, np.clip(score, rows[0], rows[-1]), (columns, rows))
+    score = score / subject.unit.size
+    rows, columns = asinh_edges(score, _CELLS), _columns(x, logarithmic)
+    counts, *_ = np.histogram2d(x, score, (columns, rows))
     count_map(figure, axes, columns, rows, counts, "examples")
+    axes.set_yscale("asinh", linear_width=linear_width(score))
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     if subject.cut is not None:
-        axes.axhline(subject.cut, color=neutral(), linewidth=1.0, linestyle="--")
-    axes.set(xlabel=label, ylabel="score")
+        axes.axhline(subject.cut / subject.unit.size, color=neutral(), linewidth=1.0, linestyle="--")
+    axes.set(xlabel=label, ylabel=subject.unit.label("score"))
 
 
 def _columns(x: np.ndarray, logarithmic: bool) -> np.ndarray:
     """Edges of cells of the same width, in logarithms if asked for; whole numbers of tokens fall between them."""
-    if not len(x):
-        return np.array([0.5, 1.5])
     if not logarithmic:
         low, high = float(x.min()), float(x.max())
         return np.linspace(low, high if high > low else low + 1.0, _CELLS + 1)

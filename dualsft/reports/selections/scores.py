@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from dualsft.reports.blocks import Block, Picture, Table, Text
-from dualsft.reports.figures import grid, neutral, stacked_bins
+from dualsft.reports.figures import asinh_edges, grid, linear_width, neutral, stacked_bins
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import percent, signed
+from dualsft.reports.words import percent
 
-_BINS, _TAIL = 60, 0.002  # share of the scores on either side that the outer bins take in
+_BINS = 60
 
 
 def scores(subject: Subject) -> list[Block]:
@@ -20,10 +20,10 @@ def scores(subject: Subject) -> list[Block]:
     figures = subject.selection.diagnostics.examples
     picture = Picture(
         f"{subject.file_name}-scores",
-        "How many examples have which score; the outermost bins take in all beyond them.",
-        f"Histogram of {len(found):,} scores, of which {percent(figures.positive_share)} are positive; "
-        f"the lowest is {signed(float(found.min()))}, the median {signed(float(np.median(found)))}, the highest "
-        f"{signed(float(found.max()))}. {_cut(subject)}",
+        "How many examples have which score; away from zero the axis is logarithmic.",
+        f"Histogram of {len(found):,} scores, of which {percent(figures.positive_share)} are positive; the lowest is "
+        f"{subject.shown(found.min())}, the median {subject.shown(np.median(found))}, the highest "
+        f"{subject.shown(found.max())}. {_cut(subject)}",
         lambda figure: _paint(figure, subject),
         numbers=_quantiles(subject),
     )
@@ -38,36 +38,36 @@ def _cut(subject: Subject) -> str:
     close = int((np.abs(near - subject.cut) <= tenth).sum())
     what = f"{percent(close / len(near))} of the examples have a score within a tenth of it"
     if subject.is_cut_clean:
-        return f"The cut is at {signed(subject.cut)}: who scores higher is chosen. {what}."
+        return f"The cut is at {subject.shown(subject.cut)}: who scores higher is chosen. {what}."
     return (
-        f"The lowest score of a chosen example is {signed(subject.cut)}; some with higher scores are left out, as the "
-        "allocator looks at more than scores."
+        f"The lowest score of a chosen example is {subject.shown(subject.cut)}; some with higher scores are left out, "
+        "as the allocator looks at more than scores."
     )
 
 
 def _paint(figure: Any, subject: Subject) -> None:
     axes = figure.subplots()
-    rows = subject.rows
-    low, high = np.quantile(rows.score[rows.scored], [_TAIL, 1 - _TAIL])
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, _BINS + 1)
+    rows, size = subject.rows, subject.unit.size
+    edges = asinh_edges(rows.score[rows.scored] / size, _BINS)
     series = []
     for name, of in (("left out", rows.scored & ~rows.selected), ("chosen", rows.scored & rows.selected)):
-        series.append((name, np.histogram(np.clip(rows.score[of], low, high), edges)[0]))
+        series.append((name, np.histogram(rows.score[of] / size, edges)[0]))
     stacked_bins(axes, edges, series)
+    axes.set_xscale("asinh", linear_width=linear_width(rows.score[rows.scored] / size))
     axes.axvline(0, color=neutral(), linewidth=0.7, alpha=0.6)
     if subject.cut is not None:
-        axes.axvline(subject.cut, color=neutral(), linewidth=1.1, linestyle="--", label="cut")
-    axes.set(xlabel="score (predicted fall of the validation loss)", ylabel="examples")
+        axes.axvline(subject.cut / size, color=neutral(), linewidth=1.1, linestyle="--", label="cut")
+    axes.set(xlabel=subject.unit.label("score"), ylabel="examples")
     axes.legend()
     grid(axes)
 
 
 def _quantiles(subject: Subject) -> Table:
     found = subject.selection.diagnostics.examples.quantiles
-    rows = [[f"{float(level):.0%}", signed(value)] for level, value in found.items()]
-    return Table("Quantiles of the scores", ["share of the examples below", "score"], rows, folded=True)
+    rows = [[f"{float(level):.0%}", subject.shown(value)] for level, value in found.items()]
+    return Table(
+        "Quantiles of the scores", ["share of the examples below", subject.unit.label("score")], rows, folded=True
+    )
 
 
 def _left_out(subject: Subject) -> list[Block]:

@@ -15,7 +15,8 @@ _SHOWN_SOURCES = 3
 def story(subject: Subject) -> list[Block]:
     """The paragraph, and the settings in a table that opens."""
     parts = [_asked(subject), _how(subject), _examples(subject), _weights(subject), _cost(subject)]
-    return [Text(" ".join(part for part in parts if part), "lead"), _settings(subject)]
+    told = Text(" ".join(part for part in parts if part), "lead")
+    return [told, *_unit(subject), _settings(subject)]
 
 
 def _asked(subject: Subject) -> str:
@@ -59,7 +60,7 @@ def _examples(subject: Subject) -> str:
     share = examples.selected / max(examples.rows, 1)
     text = f"{examples.selected:,} examples were chosen ({percent(share)})"
     if figures.captured is not None:
-        text += f"; they hold {percent(figures.captured)} of all that is above zero among the scores"
+        text += f"; they hold {percent(figures.captured)} of the sum of all positive scores"
     return f"{text}{_sources(subject)}."
 
 
@@ -80,7 +81,7 @@ def _weights(subject: Subject) -> str:
         return "All weights are taken."
     text = f"{weights.selected:,} weights were chosen ({percent(weights.selected / max(weights.scored, 1))})"
     if figures is not None and figures.captured is not None:
-        text += f", with {percent(figures.captured)} of what is above zero among theirs"
+        text += f", with {percent(figures.captured)} of the weights' positive scores"
     return f"{text}."
 
 
@@ -90,6 +91,16 @@ def _cost(subject: Subject) -> str:
         return ""
     seconds, peak = sum(p.seconds for p in phases), max(p.peak_memory_bytes for p in phases)
     return f"It took {readable(seconds)} and {memory(peak)} of memory at most."
+
+
+def _unit(subject: Subject) -> list[Block]:
+    """What scores are shown in."""
+    told = "A score is the fall of the validation objective that a small step predicts"
+    if subject.about.settings["normalize"] != "none" or subject.about.settings["path"].along is not None:
+        told = "Scores are sums along a path, or normalised; see the settings"
+    return [
+        Text(f"{told}{f'; all scores here are in units of {subject.unit}' if subject.unit.exponent else ''}.", "note")
+    ]
 
 
 def _settings(subject: Subject) -> Table:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from dualsft.data.records import Records, read_records
 from dualsft.errors import UserError
 from dualsft.reports.sources import Source
+from dualsft.reports.words import Unit
 from dualsft.selection import load_selection
 from dualsft.selection.diagnostics.examples import Rows
 
@@ -47,6 +48,15 @@ class Subject:
     def places(self) -> dict[int, int]:
         """Row number -> its place in that order, from 1."""
         return {int(row): place for place, row in enumerate(self.order, 1)}
+
+    @cached_property
+    def unit(self) -> Unit:
+        """The unit that this selection's scores are shown in."""
+        return Unit.of(float(np.abs(self.rows.score[self.rows.scored]).max(initial=0.0)))
+
+    def shown(self, value: float | None, digits: int = 3) -> str:
+        """A score in that unit."""
+        return self.unit.show(None if value is None else float(value), digits)
 
     @cached_property
     def cut(self) -> float | None:

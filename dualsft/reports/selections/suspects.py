@@ -5,7 +5,7 @@ import numpy as np
 from dualsft.reports.blocks import Block, Table, Text
 from dualsft.reports.selections.subject import Subject
 from dualsft.reports.selections.texts import snippet
-from dualsft.reports.words import counted, percent, signed
+from dualsft.reports.words import counted, percent
 
 _MOST = 25
 
@@ -22,14 +22,14 @@ def suspects(subject: Subject) -> list[Block]:
         "texts and tasks that contradict the target are often among them; so are sound examples of another kind, "
         f"so look before you drop one.{_concentrated(subject, found)}"
     )
-    head = ["example", "score", "tokens", "source", "text (what is asked → what is learnt)"]
+    head = ["example", subject.unit.label("score"), "tokens", "source", "text (what is asked → what is learnt)"]
     rows = [_row(subject, row) for row in found[:_MOST]]
     caption = f"The {counted(len(rows), 'example')} with the lowest scores"
     return [Text(told), Table(caption, head, rows, frozenset({3, 4}))]
 
 
 def _strength(subject: Subject) -> float:
-    """How far below zero a score must be: as far as the lowest chosen one is above it, or as the middle positive one."""
+    """How far below zero a score must be: as far as the lowest chosen one is above, or a usual positive one."""
     if subject.cut is not None and subject.cut > 0:
         return subject.cut
     positive = subject.rows.score[subject.rows.scored & (subject.rows.score > 0)]
@@ -40,7 +40,13 @@ def _row(subject: Subject, row: int) -> list[str]:
     record = subject.record(row)
     text = "(not at hand)" if record is None else snippet(record, subject.about.data.format)
     rows = subject.rows
-    return [f"{row:,}", signed(float(rows.score[row])), f"{rows.tokens[row]:,}", subject.source(row) or "–", text]
+    return [
+        f"{row:,}",
+        subject.shown(float(rows.score[row])),
+        f"{rows.tokens[row]:,}",
+        subject.source(row) or "–",
+        text,
+    ]
 
 
 def _concentrated(subject: Subject, found: list[int]) -> str:

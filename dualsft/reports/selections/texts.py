@@ -27,7 +27,8 @@ def snippet(record: Mapping[str, Any], options: FormatOptions, longest: int = 24
 
 def cut(pieces: list[Piece]) -> list[Piece]:
     """Pieces of at most `LONGEST` characters in all, and a note of what is left out."""
-    room, kept = LONGEST, []
+    kept: list[Piece] = []
+    room = LONGEST
     for piece in pieces:
         if len(piece.text) > room:
             left = sum(len(of.text) for of in pieces) - LONGEST

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualsft.reports.blocks import Piece
-from dualsft.reports.words import signed
+from dualsft.reports.words import Unit
 
 _LEVELS, _FAINTEST, _NAMED = 5, 0.06, 4
 """Strengths of a colour; the share of the strongest token below which there is none; tokens that are named."""
@@ -15,23 +15,26 @@ def utilities(tokenizer: Any, ids: Sequence[int], scores: Sequence[float]) -> li
     return [(text, sum(scores[start:end])) for text, start, end in spell(tokenizer, ids)]
 
 
-def coloured(found: Sequence[tuple[str, float]]) -> list[Piece]:
+def coloured(found: Sequence[tuple[str, float]], unit: Unit) -> list[Piece]:
     """One piece for each token; the colour's strength is its utility as a share of the example's largest."""
     most = max((abs(value) for _, value in found), default=0.0)
-    return [Piece(text, _level(value, most), signed(value)) for text, value in found]
+    return [Piece(text, _level(value, most), unit.show(value)) for text, value in found]
 
 
-def telling(found: Sequence[tuple[str, float]]) -> str:
-    """The tokens that speak most for an example and most against it, in words."""
-    ranked = sorted(found, key=lambda of: of[1])
-    best = [_named(*of) for of in ranked[::-1][:_NAMED] if of[1] > 0]
-    worst = [_named(*of) for of in ranked[:_NAMED] if of[1] < 0]
+def telling(found: Sequence[tuple[str, float]], unit: Unit) -> str:
+    """The tokens that speak most for an example and most against it, in words; the same ones are added up."""
+    sums: dict[str, float] = {}
+    for text, value in found:
+        sums[text.strip() or text] = sums.get(text.strip() or text, 0.0) + value
+    ranked = sorted(sums.items(), key=lambda of: of[1])
+    best = [_named(*of, unit) for of in ranked[::-1][:_NAMED] if of[1] > 0]
+    worst = [_named(*of, unit) for of in ranked[:_NAMED] if of[1] < 0]
     parts = [f"most for it: {', '.join(best)}" if best else "", f"most against it: {', '.join(worst)}" if worst else ""]
     return "; ".join(part for part in parts if part)
 
 
-def _named(text: str, value: float) -> str:
-    return f"“{text.strip() or repr(text)[1:-1]}” {signed(value, 2)}"
+def _named(text: str, value: float, unit: Unit) -> str:
+    return f"“{text if text.strip() else repr(text)[1:-1]}” {unit.show(value, 2)}"
 
 
 def spell(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int, int]]:
