@@ -25,7 +25,9 @@ from dualsft.matrix.curvature import (
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
+from dualsft.objectives.prior import SelfDistillation
 from dualsft.scorers import SecondOrderScorer
+from dualsft.selection.alignment import cosine
 from dualsft.selection.directions import Statistics, preconditioner
 from dualsft.selection.passes import Passes
 from dualsft.selection.settings import SelectionSettings
@@ -93,6 +95,14 @@ class ValidationObjective:
                 name: self._total([self._pass(term, "squared gradient", squared=True)])
                 for name, term in self._validation.items()
             }
+
+    def prior_cosines(self) -> dict[str, float | None]:
+        """Validation set -> the cosine of its loss's gradient with the prior's; None without a prior, or where zero."""
+        priors = [self._term_gradients[term] for term in self._further if term.kind == SelfDistillation.name]
+        return {
+            name: cosine(self._term_gradients[term][1], priors[0][1]) if priors else None
+            for name, term in self._validation.items()
+        }
 
     def statistics(
         self, pool_sums: Mapping[str, Tensor] | None, num_examples: int, occasion: str = ""

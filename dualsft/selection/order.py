@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.checks import Order
+from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.scoring import ExampleScores
 
 
@@ -47,6 +48,9 @@ class ScoresBothSides(Protocol):
 
     def prediction(self) -> dict[str, Any] | None:
         """Describe what the scores predict of a step, for the manifest, if anything."""
+
+    def alignment(self) -> dict[str, Alignment]:
+        """Validation set -> cosines of its directions; empty where no pass at one checkpoint gave them."""
 
     def describe(self) -> dict[str, Any] | None:
         """Describe the path, for the manifest, if there is one."""

@@ -32,7 +32,7 @@ from dualsft.selection.passes import Passes
 from dualsft.selection.paths.run import walk_path
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
-from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint
+from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint, warmup_steps
 from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_terms
 from dualsft.selection.writing import publish, write_selection
@@ -90,6 +90,7 @@ def run_selection(
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
     outcome = describe_outcome(model, data, chosen, scoring)
+    alignment = scoring.alignment()
     manifest = {**inputs, **outcome, **cost, **configuration}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
@@ -108,7 +109,11 @@ def run_selection(
             token_scores=token_table(data, chosen) if settings.token_scores else None,
             sketches=scoring.measured.get(SKETCH),
             sources=sources,
-            basis=Basis(describe_target(data.validation_sets.values(), sources.column if sources else None)),
+            basis=Basis(
+                describe_target(data.validation_sets.values(), sources.column if sources else None),
+                alignment,
+                warmup_steps(settings, data, seed),
+            ),
         )
         publish(staged, run.path)
 

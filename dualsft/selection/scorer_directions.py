@@ -48,6 +48,10 @@ class DirectionRule(ABC):
         """
         return None
 
+    def prior_cosines(self) -> dict[str, float | None]:
+        """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
+        return dict.fromkeys(self.sets)
+
     @abstractmethod
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples."""
@@ -74,6 +78,10 @@ class ScorerDirections(DirectionRule):
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples, under the preconditioner."""
         return self._objective.measurement(names)
+
+    def prior_cosines(self) -> dict[str, float | None]:
+        """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
+        return self._objective.prior_cosines()
 
     def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
         """Compute u of each set, and settle η, on which the run's scores depend from here on."""

@@ -22,6 +22,8 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_covered
 from dualsft.models import PreTrainedModel
+from dualsft.selection.alignment import cosine
+from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import (
     ColumnTotals,
     column_totals,
@@ -162,6 +164,12 @@ class Scoring:
     def prediction(self) -> dict[str, Any] | None:
         """Describe what the directions predict of the last pool step, for the manifest, if anything."""
         return self._rule.prediction(self._latest.sums, self._num_examples)
+
+    def alignment(self) -> dict[str, Alignment]:
+        """Validation set -> how its directions lie to each other, with ḡ over the examples last summed."""
+        priors, latest = self._rule.prior_cosines(), self._latest
+        us = dict(zip(self._rule.sets, latest.directions, strict=True))
+        return {name: Alignment(priors[name], cosine(u, latest.sums)) for name, u in us.items()}
 
     def describe(self) -> None:
         """One scoring checkpoint has no path to tell of."""

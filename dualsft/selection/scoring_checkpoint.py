@@ -77,6 +77,15 @@ def reach_scoring_checkpoint(
     return moments
 
 
+def warmup_steps(settings: SelectionSettings, data: InstructionDataModule, seed: int) -> int | None:
+    """How many optimizer steps `reach_scoring_checkpoint` takes; None where there is no warm-up."""
+    warmup = settings.warmup
+    along_pool = settings.path.along is not None and settings.path_rule.trains_on != "target"
+    if warmup.checkpoint is not None or warmup.fraction == 0 or along_pool:
+        return None
+    return len(data.training_loader(warmup.draw(data.train_examples.ok_ids(), seed), seed)) * warmup.epochs
+
+
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(f"{prefix}:"): t for n, t in tensors.items() if n.startswith(f"{prefix}:")}
 

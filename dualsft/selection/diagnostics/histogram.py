@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dualsft.selection.diagnostics.figures import LEVELS
@@ -40,12 +40,12 @@ class ScoreHistogram:
         """Add scores on the host, at most `CHUNK` at a time."""
         if not len(scores):
             return
-        bins = _bins(scores)
-        self.counts += torch.bincount(bins, minlength=_BINS).numpy()
-        self.sums += torch.bincount(bins, scores.double(), minlength=_BINS).numpy()
+        upper = (scores.contiguous().view(torch.int32) >> 16) + _ZERO
+        self.counts += _in_order(torch.bincount(upper, minlength=_BINS))
+        self.sums += _in_order(torch.bincount(upper, scores.double(), minlength=_BINS))
         self.least = min(self.least, float(scores.min()))
         self.most = max(self.most, float(scores.max()))
-        self.positive += int((scores > 0).sum())
+        self.positive += int(torch.count_nonzero(scores > 0))
 
     def merge(self, other: "ScoreHistogram") -> None:
         """Add the scores of another histogram."""
@@ -89,10 +89,9 @@ def _rank(level: float, count: int) -> int:
     return max(1, int(np.ceil(level * count)))
 
 
-def _bins(scores: Float[Tensor, " score"]) -> Int[Tensor, " score"]:
-    """The bin of each score: its upper half as an integer, negative ones mirrored, so that bins rise with scores."""
-    upper = scores.float().contiguous().view(torch.int32) >> 16
-    return torch.where(upper < 0, _ZERO - 1 - (upper & 0x7FFF), _ZERO + upper)
+def _in_order(values: Shaped[Tensor, " bin"]) -> Shaped[np.ndarray, " bin"]:
+    """Bins in the order of the upper halves as integers, where those of negative scores are the wrong way round."""
+    return torch.cat([values[:_ZERO].flip(0), values[_ZERO:]]).numpy()
 
 
 def _capture(counts: Int[np.ndarray, " bin"], sums: Float[np.ndarray, " bin"], available: int) -> list[float]:

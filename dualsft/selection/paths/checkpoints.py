@@ -22,6 +22,7 @@ from dualsft.paths import Piece, PieceRows, ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import ParameterStatistics
+from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import check_vector, combined, combined_rows, trainable_parameters
 from dualsft.selection.normalization import scaled, token_counts
 from dualsft.selection.objective import ValidationObjective
@@ -270,6 +271,10 @@ class CheckpointScoring:
         """Describe the quadratic's prediction at the last point, for the manifest; None if no scorer took part."""
         found: dict[str, Any] | None = self._about.get("prediction")
         return found
+
+    def alignment(self) -> dict[str, Alignment]:
+        """There is none: the directions change along the path."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """The manifest's entry on the path of each validation set."""

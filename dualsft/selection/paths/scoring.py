@@ -22,6 +22,7 @@ from dualsft.errors import UserError, blaming
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.paths import PieceRows
+from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
 from dualsft.selection.normalization import Factors, inverses, scaled, smoothed_shares, token_counts
 from dualsft.selection.passes import Passes
@@ -215,6 +216,10 @@ class PathScoring:
     def prediction(self) -> None:
         """There is none: the scores are no model of a step, but what the path does."""
         return None
+
+    def alignment(self) -> dict[str, Alignment]:
+        """There is none: the directions change along the path."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """The manifest's entry on each path: its points, why it ends where it does, and how complete the scores are."""
