@@ -14,6 +14,7 @@ from dualsft.commands.messages import explaining_settings
 from dualsft.commands.parsing import CONFIG, add_folder_options, check_output_dir, class_given, prepare, replay_of
 from dualsft.commands.path_options import expand_paths
 from dualsft.data.module import InstructionDataModule
+from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.selection import load_selection
 from dualsft.selection.json_values import Part, describe_part
@@ -49,7 +50,8 @@ def allocate_command(arguments: Sequence[str]) -> None:
         )
     except KeyboardInterrupt as stop:
         raise UserError("The allocation was interrupted and left nothing behind; run it again.") from stop
-    print(summary(made))
+    train = made.about.data.train
+    print(summary(made, records=read_records(train.path, train.split)))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, str]:

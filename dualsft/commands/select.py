@@ -18,4 +18,4 @@ class SelectCLI(VerbCLI):
         assert isinstance(self.trainer, Trainer)
         assert self.folder is not None
         selection = self.trainer.select(self.model, self.datamodule, self.folder, seed=seed, config=self.replay)
-        tell(summary(selection, self.datamodule.tokenizer))
+        tell(summary(selection, self.datamodule.tokenizer, self.datamodule.train_examples.records))

@@ -48,6 +48,7 @@ def example_figures(rows: Rows) -> ScoreFigures:
     return ScoreFigures(
         scored=len(scores),
         selected=int(rows.selected.sum()),
+        selected_positive=int((rows.score[rows.selected] > 0).sum()),
         score_sum=math.fsum(scores),
         positive_share=float((scores > 0).mean()) if len(scores) else 0.0,
         positive_sum=total,

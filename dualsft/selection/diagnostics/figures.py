@@ -31,6 +31,7 @@ class ScoreFigures:
     Attributes:
         scored: How many examples or weights have scores.
         selected: How many are chosen.
+        selected_positive: How many of the chosen have a score above zero.
         score_sum: The sum of the scores.
         positive_share: The share of the scores that is above zero.
         positive_sum: The sum of these.
@@ -44,6 +45,7 @@ class ScoreFigures:
 
     scored: int
     selected: int
+    selected_positive: int
     score_sum: float
     positive_share: float
     positive_sum: float

@@ -63,13 +63,15 @@ class _Total:
 
     def __init__(self) -> None:
         self.histogram = ScoreHistogram()
-        self.selected, self.score_sum, self.captured = 0, 0.0, 0.0
+        self.selected = self.selected_positive = 0
+        self.score_sum = self.captured = 0.0
 
     def figures(self) -> ScoreFigures:
         all_, positive = self.histogram, self.histogram.positive_sum
         return ScoreFigures(
             scored=all_.count,
             selected=self.selected,
+            selected_positive=self.selected_positive,
             score_sum=self.score_sum,
             positive_share=all_.positive / all_.count if all_.count else 0.0,
             positive_sum=positive,
@@ -103,16 +105,17 @@ def parameter_figures(
 
 
 def _scored(name: str, scores: Float[Tensor, " weight"], mask: Bool[Tensor, " weight"], total: _Total) -> TensorFigures:
-    histogram, selected, held, captured = ScoreHistogram(), 0, 0.0, 0.0
+    histogram, selected, held = ScoreHistogram(), 0, 0.0
     for part, chosen in _chunks(scores, mask):
         histogram.add(part)
         taken = part[chosen].double()
         selected, held = selected + len(taken), held + float(taken.sum())
-        captured += float(taken.clamp(min=0).sum())
+        positive = taken[taken > 0]
+        total.selected_positive += len(positive)
+        total.captured += float(positive.sum())
     score_sum = float(histogram.sums.sum())
     total.histogram.merge(histogram)
     total.selected, total.score_sum = total.selected + selected, total.score_sum + score_sum
-    total.captured += captured
     return TensorFigures(
         name,
         len(scores),

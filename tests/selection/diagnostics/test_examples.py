@@ -27,7 +27,7 @@ def rows(scores: list[float | None] = SCORES, **columns: Any) -> Rows:
 def test_figures_of_the_scores() -> None:
     """Rows without a score do not count; of 6.0 in positive scores the chosen hold 5.5."""
     found = example_figures(rows())
-    assert (found.scored, found.selected, found.score_sum) == (5, 3, 5.0)
+    assert (found.scored, found.selected, found.selected_positive, found.score_sum) == (5, 3, 2, 5.0)
     assert (found.positive_share, found.positive_sum, found.captured) == (0.6, 6.0, 5.5 / 6)
     assert (found.quantiles["0.0"], found.quantiles["0.5"], found.quantiles["1.0"]) == (-1.0, 0.5, 3.5)
     assert (found.capture[0], found.capture[39], found.capture[59], found.capture[-1]) == (3.5 / 6, 5.5 / 6, 1, 1)

@@ -52,6 +52,7 @@ def test_all_together_are_the_tensors_joined(
     chosen = torch.cat([masks[name].flatten() for name in sorted(scores)])
     assert found is not None
     assert (found.scored, found.selected) == (len(flat), int(chosen.sum()))
+    assert found.selected_positive == int((flat[chosen] > 0).sum())
     assert found.score_sum == pytest.approx(float(flat.sum()))
     assert found.captured == pytest.approx(float(flat[chosen].clamp(min=0).sum() / flat.clamp(min=0).sum()))
 

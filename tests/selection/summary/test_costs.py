@@ -6,16 +6,16 @@ from tests.world.jobs import SGD, Inputs, select
 
 
 def test_summary_tells_what_happened(inputs: Inputs, tmp_path: Path) -> None:
-    """Counts on both sides, what was left out and why, both sums, each phase, and the folder."""
+    """What was chosen comes first, then both sums, the batches, the step, each phase, and the folder."""
     text = summary(select(inputs, tmp_path / "out", {**SGD, "data_budget": 3, "parameter_budget": 1000}))
     lines = text.splitlines()
-    assert lines[0].endswith("3 of 10 selected (8 scored, 1 empty, 1 truncated)")
-    assert lines[1].startswith("weights     1,000 of ")
-    assert "100% covered by the scores" in lines[1]
-    assert lines[2].startswith("sums        rows ")
-    assert lines[3].startswith("batches     padded to 100 tokens, ")
-    assert lines[4].startswith("step        2e-05, predicted improvement ")
-    assert [line.split("  ")[0] for line in lines[5:7]] == ["validation gradient", "scores"]
+    heads = ["examples", "lengths", "weights", "places", "sums", "batches", "cosines", "step"]
+    phases = ["validation gradient", "scores"]
+    assert [line.split("  ")[0] for line in lines] == [*heads, *phases, "wrote"]
+    assert lines[4].startswith("sums        rows ")
+    assert lines[5].startswith("batches     padded to 100 tokens, ")
+    assert lines[6].startswith("cosines     direction u and mean gradient of the pool ")
+    assert lines[7].startswith("step        2e-05, predicted improvement ")
     assert lines[-1] == f"wrote       {tmp_path / 'out'}"
 
 

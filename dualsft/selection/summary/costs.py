@@ -1,28 +1,19 @@
-"""A selection in a few lines, for the terminal."""
+"""The checks that a selection passed, its costs, and the tokens that tell most."""
 
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.selection.artifact import Selection
+from dualsft.selection.diagnostics import Diagnostics
 from dualsft.selection.manifest import Manifest
 
 _SHOWN_EXAMPLES, _SHOWN_TOKENS = 3, 5
 
 
-def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Summarise what was scored, chosen and left out, the costs, and the files.
-
-    Args:
-        selection: A finished selection.
-        tokenizer: Spells the tokens, where the selection has scores by token.
-    """
+def checks(selection: Selection) -> list[str]:
+    """Both sums, the batches, the cosines, and what is told of the step, a path and rounds."""
     m = selection.about
-    examples, weights, identity = m.counts.examples, m.counts.parameters, m.sum_identity
-    lines = [
-        f"examples    {examples.selected:,} of {examples.rows:,} selected ({examples.scored:,} scored"
-        + "".join(f", {count:,} {why}" for why, count in _left_out(selection).items())
-        + ")",
-        f"weights     {weights.selected:,} of {weights.scored:,} selected "
-        f"({weights.selected / weights.scored:.1%}; {m.coverage:.0%} covered by the scores)",
+    identity = m.sum_identity
+    return [
         *(
             [
                 f"sums        rows {identity.row_sum:.6g}, columns {identity.column_sum:.6g} "
@@ -33,30 +24,35 @@ def summary(selection: Selection, tokenizer: PreTrainedTokenizerBase | None = No
         ),
         f"batches     {'packed' if m.data.packing else 'padded'} to {m.scoring_batch_tokens:,} tokens, "
         f"{m.data.padding_share:.1%} padding",
+        *_cosines(selection.diagnostics),
         *_prediction(m),
         *_paths(m),
         *_rounds(m),
     ]
+
+
+def phase_table(m: Manifest) -> list[str]:
+    """One line for each phase."""
     width = max([21, *(len(phase.name) for phase in m.phases)])
-    for phase in m.phases:
-        lines.append(
-            f"{phase.name:<{width}} {phase.examples:>8,} examples {phase.seconds:>8.1f} s "
-            f"{phase.tokens_per_second:>10,.0f} supervised tokens/s {phase.peak_memory_bytes / 2**20:>8,.0f} MiB peak"
-        )
-    if tokenizer is not None:
-        lines += _telling_tokens(selection, tokenizer)
-    lines.append(f"wrote       {selection.folder}")
-    return "\n".join(lines)
+    return [
+        f"{phase.name:<{width}} {phase.examples:>8,} examples {phase.seconds:>8.1f} s "
+        f"{phase.tokens_per_second:>10,.0f} supervised tokens/s {phase.peak_memory_bytes / 2**20:>8,.0f} MiB peak"
+        for phase in m.phases
+    ]
 
 
-def _left_out(selection: Selection) -> dict[str, int]:
-    """Reason why examples could not be chosen -> their number."""
-    left_out = {
-        **{status: n for status, n in selection.about.data.train.status.items() if status != "ok"},
-        "nonfinite": selection.examples["status"].to_pylist().count("nonfinite"),
-        "near-duplicates": selection.about.counts.examples.near_duplicates,
-    }
-    return {why: count for why, count in left_out.items() if count}
+def _cosines(found: Diagnostics) -> list[str]:
+    """How the directions lie to each other, where a pass gave them."""
+    lines = []
+    for name, of in found.basis.alignment.items():
+        parts = {
+            "direction u and mean gradient of the pool": of.direction_pool,
+            "gradients of target and prior": of.validation_prior,
+        }
+        told = "; ".join(f"{what} {cosine:.2f}" for what, cosine in parts.items() if cosine is not None)
+        several = f" for {name}" if len(found.basis.alignment) > 1 else ""
+        lines += [f"cosines     {told}{several}"] if told else []
+    return lines
 
 
 def _prediction(m: Manifest) -> list[str]:
@@ -99,7 +95,7 @@ def _rounds(m: Manifest) -> list[str]:
     return lines
 
 
-def _telling_tokens(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def telling_tokens(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that contribute most to the best examples, with their shares of the example's score."""
     if selection.token_scores is None:
         return []

@@ -1,0 +1,78 @@
+"""What is odd about a selection, in one sentence each."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+from dualsft.selection.diagnostics import Diagnostics, ScoreFigures
+
+FAR, UNLIKE, EXPLAINED, HANDFUL, FEW_ROWS = 3.0, 0.5, 0.9, 10, 20
+"""Ratio of median lengths; distance of source mixes; rank correlation; steps; rows below which it says nothing."""
+
+
+def cautions(found: Diagnostics) -> Iterator[str]:
+    """One sentence for each thing that a user should look at before training on the selection."""
+    return chain(_scores(found), _harmful(found.examples), _length(found), _mix(found), _warmup(found))
+
+
+def _scores(found: Diagnostics) -> Iterator[str]:
+    for side, figures in (("examples", found.examples), ("weights", found.parameters)):
+        if figures is not None and (value := _only_value(figures)) is not None:
+            what = "zero" if value == 0 else f"equal ({value:.3g})"
+            yield f"all scores of the {side} are {what}, so that the choice among them means nothing; check the data."
+
+
+def _only_value(figures: ScoreFigures) -> float | None:
+    lowest, highest = figures.quantiles.get("0.0"), figures.quantiles.get("1.0")
+    return lowest if lowest == highest and figures.scored > 1 else None
+
+
+def _harmful(figures: ScoreFigures) -> Iterator[str]:
+    """Rows that are chosen although the scores speak against them."""
+    against = figures.selected - figures.selected_positive
+    if against and figures.selected < figures.scored and _only_value(figures) is None:
+        yield (
+            f"{against:,} of the {figures.selected:,} chosen examples have no positive score: to learn them is "
+            "predicted not to lower the loss on the target; lower model.data_budget."
+        )
+
+
+def _length(found: Diagnostics) -> Iterator[str]:
+    lengths, target = found.lengths, found.basis.target
+    if lengths.selected and target is not None and target.tokens:
+        chosen, due = lengths.selected["0.5"], target.tokens["0.5"]
+        if max(chosen, due) >= FAR * min(chosen, due):
+            yield (
+                f"the chosen examples are much {'longer' if chosen > due else 'shorter'} than the target's (median "
+                f"{chosen:,.0f} supervised tokens against {due:,.0f}); look at some, or change model.normalize."
+            )
+    if lengths.correlation is not None and found.examples.scored >= FEW_ROWS and abs(lengths.correlation) >= EXPLAINED:
+        yield (
+            f"length alone explains the scores (rank correlation {lengths.correlation:.2f} with the supervised "
+            "tokens), so that sorting by length would choose much the same; change model.normalize."
+        )
+
+
+def _mix(found: Diagnostics) -> Iterator[str]:
+    """The total variation distance of the sources' shares among the chosen and in the target, where they share any."""
+    target = found.basis.target
+    if found.sources is None or target is None or not target.sources:
+        return
+    chosen = {group.name: group.selected for group in found.sources.groups if group.name is not None}
+    if not chosen.keys() & target.sources.keys():
+        return
+    sums = max(1, sum(chosen.values())), max(1, sum(target.sources.values()))
+    names = {*chosen, *target.sources}
+    apart = sum(abs(chosen.get(n, 0) / sums[0] - target.sources.get(n, 0) / sums[1]) for n in names) / 2
+    if apart >= UNLIKE:
+        yield (
+            f"the chosen examples come from other sources than the target's ({apart:.0%} of one mix would have to move "
+            "to make the other); look at some, or share the budget with per_source_quota."
+        )
+
+
+def _warmup(found: Diagnostics) -> Iterator[str]:
+    if found.basis.warmup_steps is not None and found.basis.warmup_steps < HANDFUL:
+        yield (
+            f"the warm-up took {found.basis.warmup_steps} optimizer steps, too few to tell the scale of a weight's "
+            "gradients; raise model.warmup.fraction or model.warmup.epochs, or lower data.batch_tokens."
+        )
