@@ -6,6 +6,7 @@ https://chromedevtools.github.io/devtools-protocol/.
 
 import argparse
 import base64
+import fcntl
 import json
 import os
 import select
@@ -58,7 +59,7 @@ class Tab:
             self.ask(f"{domain}.enable")
         self.ask("Page.navigate", url=address)
         self._browser.wait(self._session, "Page.loadEventFired", self._listen)
-        self.value("Promise.all([...document.images].map(image => image.decode())).then(() => 0)")
+        self.value("Promise.allSettled([...document.images].map(image => image.decode())).then(() => 0)")
 
     def value(self, script: str) -> Any:
         """What a script gives in the page."""
@@ -157,11 +158,20 @@ class Browser:
         return message
 
 
+def _pipe() -> tuple[int, int]:
+    """The ends of a pipe, under numbers above those that the browser is to find its own under."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
+
+
 @contextmanager
 def browser(program: str) -> Iterator[Browser]:
     """Run a headless browser with an empty profile."""
-    to_browser, from_us = os.pipe()
-    from_browser, to_us = os.pipe()
+    to_browser, from_us = _pipe()
+    from_browser, to_us = _pipe()
     root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = [*_OPTIONS, *root, f"--user-data-dir={profile}"]

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from dualsft.commands.parsing import add_folder_options, check_output_dir
 from dualsft.experiments.report_folder import ReportFolder
-from dualsft.reports.report import FIGURES, PAGE, write_report
+from dualsft.reports.report import FIGURES, PAGE, make_report
 from dualsft.reports.words import memory
 
 DESCRIPTION = (
@@ -25,6 +25,7 @@ def report_command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(list(arguments))
     check_output_dir(options)
     output = ReportFolder(options.output_dir, options.overwrite, (PAGE, FIGURES))
+    report = make_report(options.directories)
     output.claim(yaml.safe_dump({"directories": options.directories}))
-    page = write_report(options.directories, output.path)
+    page = report.write(output.path)
     print(f"wrote {page} ({memory(page.stat().st_size)}) and {FIGURES}/ beside it; open the page in a browser")

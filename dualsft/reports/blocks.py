@@ -12,7 +12,7 @@ class Text:
 
     Attributes:
         text: Plain text; whatever it quotes is escaped on the page.
-        kind: ``lead`` for the paragraph that one reads first, ``note`` for an explanation of what stands above it.
+        kind: ``lead`` for the paragraph that one reads first, ``caution`` for what is odd, ``note`` for an explanation.
     """
 
     text: str

@@ -1,9 +1,10 @@
-"""Writes the report: reads every directory, puts the sections in order, draws the figures and the page."""
+"""The report: reads every directory, puts the sections in order, draws the figures and writes the page."""
 
 import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dualsft.reports.audit import audit_section
@@ -21,25 +22,41 @@ from dualsft.storage.writing import write_atomically
 PAGE, FIGURES = "report.html", "figures"
 
 
-def write_report(folders: Sequence[str | os.PathLike[str]], output: Path) -> Path:
-    """Write ``report.html`` and ``figures/`` about directories of results, and return the page's path.
+@dataclass(frozen=True)
+class Report:
+    """What the page shows.
 
-    Args:
-        folders: Directories that select, fit, audit and compare have written.
-        output: Folder to write to; an earlier report there is replaced.
+    Attributes:
+        title: Its title.
+        sections: Its parts.
+    """
+
+    title: str
+    sections: Sequence[Section]
+
+    def write(self, output: Path) -> Path:
+        """Write ``report.html`` and ``figures/``, in place of an earlier report there; return the page's path.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
+        shutil.rmtree(output / FIGURES, ignore_errors=True)
+        text = render(self.title, self.sections, output / FIGURES)
+        write_atomically(output / PAGE, text)
+        return output / PAGE
+
+
+def make_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
+    """Make a report on directories that select, fit, audit and compare have written.
 
     Raises:
-        UserError: if one of them is no such directory or damaged, or the output cannot be written.
+        UserError: if one of them is no such directory, or is damaged.
     """
     sources = find_sources(folders)
-    sections = page_sections(sources)
-    shutil.rmtree(output / FIGURES, ignore_errors=True)
-    text = render(_title(sources), sections, output / FIGURES)
-    write_atomically(output / PAGE, text)
-    return output / PAGE
+    return Report(_title(sources), _sections(sources))
 
 
-def page_sections(sources: Sequence[Source]) -> list[Section]:
+def _sections(sources: Sequence[Source]) -> list[Section]:
     """The page's parts: what stands beside each other first, then each directory, kind by kind."""
     names = _file_names(sources)
     return [part for kind, make in _PARTS.items() if (own := _of_kind(sources, kind)) for part in make(own, names)]

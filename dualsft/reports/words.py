@@ -77,6 +77,14 @@ def memory(size: float) -> str:
     return f"{size:,.0f} B"
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+
+
 def counted(count: int, thing: str) -> str:
     """A count with its noun: 1 step, 2 steps."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Block, Table, Text
 from dualsft.reports.fits.folder import Fit
-from dualsft.reports.words import listed, memory, number, percent, signed
+from dualsft.reports.words import duration, listed, memory, number, percent, signed
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "example_loss")
 
@@ -66,7 +65,7 @@ def fits_beside(fits: Sequence[Fit]) -> Table:
     for fit in fits:
         of, after = fit.figures, fit.figures.validation.metrics or {}
         trained = percent(of.weights.trained / max(of.weights.all, 1))
-        costs = [readable(of.seconds), memory(of.peak_memory_bytes)]
+        costs = [duration(of.seconds), memory(of.peak_memory_bytes)]
         rows.append([fit.name, f"{of.examples.each_epoch:,}", trained, *(number(after.get(n)) for n in names), *costs])
     head = ["fit", "examples", "weights", *names, "time", "peak memory"]
     return Table("The fits beside each other; metrics are those of their last validations", head, rows)

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Text
 from dualsft.reports.fits.folder import Fit
-from dualsft.reports.words import counted, memory, number, percent, short
+from dualsft.reports.words import counted, duration, memory, number, percent, short
 
 
 def story(fit: Fit) -> Text:
@@ -43,4 +42,4 @@ def _came_out(fit: Fit) -> str:
 
 def _cost(fit: Fit) -> str:
     of = fit.figures
-    return f"It took {readable(of.seconds)} and {memory(of.peak_memory_bytes)} of memory at most."
+    return f"It took {duration(of.seconds)} and {memory(of.peak_memory_bytes)} of memory at most."

@@ -5,10 +5,9 @@ from itertools import combinations
 
 import numpy as np
 
-from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Block, Section, Table, Text
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import percent
+from dualsft.reports.words import duration, percent
 from dualsft.selection.diagnostics.examples import rank_correlation
 
 
@@ -25,7 +24,7 @@ def _table(subjects: Sequence[Subject]) -> Table:
         captured = [None if of is None else of.captured for of in (found.examples, found.parameters)]
         shares = ["–" if share is None else percent(share) for share in captured]
         counts = [f"{about.counts.examples.selected:,}", f"{about.counts.parameters.selected:,}"]
-        seconds = readable(sum(of.seconds for of in about.phases))
+        seconds = duration(sum(of.seconds for of in about.phases))
         rows.append([subject.name, scorer, counts[0], shares[0], counts[1], shares[1], seconds])
     head = ["selection", "scorer", "examples", "score of the examples", "weights", "score of the weights", "time"]
     caption = "What each selection chose; their score is the share of the positive score that the chosen hold"

@@ -1,9 +1,8 @@
 """What a run checks of itself, how stable its order is, and what each phase cost."""
 
-from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Block, Table, Text
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import counted, memory, number, percent
+from dualsft.reports.words import counted, duration, memory, number, percent
 
 
 def checks(subject: Subject) -> list[Block]:
@@ -107,14 +106,14 @@ def costs(subject: Subject) -> list[Block]:
             of.name,
             f"{of.examples:,}",
             f"{of.tokens:,}",
-            readable(of.seconds),
+            duration(of.seconds),
             f"{of.tokens_per_second:,.0f}",
             memory(of.peak_memory_bytes),
         ]
         for of in phases
     ]
     if len(phases) > 1:
-        total = readable(sum(of.seconds for of in phases))
+        total = duration(sum(of.seconds for of in phases))
         rows.append(["all", "", "", total, "", memory(max(of.peak_memory_bytes for of in phases))])
     head = ["phase", "examples", "supervised tokens", "time", "tokens per second", "peak memory"]
     return [Table("Time and memory by phase", head, rows)] if rows else []

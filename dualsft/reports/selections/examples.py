@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 from dualsft.reports.blocks import Block, Example, Piece, Section, Text
@@ -94,11 +92,9 @@ class _Painter:
 
 def _token_scores(subject: Subject, shown: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
     """Row -> its token ids and their scores; empty where none were kept."""
-    table = subject.selection.token_scores
-    if table is None:
-        return {}
-    wanted = table.filter(np.isin(table["example_id"].to_numpy(), shown))
-    return {row["example_id"]: (row["token_id"], row["score"]) for row in wanted.to_pylist()}
+    table = subject.selection.token_scores_of(shown)
+    rows = [] if table is None else table.to_pylist()
+    return {row["example_id"]: (row["token_id"], row["score"]) for row in rows}
 
 
 def _tokenizer(subject: Subject) -> tuple[Any, str]:

@@ -1,22 +1,23 @@
 """What a selection was asked for and what came out, in one paragraph of plain words."""
 
 from pathlib import Path
+from typing import Any
 
-from dualsft.experiments.schedule import readable
 from dualsft.reports.blocks import Block, Table, Text
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import counted, listed, memory, number, percent, short
+from dualsft.reports.words import counted, duration, listed, memory, number, percent, short
 from dualsft.selection.json_values import Part
 from dualsft.selection.manifest import Source
+from dualsft.selection.summary.cautions import cautions
 
 _SHOWN_SOURCES = 3
 
 
 def story(subject: Subject) -> list[Block]:
-    """The paragraph, and the settings in a table that opens."""
+    """The paragraph, what is odd about the selection, and the settings in a table that opens."""
     parts = [_asked(subject), _how(subject), _examples(subject), _weights(subject), _cost(subject)]
     told = Text(" ".join(part for part in parts if part), "lead")
-    return [told, *_unit(subject), _settings(subject)]
+    return [told, *_cautions(subject), *_unit(subject), _settings(subject)]
 
 
 def _asked(subject: Subject) -> str:
@@ -32,8 +33,13 @@ def _asked(subject: Subject) -> str:
     )
 
 
-def _file(path: str) -> str:
-    return Path(path).name or path
+def _file(given: Any) -> str:
+    """What a source is called: its file, or the names of several."""
+    if isinstance(given, dict):
+        return listed([str(name) for name in given])
+    if isinstance(given, list):
+        return listed([_file(of) for of in given])
+    return Path(str(given)).name or str(given)
 
 
 def _how(subject: Subject) -> str:
@@ -90,7 +96,16 @@ def _cost(subject: Subject) -> str:
     if not phases:
         return ""
     seconds, peak = sum(p.seconds for p in phases), max(p.peak_memory_bytes for p in phases)
-    return f"It took {readable(seconds)} and {memory(peak)} of memory at most."
+    return f"It took {duration(seconds)} and {memory(peak)} of memory at most."
+
+
+def _cautions(subject: Subject) -> list[Block]:
+    """What one should look at before training; of a control, that it is one."""
+    control = subject.selection.manifest.get("control")
+    if control is not None:
+        drawn = ", ".join(f"{side}: {rule}" for side, rule in control.items())
+        return [Text(f"A control: its choice was not made by the scores ({drawn}).", "caution")]
+    return [Text(f"{text[:1].upper()}{text[1:]}", "caution") for text in cautions(subject.selection.diagnostics)]
 
 
 def _unit(subject: Subject) -> list[Block]:
@@ -108,7 +123,7 @@ def _settings(subject: Subject) -> Table:
     warmup = of["warmup"]
     rows = [
         ("model", f"{about.model.name_or_path} ({about.model.dtype}, computed in {about.model.compute_dtype})"),
-        ("pool", about.data.train.path),
+        ("pool", str(about.data.train.path)),
         ("scorer", _described(of["scorer"])),
         ("preconditioner", str(of["preconditioner"])),
         ("warm-up", f"{warmup.checkpoint or percent(warmup.fraction)}, {counted(warmup.epochs, 'epoch')}"),

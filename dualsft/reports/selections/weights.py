@@ -12,17 +12,10 @@ from dualsft.reports.figures import diverging, linear_width
 from dualsft.reports.selections.subject import Subject
 from dualsft.reports.words import Unit, percent, signed
 from dualsft.selection.diagnostics import ALL, PlaceCounts, by_place
+from dualsft.selection.diagnostics.parameters import tensors_of
 
 _ROW, _MARGIN, _LOWEST, _HIGHEST = 0.2, 0.95, 2.2, 7.0  # inches: a layer, names around it, and the limits of a figure
 _TICKS = 16  # names of layers at most
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    size: int
-    selected: int
-    score_sum: float | None
 
 
 @dataclass(frozen=True)
@@ -37,9 +30,7 @@ class _Map:
 
 def weights(subject: Subject) -> list[Block]:
     """The two heat maps, their figures, and the tensors that hold most of the score."""
-    columns = subject.selection.parameters.select(["name", "size", "selected", "score_sum"]).to_pylist()
-    tensors = [_Tensor(**row) for row in columns]
-    places = by_place(tensors)
+    places = by_place(tensors_of(subject.selection.parameters))
     table = _map(places)
     height = min(max(_ROW * len(table.layers) + _MARGIN, _LOWEST), _HIGHEST)
     densest, richest = _most(places, lambda of: of.density), _most(places, lambda of: of.score_sum or 0.0)
