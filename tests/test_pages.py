@@ -13,7 +13,7 @@ import yaml
 import dualsft
 from dualsft import UserError
 from dualsft.cli import run
-from tests.reports.cases import write_fit
+from tests.reports.cases import write_evaluation, write_fit
 from tests.world.jobs import write_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,8 @@ def test_report_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.M
     folders = given[1 : given.index("--output_dir")]
     for pattern in folders:
         for name in ("a", "b") if "*" in pattern else ("",):
-            write_fit(tmp_path / pattern.replace("*", name))
+            write = write_evaluation if "eval-" in pattern else write_fit
+            write(tmp_path / pattern.replace("*", name))
     found = [str(path.relative_to(tmp_path)) for pattern in folders for path in sorted(tmp_path.glob(pattern))]
     assert len(found) > len(folders) or "*" not in command
     run(["report", *found, *given[given.index("--output_dir") :]])

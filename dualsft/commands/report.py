@@ -1,4 +1,4 @@
-"""`dualsft report`: one page about selections, fits, audits and comparisons, and its figures."""
+"""`dualsft report`: one page about selections, fits, evaluations, audits and comparisons, and its figures."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from dualsft.reports.words import memory
 
 DESCRIPTION = (
     "Writes one HTML page that shows what was chosen, trained and measured, and why: for the directories that select, "
-    "fit, audit and compare have written, one or several beside each other. The page needs no network; its figures "
-    "are files too, as PNG and SVG."
+    "fit, validate, audit and compare have written, one or several beside each other. The page needs no network; its "
+    "figures are files too, as PNG and SVG."
 )
 
 

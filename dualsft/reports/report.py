@@ -10,6 +10,8 @@ from pathlib import Path
 from dualsft.reports.audit import audit_section
 from dualsft.reports.blocks import Section
 from dualsft.reports.comparison import comparison_section
+from dualsft.reports.evaluations.folder import read_evaluation
+from dualsft.reports.evaluations.section import evaluations_section
 from dualsft.reports.fits.folder import read_fit
 from dualsft.reports.fits.section import fit_section, fits_section
 from dualsft.reports.page import render
@@ -47,7 +49,7 @@ class Report:
 
 
 def make_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
-    """Make a report on directories that select, fit, audit and compare have written.
+    """Make a report on directories that select, fit, validate, audit and compare have written.
 
     Raises:
         UserError: if one of them is no such directory, or is damaged.
@@ -78,6 +80,10 @@ def _fits(sources: Sequence[Source], names: dict[Path, str]) -> list[Section]:
     return [*beside, *(fit_section(fit, names[of.folder]) for fit, of in zip(fits, sources, strict=True))]
 
 
+def _evaluations(sources: Sequence[Source], names: dict[Path, str]) -> list[Section]:
+    return [evaluations_section([read_evaluation(source) for source in sources])]
+
+
 def _audits(sources: Sequence[Source], names: dict[Path, str]) -> list[Section]:
     return [audit_section(source, names[source.folder]) for source in sources]
 
@@ -89,6 +95,7 @@ def _comparisons(sources: Sequence[Source], names: dict[Path, str]) -> list[Sect
 _PARTS: dict[Kind, Callable[[Sequence[Source], dict[Path, str]], list[Section]]] = {
     "selection": _selections,
     "fit": _fits,
+    "evaluation": _evaluations,
     "audit": _audits,
     "comparison": _comparisons,
 }
@@ -109,6 +116,6 @@ def _file_names(sources: Sequence[Source]) -> dict[Path, str]:
 def _title(sources: Sequence[Source]) -> str:
     if len(sources) == 1:
         return f"{sources[0].kind.capitalize()} {sources[0].name}"
-    counts = {kind: len(_of_kind(sources, kind)) for kind in ("selection", "fit", "audit", "comparison")}
+    counts = {kind: len(_of_kind(sources, kind)) for kind in _PARTS}
     parts = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items() if count]
     return f"Report on {', '.join(parts)}"

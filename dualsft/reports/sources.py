@@ -1,5 +1,6 @@
 """The directories that a report is made of: what kind each is, and by which name the page calls it."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from typing import Literal
 from dualsft.errors import UserError
 from dualsft.storage.paths import expanded
 
-Kind = Literal["selection", "fit", "audit", "comparison"]
+Kind = Literal["selection", "fit", "evaluation", "audit", "comparison"]
 
 _MARKS: dict[Kind, tuple[str, ...]] = {
     "selection": ("manifest.json",),
     "audit": ("audit.json",),
     "comparison": ("table.md", "layers.md"),
-    "fit": ("metrics.json",),
 }
-"""Kind -> the files of which one tells it; a later kind's may lie in an earlier one's folder too."""
+"""Kind -> the files of which one tells it."""
+_METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,27 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
 
 def _kind(folder: Path) -> Kind:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory; name those that select, fit, audit or compare have written.")
+        raise UserError(f"{folder}: no such directory; name those that select, fit, validate, audit or compare wrote.")
     for kind, marks in _MARKS.items():
         if any((folder / mark).is_file() for mark in marks):
             return kind
+    if (folder / _METRICS).is_file() and (measured := _measured(folder / _METRICS)) is not None:
+        return measured
     raise UserError(
-        f"{folder} holds no finished selection, fit, audit or comparison (manifest.json, metrics.json, audit.json or "
-        "table.md); name a directory that one of these commands has written."
+        f"{folder} holds no finished selection, fit, evaluation, audit or comparison (manifest.json, metrics.json, "
+        "audit.json or table.md); name a directory that one of these commands has written."
     )
+
+
+def _measured(path: Path) -> Kind | None:
+    """The command whose figures a file holds: those of an evaluation are metrics alone."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); make that run again.") from error
+    if not isinstance(found, dict):
+        return None
+    return "evaluation" if all(type(value) in (int, float) for value in found.values()) else "fit"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -69,6 +69,21 @@ def write_fit(folder: Path, after: Mapping[str, float] | None = None, samples: S
     return folder
 
 
+def write_evaluation(folder: Path, model: str = "base/model", loss: float = 1.0, correct: Sequence[bool] = ()) -> Path:
+    """An evaluation of a model, with its answers to prompts of one set if it is told which are correct."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"loss": loss, "exact_match": 0.5}))
+    settings = {"model": {"model_name_or_path": model}, "data": {"validation": "data/general.jsonl"}}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    answers = [
+        {"set": None, "example_id": k, "prompt": f"{k}? {SCRIPT}", "generation": f"{is_right}", "correct": is_right}
+        for k, is_right in enumerate(correct)
+    ]
+    if answers:
+        (folder / "predictions.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
+    return folder
+
+
 def sample(step: int, answer: str, **changes: Any) -> dict[str, Any]:
     """An answer at a step, to a prompt with markup in it."""
     usual = {"step": step, "epoch": 0, "set": "general", "example_id": 0, "prompt": f"Say {SCRIPT}"}

@@ -52,7 +52,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
     """A directory that is damaged is refused before anything is written."""
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / "metrics.json").write_text("{")
-    with pytest.raises(UserError, match="not that of a finished fit"):
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
         run(["report", str(tmp_path / "fit"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="--output_dir is not given"):

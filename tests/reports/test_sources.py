@@ -6,6 +6,7 @@ import pytest
 
 from dualsft import UserError
 from dualsft.reports.sources import find_sources
+from tests.reports.cases import write_evaluation, write_fit
 
 
 def folder(path: Path, *files: str) -> Path:
@@ -18,15 +19,16 @@ def folder(path: Path, *files: str) -> Path:
 
 def test_the_kind_is_told_by_its_files(tmp_path: Path) -> None:
     """Each command's directory is recognised by the file that it writes last, and taken once."""
-    marks = {"selection": "manifest.json", "fit": "metrics.json", "audit": "audit.json", "comparison": "table.md"}
+    marks = {"selection": "manifest.json", "audit": "audit.json", "comparison": "table.md"}
     folders = [folder(tmp_path / kind, mark, "config.yaml") for kind, mark in marks.items()]
+    folders += [write_fit(tmp_path / "fit"), write_evaluation(tmp_path / "evaluation")]
     found = find_sources([*folders, tmp_path / "fit" / ".." / "fit"])
-    assert [(of.name, of.kind) for of in found] == [(kind, kind) for kind in marks]
+    assert [(of.name, of.kind) for of in found] == [(kind, kind) for kind in (*marks, "fit", "evaluation")]
 
 
 def test_names_are_the_ends_of_the_paths_that_differ(tmp_path: Path) -> None:
     """Directories of one name are told apart by those that they lie in."""
-    found = find_sources([folder(tmp_path / run / "fit", "metrics.json") for run in ("one", "two")])
+    found = find_sources([write_fit(tmp_path / run / "fit") for run in ("one", "two")])
     assert [of.name for of in found] == ["one/fit", "two/fit"]
 
 

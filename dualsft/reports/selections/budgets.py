@@ -5,7 +5,7 @@ from typing import Any
 from dualsft.reports.blocks import Block, Picture, Table, Text
 from dualsft.reports.figures import frame, grid
 from dualsft.reports.selections.subject import Subject
-from dualsft.reports.words import percent
+from dualsft.reports.words import listed, percent
 from dualsft.selection.diagnostics import ScoreFigures
 
 _SHOWN = (1, 2, 5, 10, 20, 30, 50, 75, 100)  # percent
@@ -38,10 +38,10 @@ def _told(name: str, of: ScoreFigures) -> str:
     share = of.selected / of.scored if of.scored else 0.0
     if of.captured is None or not 0 < share < 1:
         return f"Of the {name}, all are taken."
-    others = [min(100, max(1, round(100 * share * factor))) for factor in (0.5, 2)]
-    half, twice = (f"{percent(of.capture[k - 1])} with the best {k}%" for k in others)
+    others = dict.fromkeys(min(100, max(1, round(100 * share * factor))) for factor in (0.5, 2))
+    held_then = listed([f"{percent(of.capture[k - 1])} with the best {k}%" for k in others])
     held = f"The chosen {percent(share)} of the {name} hold {percent(of.captured)} of the positive score"
-    return f"{held}; it would be {half} and {twice}."
+    return f"{held}; it would be {held_then}."
 
 
 def _paint(figure: Any, sides: dict[str, ScoreFigures]) -> None:

@@ -9,6 +9,7 @@ from dualsft.reports.blocks import Block, Picture, Table, Text
 from dualsft.reports.figures import asinh_edges, count_map, linear_width, neutral
 from dualsft.reports.selections.subject import Subject
 from dualsft.reports.words import percent
+from dualsft.selection.diagnostics import LengthBin
 from dualsft.selection.diagnostics.examples import rank_correlation
 
 _CELLS = 40
@@ -28,16 +29,20 @@ def _length(subject: Subject) -> list[Block]:
     if lengths.pool and lengths.selected:
         pool, chosen = lengths.pool["0.5"], lengths.selected["0.5"]
         told += f" The median example has {pool:,.0f} supervised tokens, the median chosen one {chosen:,.0f}."
-    share = [f"{of.shortest:,}–{of.longest:,}" for of in lengths.bins]
     table = [
-        [name, f"{of.rows:,}", f"{of.selected:,}", percent(of.selected / of.rows) if of.rows else "–"]
-        for name, of in zip(share, lengths.bins, strict=True)
+        [_range(of), f"{of.rows:,}", f"{of.selected:,}", percent(of.selected / of.rows)]
+        for of in lengths.bins
+        if of.rows
     ]
     numbers = Table("Examples by length", ["supervised tokens", "examples", "chosen", "share"], table, folded=True)
     shown = rows.scored & (rows.tokens > 0)
     if not shown.any():
         return [numbers]
     return [Text(told), _map(subject, "length", rows.tokens.astype(float), shown, True, told, numbers)]
+
+
+def _range(of: LengthBin) -> str:
+    return f"{of.shortest:,}" if of.shortest == of.longest else f"{of.shortest:,} to {of.longest:,}"
 
 
 def _loss(subject: Subject) -> list[Block]:
@@ -57,10 +62,10 @@ def _correlated(what: str, found: float | None) -> str:
     if found is None:
         return f"Scores and {what} have no rank correlation: one of them is the same everywhere."
     if abs(found) >= _STRONG:
-        return f"Scores go with {what} (rank correlation {found:.2f}): see whether it is {what} that was chosen."
+        return f"Scores go with {what} (rank correlation {found:z.2f}): see whether it is {what} that was chosen."
     if abs(found) >= _WEAK:
-        return f"Scores go with {what} to some extent (rank correlation {found:.2f})."
-    return f"Scores hardly go with {what} (rank correlation {found:.2f})."
+        return f"Scores go with {what} to some extent (rank correlation {found:z.2f})."
+    return f"Scores hardly go with {what} (rank correlation {found:z.2f})."
 
 
 def _map(

@@ -52,7 +52,7 @@ def _how(subject: Subject) -> str:
         after = " at a checkpoint that was given"
     elif warmup.fraction:
         after = f" after a warm-up on {percent(warmup.fraction)} of the examples"
-    return f"Both were scored by {_part(settings['scorer'])}{after}."
+    return f"Both were scored by the scorer {_part(settings['scorer'])}{after}."
 
 
 def _part(part: Part) -> str:
@@ -126,7 +126,7 @@ def _settings(subject: Subject) -> Table:
         ("pool", str(about.data.train.path)),
         ("scorer", _described(of["scorer"])),
         ("preconditioner", str(of["preconditioner"])),
-        ("warm-up", f"{warmup.checkpoint or percent(warmup.fraction)}, {counted(warmup.epochs, 'epoch')}"),
+        ("warm-up", _warmup(warmup)),
         ("prior's weight", number(of["prior"].weight)),
         ("order", f"{of['order']}, {counted(of['rounds'], 'round')}"),
         ("data budget", str(of["data_budget"])),
@@ -137,6 +137,12 @@ def _settings(subject: Subject) -> Table:
         ("versions", ", ".join(f"{name} {version}" for name, version in about.versions.items())),
     ]
     return Table("The settings", ["setting", "value"], rows, frozenset({1}), folded=True)
+
+
+def _warmup(warmup: Any) -> str:
+    if warmup.checkpoint:
+        return f"the checkpoint {warmup.checkpoint}"
+    return f"{percent(warmup.fraction)}, {counted(warmup.epochs, 'epoch')}" if warmup.fraction else "none"
 
 
 def _described(part: Part) -> str:

@@ -95,9 +95,9 @@ def test_fits_beside_each_other(tmp_path: Path) -> None:
     assert isinstance(picture, Picture)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"loss": 1.0}'])
+@pytest.mark.parametrize("text", ["[]", "{", '{"steps": 1}'])
 def test_other_metrics_are_refused(text: str, tmp_path: Path) -> None:
-    """Of `validate`, or damaged: one sentence that names the file."""
+    """One sentence that names the file."""
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(UserError, match=r"metrics\.json is not that of a finished fit"):
         read_fit(Source(tmp_path, "x", "fit"))
