@@ -34,9 +34,9 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """What people call the model: of a fit's checkpoint the fit's folder."""
+        """What people call the model: of a fit's checkpoint the fit's folder, otherwise the end of its path or hub id."""
         path = Path(self.model)
-        return path.parent.name if path.name == "model" and path.parent.name else path.name or self.model
+        return path.parent.name if self.base is not None else "/".join(path.parts[-2:])
 
     @cached_property
     def base(self) -> str | None:

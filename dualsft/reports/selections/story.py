@@ -52,7 +52,7 @@ def _how(subject: Subject) -> str:
         after = " at a checkpoint that was given"
     elif warmup.fraction:
         after = f" after a warm-up on {percent(warmup.fraction)} of the examples"
-    return f"Both were scored by the scorer {_part(settings['scorer'])}{after}."
+    return f"Both were scored with {_part(settings['scorer'])}{after}."
 
 
 def _part(part: Part) -> str:

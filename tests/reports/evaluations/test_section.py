@@ -26,7 +26,7 @@ def test_models_stand_beside_their_base(tmp_path: Path) -> None:
     (table,) = part.blocks
     assert isinstance(table, Table)
     assert list(table.head) == ["model", "loss", "exact_match"]
-    assert [row[:2] for row in table.rows] == [["base (base model)", "1.000"], ["fit", "1.250 (+0.25)"]]
+    assert [row[:2] for row in table.rows] == [["base/model (base model)", "1.000"], ["fit", "1.250 (+0.25)"]]
 
 
 def test_answers_that_were_right_are_listed(tmp_path: Path) -> None:
