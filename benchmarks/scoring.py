@@ -94,7 +94,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def compare(model: Any, batches: list[Batch], direction: dict[str, Tensor], rounds: int) -> dict[str, float]:
+def compare(model: Any, batches: list[Batch], directions: list[dict[str, Tensor]], rounds: int) -> dict[str, float]:
     """Seconds per batch: a plain pass's median, and medians of the ratios to the plain pass of the same round.
 
     The first batch of every pass is left out: it warms caches up and, in scoring, carries the spot check.
@@ -105,7 +105,7 @@ def compare(model: Any, batches: list[Batch], direction: dict[str, Tensor], roun
             plain_pass(model, batch)
 
     def scoring(watch: Stopwatch, columns: bool) -> None:
-        gradient_pass(model, lambda first: batches[first:], watch, [direction], columns=columns)
+        gradient_pass(model, lambda first: batches[first:], watch, directions, columns=columns)
 
     passes: dict[str, Callable[[Stopwatch], None]] = {
         "plain": plain,
@@ -144,10 +144,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--directions", type=int, default=1, help="one for each validation set, three with stability")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     model = make_model(options.shape, options.device, options.dtype)
-    direction = {n: 1e-6 * torch.randn_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+    directions = [
+        {n: 1e-6 * torch.randn_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+        for _ in range(options.directions)
+    ]
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights:,} weights, {options.dtype}, {options.device}, {torch.get_num_threads()} threads, torch", end=" ")
     print(f"{torch.__version__}, {options.batch_tokens} tokens a batch, checkpointing {options.checkpointing}")
@@ -156,7 +160,7 @@ def main() -> None:
         examples = options.batch_tokens // length
         batches = [make_batch(model, examples, length) for _ in range(options.batches)]
         with scoring_mode(model, options.checkpointing):
-            found = compare(model, batches, direction, options.rounds)
+            found = compare(model, batches, directions, options.rounds)
         rate = flops(model, examples * length, length, options.checkpointing) / found["plain"] / found["one pass"]
         print(
             f"{length:14d} {found['plain']:9.3f} {found['one pass']:16.3f} {found['row pass']:16.3f} "

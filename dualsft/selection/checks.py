@@ -151,6 +151,15 @@ def check_allocators(parameters: ParameterAllocator, data: DataAllocator) -> Non
         raise UserError(f"{type(data).__name__} has unit {data.unit!r}; it is 'examples' or 'tokens'; mend it.")
 
 
+def check_stability(stability: bool, path: PathSettings) -> None:
+    """Refuse halves of the validation set along a path, which may be trained on that set."""
+    if stability and path.along is not None:
+        raise UserError(
+            "model.stability is set, but halves of the validation set score at one scoring checkpoint only, not along "
+            "a path; drop it, or model.path.along."
+        )
+
+
 def check_objectives(objectives: Sequence[Objective]) -> None:
     """Refuse terms without a finite weight, or whose name is taken or unfit for a file name."""
     for objective in objectives:

@@ -18,6 +18,7 @@ from dualsft.models.loading import checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
 from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.terms import validation_halves
 from dualsft.sharding.strategy import load_for
 
 
@@ -68,6 +69,8 @@ class SelectionModule(LightningModule):
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
             check_examples(self.model, f"data.{name}", examples.largest_id(), examples.longest())
+        if self.settings.stability:
+            validation_halves(data, 0)
         if warmup.checkpoint is not None and self.settings.needs_second_moment_of_warmup:
             second_moment_file(warmup.checkpoint)
         if "hessian_vector_difference" in self.settings.scorer.needs:

@@ -47,6 +47,7 @@ class ValidationObjective:
         validation: Validation set -> its term.
         further: The terms that all sets share.
         moments: ĉ by parameter name, where the preconditioner or the scorer uses it.
+        halves: Validation set -> the terms of its two halves, where each is to have a gradient of its own.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ValidationObjective:
         validation: Mapping[str, Term],
         further: Sequence[Term],
         moments: Mapping[str, Tensor],
+        halves: Mapping[str, Sequence[Term]] | None = None,
     ) -> None:
         self._model, self._passes = model, passes
         self._needs = frozenset(settings.scorer.needs)
@@ -64,6 +66,7 @@ class ValidationObjective:
         self._validation, self._further, self._moments = validation, further, moments
         self._adam = settings.preconditions
         self.preconditioner = preconditioner(model, moments if self._adam else None)
+        self._halves = halves or {}
         self._term_gradients: dict[Term, WeightedSum] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
         self._fishers: dict[str, Mapping[str, Tensor]] = {}
@@ -84,8 +87,9 @@ class ValidationObjective:
 
     def take_gradients(self) -> None:
         """Pass over every term for v, and if needed once more over the validation sets for the empirical Fisher."""
-        terms = [*self._validation.values(), *self._further]
-        self._term_gradients = {term: self._pass(term, "gradient") for term in terms}
+        for name, term in self._validation.items():
+            self._term_gradients[term] = self._validation_gradient(name)
+        self._term_gradients |= {term: self._pass(term, "gradient") for term in self._further}
         shared = [self._term_gradients[term] for term in self._further]
         self._gradients = {
             name: self._total([self._term_gradients[term], *shared]) for name, term in self._validation.items()
@@ -95,6 +99,21 @@ class ValidationObjective:
                 name: self._total([self._pass(term, "squared gradient", squared=True)])
                 for name, term in self._validation.items()
             }
+
+    def _validation_gradient(self, name: str) -> WeightedSum:
+        """The gradient of a set's loss: of one pass, or of one over each half."""
+        if name not in self._halves:
+            return self._pass(self._validation[name], "gradient")
+        for half in self._halves[name]:
+            self._term_gradients[half] = self._pass(half, "gradient")
+        parts = [self._term_gradients[half] for half in self._halves[name]]
+        counted = sum(round(1 / weight) for weight, _ in parts)
+        return 1 / counted, self._total([(1.0, sums) for _, sums in parts])
+
+    def half_gradients(self, name: str) -> list[Mapping[str, Tensor]]:
+        """The gradients of V with each half of a validation set in the place of all of it; empty without halves."""
+        shared = [self._term_gradients[term] for term in self._further]
+        return [self._total([self._term_gradients[half], *shared]) for half in self._halves.get(name, ())]
 
     def prior_cosines(self) -> dict[str, float | None]:
         """Validation set -> the cosine of its loss's gradient with the prior's; None without a prior, or where zero."""

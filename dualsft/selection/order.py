@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.checks import Order
-from dualsft.selection.diagnostics import Alignment
+from dualsft.selection.diagnostics import Alignment, Stability
 from dualsft.selection.scoring import ExampleScores
 
 
@@ -51,6 +51,9 @@ class ScoresBothSides(Protocol):
 
     def alignment(self) -> dict[str, Alignment]:
         """Validation set -> cosines of its directions; empty where no pass at one checkpoint gave them."""
+
+    def stability(self) -> Stability | None:
+        """How far two halves of the validation set agree on the scores, if they were asked."""
 
     def describe(self) -> dict[str, Any] | None:
         """Describe the path, for the manifest, if there is one."""

@@ -34,7 +34,7 @@ from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint, warmup_steps
 from dualsft.selection.tables import example_table, token_table
-from dualsft.selection.terms import make_further_terms, validation_terms
+from dualsft.selection.terms import make_further_terms, validation_halves, validation_terms
 from dualsft.selection.writing import publish, write_selection
 from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.files import write_full_tensors
@@ -90,7 +90,7 @@ def run_selection(
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
     outcome = describe_outcome(model, data, chosen, scoring)
-    alignment = scoring.alignment()
+    alignment, stability = scoring.alignment(), scoring.stability()
     manifest = {**inputs, **outcome, **cost, **configuration}
     staged = run.staging()
     if is_sharded(model):  # all ranks at once
@@ -113,6 +113,7 @@ def run_selection(
                 describe_target(data.validation_sets.values(), sources.column if sources else None),
                 alignment,
                 warmup_steps(settings, data, seed),
+                stability,
             ),
         )
         publish(staged, run.path)
@@ -131,7 +132,8 @@ def score_at_checkpoint(
     moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
     # 3. The validation objective.
     further = make_further_terms(module, data, seed)
-    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments)
+    halves = validation_halves(data, seed) if settings.stability else {}
+    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments, halves)
     objective.take_gradients()
     # 4. The directions.
     rule = ScorerDirections(settings, objective, run, data.named_validation)

@@ -5,6 +5,7 @@ A scorer computes them from statistics of the objective V; second-order ones nee
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,10 @@ class DirectionRule(ABC):
         """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
         return dict.fromkeys(self.sets)
 
+    def half_directions(self) -> list[dict[str, Tensor]]:
+        """u by the first halves of all sets, then by the second ones, as last computed; empty without halves."""
+        return []
+
     @abstractmethod
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples."""
@@ -74,6 +79,7 @@ class ScorerDirections(DirectionRule):
         self.sets, self.needs_pool_gradient = objective.sets, objective.needs_pool_gradient
         self._step: float | None = None if settings.step_size == "auto" else settings.step_size
         self._along: dict[str, Along] = {}
+        self._statistics: dict[str, Statistics] = {}
 
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples, under the preconditioner."""
@@ -83,6 +89,16 @@ class ScorerDirections(DirectionRule):
         """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
         return self._objective.prior_cosines()
 
+    def half_directions(self) -> list[dict[str, Tensor]]:
+        """u by the first halves of all sets, then by the second ones, as last computed; empty without halves."""
+        assert self._step is not None
+        gradients = {name: self._objective.half_gradients(name) for name in self._statistics}
+        return [
+            directions(self._settings.scorer, replace(self._statistics[name], validation_gradient=v), self._step)
+            for half in zip(*gradients.values(), strict=True)
+            for name, v in zip(self._statistics, half, strict=True)
+        ]
+
     def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
         """Compute u of each set, and settle η, on which the run's scores depend from here on."""
         statistics = self._objective.statistics(sums, count, occasion)
@@ -90,6 +106,7 @@ class ScorerDirections(DirectionRule):
             self._measure(statistics)
         self._step = settle(self._settings.step_size, list(self._along.values()), is_bound(self._run))
         bind(self._run, self._settings.step_size)
+        self._statistics = statistics
         return [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
 
     def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any]:

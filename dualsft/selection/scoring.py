@@ -23,7 +23,7 @@ from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_covered
 from dualsft.models import PreTrainedModel
 from dualsft.selection.alignment import cosine
-from dualsft.selection.diagnostics import Alignment
+from dualsft.selection.diagnostics import Alignment, Stability
 from dualsft.selection.directions import (
     ColumnTotals,
     column_totals,
@@ -37,6 +37,7 @@ from dualsft.selection.passes import Passes
 from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.stability import agreement
 from dualsft.sharding.collectives import all_reduce_sum
 
 T = TypeVar("T")
@@ -76,6 +77,8 @@ class _Latest:
     """The results of the latest steps; directions and rows for each validation set."""
 
     directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, from the latest pool gradient
+    halves: list[dict[str, Tensor]] = field(default_factory=list)  # u by the first halves of all sets, then the second
+    half_rows: list[dict[int, float]] = field(default_factory=list)  # likewise
     row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
@@ -128,7 +131,7 @@ class Scoring:
             ids = self._finite
             self._make_directions(len(ids), None)
             us = self._latest.directions
-            found = self._passes.run("scores", **self._rows_of(us, columns=True))
+            found = self._passes.run("scores", **self._rows_of([*us, *self._latest.halves], columns=True))
             examples = self._take_rows(found, us)
             self._take_sums(found, ids)
         return self._weight_scores(), examples
@@ -148,11 +151,12 @@ class Scoring:
                 self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
-        us: Sequence[Mapping[str, Tensor]] = self._latest.directions
+        us: Sequence[Mapping[str, Tensor]] = [*self._latest.directions, *self._latest.halves]
         if mask:
             like = dict(self._model.named_parameters())
             us = [masked(u, mask, like) for u in us]
-        examples = self._take_rows(self._passes.run(f"scores{occasion}", **self._rows_of(us, columns=False)), us)
+        found = self._passes.run(f"scores{occasion}", **self._rows_of(us, columns=False))
+        examples = self._take_rows(found, us[: len(self._rule.sets)])
         self._check()
         return examples
 
@@ -170,6 +174,13 @@ class Scoring:
         priors, latest = self._rule.prior_cosines(), self._latest
         us = dict(zip(self._rule.sets, latest.directions, strict=True))
         return {name: Alignment(priors[name], cosine(u, latest.sums)) for name, u in us.items()}
+
+    def stability(self) -> Stability | None:
+        """How far two halves of the validation set agree on the scores last computed, if they were asked."""
+        latest, combination = self._latest, self._settings.combination
+        if not latest.halves:
+            return None
+        return agreement(latest.half_rows, latest.halves, latest.sums, combination)
 
     def describe(self) -> None:
         """One scoring checkpoint has no path to tell of."""
@@ -189,7 +200,7 @@ class Scoring:
         if self._latest.directions and self._latest.summed == frozenset(ids):
             return
         everything = ids == self._finite
-        self._latest.directions = []
+        self._latest.directions, self._latest.halves = [], []
         name = f"{'pool' if everything else 'chosen examples'} gradient{occasion}"
         found = self._passes.run(name, **self._over(ids))
         if not found.counted:
@@ -206,11 +217,13 @@ class Scoring:
     def _take_rows(self, found: GradientPass, us: Sequence[Mapping[str, Tensor]]) -> ExampleScores:
         self.measured = self.measured or found.measured
         self.nonfinite |= found.nonfinite
-        self._latest.row_directions, self._latest.rows, self._latest.covered = us, found.rows, found.covered
-        rows, tokens = found.rows, found.tokens
+        rows, tokens = found.rows[: len(us)], found.tokens[: len(us)]
+        self._latest.row_directions, self._latest.rows, self._latest.covered = us, rows, found.covered
+        self._latest.half_rows = found.rows[len(us) :]
         if self._settings.normalize != "none":
             factors = self._factors(rows[0])
             rows, tokens = [scaled(of, factors) for of in rows], [scaled(of, factors) for of in tokens]
+            self._latest.half_rows = [scaled(of, factors) for of in self._latest.half_rows]
         combination = self._settings.combination
         return ExampleScores(
             combined_rows(rows, combination),
@@ -227,6 +240,7 @@ class Scoring:
         """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
         self._num_examples = count
         self._latest.directions = self._rule.directions(sums, count, occasion)
+        self._latest.halves = self._rule.half_directions()
 
     def _weight_scores(self) -> dict[str, Tensor]:
         return parameter_scores(self._latest.directions, self._latest.sums, self._settings.combination)

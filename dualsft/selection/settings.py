@@ -33,6 +33,7 @@ from dualsft.selection.checks import (
     check_order,
     check_path,
     check_preconditioner,
+    check_stability,
     check_step_size,
 )
 from dualsft.selection.directions import Combination
@@ -118,6 +119,8 @@ class SelectionSettings:
         dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
+        stability: Score everything by each half of the validation set too, and tell how far the halves agree on the
+            order; takes two more directions in memory, and longer.
         save_minutes: How often to keep the state of the phase under way, for --resume.
 
     Raises:
@@ -145,6 +148,7 @@ class SelectionSettings:
     dtype: Dtype = option("auto", "running")
     gradient_checkpointing: bool = option(False, "running")
     token_scores: bool = option(False, "published")
+    stability: bool = option(False, "published", later=True)
     save_minutes: float = option(10.0, "running")
 
     def __post_init__(self) -> None:
@@ -163,6 +167,7 @@ class SelectionSettings:
         check_step_size(self.step_size, self.scorer)
         check_order(self.order, self.rounds)
         check_contributions(self.path, self.order, self.rounds, self.token_scores)
+        check_stability(self.stability, self.path)
         if self.order == "data":  # the other side is taken whole
             self._fill(parameter_budget=None, parameter_allocator=None)
         if self.order == "parameters":

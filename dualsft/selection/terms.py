@@ -100,17 +100,34 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def validation_terms(data: InstructionDataModule) -> dict[str, Term]:
     """Set name -> the mean loss over its examples."""
+    return {name: _validation(data, name, of.ok_ids(), "validation") for name, of in data.validation_sets.items()}
+
+
+def validation_halves(data: InstructionDataModule, seed: int) -> dict[str, list[Term]]:
+    """Set name -> the mean losses over two halves of its examples, drawn at random.
+
+    Raises:
+        UserError: if a set has a single example.
+    """
     return {
-        name: Term(
-            "validation",
-            name if data.named_validation else "",
-            1.0,
-            partial(data.validation_loader, name),
-            len(examples.ok_ids()),
-            lambda _: nullcontext(example_losses),
-        )
-        for name, examples in data.validation_sets.items()
+        name: [_validation(data, name, part, f"validation half {k}") for k, part in _halves(data, name, seed).items()]
+        for name in data.validation_sets
     }
+
+
+def _halves(data: InstructionDataModule, name: str, seed: int) -> dict[int, list[int]]:
+    ids = data.validation_sets[name].ok_ids()
+    if len(ids) < 2:
+        key = f"data.validation.{name}" if data.named_validation else "data.validation"
+        raise UserError(f"model.stability needs halves of {key}, which has a single example; give more, or drop it.")
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {half: sorted(ids[k] for k in order[half - 1 :: 2]) for half in (1, 2)}
+
+
+def _validation(data: InstructionDataModule, name: str, ids: list[int], kind: str) -> Term:
+    of = name if data.named_validation else ""
+    loader = partial(data.validation_loader, name, ids=ids)
+    return Term(kind, of, 1.0, loader, len(ids), lambda _: nullcontext(example_losses))
 
 
 def make_further_terms(module: "SelectionModule", data: InstructionDataModule, seed: int) -> list[Term]:

@@ -126,7 +126,7 @@ def parent(content: Any, path: tuple[str | int, ...]) -> Any:
     return content
 
 
-LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen")
+LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen", "stability")
 DEFAULTED = (*LATER, "path_walked", "counts.examples.near_duplicates")
 NESTED = (
     "configuration",

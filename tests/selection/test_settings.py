@@ -54,6 +54,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "float64"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "token_scores": {"token_scores": True},
+    "stability": {"stability": True},
     "save_minutes": {"save_minutes": 1.0},
 }
 """Another value of each option, where two rounds are allowed."""

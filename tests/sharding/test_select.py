@@ -110,6 +110,19 @@ def assert_same(found: Selection, expected: Selection) -> None:
     assert found.records == expected.records
     for part in ("counts", "rounds", "budgets"):
         assert found.manifest[part] == expected.manifest[part]
+    assert_same_diagnostics(found, expected)
+
+
+def assert_same_diagnostics(found: Selection, expected: Selection) -> None:
+    """The same counts and sums, tensor by tensor, and the same cosines within float32 rounding."""
+    for name in ("name", "size", "selected"):
+        assert found.parameters[name].to_pylist() == expected.parameters[name].to_pylist()
+    ours, right = found.diagnostics, expected.diagnostics
+    assert (ours.sources, ours.basis.target) == (right.sources, right.basis.target)
+    assert ours.examples.captured == pytest.approx(right.examples.captured, rel=1e-3)
+    assert ours.basis.alignment.keys() == right.basis.alignment.keys()
+    for name, of in right.basis.alignment.items():
+        assert vars(ours.basis.alignment[name]) == pytest.approx(vars(of), abs=1e-4)
 
 
 def pairs(ours: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -276,6 +276,9 @@ class CheckpointScoring:
         """There is none: the directions change along the path."""
         return {}
 
+    def stability(self) -> None:
+        """Halves of the validation set are refused along a path."""
+
     def describe(self) -> dict[str, Any]:
         """The manifest's entry on the path of each validation set."""
         return dict.fromkeys(self._terms[0], self._ended.describe())

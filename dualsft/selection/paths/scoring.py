@@ -221,6 +221,9 @@ class PathScoring:
         """There is none: the directions change along the path."""
         return {}
 
+    def stability(self) -> None:
+        """Halves of the validation set are refused along a path."""
+
     def describe(self) -> dict[str, Any]:
         """The manifest's entry on each path: its points, why it ends where it does, and how complete the scores are."""
         return {

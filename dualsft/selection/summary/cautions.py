@@ -3,15 +3,23 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from dualsft.selection.diagnostics import Diagnostics, ScoreFigures
+from dualsft.selection.diagnostics import Basis, Diagnostics, ScoreFigures
 
-FAR, UNLIKE, EXPLAINED, HANDFUL, FEW_ROWS = 3.0, 0.5, 0.9, 10, 20
-"""Ratio of median lengths; distance of source mixes; rank correlation; steps; rows below which it says nothing."""
+FAR = 3.0
+"""Ratio of median lengths from which they are told to be far apart."""
+UNLIKE = 0.5
+"""Total variation distance of source mixes, likewise."""
+EXPLAINED, FEW_ROWS = 0.9, 20
+"""Rank correlation of length and score, likewise, and the number of rows below which it says nothing."""
+HANDFUL = 10
+"""Steps of a warm-up that are enough."""
+UNSTABLE = 0.2
+"""Rank correlation of two halves below which chance is told to decide."""
 
 
 def cautions(found: Diagnostics) -> Iterator[str]:
     """One sentence for each thing that a user should look at before training on the selection."""
-    return chain(_scores(found), _harmful(found.examples), _length(found), _mix(found), _warmup(found))
+    return chain(_scores(found), _harmful(found.examples), _length(found), _mix(found), _basis(found.basis))
 
 
 def _scores(found: Diagnostics) -> Iterator[str]:
@@ -70,9 +78,16 @@ def _mix(found: Diagnostics) -> Iterator[str]:
         )
 
 
-def _warmup(found: Diagnostics) -> Iterator[str]:
-    if found.basis.warmup_steps is not None and found.basis.warmup_steps < HANDFUL:
+def _basis(basis: Basis) -> Iterator[str]:
+    """What the scores rest on, and whether it bears them."""
+    if basis.warmup_steps is not None and basis.warmup_steps < HANDFUL:
         yield (
-            f"the warm-up took {found.basis.warmup_steps} optimizer steps, too few to tell the scale of a weight's "
+            f"the warm-up took {basis.warmup_steps} optimizer steps, too few to tell the scale of a weight's "
             "gradients; raise model.warmup.fraction or model.warmup.epochs, or lower data.batch_tokens."
+        )
+    agreed = basis.stability.examples if basis.stability else None
+    if agreed is not None and agreed < UNSTABLE:
+        yield (
+            "two halves of the validation set hardly agree on the order of the examples (rank correlation "
+            f"{agreed:.2f}), so that chance decides much of the choice; give data.validation more rows."
         )

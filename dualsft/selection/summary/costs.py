@@ -25,6 +25,7 @@ def checks(selection: Selection) -> list[str]:
         f"batches     {'packed' if m.data.packing else 'padded'} to {m.scoring_batch_tokens:,} tokens, "
         f"{m.data.padding_share:.1%} padding",
         *_cosines(selection.diagnostics),
+        *_stability(selection.diagnostics),
         *_prediction(m),
         *_paths(m),
         *_rounds(m),
@@ -53,6 +54,16 @@ def _cosines(found: Diagnostics) -> list[str]:
         several = f" for {name}" if len(found.basis.alignment) > 1 else ""
         lines += [f"cosines     {told}{several}"] if told else []
     return lines
+
+
+def _stability(found: Diagnostics) -> list[str]:
+    """How far two halves of the validation set agree, if they were asked."""
+    stability = found.basis.stability
+    if stability is None:
+        return []
+    sides = {"examples": stability.examples, "weights": stability.parameters}
+    told = ", ".join(f"{value:.2f} of the {side}" for side, value in sides.items() if value is not None)
+    return [f"stability   rank correlation of the scores by two halves of the validation set: {told or 'none'}"]
 
 
 def _prediction(m: Manifest) -> list[str]:

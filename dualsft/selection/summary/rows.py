@@ -24,7 +24,7 @@ def shown_rows(selection: Selection, records: Records) -> Iterator[str]:
     columns = selection.about.data.format.text_columns(records.columns)
     legend = "      score  text (* is chosen)"
     for title, part in _parts(rows).items():
-        yield f"{title:<10}{legend}"
+        yield f"{title:<10}{legend}".rstrip()
         for row in part:
             head = f"{'*' if rows.selected[row] else ' '} {row:>8,} {rows.score[row]:>10.3g}  "
             yield head + one_line(record_text(records[row], columns), max(20, width - len(head)))

@@ -11,6 +11,7 @@ from dualsft.selection.diagnostics import (
     ScoreFigures,
     SourceGroup,
     Sources,
+    Stability,
     Target,
 )
 from dualsft.selection.summary.cautions import cautions
@@ -59,6 +60,7 @@ def test_a_sound_selection_needs_no_caution() -> None:
         ({"lengths": replace(LENGTHS, correlation=-0.95)}, "rank correlation -0.95 with the supervised tokens"),
         ({"basis": target(sources={"b": 9})}, "(80% of one mix would have to move to make the other)"),
         ({"basis": replace(SOUND.basis, warmup_steps=3)}, "the warm-up took 3 optimizer steps"),
+        ({"basis": replace(SOUND.basis, stability=Stability(0.1, 0.9))}, "hardly agree on the order of the examples"),
     ],
 )
 def test_each_oddity_has_its_sentence(parts: dict[str, Any], sentence: str) -> None:
@@ -74,9 +76,10 @@ def test_each_oddity_has_its_sentence(parts: dict[str, Any], sentence: str) -> N
     [
         {"examples": replace(SCORES, selected=100, selected_positive=50)},
         {"basis": target(sources={"elsewhere": 9})},
+        {"basis": replace(SOUND.basis, stability=Stability(0.8, None))},
         {"examples": replace(SCORES, scored=8), "lengths": replace(LENGTHS, correlation=0.95)},
     ],
-    ids=["everything is taken", "sources of other names", "a handful of rows"],
+    ids=["everything is taken", "sources of other names", "halves that agree", "a handful of rows"],
 )
 def test_what_is_not_odd(parts: dict[str, Any]) -> None:
     """Nothing is said where there was no choice, no comparison, or too little to compare."""
