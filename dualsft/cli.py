@@ -28,6 +28,7 @@ VERBS = {
         "compare methods of selection under budgets and seeds: each trained and evaluated alike",
         "compare:compare_command",
     ),
+    "report": ("show what was chosen, trained and measured, as one page for the browser", "report:report_command"),
     "plugins": ("list the registered scorers, paths and allocators", "plugins:plugins_command"),
     "quickstart": ("run the whole job on an embedded model and embedded data", "quickstart:quickstart_command"),
 }

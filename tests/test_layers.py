@@ -19,6 +19,7 @@ LAYERS = (
     {"selection"},
     {"finetune", "trainer", "quickstart"},
     {"experiments"},
+    {"reports"},
     {"cli", "commands"},
     {"__init__", "__main__"},
 )

@@ -13,6 +13,7 @@ import yaml
 import dualsft
 from dualsft import InstructionDataModule, UserError
 from dualsft.cli import run
+from tests.reports.cases import write_evaluation, write_fit
 from tests.world.jobs import write_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -85,9 +86,26 @@ def test_allocate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (tmp_path / str(k) / "manifest.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dualsft report ") and "DIR" not in c])
+def test_report_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command for report takes the directories that it names, of which a pattern may match several."""
+    monkeypatch.chdir(tmp_path)
+    given = shlex.split(command)[1:]
+    folders = given[1 : given.index("--output_dir")]
+    for pattern in folders:
+        for name in ("a", "b") if "*" in pattern else ("",):
+            write = write_evaluation if "eval-" in pattern else write_fit
+            write(tmp_path / pattern.replace("*", name))
+    found = [str(path.relative_to(tmp_path)) for pattern in folders for path in sorted(tmp_path.glob(pattern))]
+    assert len(found) > len(folders) or "*" not in command
+    run(["report", *found, *given[given.index("--output_dir") :]])
+    assert (tmp_path / given[-1] / "report.html").is_file()
+
+
 def test_every_command_is_one_that_is_tested() -> None:
     """The commands of the pages are verbs that are tested here or by the quick start, and the scripts are there."""
-    known = {*PARSED, "compare", "export", "allocate", "quickstart", "plugins"}
+    known = {*PARSED, "compare", "export", "allocate", "quickstart", "plugins", "report"}
     assert {c.split()[1] for c in COMMANDS} <= known
     for page in PAGES:
         for line in command_lines(page):

@@ -156,6 +156,9 @@ def test_quick_start_from_a_wheel(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(tmp_path / "site") in done.stdout, "the repository's own package ran, not the wheel's"
+    page = "python -m dualsft report out/selection out/fit-* --output_dir report".replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", page], cwd=tmp_path, env=environment, check=True)
+    assert "Fits beside each other" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
     base, full, control, dual = rows.values()
     assert f"{dual['target_loss']:.3f}" in done.stdout

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +83,16 @@ class Selection:
         if not path.is_file():
             return None
         table = _read_table(self._intact(TOKENS))
+        _check_columns(path, table, TOKEN_SCHEMA)
+        return table
+
+    def token_scores_of(self, examples: Iterable[int]) -> pa.Table | None:
+        """The rows of `token_scores` of these examples alone, so that memory does not grow with the pool."""
+        path = self.folder / TOKENS
+        if not path.is_file():
+            return None
+        with refusing_damage(path):
+            table = pq.read_table(self._intact(TOKENS), filters=[("example_id", "in", list(examples))])
         _check_columns(path, table, TOKEN_SCHEMA)
         return table
 

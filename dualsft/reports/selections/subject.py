@@ -1,0 +1,106 @@
+"""A selection as the page looks at it: its scores in order, and the records behind them where they are at hand."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dualsft.data.records import Records, read_records
+from dualsft.errors import UserError
+from dualsft.reports.sources import Source
+from dualsft.reports.words import Unit
+from dualsft.selection import load_selection
+from dualsft.selection.diagnostics.examples import Rows
+
+
+class Subject:
+    """A selection on the page.
+
+    Args:
+        source: Its directory.
+        file_name: What the files of its figures begin with.
+
+    Attributes:
+        name: What the page calls it.
+        selection: The selection.
+        about: Its manifest.
+        rows: Its examples as arrays.
+
+    Raises:
+        UserError: if it is not finished, or damaged.
+    """
+
+    def __init__(self, source: Source, file_name: str) -> None:
+        self.name, self.file_name = source.name, file_name
+        self.selection = load_selection(source.folder)
+        self.about = self.selection.about
+        self.rows = Rows(self.selection.examples)
+
+    @cached_property
+    def order(self) -> Int[np.ndarray, " scored"]:
+        """The scored examples' row numbers, the highest score first, ties in the order of the rows."""
+        ids = np.flatnonzero(self.rows.scored)
+        found: Int[np.ndarray, " scored"] = ids[np.argsort(-self.rows.score[ids], kind="stable")]
+        return found
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Row number -> its place in that order, from 1."""
+        return {int(row): place for place, row in enumerate(self.order, 1)}
+
+    @cached_property
+    def unit(self) -> Unit:
+        """The unit that this selection's scores are shown in."""
+        return Unit.of(float(np.abs(self.rows.score[self.rows.scored]).max(initial=0.0)))
+
+    def shown(self, value: float | None, digits: int = 3) -> str:
+        """A score in that unit."""
+        return self.unit.show(None if value is None else float(value), digits)
+
+    @cached_property
+    def cut(self) -> float | None:
+        """The lowest score of a chosen example; None if none is chosen, or all."""
+        chosen = self.rows.selected & self.rows.scored
+        if not chosen.any() or chosen.sum() == self.rows.scored.sum():
+            return None
+        return float(self.rows.score[chosen].min())
+
+    @cached_property
+    def is_cut_clean(self) -> bool:
+        """Whether every chosen example has a higher score than all others, or the same."""
+        others = self.rows.score[self.rows.scored & ~self.rows.selected]
+        return self.cut is not None and bool((others <= self.cut).all())
+
+    @cached_property
+    def pool(self) -> tuple[Records | None, str]:
+        """The records that were chosen from, if they are where they were and as they were; otherwise why not."""
+        train = self.about.data.train
+        try:
+            records = read_records(train.path, train.split)
+        except UserError as error:
+            return None, str(error)
+        if records.fingerprint != train.fingerprint:
+            return None, f"{train.path} has changed since"
+        return records, ""
+
+    def record(self, row: int) -> dict[str, Any] | None:
+        """A record: from the pool, or of a chosen one from the selection's own copy; None if neither has it."""
+        if self.pool[0] is not None:
+            return self.pool[0][row]
+        return self._chosen.get(row)
+
+    @cached_property
+    def _chosen(self) -> dict[int, dict[str, Any]]:
+        return dict(zip(self.selection.example_ids, self.selection.records, strict=True))
+
+    def source(self, row: int) -> str:
+        """Where a record comes from: its column that says so, or its file where there are several; empty if neither."""
+        sources = self.selection.diagnostics.sources
+        if sources is None:
+            return ""
+        if (pool := self.pool[0]) is not None and sources.column is None:
+            return pool.source(row)
+        record = self._chosen.get(row, {}) if pool is None else pool.with_source(row)
+        value = record.get(sources.column or "")
+        return "" if value is None else str(value)

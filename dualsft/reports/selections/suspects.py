@@ -1,0 +1,65 @@
+"""Examples that look wrong to the scores: those that are as far below zero as the chosen ones are above it."""
+
+import numpy as np
+
+from dualsft.reports.blocks import Block, Table, Text
+from dualsft.reports.selections.subject import Subject
+from dualsft.reports.selections.texts import snippet
+from dualsft.reports.words import counted, percent
+
+_MOST = 25
+
+
+def suspects(subject: Subject) -> list[Block]:
+    """What counts as strongly negative, and the most negative ones in a table."""
+    score = subject.rows.score
+    found = [int(row) for row in subject.order[::-1] if score[row] <= -_strength(subject)]
+    if not found:
+        return [Text("None: no example has a score as far below zero as the chosen ones are above it.")]
+    told = (
+        f"{counted(len(found), 'example')} ({percent(len(found) / len(subject.order))}) would, by their scores, do at "
+        "least as much harm to the validation loss as the least of the chosen ones does good. Wrong answers, broken "
+        "texts and tasks that contradict the target are often among them; so are sound examples of another kind, "
+        f"so look before you drop one.{_concentrated(subject, found)}"
+    )
+    head = ["example", subject.unit.label("score"), "tokens", "source", "text (what is asked → what is learnt)"]
+    rows = [_row(subject, row) for row in found[:_MOST]]
+    caption = f"The {counted(len(rows), 'example')} with the lowest scores"
+    return [Text(told), Table(caption, head, rows, frozenset({3, 4}))]
+
+
+def _strength(subject: Subject) -> float:
+    """How far below zero a score must be: as far as the lowest chosen one is above, or a usual positive one."""
+    if subject.cut is not None and subject.cut > 0:
+        return subject.cut
+    positive = subject.rows.score[subject.rows.scored & (subject.rows.score > 0)]
+    return float(np.median(positive)) if len(positive) else np.inf
+
+
+def _row(subject: Subject, row: int) -> list[str]:
+    record = subject.record(row)
+    text = "(not at hand)" if record is None else snippet(record, subject.about.data.format)
+    rows = subject.rows
+    return [
+        f"{row:,}",
+        subject.shown(float(rows.score[row])),
+        f"{rows.tokens[row]:,}",
+        subject.source(row) or "–",
+        text,
+    ]
+
+
+def _concentrated(subject: Subject, found: list[int]) -> str:
+    """The source that has the most of them, where it has more than its share."""
+    sources = subject.selection.diagnostics.sources
+    if sources is None or len(sources.groups) < 2 or subject.pool[0] is None:
+        return ""
+    names = [subject.source(row) for row in found]
+    most = max(dict.fromkeys(names), key=names.count)
+    share, total = names.count(most) / len(names), sum(group.rows for group in sources.groups)
+    usual = sum(group.rows for group in sources.groups if group.name == most) / total
+    return (
+        f" {percent(share)} of them are from {most or 'no source'}, which is {percent(usual)} of the pool."
+        if share > usual
+        else ""
+    )
