@@ -9,13 +9,15 @@ from dualsft.errors import UserError
 from dualsft.models.loading import load_model
 from dualsft.paths import TargetPath
 from dualsft.scorers import HessianVector
-from dualsft.selection import Selection, stability
+from dualsft.selection import Selection, Warmup, passes, stability
 from dualsft.selection.paths.settings import PathSettings
+from dualsft.selection.prior import Prior
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.summary import summary
 from tests.references import float64_throughout, gradient_loop, inner, total
 from tests.world.data import LINES, VALIDATION, sums
-from tests.world.jobs import SGD, Inputs, select, write_inputs
+from tests.world.faults import killed_run
+from tests.world.jobs import SGD, Inputs, contents, select, write_inputs
 
 HALVES: dict[str, Any] = {**SGD, "stability": True, "dtype": "float64", "step_size": 0.3}
 
@@ -97,3 +99,13 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"halves of data\.validation, which has a single example"):
         select(single, tmp_path / "out", {**SGD, "stability": True})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", [3, 4], ids=["before the prior", "before the scores"])
+def test_a_killed_run_tells_the_same(several: Inputs, tmp_path: Path, call: int) -> None:
+    """Byte for byte, wherever it died."""
+    options = {**SGD, "prior": Prior(weight=0.5, fraction=0.5), "warmup": Warmup(fraction=0.5), "stability": True}
+    killed_run(several, tmp_path / "killed", options, passes, "gradient_pass", call)
+    select(several, tmp_path / "killed", options, resume=True)
+    select(several, tmp_path / "whole", options)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

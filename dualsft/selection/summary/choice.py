@@ -86,10 +86,13 @@ def _places(selection: Selection) -> list[str]:
     if counts.selected == counts.scored:
         return []
     places = by_place(tensors_of(selection.parameters))
-    inside = [of for of in places if of.layer is not None]
-    layers = _densest([of for of in inside if of.kind == ALL], lambda of: str(of.layer))
+    layers = _densest([of for of in places if of.kind == ALL], _layer)
     kinds = _densest(_by_kind(of for of in places if of.kind != ALL), lambda of: of.kind)
-    return [f"places      densest in {f'layers {layers}; ' if layers else ''}modules {kinds}"]
+    return [f"places      densest {layers}; of modules in {kinds}"]
+
+
+def _layer(of: PlaceCounts) -> str:
+    return "outside of layers" if of.layer is None else f"in layer {of.layer}"
 
 
 def _by_kind(places: Iterable[PlaceCounts]) -> list[PlaceCounts]:

@@ -1,7 +1,8 @@
 """`diagnostics.json` and `parameters.parquet` beside the choice that they describe."""
 
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from dualsft import load_selection
 from dualsft.errors import UserError
 from dualsft.selection import Selection
-from dualsft.selection.diagnostics import Basis, Diagnostics
+from dualsft.selection.diagnostics import Alignment, Basis, Diagnostics, Lengths, ScoreFigures, Sources, Target
+from dualsft.selection.diagnostics.parameters import SCHEMA
 from dualsft.selection.reallocation import reallocate
 from tests.world.damage import damage_file, forget_checksums
 from tests.world.jobs import ADAM, Inputs, contents, select
 
 CHOICE: dict[str, Any] = {"data_budget": 3, "parameter_budget": 777}
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "diagnostics.md"
 FILES = ("diagnostics.json", "parameters.parquet")
 
 
@@ -74,3 +77,19 @@ def test_damage_is_told_in_one_sentence(made: Selection, tmp_path: Path, name: s
     forget_checksums(damaged)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         getattr(load_selection(damaged), what)
+
+
+def test_the_page_names_every_key_and_column() -> None:
+    """Whoever looks one up finds it."""
+    kinds = (Diagnostics, ScoreFigures, Lengths, Sources, Basis, Target, Alignment)
+    keys = {of.name for kind in kinds for of in fields(kind)} - {"rows", "tokens", "pool_tokens", "selected_tokens"}
+    assert {name for name in (*keys, *SCHEMA.names) if f"`{name}`" not in PAGE.read_text(encoding="utf-8")} == set()
+
+
+def test_the_page_s_lines_of_python_run(made: Selection, capsys: pytest.CaptureFixture[str]) -> None:
+    """They print what a tenth of the examples holds, and one line for each place."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code.replace("runs/selection", str(made.folder)), {})
+    first, *places = capsys.readouterr().out.splitlines()
+    assert float(first) == made.diagnostics.examples.capture[9]
+    assert [line.split()[0] for line in places][-1] == "None"
