@@ -2,13 +2,15 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer as LightningTrainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
@@ -19,6 +21,7 @@ from dualsft.data.options import validation_sources
 from dualsft.data.sources import paths_of
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
+from dualsft.runs.loggers import make_loggers
 from dualsft.selection import Selection
 from dualsft.selection.module import SelectionModule
 from dualsft.selection.remedies import remedies_by_key
@@ -27,7 +30,20 @@ from dualsft.sharding.strategy import FSDP2
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which can also select; it takes the arguments of `lightning.Trainer`."""
+    """Lightning's Trainer, which can also select; it takes the arguments of `lightning.Trainer`.
+
+    Args:
+        logger: A logger of Lightning's, or a short name of one that writes under the output folder: csv, tensorboard or
+            wandb; several of either in a list; false for none.
+    """
+
+    def __init__(
+        self, *args: Any, logger: Logger | Iterable[Logger | str] | bool | str | None = None, **kwargs: Any
+    ) -> None:
+        if not isinstance(logger, bool | None):
+            place = kwargs.get("default_root_dir")
+            logger = make_loggers(logger, Path(place) if place else None)
+        super().__init__(*args, logger=logger, **kwargs)
 
     def select(
         self,

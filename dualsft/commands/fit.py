@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from dualsft.finetune import (
 )
 from dualsft.finetune.checkpoint_files import checkpoint_files, newest_whole
 from dualsft.finetune.metrics_log import ContinueMetrics, MetricsLog
+from dualsft.finetune.run_log import LogRun
 from dualsft.runs.folder import RunFolder
+from dualsft.runs.loggers import LOGS, make_loggers
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
@@ -75,13 +78,17 @@ class FitCLI(VerbCLI):
         """Have the trainer log, checkpoint and export into the output folder."""
         assert self.folder is not None
         folder = self.folder.path
+        csv = partial(MetricsLog, name=LOGS, version=0)
         defaults: dict[str, Any] = {"default_root_dir": str(folder / "logs")}
         if not trainer.get("barebones"):
             # all of the validation set at the start: the base model's metrics are part of the report
-            defaults |= {"logger": MetricsLog(folder, name="logs", version=0), "num_sanity_val_steps": -1}
+            defaults |= {"logger": "csv", "num_sanity_val_steps": -1}
         trainer.update({key: value for key, value in defaults.items() if trainer.get(key) is None})
+        if trainer.get("logger"):
+            trainer["logger"] = make_loggers(trainer["logger"], folder, csv)
         self.report = FitReport()
         own: list[Callback] = [KeepFolder(self.folder), self.report, ContinueMetrics(), EndOfTraining()]
+        own.append(LogRun(yaml.safe_load(self.replay)))
         own.append(ExportModel(str(folder)))
         if trainer.get("enable_checkpointing") is not False:
             given = trainer.get("callbacks") or []

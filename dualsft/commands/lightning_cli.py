@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from lightning import LightningModule
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback
@@ -28,7 +30,9 @@ from dualsft.errors import naming
 from dualsft.models.inspection import read_config
 from dualsft.models.loading import model_folder
 from dualsft.runs.folder import RunFolder
-from dualsft.sharding.collectives import is_rank_zero
+from dualsft.runs.loggers import log_results, make_loggers
+from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
+from dualsft.storage.paths import expanded
 from dualsft.trainer import Trainer
 
 INPUTS = ("model.model_name_or_path", "model.selection", "model.warmup.checkpoint", "data.train", "task_folder")
@@ -113,9 +117,20 @@ class VerbCLI(LightningCLI, ABC):
         return super()._instantiate_trainer(config, [*callbacks, *self.complete(config)])
 
     def complete(self, trainer: dict[str, Any]) -> list[Callback]:
-        """Complete the trainer's settings, and return the verb's own callbacks."""
-        trainer.update(enable_checkpointing=False, logger=trainer.get("logger") or False)
+        """Complete the trainer's settings, and return the verb's own callbacks.
+
+        Loggers are told of the run by `log`, once it has claimed the folder that they write to.
+        """
+        folder = self.config.get("output_dir")
+        self.loggers = make_loggers(trainer.get("logger"), Path(expanded(folder)) if folder else None)
+        trainer.update(enable_checkpointing=False, logger=False)
         return []
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Log the settings and what a run has found, where a logger was asked for."""
+        settings = yaml.safe_load(self.replay)
+        folder = self.folder.path if self.folder else None
+        on_rank_zero(lambda: log_results(self.loggers, folder, settings, metrics))
 
     @classmethod
     def command(cls, arguments: Sequence[str]) -> None:

@@ -58,6 +58,7 @@ class ValidateCLI(VerbCLI):
                 self.folder.release()
                 raise
             self.folder.finish()
+        self.log({name: float(value) for name, value in self.trainer.callback_metrics.items()})
 
     def _validate_data(self) -> None:
         """List the metrics of named sets ourselves; Lightning's table would repeat all of them for each set."""
