@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.loggers import make_loggers
 from dualsft.selection import Selection
+from dualsft.selection.example_tokens import TokenScores, score_tokens
 from dualsft.selection.module import SelectionModule
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.run import run_selection
@@ -77,12 +78,24 @@ class Trainer(LightningTrainer):
             paths = (path for given in read for path in paths_of(given))
             inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, *paths)
             run = RunFolder(run, resume=resume, overwrite=overwrite, inputs=inputs)
+        return self._score(model, datamodule, run, partial(run_selection, model, datamodule, run, seed, config))
+
+    def score_tokens(
+        self, model: SelectionModule, datamodule: InstructionDataModule, run: RunFolder, ids: Sequence[int], seed: int
+    ) -> TokenScores:
+        """Score the tokens of some examples as `select` would; see `dualsft.selection.example_tokens`."""
+        return self._score(model, datamodule, run, partial(score_tokens, model, datamodule, run, seed, ids))
+
+    def _score(
+        self, model: SelectionModule, datamodule: InstructionDataModule, run: RunFolder, work: Callable[[bool], Any]
+    ) -> Any:
+        """Do a work of scoring in this trainer's devices, precision and strategy."""
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
                 "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
             )
-        loop = _SelectionLoop(self, partial(run_selection, model, datamodule, run, seed, config))
+        loop = _SelectionLoop(self, work)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes
         # without optimizers, and puts its own loop there.
         usual, self.predict_loop = self.predict_loop, loop
@@ -100,9 +113,9 @@ class Trainer(LightningTrainer):
 
 
 class _SelectionLoop(_PredictionLoop):
-    def __init__(self, trainer: LightningTrainer, select: Callable[[bool], Selection]) -> None:
+    def __init__(self, trainer: LightningTrainer, work: Callable[[bool], Any]) -> None:
         super().__init__(trainer)
-        self._select = select
+        self._work = work
 
     def run(self) -> Any:
         """Run the phases under the trainer's precision."""
@@ -110,7 +123,7 @@ class _SelectionLoop(_PredictionLoop):
         show = self.trainer.progress_bar_callback is not None
         precision = self.trainer.precision_plugin.forward_context()
         with remedies_by_key(), torch.enable_grad(), precision, _fresh_casts(self.trainer.lightning_module.device):
-            return self._select(show)
+            return self._work(show)
 
 
 def _obey_sigterm(trainer: LightningTrainer) -> None:

@@ -1,9 +1,10 @@
 """`dualsft report`: one page about selections, fits, evaluations, audits and comparisons, and its figures."""
 
 from collections.abc import Sequence
+from pkgutil import resolve_name
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from dualsft.commands.parsing import add_folder_options, check_output_dir
 from dualsft.experiments.report_folder import ReportFolder
@@ -16,16 +17,23 @@ DESCRIPTION = (
     "figures are files too, as PNG and SVG."
 )
 
+_TOKEN_SCORES = (
+    "Compute scores by token for the examples that are shown, where a selection kept none: loads its model, and "
+    "repeats its warm-up and the gradient of its validation set."
+)
+
 
 def report_command(arguments: Sequence[str]) -> None:
     """Write the report, and print where it is."""
     parser = ArgumentParser(prog="dualsft report", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("directories", metavar="DIR", nargs="+", type=str, help="Directories of results.")
     add_folder_options(parser, resumable=False)
+    parser.add_argument("--token_scores", action=ActionYesNo, default=False, help=_TOKEN_SCORES)
     options = parser.parse_args(list(arguments))
     check_output_dir(options)
     output = ReportFolder(options.output_dir, options.overwrite, (PAGE, FIGURES))
-    report = make_report(options.directories)
-    output.claim(yaml.safe_dump({"directories": options.directories}))
+    compute = resolve_name("dualsft.commands.token_scores:computed_tokens") if options.token_scores else None  # heavy
+    report = make_report(options.directories, compute)
+    output.claim(yaml.safe_dump({"directories": options.directories, "token_scores": options.token_scores}))
     page = report.write(output.path)
     print(f"wrote {page} ({memory(page.stat().st_size)}) and {FIGURES}/ beside it; open the page in a browser")

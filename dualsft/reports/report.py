@@ -5,7 +5,9 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias, get_args
 
 from dualsft.reports.audit import audit_section
 from dualsft.reports.blocks import Section
@@ -17,11 +19,14 @@ from dualsft.reports.fits.section import fit_section, fits_section
 from dualsft.reports.page import render
 from dualsft.reports.selections.beside import selections_section
 from dualsft.reports.selections.section import selection_section
-from dualsft.reports.selections.subject import Subject
+from dualsft.reports.selections.subject import ComputeTokens, Subject
 from dualsft.reports.sources import Kind, Source, find_sources
 from dualsft.storage.writing import write_atomically
 
 PAGE, FIGURES = "report.html", "figures"
+
+_Maker: TypeAlias = Callable[[Sequence[Source], dict[Path, str]], list[Section]]
+"""Makes the parts about the directories of one kind; the names are those of their figures' files."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,35 @@ class Report:
         return output / PAGE
 
 
-def make_report(folders: Sequence[str | os.PathLike[str]]) -> Report:
+def make_report(folders: Sequence[str | os.PathLike[str]], compute_tokens: ComputeTokens | None = None) -> Report:
     """Make a report on directories that select, fit, validate, audit and compare have written.
+
+    Args:
+        folders: The directories.
+        compute_tokens: Computes scores by token for the examples that are shown of a selection which kept none.
 
     Raises:
         UserError: if one of them is no such directory, or is damaged.
     """
     sources = find_sources(folders)
-    return Report(_title(sources), _sections(sources))
+    return Report(_title(sources), _sections(sources, compute_tokens))
 
 
-def _sections(sources: Sequence[Source]) -> list[Section]:
+def _sections(sources: Sequence[Source], compute_tokens: ComputeTokens | None) -> list[Section]:
     """The page's parts: what stands beside each other first, then each directory, kind by kind."""
     names = _file_names(sources)
-    return [part for kind, make in _PARTS.items() if (own := _of_kind(sources, kind)) for part in make(own, names)]
+    makers: dict[Kind, _Maker] = {"selection": partial(_selections, compute_tokens), **_OTHERS}
+    return [part for kind, make in makers.items() if (own := _of_kind(sources, kind)) for part in make(own, names)]
 
 
 def _of_kind(sources: Sequence[Source], kind: Kind) -> list[Source]:
     return [source for source in sources if source.kind == kind]
 
 
-def _selections(sources: Sequence[Source], names: dict[Path, str]) -> list[Section]:
-    subjects = [Subject(source, names[source.folder]) for source in sources]
+def _selections(
+    compute_tokens: ComputeTokens | None, sources: Sequence[Source], names: dict[Path, str]
+) -> list[Section]:
+    subjects = [Subject(source, names[source.folder], compute_tokens) for source in sources]
     beside = [selections_section(subjects)] if len(subjects) > 1 else []
     return [*beside, *map(selection_section, subjects)]
 
@@ -92,8 +104,7 @@ def _comparisons(sources: Sequence[Source], names: dict[Path, str]) -> list[Sect
     return [comparison_section(source, names[source.folder]) for source in sources]
 
 
-_PARTS: dict[Kind, Callable[[Sequence[Source], dict[Path, str]], list[Section]]] = {
-    "selection": _selections,
+_OTHERS: dict[Kind, _Maker] = {
     "fit": _fits,
     "evaluation": _evaluations,
     "audit": _audits,
@@ -116,6 +127,6 @@ def _file_names(sources: Sequence[Source]) -> dict[Path, str]:
 def _title(sources: Sequence[Source]) -> str:
     if len(sources) == 1:
         return f"{sources[0].kind.capitalize()} {sources[0].name}"
-    counts = {kind: len(_of_kind(sources, kind)) for kind in _PARTS}
+    counts = {kind: len(_of_kind(sources, kind)) for kind in get_args(Kind)}
     parts = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items() if count]
     return f"Report on {', '.join(parts)}"

@@ -1,5 +1,6 @@
 """The command: all kinds on one page, and what is refused."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ from dualsft.cli import run
 from dualsft.reports.audit import audit_section
 from dualsft.reports.blocks import Drawn, Table, Text
 from dualsft.reports.comparison import comparison_section
+from dualsft.reports.report import make_report
 from dualsft.reports.sources import Source
 from dualsft.selection import Selection
-from tests.reports.cases import SCRIPT, sample, write_audit, write_comparison, write_fit
+from dualsft.selection.example_tokens import TokenScores
+from tests.reports.cases import POOL, SCRIPT, sample, write_audit, write_comparison, write_fit
 from tests.reports.test_page import Elements
+from tests.world.jobs import QUIET, write_inputs
 
 
 @pytest.mark.slow
@@ -92,3 +96,23 @@ def test_damaged_audits_are_refused(tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text('{"data": {"first_order": {}}}')
     with pytest.raises(UserError, match=r"audit\.json is damaged"):
         audit_section(Source(tmp_path, "x", "audit"), "file")
+
+
+@pytest.mark.slow
+def test_token_scores_are_computed_if_asked_for(tmp_path: Path) -> None:
+    """Of a selection that kept none, the examples are coloured as if it had; where they do not add up it is told."""
+    inputs = write_inputs(tmp_path / "inputs", POOL, POOL[:2])
+    sources = ["--data.train", inputs.train, "--data.validation", inputs.validation, "--data.max_length", "48"]
+    settings = ["--model.preconditioner", "none", "--model.warmup.fraction", "0", *QUIET]
+    named = ["--model.model_name_or_path", inputs.model]
+    run(["select", *named, *sources, *settings, "--output_dir", str(tmp_path / "selection")])
+    run(["report", str(tmp_path / "selection"), "--output_dir", str(tmp_path / "out"), "--token_scores"])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'class="p5"' in page
+    assert "most for it:" in page
+
+    def wrong(selection: Selection, rows: Sequence[int]) -> TokenScores:
+        return {row: ([1], [1.0]) for row in rows}
+
+    with pytest.raises(UserError, match="add up to 1, where selection has"):
+        make_report([tmp_path / "selection"], wrong)

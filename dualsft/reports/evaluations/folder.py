@@ -34,7 +34,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """What people call the model: of a fit's checkpoint the fit's folder, otherwise the end of its path."""
+        """What people call the model: a fit's folder for its checkpoint, otherwise the end of the path or hub id."""
         path = Path(self.model)
         return path.parent.name if self.base is not None else "/".join(path.parts[-2:])
 

@@ -44,7 +44,7 @@ class _Painter:
 
     def __init__(self, subject: Subject, shown: Sequence[int]) -> None:
         self._subject = subject
-        self._tokens = _token_scores(subject, shown)
+        self._tokens = subject.tokens(shown)
         self._tokenizer: Any
         self._tokenizer, self._lacks = _tokenizer(subject) if self._tokens else (None, "")
 
@@ -60,7 +60,8 @@ class _Painter:
             told.append(f"Tokens are not coloured, as the tokenizer is not at hand: {self._lacks}")
         else:
             told.append(
-                "Tokens are not coloured, as their scores were not kept; model.token_scores: true has select keep them."
+                "Tokens are not coloured, as their scores were not kept; model.token_scores: true has select keep "
+                "them, and --token_scores has report compute them."
             )
         if self._subject.pool[0] is None:
             told.append(f"Only chosen examples have their text, as the pool is not at hand: {self._subject.pool[1]}")
@@ -88,13 +89,6 @@ class _Painter:
         facts += [counted(int(subject.rows.tokens[row]), "supervised token")]
         facts += [f"source {name}"] if (name := subject.source(row)) else []
         return " · ".join([*facts, "chosen" if subject.rows.selected[row] else "not chosen"])
-
-
-def _token_scores(subject: Subject, shown: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
-    """Row -> its token ids and their scores; empty where none were kept."""
-    table = subject.selection.token_scores_of(shown)
-    rows = [] if table is None else table.to_pylist()
-    return {row["example_id"]: (row["token_id"], row["score"]) for row in rows}
 
 
 def _tokenizer(subject: Subject) -> tuple[Any, str]:

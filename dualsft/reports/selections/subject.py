@@ -1,7 +1,9 @@
 """A selection as the page looks at it: its scores in order, and the records behind them where they are at hand."""
 
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -10,8 +12,12 @@ from dualsft.data.records import Records, read_records
 from dualsft.errors import UserError
 from dualsft.reports.sources import Source
 from dualsft.reports.words import Unit
-from dualsft.selection import load_selection
+from dualsft.selection import Selection, load_selection
 from dualsft.selection.diagnostics.examples import Rows
+from dualsft.selection.example_tokens import TokenScores
+
+ComputeTokens: TypeAlias = Callable[[Selection, Sequence[int]], TokenScores]
+_NEAR = 0.02  # of scores that were computed twice, relative to their own size or to the largest
 
 
 class Subject:
@@ -20,6 +26,7 @@ class Subject:
     Args:
         source: Its directory.
         file_name: What the files of its figures begin with.
+        compute_tokens: Computes scores by token of some examples, where the selection kept none; None leaves it.
 
     Attributes:
         name: What the page calls it.
@@ -31,8 +38,8 @@ class Subject:
         UserError: if it is not finished, or damaged.
     """
 
-    def __init__(self, source: Source, file_name: str) -> None:
-        self.name, self.file_name = source.name, file_name
+    def __init__(self, source: Source, file_name: str, compute_tokens: ComputeTokens | None = None) -> None:
+        self.name, self.file_name, self._compute_tokens = source.name, file_name, compute_tokens
         self.selection = load_selection(source.folder)
         self.about = self.selection.about
         self.rows = Rows(self.selection.examples)
@@ -52,7 +59,7 @@ class Subject:
     @cached_property
     def unit(self) -> Unit:
         """The unit that this selection's scores are shown in."""
-        return Unit.of(float(np.abs(self.rows.score[self.rows.scored]).max(initial=0.0)))
+        return Unit.of(self._largest)
 
     def shown(self, value: float | None, digits: int = 3) -> str:
         """A score in that unit."""
@@ -71,6 +78,29 @@ class Subject:
         """Whether every chosen example has a higher score than all others, or the same."""
         others = self.rows.score[self.rows.scored & ~self.rows.selected]
         return self.cut is not None and bool((others <= self.cut).all())
+
+    def tokens(self, rows: Sequence[int]) -> TokenScores:
+        """Row -> its token ids and their scores: as kept, or computed if asked for; empty otherwise.
+
+        Raises:
+            UserError: if they cannot be computed, or do not add up to the scores that were kept.
+        """
+        if (table := self.selection.token_scores_of(rows)) is not None:
+            return {row["example_id"]: (row["token_id"], row["score"]) for row in table.to_pylist()}
+        if self._compute_tokens is None:
+            return {}
+        found = self._compute_tokens(self.selection, rows)
+        for row, (_, scores) in found.items():
+            if not math.isclose(sum(scores), self.rows.score[row], rel_tol=_NEAR, abs_tol=_NEAR * self._largest):
+                raise UserError(
+                    f"The scores by token of example {row:,} add up to {sum(scores):.4g}, where {self.name} has "
+                    f"{self.rows.score[row]:.4g}: the model, the data or the settings are not those of the selection."
+                )
+        return found
+
+    @cached_property
+    def _largest(self) -> float:
+        return float(np.abs(self.rows.score[self.rows.scored]).max(initial=0.0))
 
     @cached_property
     def pool(self) -> tuple[Records | None, str]:
