@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dualsft.commands.compare_jobs import CompareJobs, Trial
 from dualsft.commands.compare_patterns import PATTERNS, chosen_by, write_patterns
+from dualsft.commands.keys import check_options
 from dualsft.commands.parsing import add_experiment_options, add_folder_options, check_output_dir
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result
@@ -34,7 +35,9 @@ _WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "fai
 
 def compare_command(arguments: Sequence[str]) -> None:
     """Compare, or say what would be done."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    check_options(parser, "dualsft compare", arguments)
+    options = parser.parse_args(arguments)
     check_output_dir(options)
     if options.config is None:
         raise UserError("--config is not given; name the file of the grid.")

@@ -84,12 +84,22 @@ class VerbCLI(LightningCLI, ABC):
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Check the output folder before anything is loaded."""
-        config = self.config = plain_values(self.config)
+        """Check that an output folder is given, and keep the YAML that replays the run."""
+        self.config = plain_values(self.config)
         if self.needs_folder:
-            check_output_dir(config)
-        read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
+            check_output_dir(self.config)
         self.folder: RunFolder | None = None
+        self.replay = replay_of(self.parser, self.config)
+
+    def instantiate_classes(self) -> None:
+        """Make the trainer, the module and the data module; libraries' errors here are mistakes in the settings.
+
+        The model and the output folder are looked at after that, so that mistakes in options are told first.
+        """
+        with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
+            super().instantiate_classes()
+        config = self.config
+        read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         if config.output_dir and self.is_one_run:
             inputs = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
             self.folder = RunFolder(
@@ -100,12 +110,6 @@ class VerbCLI(LightningCLI, ABC):
                 result=self.result,
                 resumable=self.resumable,
             )
-        self.replay = replay_of(self.parser, config)
-
-    def instantiate_classes(self) -> None:
-        """Make the trainer, the module and the data module; libraries' errors here are mistakes in the settings."""
-        with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
-            super().instantiate_classes()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
         return super()._instantiate_trainer(config, [*callbacks, *self.complete(config)])

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dualsft.runs.stream import QUIET, is_terminal
+
 
 class _Tolerant(io.FileIO):
     """A file descriptor that takes everything, and loses what cannot be written."""
@@ -22,6 +24,26 @@ class _Tolerant(io.FileIO):
         except OSError:
             written = None
         return memoryview(data).nbytes if written is None else written
+
+
+@contextmanager
+def calm_libraries(quiet: bool) -> Iterator[None]:
+    """Set for a while what keeps progress bars, ours and those of libraries, out of logs and of quiet terminals.
+
+    It is set in the environment, which processes of the job inherit, and before the libraries are imported.
+    """
+    own = {QUIET: "1"} if quiet else {}
+    if quiet or not is_terminal(sys.stderr):
+        own["TQDM_DISABLE"] = "1"
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

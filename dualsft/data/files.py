@@ -18,6 +18,7 @@ from dualsft.data.tables import arrow_records, dumped, is_saved_to_disk, parquet
 from dualsft.data.text_lines import COMPRESSED, text_lines
 from dualsft.data.texts import is_conversation
 from dualsft.errors import UserError, first_line
+from dualsft.storage.hub import OFFLINE, cache_alone_when_offline
 from dualsft.storage.paths import expanded, named
 
 _LARGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 128 KiB, is below the length of long documents
@@ -174,13 +175,14 @@ def _arrow_lines(file: Path) -> Iterator[SourceLine]:
 def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
     import datasets  # takes most of a second
 
-    try:
-        records = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises many kinds, none of them worded for users
-        raise UserError(
-            f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
-            f"(split {split!r}): {first_line(error)}"
-        ) from error
+    with cache_alone_when_offline() as offline:
+        try:
+            records = datasets.load_dataset(name, split=split)
+        except Exception as error:  # the hub's client raises many kinds, none of them worded for users
+            raise UserError(
+                f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
+                f"(split {split!r}): {OFFLINE if offline else first_line(error)}"
+            ) from error
     yield from _table_lines(records, f"{name} [{split}]")
 
 

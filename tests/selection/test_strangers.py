@@ -115,7 +115,10 @@ class OddExamples(DataAllocator):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({**ADAM, "scorer": OddScorer("raise")}, r"OddScorer\.direction failed \(AttributeError: .*\); mend tests\."),
+        (
+            {**ADAM, "scorer": OddScorer("raise")},
+            r"OddScorer\.direction failed \(AttributeError: .*\); mend tests\.",
+        ),
         ({**ADAM, "scorer": OddScorer("none")}, rf"OddScorer gave {FIRST} a direction that is not finite"),
         (
             {**ADAM, "scorer": OddScorer("integers")},
