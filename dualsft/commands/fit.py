@@ -62,7 +62,7 @@ class KeepFolder(Callback):
 
 
 class FitCLI(VerbCLI):
-    """Runs the full optimization routine."""
+    """Fine-tune the chosen weights on the chosen examples, measure the result, and export it."""
 
     verb = "fit"
     result = "delta.safetensors"

@@ -1,5 +1,6 @@
 """The base of select, fit and validate: LightningCLI with the options of one verb."""
 
+import sys
 from abc import ABC, abstractmethod
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from dualsft.commands.parsing import (
     replay_of,
 )
 from dualsft.commands.path_options import expand_paths
+from dualsft.commands.short_help import short_help, wants_all, wants_help
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.errors import naming
@@ -72,6 +74,11 @@ class VerbCLI(LightningCLI, ABC):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
+        if wants_help(args):
+            print(short_help(parser, self.verb))
+            sys.exit(0)
+        if wants_all(args):
+            args = ["--help"]
         self.config = expand_paths(parser.parse_args(prepare(args, self.verb, parser)))
         check_numbers(self.config)
         try:
