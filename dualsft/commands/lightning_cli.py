@@ -22,6 +22,7 @@ from dualsft.commands.parsing import (
     replay_of,
 )
 from dualsft.commands.path_options import expand_paths
+from dualsft.commands.progress_bar import PhaseBars, has_own_bar
 from dualsft.commands.short_help import short_help, wants_all, wants_help
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
@@ -119,7 +120,8 @@ class VerbCLI(LightningCLI, ABC):
             )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
-        return super()._instantiate_trainer(config, [*callbacks, *self.complete(config)])
+        bars = [] if has_own_bar(config) else [PhaseBars()]
+        return super()._instantiate_trainer(config, [*callbacks, *self.complete(config), *bars])
 
     def complete(self, trainer: dict[str, Any]) -> list[Callback]:
         """Complete the trainer's settings, and return the verb's own callbacks."""
