@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dualsft.commands.sentences import causes, plainly
+from dualsft.commands.terminal import one_line
 from dualsft.errors import UserError, clipped, is_lost_contact, is_out_of_memory, shortage
 from dualsft.sharding.collectives import is_rank_zero, rank
 from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
@@ -77,6 +78,7 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.formatwarning = one_line  # Lightning has put its own there
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # the override copies only the masters, which is intended

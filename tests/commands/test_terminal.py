@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -121,3 +122,14 @@ def test_libraries_show_no_bars_where_nobody_watches(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CI", "true")
     with calm_libraries(quiet=False):
         assert os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the place in a library that gives them; what will change for a library's callers is left out."""
+    monkeypatch.setattr(sys, "warnoptions", [])
+    before = warnings.formatwarning
+    with calm_libraries(quiet=False):
+        told = warnings.formatwarning("something\n  matters", UserWarning, "library.py", 7)
+        warnings.warn("something will change", FutureWarning, stacklevel=1)  # which is an error otherwise
+    assert told == "dualsft: warning: something matters\n"
+    assert warnings.formatwarning is before
