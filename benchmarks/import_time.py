@@ -2,9 +2,9 @@
 
     python benchmarks/import_time.py --repetitions 5
 
-Prints the median CPU seconds of each command, run by turns in processes of their own, and the ratios:
-`dualsft --help`, `dualsft plugins` and `import dualsft.scorers` to `import torch`, and a verb's ``--print_config`` to
-`import torch, lightning, transformers`. CPU seconds, not time on the clock, so that a busy machine changes little.
+Prints the median CPU seconds of each command, run by turns in processes of their own, their ratios to
+`import torch, lightning, transformers`, and for those that need no more than torch the ratio to `import torch`. CPU
+seconds, not time on the clock, so that a busy machine changes little.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 DUALSFT = ["-m", "dualsft"]
 TORCH, LIGHTNING = "import torch", "import torch, lightning, transformers"
 GOALS = {
-    "dualsft --help": ([*DUALSFT, "--help"], TORCH, 1.1),
+    "dualsft --help": ([*DUALSFT, "--help"], TORCH, 0.1),
     "dualsft plugins": ([*DUALSFT, "plugins"], TORCH, 1.1),
     "import dualsft.scorers": (["-c", "import dualsft.scorers"], TORCH, 1.1),
     "dualsft select --print_config": ([*DUALSFT, "select", "--print_config"], LIGHTNING, 1.15),
@@ -48,8 +48,8 @@ def main() -> None:
     for base in (TORCH, LIGHTNING):
         print(f"{base:<38} {medians[base]:6.2f} s")
     for name, (_, base, goal) in GOALS.items():
-        ratio = medians[name] / medians[base]
-        print(f"{name:<38} {medians[name]:6.2f} s  {ratio:5.2f} of `{base}` (goal: {goal})")
+        told = [f"{medians[name] / medians[of]:5.2f} of `{of}`" for of in dict.fromkeys((LIGHTNING, base))]
+        print(f"{name:<38} {medians[name]:6.2f} s  {', '.join(told)} (goal: {goal})")
 
 
 if __name__ == "__main__":

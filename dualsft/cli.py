@@ -4,12 +4,20 @@ A verb's module is imported when the verb is run, so that help and the small ver
 """
 
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from pkgutil import resolve_name
 
-from dualsft.commands.terminal import tolerant_output
+from dualsft.commands.terminal import calm_libraries, tolerant_output
+
+FLAGS = {
+    "--debug": "show the whole traceback of an error, not its sentence alone",
+    "--quiet": "show results and errors, and no progress",
+}
+"""Flags that every command takes, anywhere on its line."""
 
 VERBS = {
     "select": ("score every example and every weight, and choose a subset of each", "select:SelectCLI.command"),
@@ -50,13 +58,17 @@ def run(arguments: Sequence[str]) -> None:
         print(_help())
     elif verb == "--version":
         print(f"dualsft {version('dualsft')}")
-    elif not verb or verb.startswith("-"):
-        given = f"before {verb}" if verb else "first"
-        raise ArgumentError(None, f"name a command {given}; the commands are {', '.join(VERBS)}.")
+    elif not verb:
+        print(_help(), file=sys.stderr)
+        sys.exit(2)
+    elif verb.startswith("-"):
+        raise ArgumentError(None, f"name a command before {verb}; the commands are {', '.join(VERBS)}.")
     else:
         from dualsft.errors import UserError  # imports torch
 
-        raise UserError(f"dualsft has no command {verb!r}; its commands are {', '.join(VERBS)}.")
+        (meant,) = get_close_matches(verb, VERBS, n=1) or [""]
+        advice = f"did you mean {meant}? Its commands" if meant else "its commands"
+        raise UserError(f"dualsft has no command {verb!r}; {advice} are {', '.join(VERBS)}.")
 
 
 def _verb_first(arguments: Sequence[str]) -> list[str]:
@@ -72,21 +84,24 @@ def _verb_first(arguments: Sequence[str]) -> list[str]:
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {line}" for verb, (line, _) in VERBS.items())
+    flags = "\n".join(f"  {flag:<{width}}  {line}" for flag, line in FLAGS.items())
     return (
         "usage: dualsft COMMAND [options]\n\n"
         "Choose what to train on and what to train.\n\n"
         f"commands:\n{verbs}\n\n"
         "options:\n"
         f"  {'-h, --help':<{width}}  show this and exit; `dualsft COMMAND --help` shows a command's options\n"
-        f"  {'--version':<{width}}  show the version and exit"
+        f"  {'--version':<{width}}  show the version and exit\n{flags}"
     )
 
 
 def main() -> None:
     """Run the console script: a user's mistake ends in one sentence and exit code 1, 2 for options, 130 for Ctrl-C."""
-    with tolerant_output():
+    arguments = [argument for argument in sys.argv[1:] if argument not in FLAGS]
+    debug, quiet = (flag in sys.argv[1:] for flag in FLAGS)
+    with tolerant_output(), calm_libraries(quiet):
         try:
-            run(sys.argv[1:])
+            run(arguments)
         except (Exception, KeyboardInterrupt) as error:
             from dualsft.commands.messages import explanation, is_told_by_another_rank  # imports torch
             from dualsft.sharding.collectives import is_distributed
@@ -99,6 +114,8 @@ def main() -> None:
                 if explained is None:
                     sys.excepthook(type(error), error, error.__traceback__)
                 else:
+                    if debug:
+                        traceback.print_exception(error)
                     print(explained[0], file=sys.stderr, flush=True)
             leave_job()
             sys.exit(explained[1] if explained else 1)

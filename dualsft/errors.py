@@ -4,6 +4,7 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
 import torch
 
@@ -83,9 +84,22 @@ def blaming(part: object, method: str) -> Iterator[None]:
         if ours or isinstance(error, UserError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "no message").split("\n")[0]
+        module = type(part).__module__
         raise UserError(
-            f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}); mend {type(part).__module__}."
+            f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}{raised_at(error, module)}); "
+            f"mend {module}."
         ) from error
+
+
+def raised_at(error: BaseException, module: str) -> str:
+    """The innermost file and line of an exception in the package of a module, as ", at FILE, line N"; empty if none."""
+    package = module.partition(".")[0]
+    own = [
+        f", at {frame.f_code.co_filename}, line {line}"
+        for frame, line in walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] == package
+    ]
+    return own[-1] if own else ""
 
 
 @contextmanager

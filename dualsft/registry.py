@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 
-from dualsft.errors import UserError
+from dualsft.errors import UserError, raised_at
 
 GROUPS = {
     "dualsft.scorers": "dualsft.scorers:Scorer",
@@ -96,7 +96,7 @@ def _examine(group: str, point: EntryPoint) -> tuple[str, str]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin's import may raise anything, and must not break the list
-        return "", f"{type(error).__name__}: {error}"
+        return "", f"{type(error).__name__}: {error}{raised_at(error, point.module)}"
     base = resolve_name(GROUPS[group])
     if not (isinstance(found, type) and issubclass(found, base)):
         return "", f"it is no subclass of {GROUPS[group].replace(':', '.')}"

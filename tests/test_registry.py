@@ -102,7 +102,7 @@ def test_a_plugin_cannot_shadow_a_built_in_name(install: Install) -> None:
     [
         ("no_such_module:Thing", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("json:Nothing", "AttributeError: module 'json' has no attribute 'Nothing'"),
-        ("plugin_that_exits:Thing", "SystemExit: 3"),
+        ("plugin_that_exits:Thing", "SystemExit: 3, at {folder}/plugin_that_exits.py, line 1"),
         ("json:JSONDecoder", "it is no subclass of dualsft.scorers.Scorer"),
         ("json:loads", "it is no subclass of dualsft.scorers.Scorer"),
         ("dualsft.allocators:TopK", "it is no subclass of dualsft.scorers.Scorer"),
@@ -118,6 +118,7 @@ def test_a_broken_plugin_is_listed_with_its_reason(
     (tmp_path / "plugin_that_exits.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     install(OURS, point("broken", target, "plugin"))
+    reason = reason.replace("{folder}", str(tmp_path))
     listed = {entry.name: entry for entry in registered()}
     assert listed["broken"].problem == reason
     assert (listed["broken"].package, listed["broken"].target) == ("plugin 1.0", target)

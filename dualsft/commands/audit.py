@@ -22,6 +22,7 @@ from dualsft.experiments.judgement import AuditRun, as_rows, judge
 from dualsft.experiments.report_folder import ReportFolder
 from dualsft.experiments.schedule import complete, plan, workers_for
 from dualsft.finetune import MaskedFinetuneModule
+from dualsft.runs.bars import numbered
 from dualsft.selection import Selection
 from dualsft.storage.writing import replacing, write_atomically, writing_to
 
@@ -65,9 +66,9 @@ class AuditCLI(VerbCLI):
                 tell(plan(bank, [*jobs.first, *fits], len(workers)))
                 return
             output.claim(self.replay)
-            complete(bank, jobs.first, workers, "scores")
+            complete(bank, jobs.first, workers, numbered("scores", 1, 2))
             jobs.check(bank)
-            complete(bank, fits, workers, "fits")
+            complete(bank, fits, workers, numbered("fits", 2, 2))
         _write(output.path, self.model.selection, jobs.runs(bank), jobs.calibrated, jobs.failures(bank))
 
     def _fit_config(self, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dualsft.commands.compare_jobs import CompareJobs, Trial
 from dualsft.commands.compare_patterns import PATTERNS, chosen_by, write_patterns
+from dualsft.commands.keys import check_options
 from dualsft.commands.parsing import add_experiment_options, add_folder_options, check_output_dir
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result
@@ -21,6 +22,7 @@ from dualsft.experiments.jobs import Job
 from dualsft.experiments.report_folder import ReportFolder
 from dualsft.experiments.results import Outcome, Results, base_outcome, check_metrics, parquet_table, plain
 from dualsft.experiments.schedule import complete, plan, workers_for
+from dualsft.runs.bars import numbered
 from dualsft.storage.writing import replacing, write_atomically, writing_to
 
 DESCRIPTION = (
@@ -34,7 +36,9 @@ _WRITTEN = ("bank", "settings", "results.parquet", "table.md", "table.tex", "fai
 
 def compare_command(arguments: Sequence[str]) -> None:
     """Compare, or say what would be done."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    check_options(parser, "dualsft compare", arguments)
+    options = parser.parse_args(arguments)
     check_output_dir(options)
     if options.config is None:
         raise UserError("--config is not given; name the file of the grid.")
@@ -82,22 +86,27 @@ def compare(grid: Grid, jobs: CompareJobs, do: Do) -> Results:
         UserError: if the base model cannot be evaluated, or has not the main metric of an evaluation.
     """
     assert jobs.base is not None
-    first = do([jobs.base], "base model")[jobs.base.key]
+    phases = len(jobs.stages) + 2
+    first = do([jobs.base], numbered("base model", 1, phases))[jobs.base.key]
     if first.error is not None:
         raise UserError(f"the base model cannot be evaluated: {first.error}")
     base = base_outcome(first.metrics)
     check_metrics(grid, base)
-    found = make_selections(jobs, do)
+    found = make_selections(jobs, do, before=1, after=1)
     ready = [trial.job for trial in jobs.trials if not _lacks(trial.needs, found)]
-    found |= do(ready, "fits")
+    found |= do(ready, numbered("fits", phases, phases))
     return Results(grid, base, [_outcome(trial, found) for trial in jobs.trials])
 
 
-def make_selections(jobs: CompareJobs, do: Do) -> dict[str, Result]:
-    """Make the selections, and return their results by key; those that need one that failed are not tried."""
+def make_selections(jobs: CompareJobs, do: Do, before: int = 0, after: int = 0) -> dict[str, Result]:
+    """Make the selections, and return their results by key; those that need one that failed are not tried.
+
+    Their phases are numbered with the phases that come ``before`` and ``after`` them.
+    """
     found: dict[str, Result] = {}
-    for stage in jobs.stages:
-        found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], "selections")
+    for number, stage in enumerate(jobs.stages, before + 1):
+        label = numbered("selections", number, before + len(jobs.stages) + after)
+        found |= do([job for job in stage if not _lacks(jobs.needs_of(job), found)], label)
     return found
 
 

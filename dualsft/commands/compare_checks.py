@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dualsft.allocators import Budget, count_of
-from dualsft.commands.messages import plainly
+from dualsft.commands.sentences import plainly
 from dualsft.commands.shared_scores import data_allocator
 from dualsft.errors import UserError, naming
 from dualsft.evaluation.tasks import INSTALL

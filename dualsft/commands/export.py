@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from safetensors import SafetensorError
 
+from dualsft.commands.keys import check_options
 from dualsft.commands.messages import quieten
 from dualsft.commands.parsing import CONFIG, replay_of
 from dualsft.commands.path_options import expand_paths
@@ -85,6 +86,8 @@ def export_command(arguments: Sequence[str]) -> None:
         told = f"has no form {arguments[0]!r}; its" if arguments else "needs to know what to make; its"
         raise UserError(f"dualsft export {told} forms are {', '.join(FORMS)}.")
     parser, parsers = _parsers()
+    if arguments[0] in FORMS:
+        check_options(parsers[arguments[0]], f"dualsft export {arguments[0]}", arguments[1:])
     config = parser.parse_args(list(arguments))
     name, options = config.form, expand_paths(config[config.form])
     for key in (*FORMS[name].options, "output_dir"):

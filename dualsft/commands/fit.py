@@ -1,6 +1,7 @@
 """`dualsft fit`: fine-tune the chosen weights on the chosen examples."""
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from dualsft.runs.loggers import LOGS, make_loggers
 from dualsft.selection.overlap import tell_of_data
 from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
 from dualsft.sharding.strategy import launch_ranks
+from dualsft.storage.paths import expanded
 from dualsft.storage.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
@@ -50,20 +52,20 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
 class KeepFolder(Callback):
     """Ends a fit as soon as its output folder is removed, after which all that it writes would be lost."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
         """Check the folder."""
-        self._folder.check_held()
+        self._check()
 
     def on_fit_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Check the folder before the export."""
-        self._folder.check_held()
+        self._check()
 
 
 class FitCLI(VerbCLI):
-    """Runs the full optimization routine."""
+    """Fine-tune the chosen weights on the chosen examples, measure the result, and export it."""
 
     verb = "fit"
     result = "delta.safetensors"
@@ -76,8 +78,7 @@ class FitCLI(VerbCLI):
 
     def complete(self, trainer: dict[str, Any]) -> list[Callback]:
         """Have the trainer log, checkpoint and export into the output folder."""
-        assert self.folder is not None
-        folder = self.folder.path
+        folder = Path(expanded(self.config.output_dir))
         csv = partial(MetricsLog, name=LOGS, version=0)
         defaults: dict[str, Any] = {"default_root_dir": str(folder / "logs")}
         if not trainer.get("barebones"):
@@ -87,7 +88,7 @@ class FitCLI(VerbCLI):
         if trainer.get("logger"):
             trainer["logger"] = make_loggers(trainer["logger"], folder, csv)
         self.report = FitReport()
-        own: list[Callback] = [KeepFolder(self.folder), self.report, ContinueMetrics(), EndOfTraining()]
+        own: list[Callback] = [KeepFolder(self._check_held), self.report, ContinueMetrics(), EndOfTraining()]
         own.append(LogRun(yaml.safe_load(self.replay)))
         own.append(ExportModel(str(folder)))
         if trainer.get("enable_checkpointing") is not False:
@@ -106,6 +107,10 @@ class FitCLI(VerbCLI):
             often = timedelta(minutes=options.save_minutes)
             own.append(RecentCheckpoint(folder, filename="recent", train_time_interval=often))
         return own
+
+    def _check_held(self) -> None:
+        assert self.folder is not None
+        self.folder.check_held()
 
     def run(self) -> None:
         """Fine-tune, from the newest checkpoint if resuming, and print a report; a finished run is left as it is."""

@@ -1,5 +1,6 @@
 """The base of select, fit and validate: LightningCLI with the options of one verb."""
 
+import sys
 from abc import ABC, abstractmethod
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from dualsft.commands.parsing import (
     replay_of,
 )
 from dualsft.commands.path_options import expand_paths
+from dualsft.commands.progress_bar import PhaseBars, has_own_bar
+from dualsft.commands.short_help import short_help, wants_all, wants_help
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.data.sources import paths_of
@@ -77,6 +80,11 @@ class VerbCLI(LightningCLI, ABC):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments after configurations and names have been prepared."""
+        if wants_help(args):
+            print(short_help(parser, self.verb))
+            sys.exit(0)
+        if wants_all(args):
+            args = ["--help"]
         self.config = expand_paths(parser.parse_args(prepare(args, self.verb, parser)))
         check_numbers(self.config)
         try:
@@ -89,12 +97,22 @@ class VerbCLI(LightningCLI, ABC):
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Check the output folder before anything is loaded."""
-        config = self.config = plain_values(self.config)
+        """Check that an output folder is given, and keep the YAML that replays the run."""
+        self.config = plain_values(self.config)
         if self.needs_folder:
-            check_output_dir(config)
-        read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
+            check_output_dir(self.config)
         self.folder: RunFolder | None = None
+        self.replay = replay_of(self.parser, self.config)
+
+    def instantiate_classes(self) -> None:
+        """Make the trainer, the module and the data module; libraries' errors here are mistakes in the settings.
+
+        The model and the output folder are looked at after that, so that mistakes in options are told first.
+        """
+        with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
+            super().instantiate_classes()
+        config = self.config
+        read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         if config.output_dir and self.is_one_run:
             read = [*map(config.get, INPUTS), *validation_sources(config.get("data.validation")).values()]
             inputs = [path for given in read for path in paths_of(given)]
@@ -106,15 +124,10 @@ class VerbCLI(LightningCLI, ABC):
                 result=self.result,
                 resumable=self.resumable,
             )
-        self.replay = replay_of(self.parser, config)
-
-    def instantiate_classes(self) -> None:
-        """Make the trainer, the module and the data module; libraries' errors here are mistakes in the settings."""
-        with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
-            super().instantiate_classes()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> LightningTrainer:
-        return super()._instantiate_trainer(config, [*callbacks, *self.complete(config)])
+        bars = [] if has_own_bar(config) else [PhaseBars()]
+        return super()._instantiate_trainer(config, [*callbacks, *self.complete(config), *bars])
 
     def complete(self, trainer: dict[str, Any]) -> list[Callback]:
         """Complete the trainer's settings, and return the verb's own callbacks.

@@ -13,6 +13,8 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dualsft.commands.sentences import causes, plainly
+from dualsft.commands.terminal import one_line
 from dualsft.errors import UserError, clipped, is_lost_contact, is_out_of_memory, shortage
 from dualsft.sharding.collectives import is_rank_zero, rank
 from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
@@ -53,10 +55,10 @@ def _rank() -> str:
 
 def is_told_by_another_rank(error: BaseException) -> bool:
     """Whether another rank of the job tells, or has told, why it ends; otherwise this one counts as having told it."""
-    causes = list(_causes(error))
-    if any(isinstance(cause, UserError) and cause.by_another_rank for cause in causes):
+    chain = list(causes(error))
+    if any(isinstance(cause, UserError) and cause.by_another_rank for cause in chain):
         return True
-    if any(map(is_lost_contact, causes)) and has_anyone_spoken():
+    if any(map(is_lost_contact, chain)) and has_anyone_spoken():
         return True
     return not is_first_to_say(f"{type(error).__name__}: {error}")
 
@@ -76,6 +78,7 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.formatwarning = one_line  # Lightning has put its own there
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # the override copies only the masters, which is intended
@@ -94,7 +97,7 @@ def explaining_settings() -> Iterator[None]:
 
 
 def _unusable(error: Exception) -> str:
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, UserError):
             return str(cause)
     problem = r"Errors:\n\s+- (?:Problem with given class_path .*:\s+)?(.*)"
@@ -116,57 +119,3 @@ def refused(error: Exception) -> str | None:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = frame.f_globals.get("__name__", "").startswith("lightning.")
     return str(error) if ours and isinstance(error, (ValueError, RuntimeError, TypeError, AttributeError)) else None
-
-
-def plainly(error: BaseException) -> str:
-    """One sentence for a parser's error, which may have many lines; a message of one line stays as it is."""
-    for cause in _causes(error):
-        if isinstance(cause, UserError):
-            return str(cause)
-        if problem := re.match(r"Problem with given class_path '([\w.]+)':\s+(.*)", str(cause), re.DOTALL):
-            return _refused_option(str(error), *problem.groups())
-    return _sentence(str(error))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _refused_option(message: str, kind: str, problem: str) -> str:
-    """One sentence on a wrong option of the class that a key names."""
-    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
-    where, advice = (key[1], f"; `--{key[1]}.help {kind}` shows its options.") if key else (kind, ".")
-    if unknown := re.match(r"Option '(\w+)' is not accepted", problem):
-        return f"{where}: {kind} has no option {unknown[1]}{advice}"
-    if missing := re.search(r"arguments are required: (.*)", problem):
-        return f"{where}: {kind} needs {missing[1]}, which is not given{advice}"
-    return f"{where}.{_sentence(problem)}"
-
-
-def _sentence(message: str) -> str:
-    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
-    if not key:
-        return message
-    if re.search(r"Got value: None\b", message):
-        return f"{key[1]} is not given, or null, and needs a value."
-    if nested := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)", message):
-        return f"{key[1]}.{nested[1]} does not take {nested[2]}; `--{key[1]}.help NAME` shows what there is."
-    value = re.search(r"Given value: (.*)", message)
-    if "Union subtypes" in message and value:
-        return f"{key[1]} does not take {value[1]}; `--print_config` shows what it takes."
-    if expected := re.search(r"Expected a (.+?)\. Got value: (.*)", message):
-        return f"{key[1]} does not take {expected[2].strip()}: it must be {_kind(expected[1])}."
-    if section := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
-        return f"{key[1]} does not take {section[1]}: it has keys of its own, which `--print_config` shows."
-    return message
-
-
-def _kind(expected: str) -> str:
-    """A plain name for a type that the parser expected."""
-    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
-        return f"one of {literal[1].replace(chr(39), '')}"
-    if plain := re.fullmatch(r"<class '(?:builtins\.)?(\w+)'>", expected):
-        return {"int": "an integer", "float": "a number", "bool": "true or false"}.get(plain[1], f"a {plain[1]}")
-    return expected

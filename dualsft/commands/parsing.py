@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, capture_parser
 
+from dualsft.commands.keys import check_keys, check_options, knows
+from dualsft.commands.values import with_plain_values, written_plainly
 from dualsft.errors import UserError
 from dualsft.registry import class_path
 from dualsft.storage.paths import expanded
@@ -102,22 +104,34 @@ def plain_values(value: Any) -> Any:
 def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list[str]:
     """Prepare a verb's arguments: narrow configuration files to its keys, and replace names by class paths."""
     prepared: list[str] = []
+    command = f"dualsft {verb}"
     split = _added_up([part for a in arguments for part in _split(_moved(a))])
     for option in split:
         if option.startswith("--"):
             _check_place(option.removeprefix("--").split("=")[0])
+    check_options(parser, command, split, partial(_who_knows, _others(verb)))
     for key, value in zip(["", *split], split, strict=False):
         if key in CONFIG:
-            prepared.append(yaml.safe_dump(_narrow(_read_config(value), verb, parser), sort_keys=False))
+            narrowed = _narrow(_read_config(value), verb, parser)
+            check_keys(parser, command, narrowed, value)
+            prepared.append(yaml.safe_dump(with_plain_values(parser, narrowed), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")
         else:
-            prepared.append(_expand_option(key, value))
+            prepared.append(_expand_option(key, _plain_value(parser, key, value)))
             if key.endswith(".help") and _group(key):
                 found = resolve_name(prepared[-1])
                 if not inspect.signature(found).parameters:  # the parser prints no help for a class without options
                     print(f"{inspect.getdoc(found)}\n\nIt has no options.\n")
     return prepared
+
+
+def _plain_value(parser: ArgumentParser, option: str, argument: str) -> str:
+    """An argument, with the value in it or after ``option`` as the parser takes it."""
+    own, equals, value = argument.partition("=")
+    if equals and own.startswith("--"):
+        return f"{own}={written_plainly(parser, own, value)}"
+    return written_plainly(parser, option, argument) if option.startswith("--") else argument
 
 
 def _moved(text: str) -> str:
@@ -209,8 +223,7 @@ def _narrow(config: dict[str, Any], verb: str, parser: ArgumentParser) -> dict[s
     """A configuration without the keys of other verbs only; keys that no verb knows stay, for the parser to refuse."""
 
     def belongs(key: str) -> bool:
-        others = (other for other in JOB if other != verb)
-        return _knows(parser, key) or not any(_knows(parser_of(other), key) for other in others)
+        return _knows(parser, key) or not any(_knows(parser_of(other), key) for other in _others(verb))
 
     narrowed: dict[str, Any] = {}
     for key, value in config.items():
@@ -243,6 +256,14 @@ def _expand_value(group: str, value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         return {**value, "class_path": class_path(group, value["class_path"])}
     return value
+
+
+def _others(verb: str) -> list[str]:
+    return [other for other in JOB if other != verb]
+
+
+def _who_knows(verbs: Sequence[str], key: str) -> list[str]:
+    return [verb for verb in verbs if knows(parser_of(verb), key)]
 
 
 def _knows(parser: ArgumentParser, key: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dualsft import quickstart
 from dualsft.cli import run
+from dualsft.commands.keys import check_options
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart.control import write_control
@@ -34,6 +35,7 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every step (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quick start")
+    check_options(parser, "dualsft quickstart", arguments)
     options = parser.parse_args(arguments)
     folder = RunFolder(options.output_dir, overwrite=options.overwrite, resumable=False)
     folder.claim({"command": "quickstart"})

@@ -7,9 +7,12 @@ gone and a log on a full disk lose what is printed from then on, and nothing els
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from dualsft.runs.stream import QUIET, is_terminal
 
 
 class _Tolerant(io.FileIO):
@@ -22,6 +25,49 @@ class _Tolerant(io.FileIO):
         except OSError:
             written = None
         return memoryview(data).nbytes if written is None else written
+
+
+@contextmanager
+def calm_libraries(quiet: bool) -> Iterator[None]:
+    """Set for a while what keeps progress bars, ours and those of libraries, out of logs and of quiet terminals.
+
+    It is set in the environment, which processes of the job inherit, and before the libraries are imported.
+    """
+    own = {QUIET: "1"} if quiet else {}
+    if quiet or not is_terminal(sys.stderr):
+        own["TQDM_DISABLE"] = "1"
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        with _plain_warnings():
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line without its source, and none about what will change for whoever calls a library.
+
+    Whoever asks Python for other warnings (``-W``) gets these.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
+        usual, warnings.formatwarning = warnings.formatwarning, one_line
+        try:
+            yield
+        finally:
+            warnings.formatwarning = usual
+
+
+def one_line(message: Warning | str, *place: Any, **line: Any) -> str:
+    """A warning as it is shown, in the place of `warnings.formatwarning`."""
+    return f"dualsft: warning: {' '.join(str(message).split())}\n"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dualsft.trainer import Trainer
 
 
 class ValidateCLI(VerbCLI):
-    """Perform one evaluation epoch over the validation set."""
+    """Evaluate a checkpoint on validation sets, on tasks of the lm-evaluation-harness, or on both."""
 
     verb = "validate"
     module_class = EvaluationModule

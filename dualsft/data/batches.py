@@ -79,6 +79,12 @@ def padding_share(lengths: Lengths, batches: Iterable[BatchIds]) -> float:
     return 1 - tokens / slots if slots else 0.0
 
 
+def tokens_in(lengths: Lengths, batches: Iterable[BatchIds]) -> int:
+    """Tokens of the examples in some batches, without padding."""
+    ids = [i for batch in batches for row in batch for i in ([row] if isinstance(row, int) else row)]
+    return int(np.asarray(lengths, dtype=np.int64)[ids].sum()) if ids else 0
+
+
 class TrainingBatches(Sampler[BatchIds]):
     """A fixed set of batches for training, in a new order each epoch.
 

@@ -10,6 +10,7 @@ from dualsft.data.files import KINDS, READERS, SourceLine, kind_of, reader_of, t
 from dualsft.data.folders import files_of, listed
 from dualsft.data.tables import is_saved_to_disk, saved_records
 from dualsft.errors import UserError, first_line
+from dualsft.storage.hub import OFFLINE, cache_alone_when_offline
 from dualsft.storage.paths import expanded, named
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -97,11 +98,12 @@ def _folder(folder: Path, split: str) -> Source:
 def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:
     import datasets  # takes most of a second
 
-    try:
-        records = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises many kinds, none of them worded for users
-        raise UserError(
-            f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
-            f"(split {split!r}): {first_line(error)}"
-        ) from error
+    with cache_alone_when_offline() as offline:
+        try:
+            records = datasets.load_dataset(name, split=split)
+        except Exception as error:  # the hub's client raises many kinds, none of them worded for users
+            raise UserError(
+                f"{name} is neither a file or folder here nor a Hugging Face dataset that can be loaded "
+                f"(split {split!r}): {OFFLINE if offline else first_line(error)}"
+            ) from error
     yield from table_lines(records, f"{name} [{split}]")

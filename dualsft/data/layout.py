@@ -34,6 +34,11 @@ BY_EXAMPLE = ("example_id", "spans")
 """The tensors of a batch with an entry for each example; the others have one for each token."""
 
 
+def num_tokens(batch: Batch) -> int:
+    """Tokens of a batch, without its padding."""
+    return int(batch["spans"][:, 2].sum() if "spans" in batch else batch["attention_mask"].sum())
+
+
 class AmbiguousShapeError(Exception):
     """Two axes of an output have the same length, so the one that counts rows or tokens is ambiguous.
 

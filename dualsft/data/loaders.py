@@ -39,6 +39,18 @@ class PackedRowLists(RowLists):
         return [list(islice(examples, len(row))) for row in ids]
 
 
+class ScoringLoader(DataLoader[Any]):
+    """A loader of batches for scoring that knows how many tokens they have.
+
+    Attributes:
+        skipped_tokens: Tokens of the batches that come before its own, in a pass that goes on where it was killed.
+        all_tokens: These and the tokens of its own batches.
+    """
+
+    skipped_tokens = 0
+    all_tokens = 0
+
+
 class ResumableLoader(DataLoader[Any]):
     """A loader over `TrainingBatches` that continues after a checkpoint in mid-epoch with the remaining batches.
 

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share
+from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share, tokens_in
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch
-from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists
+from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
 from dualsft.data.packing import collate_packed, packed_batches
 from dualsft.data.records import read_records
@@ -169,7 +169,9 @@ class InstructionDataModule(LightningDataModule):
             A loader, or a list with one for each set in the order of `validation_sets` if there are several; an empty
             list, which Lightning passes over, without a validation set.
         """
-        loaders = [self._scoring_loader(key, packing=False) for key in self._keys.values()]  # metrics want a mask
+        loaders: list[DataLoader[Any]] = [
+            self._scoring_loader(key, packing=False) for key in self._keys.values()
+        ]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
 
     def training_loader(self, ids: Sequence[int], seed: int, validation: str | None = None) -> ResumableLoader:
@@ -241,7 +243,7 @@ class InstructionDataModule(LightningDataModule):
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
-    ) -> DataLoader[Batch]:
+    ) -> ScoringLoader:
         examples = self._encoded(key)
         chosen = examples.ok_ids() if ids is None else ids
         most = self.batch_tokens if batch_tokens is None else batch_tokens
@@ -251,7 +253,10 @@ class InstructionDataModule(LightningDataModule):
                 batches = packed_batches(examples.lengths, most, self.max_length, ids=chosen)
             else:
                 batches = length_batches(examples.lengths, most, ids=chosen)
-        return DataLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
+        loader = ScoringLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
+        loader.skipped_tokens = tokens_in(examples.lengths, batches[start % step : start : step])
+        loader.all_tokens = loader.skipped_tokens + tokens_in(examples.lengths, batches[start::step])
+        return loader
 
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
         """The arguments of a `DataLoader` except its sampler."""

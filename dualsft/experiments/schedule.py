@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from dualsft.errors import UserError
 from dualsft.experiments.bank import Bank, Result, log_file, read_result, write_result
 from dualsft.experiments.jobs import Job
 from dualsft.experiments.workers import Worker, do_all
+from dualsft.runs.bars import bar
 from dualsft.runs.progress import say
 
 WORKER = "dualsft.commands.experiment_worker"
@@ -51,22 +51,19 @@ def workers_for(parallel: int | None) -> Iterator[list[Worker]]:
 def complete(bank: Bank, jobs: Sequence[Job], workers: Sequence[Worker], label: str) -> dict[str, Result]:
     """Do those of the jobs that are missing; return the results by key, those of jobs that failed among them.
 
-    The bar's estimate of what is left counts the examples that pass through the model, at the rate so far.
+    The bar, under a label, counts the examples that pass through the model.
     """
     missing = bank.missing(jobs)
     names = {bank.place(job): job for job in missing}
     places = [bank.put(job) for job in missing]
     total = sum(job.work for job in missing)
-    shape = "{desc} {bar} {postfix} [{elapsed}<{remaining}]"
-    with tqdm(total=total, desc=label, bar_format=shape, smoothing=0, dynamic_ncols=True, disable=not missing) as bar:
-        bar.set_postfix_str(f"0/{len(missing)}")
+    with bar(label, total, show=bool(missing)) as shown:
 
         def done(place: Path, exit_code: int | None) -> None:
             job = names.pop(place)
             if exit_code is not None:
                 write_result(place, Result(error=_death(exit_code, place)))
-            bar.update(job.work)
-            bar.set_postfix_str(f"{len(missing) - len(names)}/{len(missing)}")
+            shown.advance(job.work, f"{len(missing) - len(names)} of {len(missing)} runs")
             result = read_result(place)
             if result is not None and result.error is not None:
                 say(f"{job.name} failed: {result.error}")

@@ -20,6 +20,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.index import read_index
 from dualsft.models.inspection import check_files, check_weights, explaining_load, read_config, reason
 from dualsft.models.rope import separate_frequencies
+from dualsft.storage.hub import OFFLINE, cache_alone_when_offline
 from dualsft.storage.paths import expanded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -50,12 +51,12 @@ def model_folder(name_or_path: str) -> Path:
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder; give a local Hugging Face model folder or a hub id.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name} is neither a local folder nor a model that the hub gives us ({reason(error)})"
-        ) from error
+    with cache_alone_when_offline() as offline:
+        try:
+            return Path(snapshot_download(name, allow_patterns=_FILES))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            why = OFFLINE if offline and isinstance(error, LocalEntryNotFoundError) else reason(error)
+            raise UserError(f"{name} is neither a local folder nor a model that the hub gives us ({why}).") from error
 
 
 def load_model(name_or_path: str, dtype: Dtype = "auto") -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Progress bars for the phases of a run, and each phase's cost."""
+"""The phases of a run: their cost, and how far each is."""
 
 import re
 import sys
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from dualsft.data.layout import Batch
+from dualsft.data.layout import Batch, num_tokens
+from dualsft.data.loaders import ScoringLoader
+from dualsft.runs.bars import Bar, bar, numbered
 from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 
 
@@ -35,10 +36,21 @@ class Phase:
 
 
 class PhaseLog:
-    """The phases of one run, in order, with progress bars if wanted; peak memory is that of the model's device."""
+    """The phases of one run, in order.
 
-    def __init__(self, show: bool = True, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
-        self._device = device
+    Args:
+        show: Whether to show progress.
+        device: The model's device, whose peak memory counts.
+        planned: How many phases there will be, if that is known.
+    """
+
+    def __init__(
+        self,
+        show: bool = True,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        planned: int | None = None,
+    ) -> None:
+        self._device, self._planned = device, planned
         self.phases: list[Phase] = []
         self._show = show and is_rank_zero()
 
@@ -55,9 +67,9 @@ class PhaseLog:
         phase = _phase_from(earlier) if earlier else Phase(name)
         reset_peak_memory(self._device)
         done = phase.examples % max(examples, 1)  # an earlier, discarded attempt may have processed them all
-        bar = tqdm(total=examples, initial=done, desc=name, unit="ex", disable=not self._show, dynamic_ncols=True)
-        with bar:
-            yield (meter := Meter(phase, bar, self._device))
+        title = numbered(name, len(self.phases) + 1, self._planned)
+        with bar(title, examples, done, phase.seconds, self._show) as shown:
+            yield (meter := Meter(phase, shown, self._device))
         self.phases.append(_of_all_ranks(_phase_from(meter.so_far()), dealt))
 
     def latest(self) -> dict[str, Any]:
@@ -77,23 +89,32 @@ class PhaseLog:
 
 
 class Meter:
-    """Counts the batches of a phase, and advances its bar; ``phase`` holds the cost in an earlier run."""
+    """Counts the batches of a phase, and advances its bar; ``phase`` holds the cost in an earlier run.
 
-    def __init__(self, phase: Phase, bar: Any, device: torch.device) -> None:
+    Where the longest examples come first the bar counts tokens, as the last half of the examples may be a tenth of the
+    work; elsewhere it counts examples.
+    """
+
+    def __init__(self, phase: Phase, bar: Bar, device: torch.device) -> None:
         self._phase, self._bar, self._device = phase, bar, device
-        self._start = time.perf_counter() - phase.seconds
+        self._begun = time.perf_counter()
+        self._start, self._tokens = self._begun - phase.seconds, 0
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches; each is counted once its work is done."""
-        if self._bar.n >= self._bar.total:  # a new attempt: the last one was discarded
-            self._bar.reset()
+        by_tokens = isinstance(batches, ScoringLoader)
+        if isinstance(batches, ScoringLoader):
+            self._bar.set(batches.skipped_tokens, batches.all_tokens)
+        elif self._bar.share == 1:  # a new attempt: the last one was discarded
+            self._bar.set(0, self._bar.total)
         for batch in batches:
             yield batch
             self._phase.examples += len(batch["example_id"])
             self._phase.tokens += int((batch["labels"] != -100).sum())
-            rate = self._phase.tokens / (time.perf_counter() - self._start)
-            self._bar.set_postfix_str(f"{rate:,.0f} supervised tok/s", refresh=False)
-            self._bar.update(len(batch["example_id"]))
+            tokens = num_tokens(batch)
+            self._tokens += tokens
+            rate = self._tokens / (time.perf_counter() - self._begun)
+            self._bar.advance(tokens if by_tokens else len(batch["example_id"]), f"{rate:,.0f} tok/s")
 
     def so_far(self) -> dict[str, Any]:
         """The cost of the phase so far, including that of an earlier run."""
@@ -104,7 +125,7 @@ class Meter:
 def say(message: str) -> None:
     """Print a message to stderr on rank zero, on a line of its own above the progress bar."""
     if is_rank_zero():
-        tqdm.write(f"dualsft: {message}", file=sys.stderr)
+        print(f"dualsft: {message}", file=sys.stderr, flush=True)  # an open bar makes room for it
 
 
 def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:

@@ -30,6 +30,7 @@ from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
 from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.run import walk_path
+from dualsft.selection.phase_plan import count_phases
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint, warmup_steps
@@ -72,7 +73,7 @@ def run_selection(
     ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each rank stores its own states
     configuration = on_rank_zero(lambda: describe_configuration(module, data))
     run.claim({**what_scores_rest_on(module, inputs), **configuration, **ranks})
-    log = PhaseLog(show, compute_device(model))
+    log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
 
     # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.

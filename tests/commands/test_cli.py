@@ -336,7 +336,7 @@ MISTAKES = {
     "unknown option of a class": (
         ["--model.scorer", "diagonal_fisher", "--model.scorer.sorce", "x"],
         2,
-        "model.scorer: dualsft.scorers.DiagonalFisher has no option sorce; `--model.scorer.help",
+        "model.scorer: dualsft.scorers.DiagonalFisher has no option sorce; did you mean source?",
     ),
     "what a class refuses": (
         [*WEIGHTS, "structured", "--model.parameter_allocator.unit", "block", f"{WEIGHTS[0]}.block_size", "0"],
@@ -387,7 +387,7 @@ def test_no_such_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """All commands are told, those beside the subcommands too."""
     code, told = failure(["alocate", "x"], capsys, monkeypatch)
     assert code == 1
-    assert f"no command 'alocate'; its commands are {', '.join(VERBS)}." in told
+    assert f"no command 'alocate'; did you mean allocate? Its commands are {', '.join(VERBS)}." in told
     assert {"select", "fit", "audit", "compare"} <= VERBS.keys()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from tqdm import tqdm
 
 from dualsft.cli import main
-from dualsft.commands.terminal import tolerant_output
+from dualsft.commands.terminal import calm_libraries, tolerant_output
+from dualsft.runs.stream import QUIET, is_quiet
 
 
 def closed_pipe() -> TextIO:
@@ -77,3 +79,57 @@ def test_the_exit_code_is_that_of_the_work(arguments: list[str], code: int, monk
         with pytest.raises(SystemExit) if code else nullcontext() as stop:
             main()
     assert stop is None or stop.value.code == code
+
+
+def test_no_command_shows_the_help_and_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that forgot its command is told on stderr, and does not go on as if all were well."""
+    monkeypatch.setattr(sys, "argv", ["dualsft"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("usage: dualsft COMMAND")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "nonsense"], ["nonsense", "--debug"]])
+def test_the_whole_traceback_is_shown_where_it_is_asked_for(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the sentence, which stays the last line; the exit code stays too."""
+    monkeypatch.setattr(sys, "argv", ["dualsft", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("dualsft: error: dualsft has no command 'nonsense'")
+
+
+def test_libraries_show_no_bars_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bars are off in logs and where --quiet is given, for the command's duration and in its processes."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with calm_libraries(quiet=True):
+        assert os.environ["TQDM_DISABLE"] == os.environ[QUIET] == "1"
+    assert "TQDM_DISABLE" not in os.environ
+    assert not is_quiet()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with calm_libraries(quiet=False):
+        assert "TQDM_DISABLE" not in os.environ
+    monkeypatch.setenv("CI", "true")
+    with calm_libraries(quiet=False):
+        assert os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the place in a library that gives them; what will change for a library's callers is left out."""
+    monkeypatch.setattr(sys, "warnoptions", [])
+    before = warnings.formatwarning
+    with calm_libraries(quiet=False):
+        told = warnings.formatwarning("something\n  matters", UserWarning, "library.py", 7)
+        warnings.warn("something will change", FutureWarning, stacklevel=1)  # which is an error otherwise
+    assert told == "dualsft: warning: something matters\n"
+    assert warnings.formatwarning is before

@@ -270,6 +270,7 @@ def test_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("dualsft.storage.hub.is_reachable", lambda: True)
     with pytest.raises(UserError, match=r"nor a Hugging Face dataset that can be loaded .*no network$"):
         read_records("someone/nothing")
 

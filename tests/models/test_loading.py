@@ -142,7 +142,8 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
         raise LocalEntryNotFoundError("no connection\nand a page of advice")
 
     monkeypatch.setattr(models, "snapshot_download", download)
-    with pytest.raises(UserError, match=r"^someone/model is neither a local folder nor .* \(no connection\)$"):
+    monkeypatch.setattr("dualsft.storage.hub.is_reachable", lambda: True)
+    with pytest.raises(UserError, match=r"^someone/model is neither a local folder nor .* \(no connection\)\.$"):
         load_model("someone/model")
 
 

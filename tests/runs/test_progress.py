@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from dualsft.runs.progress import PhaseLog, say
+from dualsft.data.module import InstructionDataModule
+from dualsft.runs.progress import PhaseLog
 from tests.cases import collate, make_examples
+from tests.world.data import write_jsonl
+from tests.world.models import tiny_tokenizer
 
 
 def batches() -> list[Any]:
@@ -67,61 +70,55 @@ def test_phases_are_taken_over_from_an_earlier_run() -> None:
     assert resumed.as_json() == expected
 
 
-def test_the_bar_is_drawn_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    """A bar names the phase and the rate on the error stream; without it nothing is written."""
+def test_progress_is_shown_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the number of the phase, of how many there are, its name and its rate; without it nothing is written."""
     for show in (True, False):
-        with PhaseLog(show).phase("scores", 5) as watch:
-            list(watch(batches()))
-        text = capsys.readouterr().err
-        assert ("scores" in text and "5/5" in text) is show
+        log = PhaseLog(show, planned=2)
+        for name in ("warm-up", "scores", "unplanned"):
+            with log.phase(name, 5) as watch:
+                list(watch(batches()))
+        lines = capsys.readouterr().err.splitlines()
+        told = [re.sub(r"in \d+:\d\d, [\d,]+ tok/s", "in TIME, RATE", line) for line in lines]
+        names = ("[1/2] warm-up", "[2/2] scores", "[3] unplanned") if show else ()
+        assert told == [f"dualsft: {name}: done in TIME, RATE" for name in names]
 
 
-def drawn(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The states of the bars on the error stream, in order."""
-    return [text for text in re.split(r"[\r\n]+", capsys.readouterr().err) if text]
+def shares(log: PhaseLog, given: Any, notes: dict[str, Any] | None = None) -> list[float]:
+    """How far the bar of a phase is behind each batch."""
+    with log.phase("scores", 5, notes) as watch:
+        return [*[watch._bar.share for _ in watch(given)][1:], watch._bar.share]
 
 
-def test_the_bar_tells_phase_place_rate_and_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of what an earlier run has passed, too; the rate counts all the time that the phase took."""
+def test_the_bar_counts_examples_where_batches_are_mixed() -> None:
+    """Of what an earlier run has passed, too; a pass that is repeated starts again."""
     notes = {"name": "scores", "examples": 2, "tokens": 100_000, "seconds": 1000.0, "peak_memory_bytes": 0}
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
-    with PhaseLog().phase("scores", 9, notes) as watch:
-        watch._bar.mininterval = 0
-        passing = watch(batches())
-        for _ in range(3):
-            next(passing)
-    (first, *_, last) = drawn(capsys)
-    assert re.search(r"scores:.* 2/9 \[\d\d:\d\d<", first)
-    assert re.search(r"scores:.* 6/9 \[\d\d:\d\d<\d\d:\d\d, .*ex/s, (99|100) supervised tok/s\]", last)
-
-
-def test_the_bar_starts_again_with_each_round(capsys: pytest.CaptureFixture[str]) -> None:
-    """A pass that is repeated shows how far the repetition is; a resumed one, too. All that was passed is counted."""
-    log = PhaseLog()
+    log = PhaseLog(show=False)
+    assert shares(log, batches()[1:], notes) == [0.8, 1.0]
     with log.phase("scores", 5) as watch:
         list(watch(batches()))
         passing = watch(batches())
         next(passing)
         next(passing)
-        notes = watch.so_far()
-    assert drawn(capsys)[-1].count("2/5")
-    assert notes["examples"] == 7
-    with log.phase("scores", 5, notes) as watch:
-        list(watch(batches()[1:]))
-    assert drawn(capsys)[-1].count("5/5")
-    assert log.phases[-1].examples == 10
+        assert watch._bar.share == 0.4
+        assert watch.so_far()["examples"] == 7
 
 
-def test_a_message_stands_above_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a line of its own, which the bar does not share."""
-    with PhaseLog().phase("scores", 5) as watch:
-        passing = watch(batches())
-        next(passing)
-        say("something happened.")
-        list(passing)
-    assert [line for line in drawn(capsys) if "happened" in line] == ["dualsft: something happened."]
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_bar_counts_tokens_where_the_longest_come_first(packing: bool, tmp_path: Path) -> None:
+    """So that the time left can be believed; from wherever, and on whichever rank, the pass goes on."""
+    rows = [{"prompt": "a", "response": " ".join(["word"] * n)} for n in (1, 1, 1, 1, 40)]
+    pool = write_jsonl(tmp_path / "pool.jsonl", rows)
+    data = InstructionDataModule(
+        train=pool, tokenizer=tiny_tokenizer(), packing=packing, max_length=64, batch_tokens=64
+    )
+    data.setup("fit")
+    lengths = data.train_examples.lengths
+    for start, step in ((0, 1), (1, 1), (1, 2)):
+        batches = [[int(i) for i in batch["example_id"]] for batch in data.pool_loader()]
+        own = [sum(int(lengths[i]) for i in batch) for batch in batches[start % step :: step]]
+        expected = [sum(own[: k + 1]) / sum(own) for k in range(start // step, len(own))]
+        found = shares(PhaseLog(show=False), data.pool_loader(start=start, step=step))
+        assert found == pytest.approx(expected)
 
 
 FREED = 2**27

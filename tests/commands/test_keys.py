@@ -1,0 +1,48 @@
+"""Keys that no command knows, on command lines and in configurations."""
+
+from argparse import ArgumentError
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dualsft.commands.parsing import parser_of, prepare
+
+REFUSED = {
+    "--model.data_budgt=5": "dualsft select has no option --model.data_budgt; did you mean --model.data_budget?",
+    "--optimizer.lr": "dualsft select has no option --optimizer.lr; it is one of fit and audit.",
+    "--xyzzy": "dualsft select has no option --xyzzy; `dualsft select --help` shows those it has.",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_an_unknown_option_is_refused_with_advice(option: str) -> None:
+    """The nearest option, the commands that have it, or where to look."""
+    with pytest.raises(ArgumentError) as refusal:
+        prepare([option, "5"], "select", parser_of("select"))
+    assert str(refusal.value) == REFUSED[option]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--model.scorer.method", "--data.validation.name", "--trainer.callbacks.monitor", "--model.frozen+", "--seed"],
+)
+def test_options_that_only_a_class_knows_pass(option: str) -> None:
+    """As do names of validation sets, additions to lists, and beginnings of one option alone."""
+    assert prepare([option, "x"], "select", parser_of("select"))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model": {"warmup": {"lr": 1.0}}}, "model.warmup.lr, which no command knows; did you mean model.warmup.lea"),
+        ({"model.data_budgt": 5}, "the key model.data_budgt, which no command knows; did you mean model.data_budget?"),
+        ({"modl": {"data_budget": 5}}, "the key modl, which no command knows; did you mean model?"),
+    ],
+)
+def test_an_unknown_key_of_a_configuration_is_refused_with_advice(config: object, told: str, tmp_path: Path) -> None:
+    """However deep it is, and before the parser misses what is required."""
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ArgumentError) as refusal:
+        prepare(["--config", str(tmp_path / "job.yaml")], "select", parser_of("select"))
+    assert told in str(refusal.value)
