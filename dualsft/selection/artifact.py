@@ -104,7 +104,7 @@ class Selection:
             return self._diagnosed[0]
         try:
             return Diagnostics.from_json(self._intact(DIAGNOSTICS).read_text(encoding="utf-8"))
-        except (Mismatch, OSError, ValueError) as error:
+        except (Mismatch, OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
 
     @cached_property
@@ -115,6 +115,8 @@ class Selection:
             return self._diagnosed[1]
         table = _read_table(self._intact(PARAMETERS))
         _check_columns(path, table, PARAMETER_SCHEMA)
+        if any(table[name].null_count for name in ("name", "size", "selected")):
+            raise UserError(f"{path} is damaged: it lacks names or counts; make the selection again.")
         return table
 
     @cached_property

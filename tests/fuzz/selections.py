@@ -14,6 +14,7 @@ from dualsft import load_selection
 from dualsft.cli import run
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
+from dualsft.selection.summary import summary
 from tests.fuzz.changes import changed, changed_bytes, changed_lines, changed_table, changed_tensors
 from tests.fuzz.harness import Fuzzer
 from tests.world.damage import forget_checksums
@@ -53,6 +54,7 @@ def _read(change: Change, folder: Path) -> None:
     selected_ids(place, read_records(str(Path(world.name) / "train.jsonl")))
     assert all(mask.dtype == torch.bool for mask in selection.mask().values())
     _ = selection.records, selection.token_scores, selection.sketches(), selection.parameter_scores()
+    summary(selection)
     run(["allocate", str(place), "--model.data_budget", "0.5", "--output_dir", str(folder / "again")])
 
 
@@ -62,7 +64,16 @@ def _manifests(draw: DrawFn) -> Change:
     return "manifest.json", json.dumps(manifest).encode(), True
 
 
-_BY_STRUCTURE = {".safetensors": changed_tensors, ".parquet": changed_table, ".jsonl": changed_lines}
+def _changed_json(data: bytes) -> st.SearchStrategy[bytes]:
+    return changed(json.loads(data), most=2).map(lambda value: json.dumps(value).encode())
+
+
+_BY_STRUCTURE = {
+    ".json": _changed_json,
+    ".safetensors": changed_tensors,
+    ".parquet": changed_table,
+    ".jsonl": changed_lines,
+}
 
 
 @st.composite

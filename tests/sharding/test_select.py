@@ -76,7 +76,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "layers": {**SGD, "parameter_allocator": LayerQuota(), "data_allocator": TokenBudget(), "data_budget": 60},
     "each layer": {**SGD, "parameter_allocator": UniformPerLayer(), "data_allocator": PositiveOnly()},
     "proportional": {**SGD, "parameter_allocator": Proportional(), "data_allocator": Diverse()},
-    "sources": {**SGD, "data_allocator": PerSourceQuota("prompt"), "gradient_checkpointing": True},
+    "sources": {**SGD, "data_allocator": PerSourceQuota("prompt"), "gradient_checkpointing": True, "stability": True},
     "along the target": {"path": replace(WALK, columns="product"), "token_scores": True},
     "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath())},
 }
@@ -123,6 +123,9 @@ def assert_same_diagnostics(found: Selection, expected: Selection) -> None:
     assert ours.basis.alignment.keys() == right.basis.alignment.keys()
     for name, of in right.basis.alignment.items():
         assert vars(ours.basis.alignment[name]) == pytest.approx(vars(of), abs=1e-4)
+    assert (ours.basis.stability is None) == (right.basis.stability is None)
+    if ours.basis.stability and right.basis.stability:
+        assert vars(ours.basis.stability) == pytest.approx(vars(right.basis.stability), abs=1e-3)
 
 
 def pairs(ours: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

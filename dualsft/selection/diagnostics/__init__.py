@@ -6,7 +6,6 @@ Out: ``diagnostics.json`` as `Diagnostics`, and the rows of ``parameters.parquet
 
 from dualsft.selection.diagnostics.diagnose import DIAGNOSTICS, PARAMETERS, diagnose, write_diagnostics
 from dualsft.selection.diagnostics.figures import (
-    LEVELS,
     Alignment,
     Basis,
     Diagnostics,
@@ -18,6 +17,7 @@ from dualsft.selection.diagnostics.figures import (
     Stability,
     Target,
 )
+from dualsft.selection.diagnostics.levels import LEVELS
 from dualsft.selection.diagnostics.places import ALL, PlaceCounts, by_place
 from dualsft.selection.diagnostics.rows import RowSources, describe_target, row_sources
 

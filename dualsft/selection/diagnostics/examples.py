@@ -13,9 +13,9 @@ from dualsft.selection.diagnostics.figures import (
     ScoreFigures,
     SourceGroup,
     Sources,
-    quantiles,
 )
 from dualsft.selection.diagnostics.histogram import budget_counts
+from dualsft.selection.diagnostics.levels import quantiles
 from dualsft.selection.diagnostics.rows import RowSources
 
 MOST_SOURCES = 100

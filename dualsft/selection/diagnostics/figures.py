@@ -1,27 +1,12 @@
 """``diagnostics.json`` as dataclasses, from which it is written and by which it is read."""
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
+from dualsft.selection.diagnostics.levels import LEVELS, Quantiles
 from dualsft.selection.json_values import typed
-
-LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-"""The levels at which quantiles are kept."""
-
-Quantiles = dict[str, float]
-"""A level of `LEVELS`, as text -> the smallest value that is at least as large as this share of the values."""
-
-
-def quantiles(values: np.ndarray | Sequence[float]) -> Quantiles:
-    """Exact quantiles at `LEVELS`; empty without values."""
-    if not len(values):
-        return {}
-    found = np.quantile(np.asarray(values, np.float64), LEVELS, method="inverted_cdf")
-    return dict(zip(map(str, LEVELS), found.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +181,27 @@ class Diagnostics:
         """The inverse of `as_json`.
 
         Raises:
-            ValueError: if it is no JSON.
+            ValueError: if it is no JSON of finite numbers and text, or levels of quantiles or budgets are missing.
             Mismatch: if a key is missing or of another type.
         """
-        found: Any = typed(Diagnostics, json.loads(text), "")
+        stored = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        found: Any = typed(Diagnostics, stored, "")
+        json.dumps(stored, ensure_ascii=False).encode()  # a lone surrogate, as an escape, could not be written again
         assert isinstance(found, Diagnostics)
+        _check_levels(found)
         return found
+
+
+def _check_levels(found: Diagnostics) -> None:
+    sides = [side for side in (found.examples, found.parameters) if side is not None]
+    target = [found.basis.target.tokens] if found.basis.target else []
+    levels = [*(side.quantiles for side in sides), found.lengths.pool, found.lengths.selected, *target]
+    curves = [curve for side in sides for curve in (side.capture, side.capture_by_magnitude)]
+    if any(of and list(of) != list(map(str, LEVELS)) for of in levels) or {*map(len, curves)} - {0, 100}:
+        raise ValueError("levels are missing")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dualsft.selection.diagnostics.figures import LEVELS
+from dualsft.selection.diagnostics.levels import LEVELS
 
 _BINS, _ZERO = 2**16, 2**15
 """How many bins there are, and the first that holds no negative score."""

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.allocators.groups import place_of
-from dualsft.selection.diagnostics.figures import LEVELS, ScoreFigures
+from dualsft.selection.diagnostics.figures import ScoreFigures
 from dualsft.selection.diagnostics.histogram import CHUNK, ScoreHistogram
+from dualsft.selection.diagnostics.levels import LEVELS
 
 QUANTILES = {level: f"score_q{round(100 * level):02d}" for level in LEVELS}
 """Level -> the column of ``parameters.parquet`` with this quantile."""

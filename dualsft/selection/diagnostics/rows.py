@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from dualsft.allocators import DataAllocator, PerSourceQuota
 from dualsft.data.examples import Examples
 from dualsft.data.records import Records
-from dualsft.selection.diagnostics.figures import Target, quantiles
+from dualsft.selection.diagnostics.figures import Target
+from dualsft.selection.diagnostics.levels import quantiles
 
 COLUMN = "source"
 """The column that names a record's source, unless the allocator of the data is told of another."""

@@ -81,8 +81,9 @@ def _mix(found: Diagnostics) -> Iterator[str]:
 def _basis(basis: Basis) -> Iterator[str]:
     """What the scores rest on, and whether it bears them."""
     if basis.warmup_steps is not None and basis.warmup_steps < HANDFUL:
+        steps = "a single optimizer step" if basis.warmup_steps == 1 else f"only {basis.warmup_steps} optimizer steps"
         yield (
-            f"the warm-up took {basis.warmup_steps} optimizer steps, too few to tell the scale of a weight's "
+            f"the warm-up took {steps}, too few to tell the scale of a weight's "
             "gradients; raise model.warmup.fraction or model.warmup.epochs, or lower data.batch_tokens."
         )
     agreed = basis.stability.examples if basis.stability else None

@@ -4,7 +4,7 @@ from typing import Any
 from dualsft.allocators import PerSourceQuota, TopK
 from dualsft.data.records import read_records
 from dualsft.selection.diagnostics import RowSources, Target, row_sources
-from dualsft.selection.diagnostics.figures import quantiles
+from dualsft.selection.diagnostics.levels import quantiles
 from tests.world.data import write_jsonl
 from tests.world.jobs import SGD, select, write_inputs
 

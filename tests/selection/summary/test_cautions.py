@@ -59,7 +59,7 @@ def test_a_sound_selection_needs_no_caution() -> None:
         ({"basis": target(tokens={"0.5": 6.0})}, "are much longer than the target's"),
         ({"lengths": replace(LENGTHS, correlation=-0.95)}, "rank correlation -0.95 with the supervised tokens"),
         ({"basis": target(sources={"b": 9})}, "(80% of one mix would have to move to make the other)"),
-        ({"basis": replace(SOUND.basis, warmup_steps=3)}, "the warm-up took 3 optimizer steps"),
+        ({"basis": replace(SOUND.basis, warmup_steps=3)}, "the warm-up took only 3 optimizer steps"),
         ({"basis": replace(SOUND.basis, stability=Stability(0.1, 0.9))}, "hardly agree on the order of the examples"),
     ],
 )
