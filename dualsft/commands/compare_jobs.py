@@ -36,7 +36,7 @@ class Made:
     @property
     def as_pool(self) -> Pool:
         """What it chooses, as the pool of another one."""
-        return Pool(f"{self.folder}/selected.jsonl", self.key, self.count)
+        return Pool(self.folder, self.key, self.count)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from dualsft.errors import UserError, naming
@@ -101,12 +101,14 @@ class FormatOptions:
         return tuple(column for column in _ANSWERS if column in columns and column not in self.text_columns(columns))
 
     def within(self, own: Mapping[str, Any]) -> "FormatOptions":
-        """The options for a source that has its own: what it says of format and columns replaces all that these say.
+        """The options for a source that has its own: if it has any of format and columns, it takes none of these.
 
         Args:
-            own: Fields by name; without any the options are these.
+            own: Fields by name.
         """
-        return FormatOptions(**{"prompt_template": self.prompt_template, **own}) if own else self
+        if own.keys() <= {"prompt_template"}:
+            return replace(self, **own)
+        return FormatOptions(**{"prompt_template": self.prompt_template, **own})
 
     def _pair(self, columns: tuple[str, ...]) -> tuple[str, str] | None:
         """The columns of a prompt and its response where they have another usual pair of names, and none is given."""

@@ -4,13 +4,14 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dualsft.data.files import SourceLine, record_of
 from dualsft.data.finding import find_source
+from dualsft.data.labels import labelled, labelling
 from dualsft.data.sampling import taken_rows, told
+from dualsft.data.selected import is_selection, made_from, selected_ids
 from dualsft.data.sources import Given, SourceOptions, sources_of
 from dualsft.errors import UserError
 
@@ -22,7 +23,7 @@ class Part(NamedTuple):
         start: Row of the first one.
         columns: Every key that occurs, in order of first appearance.
         source: The source that names the file.
-        number: Which of the sources this is.
+        number: Which of the sources this is; of a selection's, which of those that it was made from, too.
         label: What the place of a record begins with: the source's name, what a glob matched, or the path where there
             are several sources.
         file: Name of the file.
@@ -31,14 +32,14 @@ class Part(NamedTuple):
     start: int
     columns: tuple[str, ...]
     source: SourceOptions = SourceOptions("")
-    number: int = 0
+    number: tuple[int, ...] = (0,)
     label: str = ""
     file: str = ""
 
     @property
     def title(self) -> str:
         """What people call the file, or the source that it is part of."""
-        return self.label or self.file
+        return self.source.name or self.label or self.file
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,7 +81,12 @@ class Records:
         """The number of the file that holds a record, among ``parts``."""
         return bisect_right(self.parts, row, key=lambda part: part.start) - 1
 
-    def source(self, row: int) -> str:
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names that `source_of` gives, in the order of their records."""
+        return tuple(dict.fromkeys(part.title for part in self.parts))
+
+    def source_of(self, row: int) -> str:
         """The name of a record's source in a mapping of names; without one its path, or the file's in a folder."""
         return self.parts[self.part(row)].title
 
@@ -91,7 +97,7 @@ class Records:
 
     def location(self, row: int) -> str:
         """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0 over all sources."""
-        return _labelled(self.parts[self.part(row)].label, self._lines[row].location(row))
+        return labelled(self.parts[self.part(row)].label, self._lines[row].location(row))
 
 
 def read_records(given: Given, split: str = "train", key: str = "data") -> Records:
@@ -107,7 +113,7 @@ def read_records(given: Given, split: str = "train", key: str = "data") -> Recor
     """
     sources, gathered = sources_of(given, key), _Gathered()
     for number, source in enumerate(sources):
-        gathered.add(Part(0, (), source, number, source.name or (source.path if len(sources) > 1 else "")), split)
+        gathered.add(Part(0, (), source, (number,), source.name or (source.path if len(sources) > 1 else "")), split)
     return gathered.records()
 
 
@@ -116,6 +122,22 @@ def build_records(lines: Iterable[SourceLine]) -> Records:
     gathered = _Gathered()
     gathered.add_file(lines, Part(0, ()))
     return gathered.records()
+
+
+_Unread = tuple[Iterable[SourceLine], Part]
+"""The lines of a file, and what is known of it before they are read."""
+
+
+def _selected(part: Part) -> list[_Unread]:
+    """The records that a selection chose, each read as in the pool that it was made from."""
+    source = part.source
+    whole = read_records(*made_from(source.path))
+    ids, files = selected_ids(source.path, whole), list[_Unread]()
+    for own, last in zip(whole.parts, [*(of.start for of in whole.parts[1:]), len(whole)], strict=True):
+        merged = replace(own.source, name=source.name or own.source.name, reading=source.reading or own.source.reading)
+        of = own._replace(source=merged, number=(*part.number, *own.number), label=part.label or own.label)
+        files.append(([whole._lines[i] for i in ids if own.start <= i < last], of))
+    return files
 
 
 class _Gathered:
@@ -131,23 +153,28 @@ class _Gathered:
     def add(self, part: Part, split: str) -> None:
         """Read the files of a source, of which ``part`` has what is known before."""
         source, before = part.source, len(self._lines)
-        with _labelling(part.label):
-            found = find_source(source.path, source.split or split)
-        files = [(file.lines, part._replace(label=source.name or file.match or part.label)) for file in found.files]
-        for lines, of in self._sampled(files) if source.is_sampled else files:
-            with _labelling(of.label):
+        with labelling(part.label):
+            files = _selected(part) if is_selection(source.path) else self._found(part, split)
+        for lines, of in self._sampled(files, source) if source.is_sampled else files:
+            with labelling(of.label):
                 self.add_file(lines, of)
         if len(self._lines) == before:
             raise UserError(f"{source.path} holds no record.")
-        self._left_out += found.left_out
 
-    def _sampled(self, files: list[tuple[Iterator[SourceLine], Part]]) -> Iterator[tuple[Iterable[SourceLine], Part]]:
+    def _found(self, part: Part, split: str) -> list["_Unread"]:
+        """The files behind a source's path."""
+        source = part.source
+        found = find_source(source.path, source.split or split)
+        self._left_out += found.left_out
+        return [(file.lines, part._replace(label=source.name or file.match or part.label)) for file in found.files]
+
+    def _sampled(self, files: list["_Unread"], source: SourceOptions) -> Iterator["_Unread"]:
         """The lines of each file of a source that are taken."""
         whole: list[tuple[list[SourceLine], Part]] = []
         for unread, part in files:
-            with _labelling(part.label):
+            with labelling(part.label):
                 whole.append((list(unread), part))
-        source, count = files[0][1].source, sum(len(lines) for lines, _ in whole)
+        count = sum(len(lines) for lines, _ in whole)
         chosen, start = set(taken_rows(source, count)), 0
         if len(chosen) < count:
             self._remarks.append(told(source, source.name or source.path, count))
@@ -171,20 +198,3 @@ class _Gathered:
         """All of them."""
         fingerprint, lines = self._digest.hexdigest(), tuple(self._lines)
         return Records(tuple(self._parts), fingerprint, lines, self._left_out, tuple(self._remarks))
-
-
-@contextmanager
-def _labelling(label: str) -> Iterator[None]:
-    """Say which of several sources a mistake is in."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(_labelled(label, str(error))) from error
-
-
-def _labelled(label: str, told: str) -> str:
-    """What is told of a file, behind a label; a path as label stands in place of the file's name."""
-    name = label.rpartition("/")[2]
-    if label and told.startswith((f"{name},", f"{name}:")):
-        return label + told.removeprefix(name)
-    return f"{label}: {told}" if label and not told.startswith(label) else told

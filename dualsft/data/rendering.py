@@ -56,7 +56,7 @@ def _runs(records: Records, renderers: list[Renderer]) -> Iterator[tuple[int, in
 
 def _renderers(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> list[Renderer]:
     """The renderer of each part: files of one source that are read in one way share theirs."""
-    made: dict[tuple[int, Reading], Renderer] = {}
+    made: dict[tuple[tuple[int, ...], Reading], Renderer] = {}
     parts = list(zip(records.parts, readings(records, options), strict=True))
     for part, reading in parts:
         if (part.number, reading) not in made:

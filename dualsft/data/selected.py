@@ -4,21 +4,43 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualsft.data.records import Records
 from dualsft.errors import UserError
 from dualsft.storage.checksums import check_file
 from dualsft.storage.paths import expanded
+
+if TYPE_CHECKING:
+    from dualsft.data.records import Records
 
 SCHEMA_VERSION = 1
 _COLUMNS = pa.schema([pa.field("example_id", pa.int64(), False), pa.field("selected", pa.bool_(), False)])
 
 
-def selected_ids(path: str | Path, records: Records) -> list[int]:
+def is_selection(path: str) -> bool:
+    """Whether a path is the folder of a selection."""
+    folder = Path(expanded(path))
+    return all((folder / name).is_file() for name in ("manifest.json", "examples.parquet", "selected.jsonl"))
+
+
+def made_from(path: str) -> tuple[Any, str]:
+    """The sources that a selection was made from, as they were given, and the split that was read.
+
+    Raises:
+        UserError: If its manifest does not tell.
+    """
+    folder = Path(expanded(path))
+    try:
+        train = read_manifest(folder)["data"]["train"]
+        return train["path"], str(train["split"])
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{folder}/manifest.json does not tell which data the selection was made for.") from error
+
+
+def selected_ids(path: str | Path, records: "Records") -> list[int]:
     """Reads the selected example ids, ascending, of a selection directory.
 
     Raises:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dualsft.data.examples import Examples, encode_examples
@@ -68,11 +70,11 @@ def test_names_become_the_records_source(world: Path) -> None:
     """A record's source is its name in the mapping, which allocators see; its line has no such key."""
     (world / "code" / "train.jsonl").write_text('{"prompt": "a", "completion": "b", "source": "web"}\n', "utf-8")
     pool = read_records({"maths": "gsm/train.jsonl", "code": "code/train.jsonl"})
-    assert [pool.source(row) for row in (0, 3, 4)] == ["maths", "maths", "code"]
+    assert [pool.source_of(row) for row in (0, 3, 4)] == ["maths", "maths", "code"]
     assert [pool.with_source(row)["source"] for row in (0, 4)] == ["maths", "code"]
     assert json.loads(pool.line(0)) == pool[0] == GSM8K[0]
     unnamed = read_records(["gsm/train.jsonl", "code/train.jsonl"])
-    assert [unnamed.source(row) for row in (0, 4)] == ["gsm/train.jsonl", "code/train.jsonl"]
+    assert [unnamed.source_of(row) for row in (0, 4)] == ["gsm/train.jsonl", "code/train.jsonl"]
     assert unnamed.with_source(4)["source"] == "web"
 
 
@@ -95,6 +97,36 @@ def test_errors_name_source_file_and_row(world: Path, given: Any, place: str, br
     with pytest.raises(UserError) as error:
         encoded(read_records(given))
     assert str(error.value).startswith(f"{place}: ")
+
+
+def chosen(folder: Path, given: Any, rows: list[int]) -> str:
+    """The part of a selection of these rows that its readers need."""
+    pool = read_records(given)
+    train = {"path": given, "split": "train", "fingerprint": pool.fingerprint}
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"schema_version": 1, "data": {"train": train}}), "utf-8")
+    (folder / "selected.jsonl").write_text("".join(f"{pool.line(row)}\n" for row in rows), "utf-8")
+    ids = range(len(pool))
+    pq.write_table(
+        pa.table({"example_id": list(ids), "selected": [k in rows for k in ids]}), folder / "examples.parquet"
+    )
+    return str(folder)
+
+
+def test_a_selection_is_a_source(world: Path) -> None:
+    """Its chosen records are read as in the pool that it was made from, with their sources, capped or beside others."""
+    given = {"maths": {"path": "gsm/train.jsonl", "cap": 3}, "own": OF_ITS_OWN}
+    folder = chosen(world / "selection", given, [1, 3])
+    whole, part = encoded(read_records(given)), encoded(read_records([folder, "code/train.jsonl"]))
+    assert part.dataset["input_ids"][:2] == [whole.dataset["input_ids"][row] for row in (1, 3)]
+    assert [part.records.source_of(row) for row in (0, 1)] == ["maths", "own"]
+    assert len(part) == 2 + len(CODE)
+    alone = read_records(folder)
+    assert alone.fingerprint == read_records(f"{folder}/selected.jsonl").fingerprint
+    assert len(read_records({"path": folder, "cap": 1})) == 1
+    (world / "gsm" / "train.jsonl").write_text(json.dumps(GSM8K[0]), "utf-8")
+    with pytest.raises(UserError, match=r"selection was made for other data"):
+        read_records(folder)
 
 
 def test_a_source_that_cannot_be_read_is_named(world: Path) -> None:
