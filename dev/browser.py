@@ -1,10 +1,8 @@
 """A headless Chromium, asked by the DevTools protocol over two pipes: what a page loads, says and looks like.
 
-``python -m dev.browser PAGE OUT.png --width 390 --dark`` takes a screenshot. The protocol is at
-https://chromedevtools.github.io/devtools-protocol/.
+The protocol is at https://chromedevtools.github.io/devtools-protocol/.
 """
 
-import argparse
 import base64
 import fcntl
 import json
@@ -14,11 +12,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _OPTIONS = (
@@ -26,6 +24,8 @@ _OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-extensions", "--disable-sync"),
 )
 _PATIENCE = 60.0  # seconds for one answer
+
+Listener: TypeAlias = Callable[[dict[str, Any]], None]
 
 
 def find_chromium() -> str | None:
@@ -46,6 +46,7 @@ class Tab:
     _session: str
     requested: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    _is_loaded: bool = False
 
     def open(self, address: str, width: int, height: int = 900, dark: bool = False, print_: bool = False) -> None:
         """Load an address in a window of this size and colour scheme, and wait until all of it is there."""
@@ -57,8 +58,10 @@ class Tab:
         self.ask("Emulation.setEmulatedMedia", media="print" if print_ else "screen", features=[scheme])
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
+        self._is_loaded = False
         self.ask("Page.navigate", url=address)
-        self._browser.wait(self._session, "Page.loadEventFired", self._listen)
+        while not self._is_loaded:
+            self._browser.hear(self._session, self._listen)
         self.value("Promise.allSettled([...document.images].map(image => image.decode())).then(() => 0)")
 
     def value(self, script: str) -> Any:
@@ -90,6 +93,8 @@ class Tab:
     def _listen(self, event: dict[str, Any]) -> None:
         told = event["params"]
         match event["method"]:
+            case "Page.loadEventFired":
+                self._is_loaded = True
             case "Network.requestWillBeSent":
                 address = told["request"]["url"]
                 if not address.startswith("data:"):
@@ -108,42 +113,32 @@ class Browser:
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
         self._count, self._buffer = 0, b""
-        self._waiting: list[dict[str, Any]] = []
 
     def tab(self) -> Tab:
         """Open an empty page."""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         return Tab(self, self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
 
-    def ask(self, method: str, session: str = "", listen: Any = None, **parameters: Any) -> dict[str, Any]:
+    def ask(self, method: str, session: str = "", listen: Listener | None = None, **parameters: Any) -> dict[str, Any]:
         """Call a method and return its result; what the page tells meanwhile goes to a listener."""
         self._count += 1
         command = {"id": self._count, "method": method, "params": parameters}
         os.write(
             self._commands, json.dumps({**command, **({"sessionId": session} if session else {})}).encode() + b"\0"
         )
-        while (answer := self._next()).get("id") != self._count:
-            self._hear(answer, session, listen)
+        while (answer := self.hear(session, listen)).get("id") != self._count:
+            pass
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         found: dict[str, Any] = answer["result"]
         return found
 
-    def wait(self, session: str, event: str, listen: Any) -> None:
-        """Wait until a page tells of an event."""
-        while True:
-            told = next((of for of in self._waiting if of.get("method") == event), None) or self._next()
-            if told in self._waiting:
-                self._waiting.remove(told)
-            self._hear(told, session, listen, keep=False)
-            if told.get("sessionId") == session and told.get("method") == event:
-                return
-
-    def _hear(self, told: dict[str, Any], session: str, listen: Any, keep: bool = True) -> None:
-        if listen is not None and told.get("sessionId") == session and "method" in told:
-            listen(told)
-            if keep and told["method"] == "Page.loadEventFired":
-                self._waiting.append(told)
+    def hear(self, session: str, listen: Listener | None) -> dict[str, Any]:
+        """Wait for the next message; an event of the page goes to the listener."""
+        message = self._next()
+        if listen is not None and "method" in message and message.get("sessionId") == session:
+            listen(message)
+        return message
 
     def _next(self) -> dict[str, Any]:
         end = time.monotonic() + _PATIENCE
@@ -194,29 +189,3 @@ def browser(program: str) -> Iterator[Browser]:
             process.wait(_PATIENCE)
             os.close(from_us)
             os.close(from_browser)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Take a screenshot."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=900)
-    parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--whole", action="store_true", help="all of the page, not one window")
-    parser.add_argument("--scroll_to", help="a selector that is brought to the window's top")
-    options = parser.parse_args(arguments)
-    program = find_chromium()
-    if program is None:
-        raise SystemExit("There is no Chromium here: install the package chromium.")
-    with browser(program) as running:
-        tab = running.tab()
-        tab.open(options.page.resolve().as_uri(), options.width, options.height, options.dark)
-        if options.scroll_to:
-            tab.value(f"document.querySelector({json.dumps(options.scroll_to)}).scrollIntoView()")
-        tab.screenshot(options.image, options.whole)
-
-
-if __name__ == "__main__":
-    main()

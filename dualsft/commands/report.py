@@ -8,7 +8,6 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from dualsft.commands.parsing import add_folder_options, check_output_dir
 from dualsft.experiments.report_folder import ReportFolder
-from dualsft.reports.report import FIGURES, PAGE, make_report
 from dualsft.reports.words import memory
 
 DESCRIPTION = (
@@ -31,6 +30,8 @@ def report_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--token_scores", action=ActionYesNo, default=False, help=_TOKEN_SCORES)
     options = parser.parse_args(list(arguments))
     check_output_dir(options)
+    from dualsft.reports.report import FIGURES, PAGE, make_report  # imports torch, which help does without
+
     output = ReportFolder(options.output_dir, options.overwrite, (PAGE, FIGURES))
     compute = resolve_name("dualsft.commands.token_scores:computed_tokens") if options.token_scores else None  # heavy
     report = make_report(options.directories, compute)

@@ -75,8 +75,11 @@ class Fit:
     samples: list[dict[str, Any]]
 
     def losses(self, column: str) -> tuple[list[float], list[float]]:
-        """The steps at which a column of the log has a finite value, from 1 on, and the values."""
-        rows = [(row["step"] + 1, row[column]) for row in self.log if column in row and "step" in row]
+        """The steps after which a column of the log has a finite value, and the values; of the base model that is 0.
+
+        Lightning counts steps from 0 within epochs; the base model's row is in none.
+        """
+        rows = [(row["step"] + ("epoch" in row), row[column]) for row in self.log if column in row and "step" in row]
         steps, values = zip(*rows, strict=True) if rows else ((), ())
         return list(steps), list(values)
 

@@ -48,6 +48,20 @@ def test_curves_have_the_base_model_and_the_sets(tmp_path: Path) -> None:
     assert [list(row) for row in picture.numbers.rows] == [["0", "3.000", "1.000"], ["4", "2.500", "1.300"]]
 
 
+def test_a_logged_base_model_is_step_0(tmp_path: Path) -> None:
+    """A row outside of all epochs is that of the base model, and no second one is put before it."""
+    folder = write_fit(tmp_path / "fit")
+    table = folder / "logs" / "version_0" / "metrics.csv"
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([head, ",0,,2.0,3.0,1.0", *rows]) + "\n")
+    found = read_fit(Source(folder, "fit", "fit"))
+    assert found.losses("val_loss/target") == ([0, 4], [3.0, 2.5])
+    (picture,) = blocks(section(folder), "Losses")
+    assert isinstance(picture, Picture)
+    assert picture.numbers is not None
+    assert [row[0] for row in picture.numbers.rows] == ["0", "4"]
+
+
 def test_what_was_forgotten(tmp_path: Path) -> None:
     """Sets whose loss rose are listed, and answers that were right before and are wrong now."""
     sets, answers = blocks(section(write_fit(tmp_path / "fit", samples=RIGHT_THEN_WRONG)), "What the model forgot")
@@ -111,6 +125,6 @@ def test_a_real_fit_is_read(tmp_path: Path) -> None:
     found = read_fit(Source(tmp_path / "fit", "fit", "fit"))
     assert found.figures.steps == 2
     assert found.losses("train_loss")[0] == [1.0, 2.0]
-    assert found.losses("val_loss")[0] == [2.0]
+    assert found.losses("val_loss")[0][-1] == 2.0
     assert found.settings["model"]["selection"] == workspace.selection
     assert {of["step"] for of in found.samples} == {0, 2}

@@ -1,14 +1,18 @@
 """The parts of the page about a selection, against slow computations."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
+from dualsft.allocators import TopK
 from dualsft.reports.blocks import Picture, Section, Table, Text
 from dualsft.reports.selections.beside import selections_section
 from dualsft.reports.selections.section import selection_section
 from dualsft.reports.selections.story import story
 from dualsft.selection import Selection
-from tests.reports.cases import subject
+from tests.reports.cases import subject, write_selection_case
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,19 @@ def test_overlaps_are_those_of_the_sets(selection: Selection) -> None:
     (cells,) = rows.values()
     assert cells == [f"{both / 6:.0%}", "26%", "100%", "10%", "1.00"]
     assert list(table(beside, "What each selection chose")) == [one.name, "other"]
+
+
+class ByLoss(TopK):
+    """The highest scores, which would look at the losses."""
+
+    needs = ("loss",)
+
+
+def test_losses_are_shown_where_they_are_known(tmp_path: Path) -> None:
+    """A selection that measured them has a second map, one without says why there is none."""
+    _, selection = write_selection_case(tmp_path, data_allocator=ByLoss(), token_scores=False)
+    loss, score = (selection.examples[name].drop_null().to_numpy() for name in ("loss", "score"))
+    blocks = part(selection_section(subject(selection)), "Score against length and loss").blocks
+    told = [block.text for block in blocks if isinstance(block, Text)][1]
+    assert f"rank correlation {spearmanr(loss, score).statistic:z.2f}" in told
+    assert [block.name for block in blocks if isinstance(block, Picture)][1] == "file-score-against-loss"
