@@ -166,11 +166,16 @@ def _new_progress() -> "Progress":
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
 
+    class KeepsCursor(Console):
+        def show_cursor(self, show: bool = True) -> bool:
+            """Leave the cursor as it is: a run that is killed would not bring it back."""
+            return False
+
     def text(field: str, width: int) -> TextColumn:
         column = Column(width=width, no_wrap=True, overflow="crop")  # an ellipsis is not in every encoding
         return TextColumn(f"{{task.{field}}}", markup=False, table_column=column)
 
-    console, (least, most) = Console(stderr=True), _TITLE
+    console, (least, most) = KeepsCursor(stderr=True), _TITLE
     return Progress(
         text("description", min(max(least, console.width - _OTHERS), most)),
         BarColumn(bar_width=None),
@@ -179,6 +184,7 @@ def _new_progress() -> "Progress":
         text("fields[note]", _NOTE),
         console=console,
         auto_refresh=False,
+        redirect_stdout=is_terminal(sys.stdout),  # what goes to a file stays out of the terminal
         expand=True,
     )
 

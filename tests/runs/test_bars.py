@@ -136,6 +136,18 @@ def test_nothing_is_shown_where_nothing_is_wanted(
     assert capsys.readouterr().err == ""
 
 
+def test_a_bar_leaves_stdout_and_the_cursor_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed to a file stays in the file, and whoever kills a run still sees the cursor."""
+    terminal = in_terminal(monkeypatch)
+    with bar("scores", 1):
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in terminal.shown()
+    assert b"\x1b[?25" not in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 def test_names_of_phases_and_times() -> None:
     """A phase beyond the planned ones has its number alone."""
     assert [numbered("a", 2, total) for total in (3, 2, 1, None)] == ["[2/3] a", "[2/2] a", "[2] a", "[2] a"]
