@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dualsft.runs.bars import bar, clock, numbered
+from dualsft.runs.bar import clock
+from dualsft.runs.bars import bar, numbered
 from dualsft.runs.progress import say
 from dualsft.runs.stream import QUIET
 
@@ -25,7 +26,7 @@ class Clock:
 def clock_set(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The bars' time."""
     found = Clock()
-    monkeypatch.setattr("dualsft.runs.bars.time.monotonic", found)
+    monkeypatch.setattr("dualsft.runs.bar.time.monotonic", found)
     return found
 
 
