@@ -52,9 +52,11 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: after a verb has printed its help or its configuration.
     """
     verb, *rest = _verb_first(arguments) or [""]
+    if verb == "help" and rest:
+        verb, rest = rest[0], ["--help"]
     if verb in VERBS:
         resolve_name(f"dualsft.commands.{VERBS[verb][1]}")(rest)
-    elif verb in ("-h", "--help"):
+    elif verb in ("-h", "--help", "help"):
         print(_help())
     elif verb == "--version":
         print(f"dualsft {version('dualsft')}")

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 
@@ -53,8 +54,11 @@ def class_path(group: str, name: str) -> str:
         return name
     candidates = list(entry_points(group=group, name=name))
     if not candidates:
-        known = ", ".join(sorted({point.name for point in entry_points(group=group)}))
-        raise UserError(f"{name!r} is not registered in {group}; known names: {known}; or give a class_path.")
+        known = sorted({point.name for point in entry_points(group=group)})
+        meant = "".join(f" (did you mean {near}?)" for near in get_close_matches(name, known, n=1))
+        raise UserError(
+            f"{name!r} is not registered in {group}{meant}; known names: {', '.join(known)}; or give a class_path."
+        )
     ours = [point for point in candidates if _package(point) == OURS]
     if not ours and len({point.value for point in candidates}) > 1:
         owners = " and ".join(sorted({_label(point) for point in candidates}))

@@ -65,10 +65,11 @@ def test_a_class_path_needs_no_registration(install: Install) -> None:
 
 
 def test_unknown_names_are_told_the_known_ones(install: Install) -> None:
-    """The error lists what the group holds."""
+    """The error names the nearest, and lists what the group holds."""
     install(OURS, point("mine", "m:Mine", "plugin"), point("other", "m:O", "plugin", "dualsft.data_allocators"))
     with pytest.raises(
-        UserError, match=r"'firstorder' is not registered in dualsft.scorers; known names: first_order, mine;"
+        UserError,
+        match=r"'firstorder' is not registered in dualsft.scorers \(did you mean first_order\?\); known names: fir",
     ):
         class_path(SCORERS, "firstorder")
 

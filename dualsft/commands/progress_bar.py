@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from dualsft.data.layout import Batch, num_tokens
 from dualsft.data.loaders import ScoringLoader
-from dualsft.runs.bars import Bar, numbered, open_bar
+from dualsft.runs.bar import Bar
+from dualsft.runs.bars import numbered, open_bar
 
 
 class PhaseBars(ProgressBar):

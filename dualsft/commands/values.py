@@ -5,7 +5,10 @@ import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
 
 from dualsft.commands.keys import is_section, type_of
 
@@ -36,18 +39,27 @@ def with_plain_values(parser: ArgumentParser, config: Mapping[str, Any], section
 
 
 def _as_taken(kind: Any, key: str, value: Any) -> Any:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    item = _item_of([member for member in members if member is not NoneType])
+    if item is not None and _is_single(value):
+        return [value if item is str or not isinstance(value, str) else yaml.safe_load(value)]
     if not isinstance(value, str):
         return value
-    kinds = {get_origin(part) or part for part in (kind, *get_args(kind))}
-    if float in kinds and (percent := _PERCENT.fullmatch(value)):
+    if float in members and (percent := _PERCENT.fullmatch(value)):
         return float(percent[1]) / 100
-    if list in kinds and str not in kinds and _is_one_text(kind, value):
-        return [value]
     return SHORT.get(key, {}).get(value.lower(), value)
 
 
-def _is_one_text(kind: Any, value: str) -> bool:
-    """Whether a value for a list of texts is a single one of them, and no list, null or file with a list."""
-    lists = [part for part in (kind, *get_args(kind)) if (get_origin(part) or part) is list]
-    texts = any(get_args(part) == (str,) for part in lists)
-    return texts and not value.lstrip().startswith("[") and value not in ("null", "None") and not os.path.isfile(value)
+def _item_of(members: list[Any]) -> Any:
+    """The type of a list's items, `str` for names of a choice; None if another value is taken too, or other items."""
+    if [get_origin(member) for member in members] != [list]:
+        return None
+    (item,) = get_args(members[0])
+    return str if get_origin(item) is Literal else item if item in (str, int, float) else None
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a value is a single item of a list, and no list, null or file with a list."""
+    if not isinstance(value, str):
+        return isinstance(value, (int, float))
+    return not value.lstrip().startswith("[") and value not in ("null", "None") and not os.path.isfile(value)

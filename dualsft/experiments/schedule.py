@@ -59,16 +59,19 @@ def complete(bank: Bank, jobs: Sequence[Job], workers: Sequence[Worker], label: 
     total = sum(job.work for job in missing)
     with bar(label, total, show=bool(missing)) as shown:
 
+        def told() -> str:
+            return f"{len(missing) - len(names)} of {len(missing)} runs"
+
         def done(place: Path, exit_code: int | None) -> None:
             job = names.pop(place)
             if exit_code is not None:
                 write_result(place, Result(error=_death(exit_code, place)))
-            shown.advance(job.work, f"{len(missing) - len(names)} of {len(missing)} runs")
+            shown.advance(job.work, told())
             result = read_result(place)
             if result is not None and result.error is not None:
                 say(f"{job.name} failed: {result.error}")
 
-        do_all(places, workers, done)
+        do_all(places, workers, done, lambda: shown.advance(0, told()))
     return {job.key: found for job in jobs if (found := bank.result(job)) is not None}
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -75,8 +75,13 @@ def _ended(process: "subprocess.Popen[str]") -> int:
     return process.wait()
 
 
-def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> None:
-    """Do the jobs in these folders, each by the next worker that is free; an interruption stops the workers."""
+def do_all(
+    places: Sequence[Path], workers: Sequence[Worker], done: Done, waiting: Callable[[], None] = lambda: None
+) -> None:
+    """Do the jobs in these folders, each by the next worker that is free; an interruption stops the workers.
+
+    While it waits it calls ``waiting`` every second.
+    """
     if not places:
         return
     free: SimpleQueue[Worker] = SimpleQueue()
@@ -92,8 +97,12 @@ def do_all(places: Sequence[Path], workers: Sequence[Worker], done: Done) -> Non
 
     with ThreadPoolExecutor(len(workers)) as threads:
         try:
-            for job in as_completed([threads.submit(do_one, place) for place in places]):
-                done(*job.result())
+            pending = {threads.submit(do_one, place) for place in places}
+            while pending:
+                finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+                for job in finished:
+                    done(*job.result())
+                waiting()
         except BaseException:
             for worker in workers:
                 worker.stop()  # which lets the threads end, too

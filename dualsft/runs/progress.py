@@ -13,7 +13,8 @@ import torch
 
 from dualsft.data.layout import Batch, num_tokens
 from dualsft.data.loaders import ScoringLoader
-from dualsft.runs.bars import Bar, bar, numbered
+from dualsft.runs.bar import Bar
+from dualsft.runs.bars import bar, numbered
 from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
 
 

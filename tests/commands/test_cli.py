@@ -383,6 +383,20 @@ def test_mistakes_end_in_one_sentence(
     assert not output.exists()
 
 
+def test_options_are_looked_at_before_the_folder(
+    job: Path, selection: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the model's or the trainer's options is told, not that the folder is full."""
+    for verb, option, words in (
+        ("select", [BUDGET, "0"], "model.data_budget is 0"),
+        ("fit", ["--trainer.devices", "x"], "`devices`"),
+        ("select", [], "already holds files"),
+    ):
+        command = [verb, "--config", str(job / "job.yaml"), *option, "--output_dir", str(selection)]
+        code, told = failure(command, capsys, monkeypatch)
+        assert (code, words in told) == (1, True), told
+
+
 def test_no_such_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All commands are told, those beside the subcommands too."""
     code, told = failure(["alocate", "x"], capsys, monkeypatch)

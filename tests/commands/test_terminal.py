@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 from tqdm import tqdm
 
-from dualsft.cli import main
+from dualsft.cli import main, run
 from dualsft.commands.terminal import calm_libraries, tolerant_output
 from dualsft.runs.stream import QUIET, is_quiet
 
@@ -91,6 +91,13 @@ def test_no_command_shows_the_help_and_fails(
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("usage: dualsft COMMAND")
+
+
+@pytest.mark.parametrize(("arguments", "told"), [(["help"], "COMMAND [options]"), (["help", "plugins"], "plugins\n")])
+def test_help_is_a_command_too(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of dualsft, and of a command, as people type it who know git."""
+    run(arguments)
+    assert capsys.readouterr().out.startswith(f"usage: dualsft {told}")
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "nonsense"], ["nonsense", "--debug"]])

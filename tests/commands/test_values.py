@@ -17,6 +17,8 @@ WRITTEN: dict[tuple[str, str], Any] = {
     ("trainer.precision", "fp32"): "32-true",
     ("model.trainable", "*.mlp.*"): ["*.mlp.*"],
     ("model.frozen", '["a", "b"]'): ["a", "b"],
+    ("audit.sides", "data"): ["data"],
+    ("audit.steps", "3"): [3],
     ("data.prompt_template", "10%{prompt}"): "10%{prompt}",
 }
 
@@ -24,12 +26,13 @@ WRITTEN: dict[tuple[str, str], Any] = {
 @pytest.mark.parametrize(("key", "written"), WRITTEN)
 def test_values_as_people_write_them(key: str, written: str, tmp_path: Path) -> None:
     """Percentages, short names and one text for a list mean the same on command lines and in configurations."""
-    parser, expected = parser_of("select"), WRITTEN[key, written]
+    verb, expected = "audit" if key.startswith("audit") else "select", WRITTEN[key, written]
+    parser = parser_of(verb)
     sections, _, name = key.rpartition(".")
-    given: Any = {name: written if written[0] != "[" else expected}
+    given: Any = {name: yaml.safe_load(written) if written[0] in "[3" else written}
     for section in reversed(sections.split(".")):
         given = {section: given}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(given))
     for arguments in ([f"--{key}", written], [f"--{key}={written}"], ["--config", str(tmp_path / "job.yaml")]):
         model = ["--model.model_name_or_path", "x"]
-        assert parser.parse_args(prepare([*arguments, *model], "select", parser))[key] == expected
+        assert parser.parse_args(prepare([*arguments, *model], verb, parser))[key] == expected

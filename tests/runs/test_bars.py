@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dualsft.runs.bars import bar, clock, numbered
+from dualsft.runs.bar import clock
+from dualsft.runs.bars import bar, numbered
 from dualsft.runs.progress import say
 from dualsft.runs.stream import QUIET
 
@@ -25,7 +26,7 @@ class Clock:
 def clock_set(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The bars' time."""
     found = Clock()
-    monkeypatch.setattr("dualsft.runs.bars.time.monotonic", found)
+    monkeypatch.setattr("dualsft.runs.bar.time.monotonic", found)
     return found
 
 
@@ -134,6 +135,18 @@ def test_nothing_is_shown_where_nothing_is_wanted(
     with bar("scores", 1, show=quiet) as shown:
         shown.advance(1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_leaves_stdout_and_the_cursor_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed to a file stays in the file, and whoever kills a run still sees the cursor."""
+    terminal = in_terminal(monkeypatch)
+    with bar("scores", 1):
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in terminal.shown()
+    assert b"\x1b[?25" not in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_names_of_phases_and_times() -> None:
