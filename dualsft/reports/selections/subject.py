@@ -130,7 +130,7 @@ class Subject:
         if sources is None:
             return ""
         if (pool := self.pool[0]) is not None and sources.column is None:
-            return pool.source(row)
+            return pool.source_of(row)
         record = self._chosen.get(row, {}) if pool is None else pool.with_source(row)
         value = record.get(sources.column or "")
         return "" if value is None else str(value)

@@ -32,7 +32,7 @@ def row_sources(records: Records, allocator: DataAllocator) -> RowSources | None
     column = allocator.column if isinstance(allocator, PerSourceQuota) else COLUMN
     if _has(records, column):
         return RowSources(column, tuple(_named(records, column)))
-    files = tuple(map(records.source, range(len(records))))
+    files = tuple(map(records.source_of, range(len(records))))
     return RowSources(None, files) if len(set(files)) > 1 else None
 
 

@@ -51,8 +51,9 @@ def without_pool(selection: Selection, folder: Path) -> Selection:
     """A copy that remembers a pool which is gone, and has no scores by token."""
     copy = shutil.copytree(selection.folder, folder / "copy")
     (copy / "token_scores.parquet").unlink()
-    text = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(text.replace(selection.about.data.train.path, str(folder / "gone.jsonl")))
+    pool, text = selection.about.data.train.path, (copy / "manifest.json").read_text()
+    assert isinstance(pool, str)
+    (copy / "manifest.json").write_text(text.replace(pool, str(folder / "gone.jsonl")))
     return load_selection(copy)
 
 
