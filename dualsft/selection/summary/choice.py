@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from dualsft.selection.artifact import Selection
-from dualsft.selection.diagnostics import ALL, PlaceCounts, by_place
+from dualsft.selection.diagnostics import ALL, PlaceCounts, ScoreFigures, by_place
 from dualsft.selection.diagnostics.parameters import tensors_of
 from dualsft.selection.summary.text import one_line
 
@@ -25,7 +25,15 @@ def _examples(selection: Selection) -> str:
     tokens = found.lengths.selected_tokens / max(1, found.lengths.pool_tokens)
     captured = found.examples.captured
     held = f"{captured:.0%} of the positive score with " if captured is not None else ""
-    return f"{line}: they hold {held}{tokens:.0%} of the supervised tokens"
+    return f"{line}: they hold {held}{tokens:.0%} of the supervised tokens{_next_budget(found.examples)}"
+
+
+def _next_budget(figures: ScoreFigures) -> str:
+    """What the best examples of twice the budget, to a percent of the pool, would hold."""
+    percent = round(200 * figures.selected / figures.scored)
+    if not figures.capture or not 1 <= percent < 100:
+        return ""
+    return f"; the best {percent}% would hold {figures.capture[percent - 1]:.0%} of that score"
 
 
 def _left_out(selection: Selection) -> dict[str, int]:

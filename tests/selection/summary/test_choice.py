@@ -28,9 +28,11 @@ def test_the_choice_is_told_in_words(mixed: Inputs, tmp_path: Path) -> None:
     held = sum(max(0, s) for s, chosen in zip(table["score"], table["selected"], strict=True) if chosen)
     tokens = sum(n for n, chosen in zip(table["num_tokens"], table["selected"], strict=True) if chosen)
     positive = sum(max(0, s) for s in table["score"])
+    best = sum(sorted((max(0, s) for s in table["score"]), reverse=True)[:12])
     assert lines[0] == (
         f"examples    6 of 18 selected (18 scored): they hold {held / positive:.0%} of the positive score with "
-        f"{tokens / sum(table['num_tokens']):.0%} of the supervised tokens"
+        f"{tokens / sum(table['num_tokens']):.0%} of the supervised tokens; the best 67% would hold "
+        f"{best / positive:.0%} of that score"
     )
     assert lines[1].startswith(f"lengths     median {found.lengths.selected['0.5']:.0f} of the chosen, ")
     of_a = sum(chosen for i, chosen in enumerate(table["selected"]) if i % 2 == 0)
