@@ -4,8 +4,8 @@
     python benchmarks/report.py runs/selection --rows 20000
 
 The pool is that of a finished selection, whose rows are repeated with scores that differ by chance; where it kept its
-scores by token, so does the large one. Prints the seconds of `dualsft report`, imports included, the size of the page,
-and the peak memory.
+scores by token, so does the large one. Prints the seconds of `dualsft report`, imports included, the peak memory, and
+the size of the page.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from dualsft.selection.diagnostics import RowSources
 from dualsft.selection.writing import write_selection
 
 _MEASURED = "import resource, sys; from dualsft.cli import run; run(sys.argv[1:]); "
-_MEASURED += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+_MEASURED += (
+    "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)"
+)
 
 
 def write_pool(selection: Selection, path: Path, rows: int) -> Records:
@@ -100,8 +102,9 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-c", _MEASURED, *command], check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         size = (folder / "report" / "report.html").stat().st_size
-        peak = float(done.stdout.splitlines()[-1])
-        print(f"{options.rows:,} rows: {seconds:.1f} s, {size / 2**20:.2f} MiB, {peak:.2f} GiB of memory")
+        cpu, peak = map(float, done.stdout.splitlines()[-1].split())
+        costs = f"{seconds:.1f} s ({cpu:.1f} s of CPU time), {peak:.2f} GiB of memory"
+        print(f"{options.rows:,} rows: {costs}; a page of {size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":
