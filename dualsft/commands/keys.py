@@ -3,12 +3,14 @@
 The parser would find a mistyped key of a file only after it has missed required ones, and has no advice.
 """
 
+import re
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from dualsft.commands.nearest import nearest
 
+_OPTION = re.compile(r"--[A-Za-z_][^\s]*")  # other texts that begin with hyphens are values
 OfOtherVerbs = Callable[[str], list[str]]
 """Key -> the other verbs that know it."""
 
@@ -23,7 +25,7 @@ def check_options(
     """
     for argument in arguments:
         option = argument.partition("=")[0]
-        if option.startswith("--") and len(option) > 2 and not _takes(parser, option):
+        if _OPTION.fullmatch(option) and not _takes(parser, option):
             key = option.removeprefix("--").removesuffix("+")
             if others := of_others(key):
                 raise ArgumentError(None, f"{command} has no option {option}; it is one of {' and '.join(others)}.")

@@ -28,8 +28,8 @@ def test_an_unknown_option_is_refused_with_advice(option: str) -> None:
     ["--model.scorer.method", "--data.validation.name", "--trainer.callbacks.monitor", "--model.frozen+", "--seed"],
 )
 def test_options_that_only_a_class_knows_pass(option: str) -> None:
-    """As do names of validation sets, additions to lists, and beginnings of one option alone."""
-    assert prepare([option, "x"], "select", parser_of("select"))
+    """As do names of validation sets, additions to lists, beginnings of one option alone, and values with hyphens."""
+    assert prepare([option, "--- x"], "select", parser_of("select"))
 
 
 @pytest.mark.parametrize(
