@@ -14,6 +14,8 @@ from torch import Tensor
 from dualsft.allocators.base import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
 from dualsft.allocators.choice import kth_largest
 
+_STREAM = 0x72616E64
+"""Another stream of random numbers than those of a warm-up and a prior, which draw from the same rows by one seed."""
 _LOWEST, _HIGHEST = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
 
 
@@ -55,7 +57,7 @@ def random_examples(ids: Sequence[int], count: int, seed: int) -> list[int]:
     """
     if not 0 <= count <= len(ids):
         raise ValueError(f"cannot choose {count} of {len(ids)} examples")
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(ids), generator=_generator(seed))
     return sorted(ids[k] for k in order[:count].tolist())
 
 
@@ -72,8 +74,12 @@ def random_weights(like: Mapping[str, Tensor], count: int, seed: int) -> dict[st
     """
     shapes = {name: like[name].shape for name in sorted(like)}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    drawn = draw_entries(sizes, count, torch.Generator().manual_seed(seed))
+    drawn = draw_entries(sizes, count, _generator(seed))
     return {name: drawn[name].view(shape) for name, shape in shapes.items()}
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed ^ _STREAM)
 
 
 def draw_entries(sizes: Mapping[str, int], count: int, generator: torch.Generator) -> dict[str, Bool[Tensor, " entry"]]:

@@ -5,6 +5,7 @@ import torch
 
 from dualsft.allocators import RandomExamples, RandomWeights, ScoredParameters
 from dualsft.allocators.random import random_examples, random_weights
+from dualsft.selection.warmup import Warmup
 from tests.allocators.cases import are_equally_likely, entries, random_scores, scored
 
 SHAPES = {"norm": (7,), "a.weight": (6, 5), "experts": (2, 3, 4), "scale": (), "empty": (0, 5), "none": (3, 0)}
@@ -16,6 +17,14 @@ def test_random_examples_are_uniform() -> None:
     draws = [tuple(random_examples([3, 1, 4, 7, 5], 2, seed)) for seed in range(2000)]
     assert all(a < b for a, b in draws)
     assert are_equally_likely(200, draws, outcomes=10)
+
+
+def test_a_control_is_independent_of_the_warm_up() -> None:
+    """By one seed both draw from one pool: as many rows are in both as chance has it, a tenth of a tenth."""
+    pool, shared = list(range(1000)), 0
+    for seed in range(20):
+        shared += len({*random_examples(pool, 100, seed)} & {*Warmup(fraction=0.1).draw(pool, seed)})
+    assert 150 < shared < 250  # 200 are expected, with a standard deviation of 12.7
 
 
 def test_random_weights_are_uniform() -> None:
