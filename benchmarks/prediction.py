@@ -59,7 +59,7 @@ def compare(pool: str, validation: str, adam: bool, folder: Path) -> None:
     settings: dict[str, Any] = {"preconditioner": "adam" if adam else "none", "warmup": warmup, "dtype": "float32"}
     data = InstructionDataModule(pool, validation, tokenizer=MODEL, max_length=256, batch_tokens=2048)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)  # type: ignore[arg-type]
+    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
     module = SelectionModule(MODEL, scorer=HessianVector(), step_size="auto", **settings)
     told = trainer.select(module, data, str(folder)).about.prediction
     assert told is not None
