@@ -104,6 +104,7 @@ def _against(
             steps=runs[0].steps,
             spearman=order,
             factor=factor,
+            slope=sizes.slope if sizes else None,
             over_random=over_random,
             over_lowest=over_lowest,
         ),

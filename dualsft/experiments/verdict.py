@@ -38,6 +38,7 @@ def verdict(
     steps: int,
     spearman: Estimate | None,
     factor: Estimate | None,
+    slope: Estimate | None = None,
     over_random: Estimate | None = None,
     over_lowest: Estimate | None = None,
 ) -> str:
@@ -49,11 +50,13 @@ def verdict(
         steps: Optimizer steps of each.
         spearman: The rank correlation of predicted and measured gains.
         factor: By how much predicted gains are too large.
+        slope: Of measured on predicted gains. Where gains nearly cancel in sum, and so have no factor, it tells by how
+            much their differences are too large.
         over_random: Mean gain of what was chosen less that of random choices, in nats; None leaves it out.
         over_lowest: The same against the lowest scores.
     """
     words = _WORDS[side]
-    said = [_order(words.order, spearman, variants), _size(factor, steps)]
+    said = [_order(words.order, spearman, variants), _size(factor, slope, steps)]
     said += [_advantage(words.chosen, words.random, over_random)] if over_random else []
     said += [_advantage(words.chosen, "the lowest", over_lowest)] if over_lowest else []
     return "; ".join(said)
@@ -84,18 +87,28 @@ def _too_few(variants: int, correlation: float) -> str:
     return f"{variants:,} {are} too few to tell, and an interval of width {WIDTH} needs about {needed:,}"
 
 
-def _size(factor: Estimate | None, steps: int) -> str:
+def _size(factor: Estimate | None, slope: Estimate | None, steps: int) -> str:
     after = f"after {steps:,} step{'' if steps == 1 else 's'}"
-    if factor is None or factor.low <= 0 <= factor.high:
-        return f"whether predicted gains are too large cannot be said {after}"
-    if factor.high < 0:
+    if factor is not None and factor.high < 0:
         return f"predicted gains have the opposite sign of the measured ones {after}"
+    if factor is not None and factor.low > 0:
+        return f"predicted gains are {_too_large(factor)} {after}"
+    if slope is not None and slope.low > 0:
+        return f"differences of predicted gains are {_too_large(_inverse(slope))} {after}"
+    return f"whether predicted gains are too large cannot be said {after}"
+
+
+def _too_large(factor: Estimate) -> str:
     if factor.low <= 1 <= factor.high:
-        return f"predicted gains are of the measured size (ratio {_number(factor.value)}, {_range(factor)}) {after}"
+        return f"of the measured size (ratio {_number(factor.value)}, {_range(factor)})"
     if factor.low > 1:
-        return f"predicted gains are {_number(factor.value)} times too large ({_range(factor)}) {after}"
-    inverse = Estimate(1 / factor.value, 1 / factor.high, 1 / factor.low)
-    return f"predicted gains are {_number(inverse.value)} times too small ({_range(inverse)}) {after}"
+        return f"{_number(factor.value)} times too large ({_range(factor)})"
+    inverse = _inverse(factor)
+    return f"{_number(inverse.value)} times too small ({_range(inverse)})"
+
+
+def _inverse(estimate: Estimate) -> Estimate:
+    return Estimate(1 / estimate.value, 1 / estimate.high, 1 / estimate.low)
 
 
 def _advantage(chosen: str, control: str, gain: Estimate) -> str:

@@ -90,6 +90,21 @@ def test_the_interval_decides_on_the_size(factor: Estimate | None, words: str) -
 
 
 @pytest.mark.parametrize(
+    ("slope", "words"),
+    [
+        (Estimate(0.25, 0.125, 0.5), "differences of predicted gains are 4 times too large (2 to 8)"),
+        (Estimate(1.0, 0.5, 2.0), "differences of predicted gains are of the measured size (ratio 1, 0.5 to 2)"),
+        (Estimate(0.25, -0.1, 0.5), "whether predicted gains are too large cannot be said"),
+    ],
+)
+def test_gains_that_cancel_in_sum_are_judged_by_their_differences(slope: Estimate, words: str) -> None:
+    """Where there is no factor, or one of either sign, the slope tells the size."""
+    for factor in (None, Estimate(0.2, -0.1, 1.5)):
+        assert said(factor=factor, slope=slope)[1] == f"{words} after 50 steps"
+    assert said(slope=slope) == said()
+
+
+@pytest.mark.parametrize(
     ("gain", "words"),
     [
         (Estimate(-0.5, -0.75, -0.25), "gain 0.5 nats (0.25 to 0.75) less than random ones"),
