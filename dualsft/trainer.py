@@ -2,8 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,23 @@ class Trainer(LightningTrainer):
             paths = (path for given in read for path in paths_of(given))
             inputs = (model.model_name_or_path, model.settings.warmup.checkpoint, *paths)
             run = RunFolder(run, resume=resume, overwrite=overwrite, inputs=inputs)
-        return self._score(model, datamodule, run, partial(run_selection, model, datamodule, run, seed, config))
+        work = partial(run_selection, model, datamodule, run, seed, config)
+        with self._in_place_of_prediction(model, datamodule, run, work):
+            return call._call_and_handle_interrupt(self, self._run, model)
 
     def score_tokens(
         self, model: SelectionModule, datamodule: InstructionDataModule, run: RunFolder, ids: Sequence[int], seed: int
     ) -> TokenScores:
         """Score the tokens of some examples as `select` would; see `dualsft.selection.example_tokens`."""
-        return self._score(model, datamodule, run, partial(score_tokens, model, datamodule, run, seed, ids))
+        work = partial(score_tokens, model, datamodule, run, seed, ids)
+        with self._in_place_of_prediction(model, datamodule, run, work):
+            return call._call_and_handle_interrupt(self, self._run, model)
 
-    def _score(
+    @contextmanager
+    def _in_place_of_prediction(
         self, model: SelectionModule, datamodule: InstructionDataModule, run: RunFolder, work: Callable[[bool], Any]
-    ) -> Any:
-        """Do a work of scoring in this trainer's devices, precision and strategy."""
+    ) -> Iterator[None]:
+        """Have this trainer run a work of scoring in its devices, precision and strategy."""
         if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
@@ -104,7 +109,7 @@ class Trainer(LightningTrainer):
         self.predicting = True
         try:
             self._data_connector.attach_data(model, datamodule=datamodule)
-            return call._call_and_handle_interrupt(self, self._run, model)
+            yield
         except BaseException:
             run.release()  # what is worth resuming stays
             raise

@@ -47,11 +47,12 @@ class MetricsFile(ExperimentWriter):
         self._path, self.count = Path(self.metrics_file_path), 0
 
     def save(self) -> None:
-        """Append the rows that have been logged; a `UserError` if those before them are gone."""
-        rows = len(self.metrics)
-        if self.count and not self._path.is_file():
+        """Append the rows that have been logged; a `UserError` if those before them, or their folder, are gone."""
+        rows, folder = len(self.metrics), self._path.parent
+        if (self.count and not self._path.is_file()) or not folder.is_dir():
+            gone = self._path if folder.is_dir() else folder
             raise UserError(
-                f"{self._path} was removed while this run was at work on it; leave the output folder alone while a run "
+                f"{gone} was removed while this run was at work on it; leave the output folder alone while a run "
                 "is at work, and run it again."
             )
         with writing_to(self._path):

@@ -65,7 +65,7 @@ def test_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
     run(["plugins"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "dualsft-baselines 0.1.0" in line]
     assert {line.split()[0] for line in lines} == {name for _, name in NAMES}
-    assert len(lines) == len(NAMES) == 12
+    assert len(lines) == len(NAMES) == 10
     assert not any("cannot be used" in line for line in lines)
     assert all(line.rstrip().endswith(".") for line in lines)
 
