@@ -107,7 +107,11 @@ def _check(key: str, option: Any, value: Any, samples: bool) -> None:
         if not isinstance(value, str):
             raise UserError(f"{key}.{option} is {value!r}, which is not text; put it in quotes.")
     elif value is not None and not _in_range(option, value):
-        due = {"share": "a share above 0 and up to 1", "cap": "a count of at least 1", "seed": "a count of at least 0"}
+        due = {
+            "share": "a share above 0 and up to 1, such as 0.1",
+            "cap": "a count of at least 1",
+            "seed": "a count of at least 0",
+        }
         raise UserError(f"{key}.{option} is {value!r}; give {due[option]}.")
 
 

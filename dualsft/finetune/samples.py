@@ -24,6 +24,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import learned_positions
 from dualsft.runs.progress import say
 from dualsft.sharding.collectives import rank
+from dualsft.storage.json_lines import json_lines
 from dualsft.storage.writing import write_atomically
 
 _SHOWN = 60
@@ -102,7 +103,7 @@ def _write(path: Path, samples: list[Sample]) -> None:
     if not samples:
         return
     step = samples[0]["step"]
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = json_lines(path)
     earlier = [line for line in lines if _step_of(line) < step]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [*earlier, *(json.dumps(sample, ensure_ascii=False) for sample in samples)]

@@ -16,10 +16,11 @@ def count_phases(settings: SelectionSettings, validation_sets: int) -> int | Non
     needs = frozenset(settings.scorer.needs)
     weights = [settings.prior.weight, *(objective.weight for objective in settings.objectives)]
     terms = validation_sets + sum(map(bool, weights))
+    halves = validation_sets if settings.stability else 0
     products = terms * (1 if "hessian_vector" in needs else 2) if needs & HESSIAN else 0
     warm_up = int(settings.warmup.checkpoint is None and settings.warmup.fraction > 0)
     fishers = validation_sets if "empirical_fisher" in needs else 0
-    return warm_up + terms + fishers + _of_both_sides(settings, products, needs)
+    return warm_up + terms + halves + fishers + _of_both_sides(settings, products, needs)
 
 
 def _of_both_sides(settings: SelectionSettings, products: int, needs: frozenset[str]) -> int:

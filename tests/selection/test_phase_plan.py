@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Hessian": {"scorer": HessianVector(), "step_size": 1e-4},
     "differences": {"scorer": HessianVector("finite_difference"), "step_size": 1e-4, "prior": Prior(weight=0.5)},
     "by turns": {**TURNS, "scorer": FirstOrder()},
+    "halves": {"stability": True, "scorer": HessianVector(), "step_size": 1e-4},
     "rounds": {"order": "parameters_then_data", "data_budget": 3, "scorer": PoolAware(), "rounds": 2},
     "Hessian by turns": {**TURNS, "scorer": HessianVector(), "step_size": 1e-4},
 }

@@ -11,6 +11,7 @@ import yaml
 
 from dualsft.errors import UserError
 from dualsft.reports.sources import Source
+from dualsft.storage.json_lines import json_lines
 
 _PREDICTIONS = "predictions.jsonl"
 _NEEDED = {"set", "example_id", "prompt", "generation", "correct"}
@@ -71,7 +72,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in json_lines(path):
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from dualsft.errors import UserError
 from dualsft.finetune.samples import FILE
 from dualsft.reports.sources import Source
 from dualsft.selection.json_values import Mismatch, typed
+from dualsft.storage.json_lines import json_lines
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,7 @@ def _number(text: Any) -> float | None:
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
     """The samples that are whole: a kill may have cut the last."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
+    for line in json_lines(path):
         try:
             sample = json.loads(line)
         except (ValueError, RecursionError):

@@ -37,8 +37,10 @@ def _cut(subject: Subject) -> str:
     tenth = abs(subject.cut) / 10
     close = int((np.abs(near - subject.cut) <= tenth).sum())
     what = f"{percent(close / len(near))} of the examples have a score within a tenth of it"
+    if subject.is_cut_clean and np.ptp(near) == 0:
+        return f"All scores are {subject.shown(subject.cut)}: the first rows are chosen."
     if subject.is_cut_clean:
-        return f"The cut is at {subject.shown(subject.cut)}: who scores higher is chosen. {what}."
+        return f"The cut is at {subject.shown(subject.cut)}: what scores higher is chosen. {what}."
     return (
         f"The lowest score of a chosen example is {subject.shown(subject.cut)}; some with higher scores are left out, "
         "as the allocator looks at more than scores."

@@ -27,8 +27,8 @@ def _asked(subject: Subject) -> str:
     rows = counted(sum(of.rows for of in sets), "row")
     model = "/".join(Path(about.model.name_or_path).parts[-2:])
     return (
-        f"Which of the {about.counts.examples.rows:,} examples of {_file(about.data.train.path)}, and which of the "
-        f"{short(about.counts.parameters.scored)} weights of {model}, teach most of what "
+        f"Which of the {counted(about.counts.examples.rows, 'example')} of {_file(about.data.train.path)}, and which "
+        f"of the {short(about.counts.parameters.scored)} weights of {model}, teach most of what "
         f"{listed([_file(of.path) for of in sets])} ({rows}) asks for?"
     )
 
@@ -64,9 +64,10 @@ def _examples(subject: Subject) -> str:
     if examples.selected == examples.rows:
         return "All examples are taken."
     share = examples.selected / max(examples.rows, 1)
-    text = f"{examples.selected:,} examples were chosen ({percent(share)})"
+    one = examples.selected == 1
+    text = f"{counted(examples.selected, 'example')} {'was' if one else 'were'} chosen ({percent(share)})"
     if figures.captured is not None:
-        text += f"; they hold {percent(figures.captured)} of the sum of all positive scores"
+        text += f"; {'it holds' if one else 'they hold'} {percent(figures.captured)} of the sum of all positive scores"
     return f"{text}{_sources(subject)}."
 
 

@@ -8,6 +8,10 @@ from dualsft.reports.selections.texts import snippet
 from dualsft.reports.words import counted, percent
 
 _MOST = 25
+_WHY = {
+    True: "no example has a score as far below zero as the chosen ones are above it",
+    False: "no example has a positive score, so that there is nothing to compare negative ones with",
+}
 
 
 def suspects(subject: Subject) -> list[Block]:
@@ -15,7 +19,7 @@ def suspects(subject: Subject) -> list[Block]:
     score = subject.rows.score
     found = [int(row) for row in subject.order[::-1] if score[row] <= -_strength(subject)]
     if not found:
-        return [Text("None: no example has a score as far below zero as the chosen ones are above it.")]
+        return [Text(f"None: {_WHY[_strength(subject) < np.inf]}.")]
     told = (
         f"{counted(len(found), 'example')} ({percent(len(found) / len(subject.order))}) would, by their scores, do at "
         "least as much harm to the validation loss as the least of the chosen ones does good. Wrong answers, broken "

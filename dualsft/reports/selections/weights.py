@@ -59,6 +59,8 @@ def _most(places: Sequence[PlaceCounts], key: Any) -> PlaceCounts:
 
 
 def _told(places: Sequence[PlaceCounts], densest: PlaceCounts) -> str:
+    if all(of.selected == of.size for of in places):
+        return "All weights are chosen."
     fullest = _most(places, lambda of: of.selected)
     share = fullest.selected / max(1, sum(of.selected for of in places if of.kind == ALL))
     return (

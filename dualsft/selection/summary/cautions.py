@@ -35,12 +35,13 @@ def _only_value(figures: ScoreFigures) -> float | None:
 
 
 def _harmful(figures: ScoreFigures) -> Iterator[str]:
-    """Rows that are chosen although the scores speak against them."""
+    """Rows that are chosen although the scores speak against them; where all are taken, nothing was chosen."""
     against = figures.selected - figures.selected_positive
-    if against and figures.selected < figures.scored and _only_value(figures) is None:
+    if against and figures.selected < figures.scored:
         yield (
-            f"{against:,} of the {figures.selected:,} chosen examples have no positive score: to learn them is "
-            "predicted not to lower the loss on the target; lower model.data_budget."
+            f"{against:,} of the {figures.selected:,} chosen examples {'has' if against == 1 else 'have'} no positive "
+            "score: to learn them is predicted not to lower the loss on the target; lower model.data_budget, or take "
+            "model.data_allocator positive_only."
         )
 
 
