@@ -1,6 +1,6 @@
 """Peaks that `dualsft plan` predicts beside peaks that are measured, for each phase, on two families of models.
 
-    python benchmarks/plan.py                    float32 on this machine's CPU, one and two ranks, a quarter of an hour
+    python benchmarks/plan.py                    float32 on this machine's CPU, one and two ranks, some ten minutes idle
     python benchmarks/plan.py --ranks 1 --families llama
 
 A measured peak is that of the resident set of a process, above what it held before the model was made; of two ranks it
@@ -214,22 +214,28 @@ def make(config: Any, ranks: int) -> Model:
     return model
 
 
-def measure(family: str, ranks: int, checkpointing: bool) -> dict[str, int]:
+def measure(family: str, ranks: int, checkpointing: bool, phases: list[str]) -> dict[str, int]:
     """Case -> the peak of this process."""
     if ranks > 1:
         distributed.init_process_group("gloo")
     few = make(FEW[family](), ranks)
-    for work in WORK.values():  # loads the code that torch loads when it is first used
+    for work in map(WORK.__getitem__, phases):  # loads the code that torch loads when it is first used
         work(few, checkpointing)
     del few, work
     meter = Meter("cpu")
     model = make(FAMILIES[family](), ranks)
     found = {}
-    for case, work in WORK.items():
+    for case in phases:
+        say(f"{family}, rank {os.environ['RANK']} of {ranks}: {case}")
         torch_peak_begins()
-        work(model, checkpointing)
+        WORK[case](model, checkpointing)
         found[case] = meter.peak()
     return found
+
+
+def say(text: str) -> None:
+    """Tell how far the measurement is."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
@@ -239,25 +245,25 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def measure_alone(family: str, ranks: int, checkpointing: bool) -> dict[str, int]:
+def measure_alone(family: str, ranks: int, checkpointing: bool, phases: list[str]) -> dict[str, int]:
     """`measure` in fresh processes: the larger rank's peaks."""
     port = str(free_port())
-    command = [sys.executable, __file__, "--measure", family, "--ranks", str(ranks)]
+    command = [sys.executable, __file__, "--measure", family, "--ranks", str(ranks), "--phases", *phases]
     command += ["--checkpointing"] if checkpointing else []
     jobs = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         jobs.append(subprocess.Popen(command, env={**os.environ, **STEADY, **place}, stdout=subprocess.PIPE))
     answers = [json.loads(job.communicate()[0].splitlines()[-1]) for job in jobs]
-    return {case: max(answer[case] for answer in answers) for case in WORK}
+    return {case: max(answer[case] for answer in answers) for case in phases}
 
 
-def rows(family: str, ranks: int, checkpointing: bool) -> Iterator[list[str]]:
+def rows(family: str, ranks: int, checkpointing: bool, phases: list[str]) -> Iterator[list[str]]:
     """The lines of the table about one family on so many ranks."""
     with TemporaryDirectory() as folder:
         FAMILIES[family]().save_pretrained(folder)
         plan = predicted(Path(folder), ranks, checkpointing)
-    for case, size in measure_alone(family, ranks, checkpointing).items():
+    for case, size in measure_alone(family, ranks, checkpointing, phases).items():
         ratio = plan[case].peak / size
         yield [case, family, str(ranks), f"{plan[case].peak / 2**20:,.0f}", f"{size / 2**20:,.0f}", f"{ratio:.2f}"]
 
@@ -267,16 +273,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--phases", choices=WORK, nargs="+", default=list(WORK))
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--measure", choices=FAMILIES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.ranks[0], options.checkpointing)))
+        print(json.dumps(measure(options.measure, options.ranks[0], options.checkpointing, options.phases)))
         return
     found = [["phase", "model", "ranks", "planned, MiB", "measured, MiB", "ratio"]]
     for ranks in options.ranks:
         for family in options.families:
-            found += rows(family, ranks, options.checkpointing)
+            found += rows(family, ranks, options.checkpointing, options.phases)
     print(markdown_table(found))
 
 

@@ -27,7 +27,7 @@ WORK = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
 def test_shapes_take_what_tensors_take(tmp_path: Path, name: str) -> None:
-    """The peak of a batch on tensors without values is that on real ones, but for some hundred small numbers."""
+    """The peak of a batch on tensors without values is that on real ones, or somewhat more in so small a model."""
     with LiveBytes(BATCH.num_supervised, VOCABULARY) as live:
         model = tiny_llama()
         work = WORK[name](model)
@@ -36,7 +36,7 @@ def test_shapes_take_what_tensors_take(tmp_path: Path, name: str) -> None:
         live.restart()
         work()
         real = live.peaks[0].size - before
-    assert trace(tiny_shape(tmp_path), BATCH, WORK[name]).size == pytest.approx(real, rel=0.02)
+    assert real <= trace(tiny_shape(tmp_path), BATCH, WORK[name]).size <= 1.06 * real
 
 
 @pytest.mark.slow
