@@ -45,19 +45,23 @@ class Shards:
         """The largest of these tensors in the type of sums."""
         return max(weight.share(self.ranks) * weight.wide for weight in self.shape.weights)
 
-    def gathered(self, directions: int, gradients: bool) -> int:
-        """What a sharded model takes beside its shards: the root unit's full tensors, and those of blocks at work.
+    def with_units(self, batch: int, directions: int, gradients: bool) -> int:
+        """What a batch takes together with the units that a sharded model gathers.
 
-        The root unit is all that is outside the blocks; its weights and directions stay for a whole backward pass.
-        While a unit's gradients are summed over ranks they are there once more, in float32.
+        The root unit is all that is outside the blocks; its weights and directions stay for a whole backward pass. A
+        unit's gradients are there a second time, in float32, while they are summed over ranks: those of a block while
+        activations are alive, those of the root unit at the end.
         """
         if not self.sharded:
-            return 0
+            return batch
         own, wide = _by_unit(self.shape.weights, lambda w: w.itemsize), _by_unit(self.shape.weights, lambda w: w.wide)
-        root, blocks = own.pop(None, 0), max(own.values(), default=0)
-        root_wide, blocks_wide = wide.pop(None, 0), max(wide.values(), default=0)
-        held = root + BLOCK_SHARES * blocks + directions * (root_wide + blocks_wide)
-        return held + (max(root + root_wide, blocks + blocks_wide) if gradients else 0)
+        root, root_wide = own.pop(None, 0), wide.pop(None, 0)
+        block, block_wide = max(own.values(), default=0), max(wide.values(), default=0)
+        held = root + directions * root_wide
+        at_work = batch + BLOCK_SHARES * block + directions * block_wide
+        if not gradients:
+            return held + at_work
+        return held + max(at_work + block + block_wide, root + root_wide)
 
 
 def _by_unit(weights: Iterable[Weight], itemsize: Callable[[Weight], int]) -> Counter[int | None]:

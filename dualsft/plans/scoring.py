@@ -37,7 +37,7 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
     phase = training_phase(job, "warm-up", Trained(foreach=job.machine.device != "cpu"))
     phase.disk["warmed-up weights and second moment"] = _of_all(job, True) + _of_all(job)
     if job.machine.device != "cpu":
-        phase.host["its state, while written"] = job.shards.weights + job.shards.sums
+        phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
     yield phase.over(_times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
 
 
@@ -123,7 +123,7 @@ def _pass(
     shards, batch = job.shards, batch or job.scoring
     cost = trace(job.shape, batch, prepare)
     held = {"weights": shards.weights, **(more or {}), **({"accumulator": shards.sums} if columns else {})}
-    size = cost.size + shards.gathered(directions, gradients=columns)
+    size = shards.with_units(cost.size, directions, gradients=columns)
     on_host = {} if job.machine.device == "cpu" or not columns else {"sums, while written": shards.sums}
     disk = {f"sums of the {name}": _of_all(job)} if columns else {}
     if job.machine.offload:

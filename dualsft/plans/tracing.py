@@ -64,8 +64,8 @@ def _at_real_depth(shape: ModelShape, batch: BatchShape, prepare: Prepare) -> Ba
         raise
     except Exception as error:  # of whatever the model's code does with tensors that have no values
         raise UserError(
-            f"The model of {shape.folder} cannot be run on shapes alone ({first_line(error)}), so that only a run shows "
-            "its memory; lower data.batch_tokens for a first try."
+            f"The model of {shape.folder} cannot be run on shapes alone ({first_line(error)}), so that only a run "
+            "shows its memory; lower data.batch_tokens for a first try."
         ) from error
     at = partial(_at_depth, depths=depths, depth=shape.layers)
     parts = [(at([f[0][k].size for f in found]), at([f[0][k].logits for f in found])) for k in range(len(found[0][0]))]

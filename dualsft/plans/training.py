@@ -34,11 +34,11 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
     step = passing + (0 if keeps else masters)
     if machine.offload:
         return Phase(
-            name, {}, cost.size + shards.gathered(0, True), cost.logits, host=held, flops=cost.flops / batch.size
+            name, {}, shards.with_units(cost.size, 0, True), cost.logits, host=held, flops=cost.flops / batch.size
         )
     loading = {} if machine.device == "cpu" else {"weights, while loaded": shards.weights}
     return Phase(
-        name, held, cost.size + shards.gathered(0, True), cost.logits, step, loading, flops=cost.flops / batch.size
+        name, held, shards.with_units(cost.size, 0, True), cost.logits, step, loading, flops=cost.flops / batch.size
     )
 
 

@@ -38,13 +38,18 @@ def test_a_rank_holds_its_rows_rounded_up(tmp_path: Path, ranks: int) -> None:
 
 
 def test_a_sharded_model_gathers_its_root_and_two_blocks(tmp_path: Path) -> None:
-    """In a pass for rows and columns: weights, the direction, and the gradients of the largest unit, in two types."""
+    """In a pass for rows and columns: weights, directions, and the gradients of a block in two types.
+
+    Those of the root unit come when the batch's activations are gone.
+    """
     model = tiny_llama(False)
     root = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     shards = Shards(tiny_shape(tmp_path, tied=False), 2, sharded=True)
-    assert shards.gathered(1, gradients=True) == 4 * (root + 2 * block) + 4 * (root + block) + 8 * max(root, block)
-    assert Shards(shards.shape).gathered(1, gradients=True) == 0
+    assert shards.with_units(10**6, 1, gradients=True) == 10**6 + 4 * (2 * root + 3 * block + 2 * block)
+    assert shards.with_units(0, 1, gradients=True) == 4 * (2 * root + 2 * root)
+    assert shards.with_units(7, 1, gradients=False) == 7 + 4 * (2 * root + 3 * block)
+    assert Shards(shards.shape).with_units(7, 1, gradients=True) == 7
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
