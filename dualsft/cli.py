@@ -22,6 +22,7 @@ FLAGS = {
 VERBS = {
     "select": ("score every example and every weight, and choose a subset of each", "select:SelectCLI.command"),
     "fit": ("fine-tune the chosen weights on the chosen examples", "fit:FitCLI.command"),
+    "plan": ("tell what select or fit will hold in memory, before anything is loaded", "plan:plan_command"),
     "validate": ("evaluate a checkpoint on data or tasks", "validate:ValidateCLI.command"),
     "allocate": (
         "choose anew from the scores of a finished selection, with other budgets or allocators",

@@ -19,7 +19,7 @@ LAYERS = (
     {"selection"},
     {"finetune", "trainer", "quickstart"},
     {"experiments"},
-    {"reports"},
+    {"reports", "plans"},
     {"cli", "commands"},
     {"__init__", "__main__"},
 )

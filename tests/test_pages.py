@@ -13,6 +13,7 @@ import yaml
 import dualsft
 from dualsft import InstructionDataModule, UserError
 from dualsft.cli import run
+from tests.plans.cases import write_config
 from tests.reports.cases import write_evaluation, write_fit
 from tests.world.jobs import write_inputs
 
@@ -103,9 +104,22 @@ def test_report_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / given[-1] / "report.html").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dualsft plan ")], ids=str)
+def test_plan_commands_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command for plan prints a plan, here of a tiny model in the place of the page's, and with short batches."""
+    monkeypatch.chdir(ROOT)
+    write_config(tmp_path)
+    given = [str(tmp_path) if "configs/shapes/" in part else part for part in shlex.split(command)[1:]]
+    run([*given, "--data.max_length", "16", "--data.batch_tokens", "32"])
+    assert "Highest peak: " in capsys.readouterr().out
+
+
 def test_every_command_is_one_that_is_tested() -> None:
     """The commands of the pages are verbs that are tested here or by the quick start, and the scripts are there."""
-    known = {*PARSED, "compare", "export", "allocate", "quickstart", "plugins", "report"}
+    known = {*PARSED, "compare", "export", "allocate", "quickstart", "plugins", "report", "plan"}
     assert {c.split()[1] for c in COMMANDS} <= known
     for page in PAGES:
         for line in command_lines(page):

@@ -54,13 +54,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _units(model: nn.Module) -> Iterator[tuple[nn.Module, torch.dtype]]:
     """Units and their types, inner ones first: the blocks, then the model for what is outside them."""
-    blocks = _blocks(model)
+    blocks = transformer_blocks(model)
     for block in blocks:
         yield from _split_by_type(block, None, set())
     yield from _split_by_type(model, None, set(blocks))
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The model's layers: the entries of its largest module list that share no weights with the rest of the model."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=())

@@ -1,0 +1,154 @@
+"""The job that a configuration of select or of fit describes, without its data, its weights or its trainer made."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from dualsft.allocators.structured import Structured
+from dualsft.commands.keys import knows
+from dualsft.commands.messages import explaining_settings, quieten
+from dualsft.commands.parsing import CONFIG, check_numbers, parser_of, prepare
+from dualsft.commands.path_options import expand_paths
+from dualsft.data.options import validation_sources
+from dualsft.errors import UserError
+from dualsft.plans.job import DataSizes, FitJob, Job, Machine, SelectJob, Trained
+from dualsft.plans.passes import Running
+from dualsft.plans.shape import named_shape
+from dualsft.selection import load_selection
+from dualsft.selection.settings import SelectionSettings
+
+_HALF = ("bf16", "bf16-mixed")
+_PROBE = 1024
+"""Entries of the vector on which an optimizer takes a step, to see what it keeps for each."""
+
+
+def make_job(
+    verb: str, arguments: Sequence[str], supervised: float, pool: float | None, validation: float | None
+) -> Job:
+    """The job of a verb's arguments.
+
+    Args:
+        verb: select or fit.
+        arguments: Configurations and options of both.
+        supervised: Share of the tokens that are supervised.
+        pool: Tokens of the pool, if known.
+        validation: Tokens of the validation sets, if known.
+
+    Raises:
+        UserError: on a mistake in the settings, or a model without a usable configuration.
+        ArgumentError: on options that cannot be parsed.
+    """
+    quieten()
+    config = _parsed(verb, _known_to(verb, arguments))
+    model, data, trainer = config.model, config.data, config.trainer
+    shape = named_shape(model.model_name_or_path, model.dtype)
+    running = Running(model.gradient_checkpointing, trainer.precision in _HALF)
+    longest = min(data.max_length, shape.positions or data.max_length)
+    sets = max(1, len(validation_sources(data.validation)))
+    sizes = DataSizes(data.batch_tokens, longest, data.batch_size, supervised, pool, validation, sets)
+    common: dict[str, Any] = {"shape": shape, "machine": _machine(trainer), "data": sizes, "running": running}
+    if verb == "select":
+        return SelectJob(**common, settings=_settings(config))
+    choice = _parsed("select", _known_to("select", arguments)) if any(a in CONFIG for a in arguments) else None
+    share, structured, data_share = _chosen(model.selection, choice, shape.count)
+    accumulated = trainer.accumulate_grad_batches or 1
+    state, foreach = _optimizer(config)
+    trained = Trained(share, structured, state, foreach and _device(trainer) != "cpu", accumulated)
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+    return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share)
+
+
+def _known_to(verb: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments without options that the other verb alone knows."""
+    own, other = parser_of(verb), parser_of("fit" if verb == "select" else "select")
+    kept: list[str] = []
+    takes = True
+    for argument in arguments:
+        if argument.startswith("--"):
+            key = argument.removeprefix("--").partition("=")[0]
+            takes = argument in CONFIG or knows(own, key) or not knows(other, key)
+        if takes:
+            kept.append(argument)
+    return kept
+
+
+def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
+    parser = parser_of(verb)
+    config = expand_paths(parser.parse_args(prepare(arguments, verb, parser)))
+    check_numbers(config)
+    return config
+
+
+def _settings(config: Namespace) -> SelectionSettings:
+    """The options of a selection, with its scorer and allocators made."""
+    parser: ArgumentParser = parser_of("select")
+    with explaining_settings():
+        made = parser.instantiate_classes(config)
+    settings: SelectionSettings = made.model.settings
+    return settings
+
+
+def _device(trainer: Namespace) -> str:
+    return "cpu" if trainer.accelerator == "cpu" else "cuda"
+
+
+def _machine(trainer: Namespace) -> Machine:
+    """The machine that a trainer's settings ask for; that the accelerator is not there does not matter."""
+    devices, strategy = trainer.devices, trainer.strategy
+    count = len(devices) if isinstance(devices, list) else devices
+    if isinstance(count, str):
+        count = int(count) if count.isdecimal() else count
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8.")
+    ranks = count * int(trainer.num_nodes)
+    name = strategy if isinstance(strategy, str) else ""
+    if ranks > 1 and not (name.startswith("fsdp2") or getattr(strategy, "class_path", "").endswith("FSDP2")):
+        raise UserError(
+            f"The trainer has {ranks} devices and the strategy {name or strategy!r}, under which each would hold all "
+            "weights; set trainer.strategy to fsdp2."
+        )
+    init_args = {} if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
+    return Machine(_device(trainer), ranks, name.endswith("offload") or bool(init_args.get("cpu_offload", False)))
+
+
+def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tuple[float, bool, float]:
+    """The share of the weights that a fit trains, whether they are whole units, and the share of the pool.
+
+    A selection that is there tells; otherwise what the same configuration asks `select` for.
+    """
+    if selection and os.path.isdir(selection):
+        manifest: Mapping[str, Any] = load_selection(selection).manifest
+        parameters, examples = manifest["counts"]["parameters"], manifest["counts"]["examples"]
+        allocator = str(manifest.get("parameter_allocator") or "")
+        share = parameters["selected"] / parameters["scored"]
+        return share, "Structured" in allocator, examples["selected"] / max(1, examples["scored"])
+    if selection is None and choice is None:
+        return 1.0, False, 1.0
+    if choice is None:
+        raise UserError(f"{selection}: no such selection; give one, or a configuration with model.parameter_budget.")
+    budget, data = choice.model.parameter_budget, choice.model.data_budget
+    allocator = getattr(choice.model.parameter_allocator, "class_path", "")
+    structured = bool(allocator) and issubclass(resolve_name(allocator), Structured)
+    return _share(budget, count), structured, data if isinstance(data, float) else 1.0
+
+
+def _share(budget: int | float | None, count: int) -> float:
+    return 1.0 if budget is None else budget if isinstance(budget, float) else min(1.0, budget / count)
+
+
+def _optimizer(config: Namespace) -> tuple[float, bool]:
+    """Bytes that the optimizer keeps for a trained weight, seen on a few; whether it works on all tensors at once."""
+    given = config.get("optimizer")
+    path, options = ("torch.optim.AdamW", {}) if given is None else (given.class_path, dict(given.get("init_args", {})))
+    few = torch.nn.Parameter(torch.zeros(_PROBE))
+    with explaining_settings():
+        optimizer = resolve_name(path)([few], **options)
+    few.grad = torch.ones_like(few)
+    optimizer.step(lambda: torch.zeros(()))
+    kept = [t for t in optimizer.state[few].values() if isinstance(t, torch.Tensor) and t.numel() == _PROBE]
+    plain = any(optimizer.defaults.get(key) for key in ("fused",)) or optimizer.defaults.get("foreach") is False
+    return sum(t.nbytes for t in kept) / _PROBE, not plain

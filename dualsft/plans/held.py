@@ -1,0 +1,71 @@
+"""The bytes that are held through a phase, counted tensor by tensor: a rank's shards, rounded up to whole rows."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from dualsft.plans.shape import ModelShape, Weight
+
+INDEX = 4
+"""Bytes of the place of a chosen weight in its tensor (int32)."""
+BLOCK_SHARES = 2
+"""Blocks whose weights are gathered at a time: the one at work, and the next."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Counts bytes of things that have the shape of the weights, on the rank that holds most.
+
+    Args:
+        shape: The model.
+        ranks: How many share its weights.
+        sharded: Whether it is under FSDP2, as it may be on a single rank too.
+    """
+
+    shape: ModelShape
+    ranks: int = 1
+    sharded: bool = False
+
+    def bytes_of(self, itemsize: Callable[[Weight], float]) -> int:
+        """Of one entry for each weight of the shard, of this size."""
+        return round(sum(weight.share(self.ranks) * itemsize(weight) for weight in self.shape.weights))
+
+    @property
+    def weights(self) -> int:
+        """The weights themselves."""
+        return self.bytes_of(lambda weight: weight.itemsize)
+
+    @property
+    def sums(self) -> int:
+        """An accumulator of gradients, a direction, or anything else in float32 (float64 for float64 weights)."""
+        return self.bytes_of(lambda weight: weight.wide)
+
+    @property
+    def widest(self) -> int:
+        """The largest of these tensors in the type of sums."""
+        return max(weight.share(self.ranks) * weight.wide for weight in self.shape.weights)
+
+    def with_units(self, batch: int, directions: int, gradients: bool) -> int:
+        """What a batch takes together with the units that a sharded model gathers.
+
+        The root unit is all that is outside the blocks; its weights and directions stay for a whole backward pass. A
+        unit's gradients are there a second time, in float32, while they are summed over ranks: those of a block while
+        activations are alive, those of the root unit at the end.
+        """
+        if not self.sharded:
+            return batch
+        own, wide = _by_unit(self.shape.weights, lambda w: w.itemsize), _by_unit(self.shape.weights, lambda w: w.wide)
+        root, root_wide = own.pop(None, 0), wide.pop(None, 0)
+        block, block_wide = max(own.values(), default=0), max(wide.values(), default=0)
+        held = root + directions * root_wide
+        at_work = batch + BLOCK_SHARES * block + directions * block_wide
+        if not gradients:
+            return held + at_work
+        return held + max(at_work + block + block_wide, root + root_wide)
+
+
+def _by_unit(weights: Iterable[Weight], itemsize: Callable[[Weight], int]) -> Counter[int | None]:
+    found: Counter[int | None] = Counter()
+    for weight in weights:
+        found[weight.block] += weight.size * itemsize(weight)
+    return found

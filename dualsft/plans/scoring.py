@@ -1,0 +1,151 @@
+"""The phases of a selection: the warm-up, the gradients of V, the passes over the pool, and the choice."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from dualsft.errors import UserError
+from dualsft.plans import passes
+from dualsft.plans.batch import BatchShape
+from dualsft.plans.job import SelectJob, Trained
+from dualsft.plans.phase import Phase, Plan
+from dualsft.plans.tracing import Prepare, trace
+from dualsft.plans.training import training_phase
+from dualsft.scorers import SecondOrderScorer
+from dualsft.selection.terms import HESSIAN
+
+_SUMMED = 4
+"""Bytes of an entry of a file of sums or scores."""
+_CHOICE = 20
+"""Bytes for each weight of the largest tensor while weights are ranked: keys and their order."""
+
+
+def plan_select(job: SelectJob) -> Plan:
+    """The phases of a selection at one scoring checkpoint.
+
+    Raises:
+        UserError: if it goes along a path, whose training and passes alternate as its points decide.
+    """
+    if job.settings.path.along is not None:
+        raise UserError("A plan knows selections at one scoring checkpoint; set model.path.along to null.")
+    return Plan([*_warm_up(job), *_objective(job), *_pool(job), _choice(job)])
+
+
+def _warm_up(job: SelectJob) -> Iterator[Phase]:
+    warmup = job.settings.warmup
+    if warmup.checkpoint is not None or warmup.fraction == 0:
+        return
+    phase = training_phase(job, "warm-up", Trained(foreach=job.machine.device != "cpu"))
+    phase.disk["warmed-up weights and second moment"] = _of_all(job, True) + _of_all(job)
+    if job.machine.device != "cpu":
+        phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
+    yield phase.over(_times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
+
+
+def _objective(job: SelectJob) -> Iterator[Phase]:
+    """The passes for v, and for the empirical Fisher."""
+    settings, seen, pool = job.settings, job.data.validation_tokens, job.data.pool_tokens
+    yield _pass(job, "validation gradient", partial(passes.gradient, batch=job.scoring, running=job.running)).over(seen)
+    if settings.prior.weight:
+        yield _prior(job).over(_times(pool, settings.prior.fraction))
+    if "empirical_fisher" in settings.scorer.needs:
+        alone = job.scoring.alone()
+        squared = partial(passes.gradient, batch=alone, running=job.running, squared=True)
+        yield _pass(job, "validation squared gradient", squared, alone).over(seen)
+
+
+def _prior(job: SelectJob) -> Phase:
+    """The prior's pass; the model is its own teacher where it is still the base model."""
+    warmup = job.settings.warmup
+    untouched = warmup.checkpoint is None and warmup.fraction == 0
+
+    base = None if untouched else job.shape
+    phase = _pass(job, "prior gradient", partial(passes.distilled, batch=job.scoring, running=job.running, base=base))
+    if not untouched:
+        (phase.host if job.machine.offload else phase.held)["teacher"] = job.shards.weights
+    return phase
+
+
+def _pool(job: SelectJob) -> Iterator[Phase]:
+    """The passes over the pool; products with the Hessian come between the gradient and the rows."""
+    needs, pool = frozenset(job.settings.scorer.needs), job.data.pool_tokens
+    first = isinstance(job.settings.scorer, SecondOrderScorer) or bool(needs & {"pool_gradient", *HESSIAN})
+    by_turns = "then" in job.settings.order
+    if first or by_turns:
+        gradient = partial(passes.gradient, batch=job.scoring, running=job.running)
+        yield _pass(job, "pool gradient", gradient).over(pool)
+    if needs & HESSIAN:
+        yield _product(job, "hessian_vector" in needs).over(job.data.validation_tokens)
+    yield _rows(job, columns=not (first or by_turns), masked=by_turns).over(pool)
+
+
+def _product(job: SelectJob, exact: bool) -> Phase:
+    """A product with the Hessian along the pool step."""
+    weights = job.shards.weights
+    if not exact:
+        work = partial(passes.gradient, batch=job.scoring, running=job.running)
+        return _pass(job, "gradients two steps apart", work, more={"direction": weights, "weights before": weights})
+    work = partial(passes.hessian_vector, batch=job.scoring, running=job.running)
+    phase = _pass(job, "Hessian-vector product", work, more={"direction": weights})
+    if job.machine.ranks > 1:  # the model is unsharded for it, with the direction and the sums
+        whole = job.shape
+        phase.held["full weights, direction and sums"] = sum(w.size * (2 * w.itemsize + w.wide) for w in whole.weights)
+    return phase
+
+
+def _rows(job: SelectJob, columns: bool, masked: bool) -> Phase:
+    settings = job.settings
+    count = job.data.sets * (3 if settings.stability else 1)
+    work = partial(
+        passes.scores,
+        batch=job.scoring,
+        running=job.running,
+        directions=count,
+        columns=columns,
+        by_token=settings.token_scores,
+    )
+    held = {f"{count} directions" if count > 1 else "direction": count * job.shards.sums}
+    if masked:
+        held["directions of chosen weights"] = count * job.shards.sums
+    return _pass(job, "scores", work, directions=count, columns=columns, more=held)
+
+
+def _pass(
+    job: SelectJob,
+    name: str,
+    prepare: Prepare,
+    batch: BatchShape | None = None,
+    *,
+    directions: int = 0,
+    columns: bool = True,
+    more: dict[str, int] | None = None,
+) -> Phase:
+    """One pass: what it holds, the trace of a batch, and the sums that it leaves in a file."""
+    shards, batch = job.shards, batch or job.scoring
+    cost = trace(job.shape, batch, prepare)
+    held = {"weights": shards.weights, **(more or {}), **({"accumulator": shards.sums} if columns else {})}
+    size = shards.with_units(cost.size, directions, gradients=columns)
+    on_host = {} if job.machine.device == "cpu" or not columns else {"sums, while written": shards.sums}
+    disk = {f"sums of the {name}": _of_all(job)} if columns else {}
+    if job.machine.offload:
+        held, on_host = {}, {**held, **on_host}
+    return Phase(name, held, size, cost.logits, host=on_host, disk=disk, flops=cost.flops / batch.size)
+
+
+def _choice(job: SelectJob) -> Phase:
+    """Ranking on the host of rank zero, with the files of scores mapped; and the artifact."""
+    count = job.shape.count
+    largest = max(weight.size for weight in job.shape.weights)
+    host = {"scores, in files": _SUMMED * count, "mask": count, "ranking of the largest tensor": _CHOICE * largest}
+    disk = {"parameter_scores.safetensors": _SUMMED * count, "mask.safetensors": -(-count // 8)}
+    if job.machine.device == "cpu":
+        return Phase("choice", {"weights": job.shards.weights, **host}, disk=disk)
+    return Phase("choice", {"weights": 0 if job.machine.offload else job.shards.weights}, host=host, disk=disk)
+
+
+def _of_all(job: SelectJob, stored: bool = False) -> int:
+    """Bytes of the weights, or of sums, of all ranks together."""
+    return sum(w.size * (w.itemsize if stored else w.wide) for w in job.shape.weights)
+
+
+def _times(tokens: float | None, share: float) -> float | None:
+    return None if tokens is None else tokens * share

@@ -1,0 +1,72 @@
+"""Bytes that are held, against the bytes of real tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualsft.matrix.interaction import ColumnSums
+from dualsft.plans.held import Shards
+from dualsft.plans.job import FitJob, Trained
+from dualsft.plans.training import plan_fit
+from dualsft.training.compact import CompactParameters
+from tests.plans.cases import tiny_shape
+from tests.world.models import tiny_llama
+
+
+def size_of(tensors: object) -> int:
+    """The bytes of some tensors."""
+    return sum(t.numel() * t.itemsize for t in tensors)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_sums_are_those_of_a_real_model(tmp_path: Path, tied: bool, dtype: str) -> None:
+    """Tied weights count once, and sums are float32 at least."""
+    shape = tiny_shape(tmp_path, dtype, tied=tied)
+    model = tiny_llama(tied, getattr(torch, dtype))
+    assert shape.count == sum(p.numel() for p in model.parameters())
+    assert Shards(shape).weights == size_of(model.parameters())
+    assert Shards(shape).sums == size_of(ColumnSums(model).sums.values())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_holds_its_rows_rounded_up(tmp_path: Path, ranks: int) -> None:
+    """The first rank's share of each tensor is torch's first chunk of its rows."""
+    shape, model = tiny_shape(tmp_path), tiny_llama()
+    assert Shards(shape, ranks).weights == size_of(p.chunk(ranks)[0] for p in model.parameters())
+
+
+def test_a_sharded_model_gathers_its_root_and_two_blocks(tmp_path: Path) -> None:
+    """In a pass for rows and columns: weights, directions, and the gradients of a block in two types.
+
+    Those of the root unit come when the batch's activations are gone.
+    """
+    model = tiny_llama(False)
+    root = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    shards = Shards(tiny_shape(tmp_path, tied=False), 2, sharded=True)
+    assert shards.with_units(10**6, 1, gradients=True) == 10**6 + 4 * (2 * root + 3 * block + 2 * block)
+    assert shards.with_units(0, 1, gradients=True) == 4 * (2 * root + max(5 * block, 2 * root))
+    assert shards.with_units(7, 1, gradients=False) == 7 + 4 * (2 * root + 3 * block)
+    assert Shards(shards.shape).with_units(7, 1, gradients=True) == 7
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> None:
+    """Masters, indices and Adam's moments of a fit have the bytes that they have after a step."""
+    model = tiny_llama()
+    masks = {n: torch.zeros(p.numel(), dtype=torch.bool) for n, p in model.named_parameters()}
+    for mask in masks.values():
+        mask[: round(share * len(mask))] = True
+    shaped = {n: masks[n].view(p.shape) for n, p in model.named_parameters()}
+    compact = CompactParameters(model, None if share == 1 else shaped)
+    optimizer = torch.optim.AdamW(compact.parameters())
+    for master in compact.masters:
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    (phase,) = plan_fit(FitJob(tiny_shape(tmp_path), trained=Trained(share, accumulated=2))).phases
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert phase.held["masters"] == phase.held["gradients"] == size_of(compact.masters)
+    assert phase.held["optimizer"] == size_of(moments)
+    assert phase.held.get("indices", 0) == size_of(compact.buffers())
