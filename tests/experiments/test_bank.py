@@ -125,7 +125,7 @@ def test_a_job_that_kills_its_worker_stops_no_other(tmp_path: Path, monkeypatch:
 def test_workers_end_when_their_caller_stops(tmp_path: Path) -> None:
     """An exception, as of Ctrl-C, in the caller ends the processes, and what is left is not begun."""
     (tmp_path / "serving.py").write_text(SERVER.format(root=str(Path(__file__).parents[2])))
-    places = [tmp_path / str(k) for k in range(3)]
+    places = [tmp_path / name for name in ("first", "waits", "last")]
     for place in places:
         place.mkdir()
 
