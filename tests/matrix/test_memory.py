@@ -1,5 +1,6 @@
 """What a gradient pass holds at a time; the allocator's own record of every byte, so the figures have no noise."""
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from tests.world.models import tiny_llama
 
 def peak(work: Callable[[], object]) -> int:
     """The most bytes of tensors that are alive at a time while this works, beyond those that were alive before."""
+    gc.collect()  # what an earlier profile saw made, and waits in a cycle, would be taken off when it goes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     assert record.profiler is not None
