@@ -14,7 +14,7 @@ other (`order.py`). Every pass over data is a phase: resumed where it was killed
 Source: arXiv 2605.06166.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
@@ -90,38 +90,45 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    outcome = describe_outcome(model, data, chosen, scoring)
-    alignment, stability = scoring.alignment(), scoring.stability()
-    manifest = {**inputs, **outcome, **cost, **configuration}
-    staged = run.staging()
+    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **configuration}
+    write_results(module, data, run, chosen, scoring, seed, manifest=manifest, config=config)
+    return load_selection(run.path)
+
+
+def write_results(
+    module: "SelectionModule",
+    data: InstructionDataModule,
+    run: RunFolder,
+    chosen: Chosen,
+    scoring: ScoresBothSides,
+    seed: int,
+    **parts: Any,
+) -> None:
+    """Write the selection directory, its other ``parts`` as they are, and end the run."""
+    model, settings, records, staged = module.model, module.settings, data.train_examples.records, run.staging()
+    alignment, stability = scoring.alignment(), scoring.stability()  # sums over ranks
     if is_sharded(model):  # all ranks at once
         write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
 
     def write() -> None:
-        sources = row_sources(pool.records, settings.data_allocator)
+        sources = row_sources(records, settings.data_allocator)
+        target = describe_target(data.validation_sets.values(), sources.column if sources else None)
         write_selection(
             staged,
-            manifest=manifest,
             examples=example_table(data, chosen, scoring),
             parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
             mask=chosen.mask,
-            selected_lines=[pool.records.line(i) for i in sorted(chosen.examples)],
-            config=config,
+            selected_lines=[records.line(i) for i in sorted(chosen.examples)],
             token_scores=token_table(data, chosen) if settings.token_scores else None,
             sketches=scoring.measured.get(SKETCH),
             sources=sources,
-            basis=Basis(
-                describe_target(data.validation_sets.values(), sources.column if sources else None),
-                alignment,
-                warmup_steps(settings, data, seed),
-                stability,
-            ),
+            basis=Basis(target, alignment, warmup_steps(settings, data, seed), stability),
+            **parts,
         )
         publish(staged, run.path)
 
     on_rank_zero(write)
     run.finish()
-    return load_selection(run.path)
 
 
 def score_at_checkpoint(
