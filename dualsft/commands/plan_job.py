@@ -1,7 +1,7 @@
 """The job that a configuration of select or of fit describes, without its data, its weights or its trainer made."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any
 
@@ -121,19 +121,25 @@ def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tupl
     A selection that is there tells; otherwise what the same configuration asks `select` for.
     """
     if selection and os.path.isdir(selection):
-        manifest: Mapping[str, Any] = load_selection(selection).manifest
-        parameters, examples = manifest["counts"]["parameters"], manifest["counts"]["examples"]
-        allocator = str(manifest.get("parameter_allocator") or "")
-        share = parameters["selected"] / parameters["scored"]
-        return share, "Structured" in allocator, examples["selected"] / max(1, examples["scored"])
+        about = load_selection(selection).about
+        weights, examples = about.counts.parameters, about.counts.examples
+        structured = _is_structured(about.settings["parameter_allocator"].class_path)
+        return weights.selected / weights.scored, structured, examples.selected / max(1, examples.scored)
     if selection is None and choice is None:
         return 1.0, False, 1.0
     if choice is None:
         raise UserError(f"{selection}: no such selection; give one, or a configuration with model.parameter_budget.")
     budget, data = choice.model.parameter_budget, choice.model.data_budget
-    allocator = getattr(choice.model.parameter_allocator, "class_path", "")
-    structured = bool(allocator) and issubclass(resolve_name(allocator), Structured)
+    structured = _is_structured(getattr(choice.model.parameter_allocator, "class_path", ""))
     return _share(budget, count), structured, data if isinstance(data, float) else 1.0
+
+
+def _is_structured(allocator: str) -> bool:
+    """Whether an allocator takes whole rows; one whose package is gone is taken not to."""
+    try:
+        return bool(allocator) and issubclass(resolve_name(allocator), Structured)
+    except (ImportError, AttributeError):
+        return False
 
 
 def _share(budget: int | float | None, count: int) -> float:

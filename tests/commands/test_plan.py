@@ -9,6 +9,7 @@ from dualsft.cli import run
 from dualsft.errors import UserError
 from dualsft.plans.sizes import parse_memory
 from tests.plans.cases import write_config
+from tests.world.jobs import write_inputs, write_job
 
 SETTINGS: dict[str, dict[str, object]] = {
     "model": {
@@ -53,6 +54,19 @@ def test_a_fit_is_planned_by_the_same_configuration(config: str, capsys: pytest.
     assert "Trained: 25% of each tensor's weights" in out
     assert "gradients" in out
     assert "fits in 80.0 GiB" in out
+
+
+@pytest.mark.slow
+def test_a_finished_selection_tells_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its counts, and whether its weights are whole rows, whatever the configuration would ask for."""
+    inputs = write_inputs(tmp_path)
+    model = {"preconditioner": "none", "warmup": {"fraction": 0.0}, "parameter_budget": 0.25}
+    job = write_job(tmp_path, inputs, model={**model, "parameter_allocator": "structured"})
+    run(["select", "--config", str(job), "--output_dir", str(tmp_path / "s")])
+    capsys.readouterr()
+    base = ["--model.model_name_or_path", inputs.model, "--data.train", inputs.train]
+    run(["plan", "--for", "fit", *base, "--model.selection", str(tmp_path / "s"), "--trainer.accelerator", "cpu"])
+    assert "Trained: 25% of each tensor's weights, as whole rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("80gb", 80 * 10**9), ("24G", 24 * 2**30)])
