@@ -67,16 +67,9 @@ def _sentence(message: str) -> str:
         return f"{key[1]}.{nested[1]} does not take {nested[2]}; `--{key[1]}.help NAME` shows what there is."
     value = re.search(r"Given value: (.*)", message)
     if "Union subtypes" in message and value:
-        kinds = list(dict.fromkeys(map(_kind, re.findall(r"- Expected a (.+)", message))))
-        plain = kinds and not any("." in kind for kind in kinds)
-        told = (
-            f": it must be {', '.join(kinds[:-1])} or {kinds[-1]}"
-            if plain
-            else "; `--print_config` shows what it takes"
-        )
-        return f"{key[1]} does not take {value[1]}{told}."
+        return f"{key[1]} does not take {value[1]}{_any_of(re.findall(r'- Expected a (.+)', message))}."
     if expected := re.search(r"Expected a (.+?)\. Got value: (.*)", message):
-        return f"{key[1]} does not take {expected[2].strip()}: it must be {_kind(expected[1])}."
+        return f"{key[1]} does not take {expected[2].strip()}: it must be {_plain(expected[1]) or expected[1]}."
     if section := re.search(r"Unable to load config ['\"](.*?)['\"]", message):
         others = (
             f"such as {_FIRST[key[1]]}, and `--print_config` shows all"
@@ -89,16 +82,17 @@ def _sentence(message: str) -> str:
 
 def _any_of(expected: list[str]) -> str:
     """What one of several types takes, where all of them have plain names."""
-    kinds = list(dict.fromkeys(map(_kind, expected)))
-    if not kinds or any("." in kind for kind in kinds):
+    kinds = list(dict.fromkeys(map(_plain, expected)))
+    if not kinds or None in kinds:
         return "; `--print_config` shows what it takes"
-    return f": it must be {', '.join(kinds[:-1])} or {kinds[-1]}".replace("be  or", "be")
+    *others, last = map(str, kinds)
+    return f": it must be {', '.join(others)}{' or ' if others else ''}{last}"
 
 
-def _kind(expected: str) -> str:
-    """A plain name for a type that the parser expected."""
+def _plain(expected: str) -> str | None:
+    """A plain name for a type that the parser expected; None if there is none."""
     if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
         return f"one of {literal[1].replace(chr(39), '')}"
     if plain := re.fullmatch(r"<class '(?:builtins\.)?(\w+)'>", expected):
         return _PLAIN.get(plain[1], f"a {plain[1]}")
-    return expected
+    return None

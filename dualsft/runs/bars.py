@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dualsft.runs.bar import Bar, clock
-from dualsft.runs.drawn import DrawnBar
 from dualsft.runs.stream import is_quiet, is_terminal
+from dualsft.runs.terminal_bar import TerminalBar
 
 # seconds to the first line in a log; the times to the next ones double, up to the second
 _FIRST_LINE, _LATER_LINES = 5.0, 60.0
@@ -20,7 +20,7 @@ _FIRST_LINE, _LATER_LINES = 5.0, 60.0
 
 def open_bar(title: str, total: float, done: float = 0.0, seconds: float = 0.0, show: bool = True) -> Bar:
     """Begin to show a phase's progress on stderr, if that is wanted; its `Bar.close` ends it."""
-    kind: Callable[..., Bar] = DrawnBar if is_terminal(sys.stderr) else _Lines
+    kind: Callable[..., Bar] = TerminalBar if is_terminal(sys.stderr) else _Lines
     return (kind if show and not is_quiet() else _Hidden)(title, total, done, seconds)
 
 

@@ -13,43 +13,43 @@ _FRAME = 0.1  # seconds between two drawings of a bar
 _TITLE, _TIME, _NOTE, _OTHERS = (26, 44), 12, 20, 56  # characters: least and most of a title, and all but it
 
 
-class DrawnBar(Bar):
+class TerminalBar(Bar):
     """A line of the terminal, drawn with those of other bars that are open."""
 
-    _open: "list[DrawnBar]" = []  # noqa: RUF012 (of the terminal, of which there is one)
+    _open: "list[TerminalBar]" = []  # noqa: RUF012 (of the terminal, of which there is one)
     _progress: "Progress | None" = None
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        if DrawnBar._progress is None:
-            DrawnBar._progress = _new_progress()
-            DrawnBar._progress.start()
-        self._task = DrawnBar._progress.add_task(self.title, total=1.0, time="", note="")
-        DrawnBar._open.append(self)
+        if TerminalBar._progress is None:
+            TerminalBar._progress = _new_progress()
+            TerminalBar._progress.start()
+        self._task = TerminalBar._progress.add_task(self.title, total=1.0, time="", note="")
+        TerminalBar._open.append(self)
         self._show()
 
     def close(self, finished: bool) -> None:
         """Leave the bar where it is; one within another is wiped away."""
-        assert DrawnBar._progress is not None
+        assert TerminalBar._progress is not None
         if finished:
             self.done = self.total
         self._show()
-        DrawnBar._open.remove(self)
-        if DrawnBar._open:
-            DrawnBar._progress.remove_task(self._task)
+        TerminalBar._open.remove(self)
+        if TerminalBar._open:
+            TerminalBar._progress.remove_task(self._task)
         else:
-            DrawnBar._progress.stop()
-            DrawnBar._progress = None
+            TerminalBar._progress.stop()
+            TerminalBar._progress = None
 
     def _wait(self) -> float:
         return _FRAME
 
     def _show(self) -> None:
-        assert DrawnBar._progress is not None
+        assert TerminalBar._progress is not None
         time_told = clock(self.elapsed) if self.left is None or self.share == 1 else f"{clock(self.left)} left"
         told: dict[str, Any] = {"time": time_told, "note": self.note}
-        DrawnBar._progress.update(self._task, completed=self.share, **told)
-        DrawnBar._progress.refresh()
+        TerminalBar._progress.update(self._task, completed=self.share, **told)
+        TerminalBar._progress.refresh()
 
 
 def _new_progress() -> "Progress":
