@@ -25,12 +25,23 @@ def render(title: str, sections: Sequence[Section], figures: Path) -> str:
         loader=PackageLoader("dualsft.reports"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"kind": lambda block: type(block).__name__}
     environment.globals |= {"picture": partial(_picture, figures), "anchor": _anchors(), "version": version("dualsft")}
     return environment.get_template("report.html.j2").render(title=title, sections=sections)
+
+
+_HIDDEN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
+_HIDDEN |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+"""Control characters, which HTML forbids, and marks that turn the direction of what follows -> what is shown."""
+
+
+def _visible(value: Any) -> Any:
+    """A text whose control characters are seen, and do nothing."""
+    return value.translate(_HIDDEN) if isinstance(value, str) else value
 
 
 def _picture(folder: Path, block: Any) -> Any:

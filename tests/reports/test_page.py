@@ -59,6 +59,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Elements:
     return Elements(render(SCRIPT, SECTIONS, tmp_path_factory.mktemp("figures")))
 
 
+def test_control_characters_are_seen_and_do_nothing(tmp_path: Path) -> None:
+    """A page holds none of them, nor marks that would turn the text behind them round; line ends stay."""
+    hostile = "a\x00b\x1b[31m\u202ec\u2066\x7f\td\ne"
+    page = render(
+        "t", [Section(hostile, [Text(hostile), Example(hostile, hostile, [Piece(hostile)], hostile)])], tmp_path
+    )
+    assert not set(page) & {chr(code) for code in (*range(9), 11, 12, *range(14, 32), 127, 0x202E, 0x2066)}
+    assert "a\u2400b\u241b[31m\ufffdc\ufffd\u2421\td\ne" in page
+
+
 def test_a_script_in_the_data_is_text(page: Elements) -> None:
     """Titles, captions, cells, examples, alternatives and hints are escaped wherever they stand."""
     assert not page.of("script")
