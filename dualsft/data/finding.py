@@ -31,7 +31,7 @@ class SourceFile(NamedTuple):
     match: str = ""
 
 
-class Source(NamedTuple):
+class FoundSource(NamedTuple):
     """The files behind a path.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
-def find_source(path: str, split: str) -> Source:
+def find_source(path: str, split: str) -> FoundSource:
     """Finds a file, a folder of files, what a glob matches or, where there is nothing, a Hugging Face dataset.
 
     Of a folder with several splits the files of ``split`` are read, by name. What exists under the path as it is
@@ -63,36 +63,36 @@ def find_source(path: str, split: str) -> Source:
     except OSError as error:
         raise UserError(f"{named(error.filename or place)} cannot be read ({error.strerror}).") from error
     if _HUB_ID.fullmatch(path) and not _EXTENSION.search(path):
-        return Source((SourceFile(_hub_lines(path, split)),))
+        return FoundSource((SourceFile(_hub_lines(path, split)),))
     raise UserError(f"{named(path)} does not exist: give {_SOURCES}.")
 
 
-def _matches(pattern: str, split: str) -> Source:
+def _matches(pattern: str, split: str) -> FoundSource:
     """All that a glob matches, by name; ``**`` stands for any number of folders."""
     if not (matches := sorted(glob.glob(pattern, recursive=True))):
         raise UserError(f"{named(pattern)} matches no file: mend the pattern, or give {_SOURCES}.")
     found = {match: _found(Path(match), split) for match in matches}
     files = (file._replace(match=match) for match, one in found.items() for file in one.files)
-    return Source(tuple(files), tuple(name for one in found.values() for name in one.left_out))
+    return FoundSource(tuple(files), tuple(name for one in found.values() for name in one.left_out))
 
 
-def _found(place: Path, split: str) -> Source:
+def _found(place: Path, split: str) -> FoundSource:
     if part := _PART_OF_SPLIT.search(split):
         raise UserError(
             f"{named(place)} is read whole, so that {split!r} says nothing: {part[0]!r} is for splits of Hugging "
             "Face datasets; write the rows to be read to a file."
         )
-    return _folder(place, split) if place.is_dir() else Source((SourceFile(reader_of(place)(place)),))
+    return _folder(place, split) if place.is_dir() else FoundSource((SourceFile(reader_of(place)(place)),))
 
 
-def _folder(folder: Path, split: str) -> Source:
+def _folder(folder: Path, split: str) -> FoundSource:
     if is_saved_to_disk(folder):
-        return Source((SourceFile(table_lines(saved_records(folder, split), folder.name)),))
+        return FoundSource((SourceFile(table_lines(saved_records(folder, split), folder.name)),))
     files, left_out = files_of(folder, split, lambda file: kind_of(file) in READERS)
     if not files:
         others = f", but {listed(left_out)}" if left_out else ""
         raise UserError(f"The folder {named(folder)} holds no {KINDS} file{others}.")
-    return Source(tuple(SourceFile(reader_of(file)(file)) for file in files), left_out)
+    return FoundSource(tuple(SourceFile(reader_of(file)(file)) for file in files), left_out)
 
 
 def _hub_lines(name: str, split: str) -> Iterator[SourceLine]:

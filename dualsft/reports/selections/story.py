@@ -1,5 +1,6 @@
 """What a selection was asked for and what came out, in one paragraph of plain words."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def _how(subject: Subject) -> str:
 
 
 def _part(part: Part) -> str:
-    return part.class_path.rpartition(".")[2]
+    """A class's name in words: first order."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", part.class_path.rpartition(".")[2]).lower()
 
 
 def _examples(subject: Subject) -> str:

@@ -41,7 +41,7 @@ def test_the_story_has_what_was_asked_and_came_out(section: Section) -> None:
     for told in (
         "24 examples of train.jsonl",
         "validation.jsonl (2 rows)",
-        "FirstOrder",
+        "first order",
         "6 examples were chosen (25%)",
     ):
         assert told in lead.text
