@@ -6,7 +6,7 @@ A verb's module is imported when the verb is run, so that help and the small ver
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from pkgutil import resolve_name
@@ -98,8 +98,12 @@ def _help() -> str:
     )
 
 
-def main() -> None:
-    """Run the console script: a user's mistake ends in one sentence and exit code 1, 2 for options, 130 for Ctrl-C."""
+def main(run: Callable[[Sequence[str]], None] = run) -> None:
+    """Run the console script: a user's mistake ends in one sentence and exit code 1, 2 for options, 130 for Ctrl-C.
+
+    Args:
+        run: What is run on the arguments of the process, without the flags.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument not in FLAGS]
     debug, quiet = (flag in sys.argv[1:] for flag in FLAGS)
     with tolerant_output(), calm_libraries(quiet):

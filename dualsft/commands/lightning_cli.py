@@ -50,6 +50,7 @@ class VerbCLI(LightningCLI, ABC):
 
     verb: ClassVar[str]
     module_class: ClassVar[type[LightningModule]]
+    data_class: ClassVar[type[InstructionDataModule]] = InstructionDataModule
     needs_folder: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
     is_one_run: ClassVar[bool] = True  # and not an experiment of many, which keeps their results in a bank
@@ -61,7 +62,7 @@ class VerbCLI(LightningCLI, ABC):
         super().__init__(
             model_class=self.module_class,
             trainer_class=Trainer,
-            datamodule_class=InstructionDataModule,
+            datamodule_class=self.data_class,
             save_config_callback=None,
             trainer_defaults={"max_epochs": 3, "devices": 1, "log_every_n_steps": 1, "enable_model_summary": False},
             seed_everything_default=0,

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from dualsft.commands.keys import knows
-from dualsft.commands.plan_job import make_job
+from dualsft.commands.plan_job import known_to, make_job, parsed
+from dualsft.commands.plan_probe import run_probe
 from dualsft.errors import UserError
 from dualsft.plans.job import Job
+from dualsft.plans.phase import Plan
+from dualsft.plans.probe import probe_options, probe_text
 from dualsft.plans.remedies import plan_job, remedies
+from dualsft.plans.scoring import is_along_path
 from dualsft.plans.sizes import parse_memory
 from dualsft.plans.text import (
     UNKNOWN,
@@ -26,7 +30,7 @@ from dualsft.plans.text import (
 DESCRIPTION = (
     "Tells what a selection or a fit will hold in memory, phase by phase, whether it fits, and what to change where it "
     "does not. Takes the configuration and the options of select and of fit; reads no weights and no data, only the "
-    "model's config.json."
+    "model's config.json, unless a probe is asked for."
 )
 
 
@@ -41,6 +45,7 @@ class PlanOptions:
         pool_tokens: Tokens of data.train, for the work that it takes.
         validation_tokens: Tokens of data.validation, likewise.
         throughput: TFLOP/s that a card reaches, for the time that the work takes.
+        probe: Read the data, load the model, and run a few batches of each phase here, for its peak and its time.
     """
 
     verb: Literal["select", "fit"] = "select"
@@ -49,6 +54,7 @@ class PlanOptions:
     pool_tokens: float | None = None
     validation_tokens: float | None = None
     throughput: float | None = None
+    probe: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.supervised <= 1:
@@ -59,15 +65,23 @@ class PlanOptions:
 
 
 def plan_command(arguments: Sequence[str]) -> None:
-    """Print the plan."""
+    """Print the plan, and what a probe shows."""
     parser = ArgumentParser(prog="dualsft plan", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("--for", dest="verb", choices=["select", "fit"], default="select", help="The command planned.")
-    parser.add_class_arguments(PlanOptions, skip={"verb"})
+    probe = "Read the data, load the model, and run a few batches of each phase here: its peak, and its time."
+    parser.add_argument("--probe", action=ActionYesNo, default=False, help=probe)
+    parser.add_class_arguments(PlanOptions, skip={"verb", "probe"})
     own, others = _split(parser, arguments)
     options = PlanOptions(**vars(parser.parse_args(own)))
     limit = parse_memory(options.memory) if options.memory else None
     job = make_job(options.verb, others, options.supervised, options.pool_tokens, options.validation_tokens)
-    print(_text(job, limit, options.throughput))
+    # what cannot be planned can be tried
+    plan = None if options.probe and is_along_path(job) else plan_job(job)
+    print(heading(job) if plan is None else _text(job, plan, limit, options.throughput), flush=True)
+    if options.probe:
+        given = known_to(options.verb, others)
+        seen = run_probe(options.verb, [*given, *probe_options(job)], parsed(options.verb, given).output_dir)
+        print(f"\n{probe_text(job, plan, seen)}")
 
 
 def _split(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,8 +97,7 @@ def _split(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[list[str],
     return own, others
 
 
-def _text(job: Job, limit: int | None, throughput: float | None) -> str:
-    plan = plan_job(job)
+def _text(job: Job, plan: Plan, limit: int | None, throughput: float | None) -> str:
     speed = None if throughput is None else throughput * 1e12
     lines = [*elsewhere(plan), *work(plan, speed, job.machine.ranks), UNKNOWN]
     parts = [heading(job), phase_table(plan), verdict(plan, limit), "\n".join(lines)]

@@ -43,7 +43,7 @@ def make_job(
         ArgumentError: on options that cannot be parsed.
     """
     quieten()
-    config = _parsed(verb, _known_to(verb, arguments))
+    config = parsed(verb, known_to(verb, arguments))
     model, data, trainer = config.model, config.data, config.trainer
     shape = named_shape(model.model_name_or_path, model.dtype)
     running = Running(model.gradient_checkpointing, trainer.precision in _HALF)
@@ -53,7 +53,7 @@ def make_job(
     common: dict[str, Any] = {"shape": shape, "machine": _machine(trainer), "data": sizes, "running": running}
     if verb == "select":
         return SelectJob(**common, settings=_settings(config))
-    choice = _parsed("select", _known_to("select", arguments)) if any(a in CONFIG for a in arguments) else None
+    choice = parsed("select", known_to("select", arguments)) if any(a in CONFIG for a in arguments) else None
     share, structured, data_share = _chosen(model.selection, choice, shape.count)
     accumulated = trainer.accumulate_grad_batches or 1
     state, foreach = _optimizer(config)
@@ -62,7 +62,7 @@ def make_job(
     return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share)
 
 
-def _known_to(verb: str, arguments: Sequence[str]) -> list[str]:
+def known_to(verb: str, arguments: Sequence[str]) -> list[str]:
     """The arguments without options that the other verb alone knows."""
     own, other = parser_of(verb), parser_of("fit" if verb == "select" else "select")
     kept: list[str] = []
@@ -76,7 +76,8 @@ def _known_to(verb: str, arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
+def parsed(verb: str, arguments: Sequence[str]) -> Namespace:
+    """The configuration of a verb, of options that it knows."""
     parser = parser_of(verb)
     config = expand_paths(parser.parse_args(prepare(arguments, verb, parser)))
     check_numbers(config)

@@ -6,7 +6,7 @@ from functools import partial
 from dualsft.errors import UserError
 from dualsft.plans import passes
 from dualsft.plans.batch import BatchShape
-from dualsft.plans.job import SelectJob, Trained
+from dualsft.plans.job import Job, SelectJob, Trained
 from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.tracing import Prepare, trace
 from dualsft.plans.training import training_phase
@@ -25,9 +25,17 @@ def plan_select(job: SelectJob) -> Plan:
     Raises:
         UserError: if it goes along a path, whose training and passes alternate as its points decide.
     """
-    if job.settings.path.along is not None:
-        raise UserError("A plan knows selections at one scoring checkpoint; set model.path.along to null.")
+    if is_along_path(job):
+        raise UserError(
+            "A plan knows selections at one scoring checkpoint; set model.path.along to null, or give --probe, which "
+            "runs a few batches of each phase."
+        )
     return Plan([*_warm_up(job), *_objective(job), *_pool(job), _choice(job)])
+
+
+def is_along_path(job: Job) -> bool:
+    """Whether a job is a selection along a path, which no plan knows."""
+    return isinstance(job, SelectJob) and job.settings.path.along is not None
 
 
 def _warm_up(job: SelectJob) -> Iterator[Phase]:

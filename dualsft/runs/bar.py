@@ -16,7 +16,9 @@ class Bar(ABC):
 
     def __init__(self, title: str, total: float, done: float = 0.0, seconds: float = 0.0) -> None:
         self.title, self.total, self.done = title, max(total, 1.0), done
-        self._begun, self._before = time.monotonic(), done
+        self._begun = time.monotonic()
+        self._marks = [(self._begun, done)]  # when this attempt began, and when its first work was done
+        self._latest = self._marks[0]
         self._start, self._shown, self.note = self._begun - seconds, float("-inf"), ""
 
     def advance(self, work: float, note: str = "") -> None:
@@ -25,10 +27,14 @@ class Bar(ABC):
 
     def set(self, done: float, total: float, note: str = "") -> None:
         """Set how much is done of how much; a phase that starts again goes back."""
+        now = time.monotonic()
         if done < self.done:
-            self._begun, self._before = time.monotonic(), done
+            self._marks = [(now, done)]
+        elif done > self.done and len(self._marks) == 1:
+            self._marks.append((now, done))
+        self._latest = now, done
         self.done, self.total, self.note = done, max(total, 1.0), note
-        if (now := time.monotonic()) - self._shown >= self._wait():
+        if now - self._shown >= self._wait():
             self._shown = now
             self._show()
 
@@ -43,10 +49,26 @@ class Bar(ABC):
         return time.monotonic() - self._start
 
     @property
+    def span(self) -> tuple[float, float]:
+        """When this run began the phase, and when its latest work was done, in seconds of the monotonic clock."""
+        return self._begun, self._latest[0]
+
+    @property
+    def rate(self) -> float | None:
+        """Work a second of this run, or this attempt, without its first batch, which takes longer, once there are more.
+
+        None before anything is done.
+        """
+        for began, before in reversed(self._marks):
+            latest, done = self._latest
+            if done > before:
+                return (done - before) / max(latest - began, 1e-9)
+        return None
+
+    @property
     def left(self) -> float | None:
-        """Seconds that are left at the rate since this run, or this attempt, began; None before anything is done."""
-        new = self.done - self._before
-        return (time.monotonic() - self._begun) * (self.total - self.done) / new if new > 0 else None
+        """Seconds that are left at this rate; None before anything is done."""
+        return None if self.rate is None else (self.total - self.done) / self.rate
 
     @abstractmethod
     def close(self, finished: bool) -> None:

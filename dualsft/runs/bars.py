@@ -8,6 +8,7 @@ the work.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from dualsft.runs.bar import Bar, clock
@@ -16,12 +17,16 @@ from dualsft.runs.terminal_bar import TerminalBar
 
 # seconds to the first line in a log; the times to the next ones double, up to the second
 _FIRST_LINE, _LATER_LINES = 5.0, 60.0
+_RECORD: ContextVar[list[Bar] | None] = ContextVar("record", default=None)
 
 
 def open_bar(title: str, total: float, done: float = 0.0, seconds: float = 0.0, show: bool = True) -> Bar:
     """Begin to show a phase's progress on stderr, if that is wanted; its `Bar.close` ends it."""
     kind: Callable[..., Bar] = TerminalBar if is_terminal(sys.stderr) else _Lines
-    return (kind if show and not is_quiet() else _Hidden)(title, total, done, seconds)
+    opened = (kind if show and not is_quiet() else _Hidden)(title, total, done, seconds)
+    if (record := _RECORD.get()) is not None:
+        record.append(opened)
+    return opened
 
 
 @contextmanager
@@ -34,6 +39,17 @@ def bar(title: str, total: float, done: float = 0.0, seconds: float = 0.0, show:
         opened.close(finished=False)
         raise
     opened.close(finished=True)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Bar]]:
+    """Gather the bars that are opened while this context is, hidden ones too: they tell how fast each phase was."""
+    record: list[Bar] = []
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
 
 
 def numbered(name: str, number: int, total: int | None) -> str:

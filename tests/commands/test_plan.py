@@ -1,5 +1,6 @@
 """`dualsft plan`: what it prints, and what it refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ def test_a_finished_selection_tells_what_is_trained(tmp_path: Path, capsys: pyte
     base = ["--model.model_name_or_path", inputs.model, "--data.train", inputs.train]
     run(["plan", "--for", "fit", *base, "--model.selection", str(tmp_path / "s"), "--trainer.accelerator", "cpu"])
     assert "Trained: 25% of each tensor's weights, as whole rows" in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_a_probe_shows_peaks_and_times(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a path too, which no plan knows; the output folder stays as it was, and a mistake is told by the run."""
+    inputs = write_inputs(tmp_path)
+    job = write_job(tmp_path, inputs, model={"path": {"along": "target", "held_out": 0.0}, "dtype": "float32"})
+    arguments = ["plan", "--probe", "--config", str(job), "--output_dir", str(tmp_path / "s")]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run(arguments)
+    out = capfd.readouterr().out
+    for phase in ("warm-up", "path", "pool loss", "validation"):
+        assert re.search(rf"^\| {phase} +\| +\| +\d", out, re.MULTILINE), phase
+    assert "Time of all: " in out
+    with pytest.raises(UserError, match="the probe's select ended with exit code 1; what it says stands above"):
+        run([*arguments, "--model.model_name_or_path", inputs.model, "--data.max_length", "2"])
+    assert "dualsft: error: " in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("80gb", 80 * 10**9), ("24G", 24 * 2**30)])

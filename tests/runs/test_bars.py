@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dualsft.runs.bar import clock
-from dualsft.runs.bars import bar, numbered
+from dualsft.runs.bars import bar, numbered, recorded
 from dualsft.runs.progress import say
 from dualsft.runs.stream import QUIET
 
@@ -73,6 +73,20 @@ def test_a_log_gets_a_line_every_so_often(clock_set: Clock, capsys: pytest.Captu
         "dualsft: [1/2] scores: 51%, 7 tok/s, 4:05 left",
         "dualsft: [1/2] scores: done in 5:00, 7 tok/s",
     ]
+
+
+def test_the_time_left_rests_on_what_follows_the_first_batch(clock_set: Clock) -> None:
+    """The first batch takes longer, as it is checked, and loads code; a phase that starts again forgets its rate."""
+    with recorded() as bars, bar("scores", 100, show=False) as shown:
+        clock_set.now += 30
+        shown.advance(10)
+        assert shown.left == pytest.approx(270)
+        clock_set.now += 5
+        shown.advance(10)
+        assert (shown.rate, shown.left) == (pytest.approx(2), pytest.approx(40))
+        shown.set(0, 100)
+        assert shown.rate is None
+    assert bars == [shown]
 
 
 def test_a_short_phase_within_another_tells_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
