@@ -43,6 +43,7 @@ MASK_RATES = (1e-3, 3e-3, 1e-2)
 SLOW_RATE = 3e-5
 """Of 3e-5, 1e-4 and 3e-4 the best for the maths problems of the pool gsm8k, by the validation loss of one seed."""
 SHARES = (0.01, 0.05, 0.1)
+BASE, _LOSS = "base model", "test_target loss"
 
 # What is measured
 
@@ -149,7 +150,7 @@ def fits(experiment: Experiment, rate: float = RATE) -> Iterator[tuple[str, Call
     def fitted_on_choice(name: str, options: dict[str, Any]) -> Figures:
         return fitted(experiment.select(name, options).example_ids)
 
-    yield "base model", lambda: fit_figures(experiment, load_model(MODEL, "float32"))
+    yield BASE, lambda: fit_figures(experiment, load_model(MODEL, "float32"))
     yield "the clean rows", partial(fitted, clean)
     yield "random rows", partial(fitted, sorted(drawn[: len(sources) // 10].tolist()))
     for name, options in SCORES.items():
@@ -222,7 +223,7 @@ def main() -> None:
                 for name, compute in STAGES[stage](experiment):
                     if options.methods is None or name in options.methods:
                         found.setdefault(name, []).append(kept(experiment.folder / f"{stage}.json", name, compute))
-            print(f"\n{kind}, {stage}\n\n{table(found)}", flush=True)
+            print(f"\n{kind}, {stage}\n\n{table(with_changes(found))}", flush=True)
 
 
 def kept(path: Path, name: str, compute: Callable[[], Figures]) -> Figures:
@@ -239,6 +240,19 @@ def kept(path: Path, name: str, compute: Callable[[], Figures]) -> Figures:
         path.write_text(json.dumps(stored, indent=1), encoding="utf-8")
         print(f"{path.parent.name} {path.stem} {name}: {stored[name]}", file=sys.stderr, flush=True)
     return stored[name]
+
+
+def with_changes(found: dict[str, list[Figures]]) -> dict[str, list[Figures]]:
+    """The figures with the change of the target's loss that each fit has brought, seed by seed: pools differ by it."""
+    if BASE not in found:
+        return found
+    before = [run[_LOSS] for run in found[BASE]]
+    return {
+        method: [
+            {**run, f"change of {_LOSS}": run[_LOSS] - of} if run else run for run, of in zip(runs, before, strict=True)
+        ]
+        for method, runs in found.items()
+    }
 
 
 def table(found: dict[str, list[Figures]]) -> str:
