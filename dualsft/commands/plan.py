@@ -74,7 +74,8 @@ def plan_command(arguments: Sequence[str]) -> None:
     own, others = _split(parser, arguments)
     options = PlanOptions(**vars(parser.parse_args(own)))
     limit = parse_memory(options.memory) if options.memory else None
-    job = make_job(options.verb, others, options.supervised, options.pool_tokens, options.validation_tokens)
+    tokens = options.pool_tokens, options.validation_tokens
+    job = make_job(options.verb, others, options.supervised, *tokens, to_be_chosen=not options.probe)
     # what cannot be planned can be tried
     plan = None if options.probe and is_along_path(job) else plan_job(job)
     print(heading(job) if plan is None else _text(job, plan, limit, options.throughput), flush=True)

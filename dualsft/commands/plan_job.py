@@ -27,7 +27,12 @@ _PROBE = 1024
 
 
 def make_job(
-    verb: str, arguments: Sequence[str], supervised: float, pool: float | None, validation: float | None
+    verb: str,
+    arguments: Sequence[str],
+    supervised: float,
+    pool: float | None,
+    validation: float | None,
+    to_be_chosen: bool = True,
 ) -> Job:
     """The job of a verb's arguments.
 
@@ -37,6 +42,8 @@ def make_job(
         supervised: Share of the tokens that are supervised.
         pool: Tokens of the pool, if known.
         validation: Tokens of the validation sets, if known.
+        to_be_chosen: Whether a fit without a finished selection trains what the configuration would have `select`
+            choose, and not all weights.
 
     Raises:
         UserError: on a mistake in the settings, or a model without a usable configuration.
@@ -53,7 +60,8 @@ def make_job(
     common: dict[str, Any] = {"shape": shape, "machine": _machine(trainer), "data": sizes, "running": running}
     if verb == "select":
         return SelectJob(**common, settings=_settings(config))
-    choice = parsed("select", known_to("select", arguments)) if any(a in CONFIG for a in arguments) else None
+    chooses = to_be_chosen and any(a in CONFIG for a in arguments)
+    choice = parsed("select", known_to("select", arguments)) if chooses else None
     share, structured, data_share = _chosen(model.selection, choice, shape.count)
     accumulated = trainer.accumulate_grad_batches or 1
     state, foreach = _optimizer(config)

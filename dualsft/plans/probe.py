@@ -9,11 +9,12 @@ from dualsft.plans.job import FitJob, Job, SelectJob
 from dualsft.plans.phase import Plan
 from dualsft.plans.scoring import is_along_path
 from dualsft.plans.sizes import gib
-from dualsft.reports.words import duration, short
+from dualsft.reports.words import counted, duration, short
 from dualsft.runs.table import markdown_table
 
 _NUMBERED = re.compile(r" (?:at point|at|half) [\d.]+(?: of \d+)?(?: of the path)?")
 """What tells passes at different points of a path, or over halves of a set, apart."""
+_BASE = "base model's validation"
 _OF_SET = re.compile(r"^(validation .*) of .*$")
 
 
@@ -64,7 +65,7 @@ def probe_text(job: Job, plan: Plan | None, seen: Seen) -> str:
     planned = {phase.name: phase.peak for phase in plan.phases} if plan else {}
     rows = [["phase", "planned, GiB", "measured, GiB", "measured / planned", "time"]]
     total = seen.reading + seen.apart
-    for name, of in _grouped(seen).items():
+    for name, of in _grouped(job, seen).items():
         seconds = sum(phase.seconds * _scale(job, seen, phase.name) for phase in of)
         total += seconds
         peak = max((phase.peak for phase in of if phase.peak is not None), default=None)
@@ -98,11 +99,15 @@ def _rest(seen: Seen) -> str:
     )
 
 
-def _grouped(seen: Seen) -> dict[str, list[PhaseSeen]]:
-    """The phases by the name that they have in common."""
+def _grouped(job: Job, seen: Seen) -> dict[str, list[PhaseSeen]]:
+    """The phases that count, by the name that they have in common."""
     found: dict[str, list[PhaseSeen]] = {}
     for phase in seen.phases:
-        found.setdefault(_OF_SET.sub(r"\1", _NUMBERED.sub("", phase.name)), []).append(phase)
+        name = _OF_SET.sub(r"\1", _NUMBERED.sub("", phase.name))
+        if isinstance(job, FitJob) and name == _BASE:
+            name = counted(1 + job.epochs, "validation")
+        if _passes(job, phase.name):
+            found.setdefault(name, []).append(phase)
     return found
 
 
@@ -116,13 +121,13 @@ def _is_of_pool(job: Job, name: str) -> bool:
     """Whether a phase passes over the pool; the path is one of training."""
     if name == "path":
         return _trains_on_pool(job)
-    return not name.startswith(("validation", "held-out", "base model's validation", "gradients two steps", "Hessian"))
+    return not name.startswith(("validation", "held-out", _BASE, "gradients two steps", "Hessian"))
 
 
 def _passes(job: Job, name: str) -> float:
     """How many passes over its data a phase is, where the probe has made one."""
     if isinstance(job, FitJob):
-        return {"training": job.epochs, "base model's validation": 1 + job.epochs, "validation": 0}.get(name, 1)
+        return {"training": job.epochs, _BASE: 1 + job.epochs, "validation": 0}.get(name, 1)
     assert isinstance(job, SelectJob)
     warmup = job.settings.warmup
     if name == "warm-up":
