@@ -31,6 +31,7 @@ from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
+from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
@@ -47,7 +48,8 @@ class MaskedFinetuneModule(LightningModule):
         optimizer: Makes the optimizer from the compact parameters; AdamW at 2e-5 unless given.
         lr_scheduler: Makes the learning rate schedule from the optimizer, stepped once per optimizer step
             (ReduceLROnPlateau: once per epoch); constant unless given.
-        dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters.
+        dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters. auto is the
+            checkpoint's, but float32 in place of bfloat16 on a CPU that cannot multiply it, which is said.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         loss: What the training loss is the mean over: ``example_mean``, the examples of a batch, each with its mean per
             supervised token, as selection scores them; or ``token_mean``, the supervised tokens of all batches of a
@@ -117,6 +119,7 @@ class MaskedFinetuneModule(LightningModule):
         self.base_fingerprint = on_rank_zero(lambda: model_fingerprint(self.model_name_or_path))
         if self.selection:
             check_base(self.selection, self.model_name_or_path, self.base_fingerprint)
+        self.dtype_name = settle_dtype(self, self.model_name_or_path, self.dtype_name)
         model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()
         if self.gradient_checkpointing:

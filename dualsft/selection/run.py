@@ -65,7 +65,7 @@ def run_selection(
     module.check_input(data)
     tell_of_data(data)
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
-    budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
+    budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, module.dtype_name))
     if on_rank_zero(lambda: run.complete):
         finished = load_selection(run.path)
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
