@@ -236,10 +236,16 @@ class MaskedFinetuneModule(LightningModule):
         """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``.
 
         Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
+        Loggers get them by the number of optimizer steps that were taken, which checkpoints, samples and reports tell
+        too; Lightning would give the index of the last batch, counted from 0.
         """
         self.compact.write_back()
         metrics = {f"val_{name}": value for name, value in self.metrics.finish().items()}
-        self.log_dict(metrics, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
+        # the same on every rank already, of which Lightning knows nothing
+        self.log_dict(metrics, sync_dist=True, logger=False)
+        if not self.trainer.sanity_checking:
+            logged: dict[str, Any] = {"epoch": self.current_epoch, **metrics}
+            self.trainer._logger_connector.log_metrics(logged, step=self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the origin of the masters, and the gradients of an unfinished accumulation."""
