@@ -86,8 +86,8 @@ def blaming(part: object, method: str) -> Iterator[None]:
         reason = (str(error).strip() or "no message").split("\n")[0]
         module = type(part).__module__
         raise UserError(
-            f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}{raised_at(error, module)}); "
-            f"mend {module}."
+            f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}{raised_at(error, module)})",
+            f"mend {module}",
         ) from error
 
 

@@ -19,6 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 check_annotations("dualsft")
 
+from dualsft.models import dtypes  # noqa: E402 (once its annotations are checked)
+
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +40,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bfloat16_units() -> Iterator[None]:
+    """Tests of bfloat16 models compute in bfloat16, whatever the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "has_bfloat16_units", lambda: True)
+        yield
 
 
 @pytest.fixture(autouse=True)

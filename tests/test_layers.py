@@ -12,7 +12,7 @@ import dualsft
 ROOT = Path(dualsft.__file__).parent
 LAYERS = (
     {"errors", "storage"},
-    {"registry", "scorers", "paths", "models", "data"},
+    {"registry", "needs", "scorers", "paths", "models", "data"},
     {"sharding"},
     {"allocators", "runs", "objectives", "training", "export"},
     {"matrix", "evaluation"},

@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dualsft.errors import UserError
+from dualsft.needs import Given, by_own_name
 
 Budget = int | float | None
 """A count (integer), a fraction in (0, 1] (float), or None for everything."""
@@ -53,7 +54,7 @@ ParameterStatistic = Literal["weight"]
 
 
 @dataclass(frozen=True)
-class ScoredExamples:
+class ScoredExamples(Given):
     """The pool examples that may be selected, in source order.
 
     Fields that may be None are set if the allocator names them in its ``needs``. Gradients are those of the mean loss
@@ -71,6 +72,8 @@ class ScoredExamples:
             g_iᵀ P g_k, by which a preconditioned step on one example lowers the loss of the other, per unit of η.
     """
 
+    asked_for: ClassVar = by_own_name("loss", "gradient_norm", "preconditioned_gradient_norm", "sketch")
+
     example_id: Int[Tensor, " example"]
     score: Float[Tensor, " example"]
     num_tokens: Int[Tensor, " example"]
@@ -82,7 +85,7 @@ class ScoredExamples:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredParameters(Mapping[str, Tensor]):
+class ScoredParameters(Given, Mapping[str, Tensor]):
     """The parameters that may be trained: a mapping of names to scores, with the weights if the allocator needs them.
 
     Attributes:
@@ -90,6 +93,8 @@ class ScoredParameters(Mapping[str, Tensor]):
         weight: Parameter name -> the base model's weights, of the same shape, in the type that they are stored in; None
             unless the allocator names it in its ``needs``.
     """
+
+    asked_for: ClassVar = by_own_name("weight")
 
     score: Mapping[str, Float[Tensor, "..."]]
     weight: Mapping[str, Float[Tensor, "..."]] | None = None

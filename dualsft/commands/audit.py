@@ -56,10 +56,11 @@ class AuditCLI(VerbCLI):
         if self.model.selection is None:
             raise UserError("model.selection is not given; name the selection directory to audit.")
         options: AuditOptions = self.config_init.audit
-        output = ReportFolder(self.config.output_dir, self.config.overwrite, _WRITTEN)
-        bank = Bank(self.config.bank or output.path / "bank")
         with TemporaryDirectory() as folder:
             jobs = AuditJobs(self._fit_config(Path(folder)), self.model, self.datamodule, self.trainer, options)
+        output = ReportFolder(self.config.output_dir, self.config.overwrite, _WRITTEN)
+        bank = Bank(self.config.bank or output.path / "bank")
+        bank.check()
         fits = list(jobs.fits.values())
         with workers_for(self.config.parallel) as workers:
             if self.config.dry_run:

@@ -1,6 +1,7 @@
 """`dualsft compare`: methods x budgets x seeds, each trained and evaluated under the same settings."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -50,10 +51,11 @@ def compare_command(arguments: Sequence[str]) -> None:
 
 
 def _compare(grid: Grid, options: Namespace) -> None:
-    output = ReportFolder(options.output_dir, options.overwrite, _WRITTEN)
-    bank = Bank(options.bank or output.path / "bank")
+    bank = Bank(options.bank or os.path.join(options.output_dir, "bank"))
     with workers_for(options.parallel) as workers:
         jobs = CompareJobs(grid, bank)
+        output = ReportFolder(options.output_dir, options.overwrite, _WRITTEN)
+        bank.check()
         if options.dry_run:
             print(plan(bank, jobs.all, len(workers)))
             return

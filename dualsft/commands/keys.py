@@ -33,11 +33,25 @@ def check_options(
             raise ArgumentError(None, f"{command} has no option {option}; {advice}")
 
 
-def check_keys(parser: ArgumentParser, command: str, config: Mapping[str, Any], path: str) -> None:
-    """Refuse the first key of a configuration, narrowed to a verb's own keys, that its parser does not know."""
+def check_keys(
+    parser: ArgumentParser,
+    command: str,
+    config: Mapping[str, Any],
+    path: str,
+    others: Callable[[], Collection[ArgumentParser]] = tuple,
+) -> None:
+    """Refuse the first key of a configuration, narrowed to a verb's own keys, that its parser does not know.
+
+    Args:
+        parser: The verb's.
+        command: What the verb is called.
+        config: The configuration.
+        path: Its file.
+        others: Gives the parsers of verbs whose keys the file may hold too, so that those are advised as well.
+    """
     for key in _written_keys(parser, config, ""):
         if not knows(parser, key):
-            known = keys_of(parser)
+            known = dict.fromkeys(of for one in (parser, *others()) for of in keys_of(one))
             sections = {of.rpartition(".")[0] for of in known} - {""}
             advice = advice_on(key, [*known, *sections]) or f"`{command} --print_config` shows those there are."
             raise ArgumentError(None, f"The configuration {path} has the key {key}, which no command knows; {advice}")

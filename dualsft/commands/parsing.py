@@ -113,7 +113,7 @@ def prepare(arguments: Sequence[str], verb: str, parser: ArgumentParser) -> list
     for key, value in zip(["", *split], split, strict=False):
         if key in CONFIG:
             narrowed = _narrow(_read_config(value), verb, parser)
-            check_keys(parser, command, narrowed, value)
+            check_keys(parser, command, narrowed, value, lambda: [parser_of(other) for other in _others(verb)])
             prepared.append(yaml.safe_dump(with_plain_values(parser, narrowed), sort_keys=False))
         elif value == "--print_config":
             prepared.append("--print_config=comments")

@@ -15,6 +15,7 @@ from dualsft.commands.parsing import CONFIG, check_numbers, parser_of, prepare
 from dualsft.commands.path_options import expand_paths
 from dualsft.data.options import validation_sources
 from dualsft.errors import UserError
+from dualsft.models.dtypes import FULL_PRECISION
 from dualsft.plans.job import DataSizes, FitJob, Job, Machine, SelectJob, Trained
 from dualsft.plans.passes import Running
 from dualsft.plans.shape import named_shape
@@ -52,7 +53,8 @@ def make_job(
     quieten()
     config = parsed(verb, known_to(verb, arguments))
     model, data, trainer = config.model, config.data, config.trainer
-    shape = named_shape(model.model_name_or_path, model.dtype)
+    cpu = _device(trainer) == "cpu" and trainer.precision in FULL_PRECISION
+    shape = named_shape(model.model_name_or_path, model.dtype, cpu)
     running = Running(model.gradient_checkpointing, trainer.precision in _HALF)
     longest = min(data.max_length, shape.positions or data.max_length)
     sets = max(1, len(validation_sources(data.validation)))

@@ -13,6 +13,7 @@ from dualsft.evaluation.predictions import Prediction, judged
 from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype
+from dualsft.runs.model_dtype import settle_dtype
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
 
@@ -54,6 +55,7 @@ class EvaluationModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the checkpoint, in shards if the trainer says so."""
+        self.dtype_name = settle_dtype(self, self.model_name_or_path, self.dtype_name)
         self.model = load_for(self, self.model_name_or_path, self.dtype_name)
         self.tokenizer = load_tokenizer(self.model_name_or_path)
 

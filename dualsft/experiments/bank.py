@@ -55,6 +55,13 @@ class Bank:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(expanded(os.fspath(folder)))
+
+    def check(self) -> None:
+        """Refuse a folder in which nothing can be put.
+
+        Raises:
+            UserError: if it is a file, or cannot be written.
+        """
         if os.path.exists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --bank a folder.")
         check_writable(self.path)

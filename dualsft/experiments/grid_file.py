@@ -2,6 +2,7 @@
 
 from argparse import ArgumentError
 from dataclasses import MISSING, asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +118,9 @@ def _known(given: Any, kind: Any, place: str) -> dict[str, Any]:
         raise UserError(f"{place} is empty or no mapping; it has the keys {', '.join(known)}.")
     for key in given:
         if key not in known:
-            raise UserError(f"{place} has no key {key!r}; it knows {', '.join(known)}.")
+            near = get_close_matches(str(key), known, 1)
+            meant = f", perhaps {near[0]}" if near else ""
+            raise UserError(f"{place} has no key {key!r}{meant}; it knows {', '.join(known)}.")
     return given
 
 

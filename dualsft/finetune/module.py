@@ -31,6 +31,7 @@ from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
+from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
@@ -47,7 +48,8 @@ class MaskedFinetuneModule(LightningModule):
         optimizer: Makes the optimizer from the compact parameters; AdamW at 2e-5 unless given.
         lr_scheduler: Makes the learning rate schedule from the optimizer, stepped once per optimizer step
             (ReduceLROnPlateau: once per epoch); constant unless given.
-        dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters.
+        dtype: Type that the weights are stored and computed in; the trained ones keep float32 masters. auto is the
+            checkpoint's, but float32 in place of bfloat16 on a CPU that cannot multiply it, which is said.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         loss: What the training loss is the mean over: ``example_mean``, the examples of a batch, each with its mean per
             supervised token, as selection scores them; or ``token_mean``, the supervised tokens of all batches of a
@@ -117,6 +119,7 @@ class MaskedFinetuneModule(LightningModule):
         self.base_fingerprint = on_rank_zero(lambda: model_fingerprint(self.model_name_or_path))
         if self.selection:
             check_base(self.selection, self.model_name_or_path, self.base_fingerprint)
+        self.dtype_name = settle_dtype(self, self.model_name_or_path, self.dtype_name)
         model = load_for(self, self.model_name_or_path, self.dtype_name)
         model.train()
         if self.gradient_checkpointing:
@@ -233,10 +236,16 @@ class MaskedFinetuneModule(LightningModule):
         """Log ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``.
 
         Of several validation sets these are the means over the sets; each set's own are ``val_loss/NAME`` and so on.
+        Loggers get them by the number of optimizer steps that were taken, which checkpoints, samples and reports tell
+        too; Lightning would give the index of the last batch, counted from 0.
         """
         self.compact.write_back()
         metrics = {f"val_{name}": value for name, value in self.metrics.finish().items()}
-        self.log_dict(metrics, sync_dist=True)  # the same on every rank already, of which Lightning knows nothing
+        # the same on every rank already, of which Lightning knows nothing
+        self.log_dict(metrics, sync_dist=True, logger=False)
+        if not self.trainer.sanity_checking:
+            logged: dict[str, Any] = {"epoch": self.current_epoch, **metrics}
+            self.trainer._logger_connector.log_metrics(logged, step=self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the origin of the masters, and the gradients of an unfinished accumulation."""

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dualsft.needs import Given, by_own_name
 from dualsft.scorers import ParameterStatistics
 
 PathStatistic = Literal["scorer_direction", "statistics"]
@@ -53,7 +54,7 @@ class PathTraining(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Piece(Given):
     """A piece of the path, seen from one parameter.
 
     All tensors have the parameter's shape, and are float32 (float64 for float64 weights).
@@ -68,6 +69,8 @@ class Piece:
         statistics: What a scorer would get at θ_{k+1}: v, P and others, if the path needs them.
     """
 
+    asked_for: ClassVar = by_own_name("scorer_direction", "statistics")
+
     name: str
     number: int
     start: Float[Tensor, "*shape"]
@@ -78,7 +81,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PieceRows:
+class PieceRows(Given):
     """What one piece gives to the examples.
 
     Attributes:
@@ -89,6 +92,11 @@ class PieceRows:
         gradient_norm: ‖g_i‖, if the path needs it.
         preconditioned_gradient_norm: ‖P ⊙ g_i‖, if the path needs it.
     """
+
+    asked_for: ClassVar = {
+        "validation_norm": ("needs", "statistics"),
+        **by_own_name("gradient_norm", "preconditioned_gradient_norm", where="needs_of_examples"),
+    }
 
     example_id: Int[Tensor, " example"]
     score: Float[Tensor, " example"]

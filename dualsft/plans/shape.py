@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dualsft.errors import UserError, first_line
 from dualsft.models import PreTrainedModel
-from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.dtypes import accumulator_dtype, settled_dtype, stored_dtype
 from dualsft.models.inspection import check_files, explaining_load, read_config
 from dualsft.models.loading import Dtype
 from dualsft.sharding.shard_model import transformer_blocks
@@ -52,7 +52,8 @@ class ModelShape:
 
     Args:
         folder: Holds ``config.json``.
-        dtype: Type that the weights are held in; ``auto`` is the configuration's.
+        dtype: Type that the weights are held in; ``auto`` is the configuration's, or `settled_dtype` on a CPU.
+        cpu: Whether a CPU computes in that type.
 
     Attributes:
         weights: All parameters, tied ones once.
@@ -60,11 +61,11 @@ class ModelShape:
         traced: What has been found out of batches.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, cpu: bool = False) -> None:
         check_files(folder)
         self.folder, self._config = folder, read_config(folder)
-        stored: Any = self._config.dtype or self._config.get_text_config().dtype or torch.float32
-        self.dtype: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
+        held = settled_dtype(self._config, dtype, cpu)
+        self.dtype: torch.dtype = stored_dtype(self._config) if held == "auto" else getattr(torch, held)
         model = self.model(torch.device("meta"))
         self.weights = list(_weights(model))
         self.layers = len(transformer_blocks(model))
@@ -140,6 +141,6 @@ def find_config(name_or_path: str) -> Path:
             ) from error
 
 
-def named_shape(name_or_path: str, dtype: Dtype) -> ModelShape:
+def named_shape(name_or_path: str, dtype: Dtype, cpu: bool = False) -> ModelShape:
     """The shape of a model given by folder or hub id; raises as `find_config` and `ModelShape` do."""
-    return ModelShape(find_config(name_or_path), dtype)
+    return ModelShape(find_config(name_or_path), dtype, cpu)

@@ -10,6 +10,7 @@ from typing import Any
 from dualsft.errors import UserError
 from dualsft.experiments.figure_files import save_figure
 from dualsft.reports.blocks import Drawn, Picture
+from dualsft.reports.dark import COLOURS, darkened
 from dualsft.storage.writing import writing_to
 
 _STYLE: dict[Any, Any] = {
@@ -26,11 +27,6 @@ _STYLE: dict[Any, Any] = {
     "image.cmap": "viridis",
 }
 _PIXELS = 140  # CSS pixels of an inch, on a wide screen
-_COLOURS = {
-    # surface, text, lines of the frame, grid; then the series: Okabe and Ito's, lighter ones on a dark page
-    "light": ("#ffffff", "#1d2129", "#7a828e", "#e6e8ec", ("#0072b2", "#d55e00", "#007a5a", "#b0508a", "#8a6d00")),
-    "dark": ("#181b20", "#e6e8eb", "#8b939e", "#31363e", ("#5ab4ea", "#ff9a4d", "#3ecf9f", "#e79ac6", "#e3c44b")),
-}
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,13 @@ class Embedded:
 
     Attributes:
         light: The image, as a ``data:`` address.
-        dark: The one for dark pages; None where there is one for both.
+        dark: The one for dark pages.
         width: Its width on the page, in CSS pixels.
         height: Its height there.
     """
 
     light: str
-    dark: str | None
+    dark: str
     width: int
     height: int
 
@@ -63,14 +59,17 @@ def embed(drawn: Drawn, folder: Path) -> Embedded:
     """Copy a figure that is there, as PNG and SVG, and embed it; refuses one that cannot be read."""
     try:
         files = {kind: drawn.png.with_suffix(f".{kind}").read_bytes() for kind in ("png", "svg")}
+        dark = darkened(files["svg"])
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); make that folder again.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{drawn.png.with_suffix('.svg')} is damaged ({error}); make that folder again.") from error
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for kind, content in files.items():
             (folder / f"{drawn.name}.{kind}").write_bytes(content)
     width, height = _size(files["png"])
-    return Embedded(_address(files["svg"]), None, width, height)
+    return Embedded(_address(files["svg"]), _address(dark), width, height)
 
 
 def _drawn(picture: Picture, theme: str, use: Callable[[Any], Any]) -> Any:
@@ -79,7 +78,7 @@ def _drawn(picture: Picture, theme: str, use: Callable[[Any], Any]) -> Any:
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 
-    surface, text, frame, grid, series = _COLOURS[theme]
+    surface, text, frame, grid, series = COLOURS[theme]
     colours: dict[Any, Any] = {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), surface),
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), text),

@@ -80,10 +80,25 @@ class RunFolder(PhaseStore):
         if os.path.exists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give --output_dir a folder.")
         if is_rank_zero():  # another rank might look after rank zero has written something
+            self._sweep()
             self._seen = self._marks()
             self._check()
             if not self.complete:
                 check_writable(self.path)
+
+    def _sweep(self) -> None:
+        """Delete what a kill in the very end left of a finished run's state, unless another process is at work there.
+
+        With --overwrite all of it goes later.
+        """
+        finished = self._state.is_dir() and (self.path / self._result).is_file()
+        if self._overwrite or not finished or (self._state / _RUN).exists():
+            return
+        with suppress(OSError):  # a folder that can only be read keeps it
+            if self._lock.acquire():
+                if not (self._state / _RUN).exists():
+                    _empty(self._state, keep=(_LOCK,))
+                self._let_go()
 
     def _check(self) -> None:
         names = [path.name for path in sorted(self.path.iterdir())] if os.path.isdir(self.path) else []

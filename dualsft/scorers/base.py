@@ -8,17 +8,19 @@ preconditioner, η the step size and H = ∇²V(θ). Source: arXiv 2605.06166.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
+
+from dualsft.needs import Given, by_own_name
 
 Statistic = Literal["pool_gradient", "second_moment", "empirical_fisher", "hessian_vector", "hessian_vector_difference"]
 """Statistics that a scorer may need besides the validation gradient and the preconditioner."""
 
 
 @dataclass(frozen=True)
-class ParameterStatistics:
+class ParameterStatistics(Given):
     """The statistics of one parameter from which its direction is computed.
 
     All tensors have the parameter's shape; all but the weights are float32 (float64 for float64 weights). Those that
@@ -37,6 +39,8 @@ class ParameterStatistics:
         empirical_fisher: The mean of the squared entries of the validation examples' gradients.
         hessian_vector: H (P ⊙ ḡ), the Hessian of V along the pool step.
     """
+
+    asked_for: ClassVar = by_own_name("pool_gradient", "second_moment", "empirical_fisher", "hessian_vector")
 
     name: str
     weight: Float[Tensor, "*shape"]

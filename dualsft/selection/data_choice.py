@@ -11,6 +11,7 @@ from dualsft.allocators import DataAllocator, ScoredExamples, count_of
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
 from dualsft.errors import UserError, blaming, naming
+from dualsft.needs import ask
 from dualsft.selection.near_duplicates import collapse
 from dualsft.selection.settings import SelectionSettings
 
@@ -82,8 +83,8 @@ def choose_data(
         **{name: torch.stack([measured[name][i] for i in ids]) for name in sorted(allocator.needs)},
     )
     options = f"model.data_allocator, with model.data_budget at {budget:,} {allocator.unit}"
-    with naming(options), blaming(allocator, "allocate"):
-        answer = allocator.allocate(scored, budget)
+    with naming(options):
+        answer = ask(allocator, "allocate", scored, budget)
     chosen = integers(type(allocator).__name__, answer)
     _check_chosen(allocator, chosen, cost, budget)
     return ChosenExamples(set(chosen), duplicate_of)

@@ -1,6 +1,7 @@
 """Writes down a selection: what it rests on and what came out, as sections of the manifest."""
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -65,6 +66,16 @@ def describe_configuration(module: "SelectionModule", data: InstructionDataModul
     """
     stored = stored_configuration(model_folder(module.model_name_or_path))
     return {"configuration": stored, "special_tokens": special_tokens(data.tokenizer)}
+
+
+def working_directory() -> str | None:
+    """The directory from which a run's relative paths lead to its inputs, if it is one that JSON can name."""
+    try:
+        directory = os.getcwd()
+        directory.encode()
+    except (OSError, UnicodeEncodeError):
+        return None
+    return directory
 
 
 def _data(data: InstructionDataModule) -> DataSection:

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors
+from dualsft.needs import ask
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.dense_training import EPS
 from dualsft.sharding.collectives import all_reduce_sum
@@ -105,8 +106,7 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
     """
     chosen, weights = {}, dict(statistics.model.named_parameters())
     for known in statistics.by_parameter(step_size):
-        with blaming(scorer, "direction"):
-            u = scorer.direction(known)
+        u = ask(scorer, "direction", known)
         check_vector(scorer, "direction", u, known.name, known.weight)
         chosen[known.name] = shard_copy(u, weights[known.name])
     return chosen
@@ -114,12 +114,16 @@ def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict
 
 def check_vector(scorer: object, method: str, found: object, name: str, weight: Tensor) -> None:
     """Check that a scorer, or a path, returned a finite tensor of the parameter's shape."""
-    vector = isinstance(found, Tensor) and found.is_floating_point() and found.shape == weight.shape
-    if not vector or not bool(found.isfinite().all()):  # type: ignore[attr-defined]
-        raise UserError(
-            f"{type(scorer).__name__} gave {name} a {method} that is not finite or not of its shape "
-            f"{tuple(weight.shape)}; mend it."
-        )
+    due = f"where a tensor of floating point and shape {tuple(weight.shape)} is due"
+    if not isinstance(found, Tensor):
+        problem = f"that is a {type(found).__name__}, {due}"
+    elif not found.is_floating_point() or found.shape != weight.shape:
+        problem = f"of {found.dtype} and shape {tuple(found.shape)}, {due}"
+    elif not bool(found.isfinite().all()):
+        problem = "that is not finite"
+    else:
+        return
+    raise UserError(f"{type(scorer).__name__} gave {name} a {method} {problem}; mend it.")
 
 
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -181,6 +181,7 @@ class Manifest:
     path_walked: dict[str, WalkedPath] | None = None  # absent before there were paths
     configuration: dict[str, Any] | None = None  # absent before it was kept
     special_tokens: dict[str, str] | None = None  # absent before they were kept
+    directory: str | None = None  # the working directory, which relative paths start from; absent before it was kept
     checksums: dict[str, str] | None = None  # name of each other file -> CRC-32; absent before they were taken
 
 

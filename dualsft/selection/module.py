@@ -14,8 +14,9 @@ from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
-from dualsft.models.loading import checkpoint_activations, parameter_shapes
+from dualsft.models.loading import Dtype, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
+from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import validation_halves
@@ -37,6 +38,7 @@ class SelectionModule(LightningModule):
         super().__init__()
         self.model_name_or_path = model_name_or_path
         self.settings = SelectionSettings(**settings)
+        self.dtype_name: Dtype = self.settings.dtype
 
     def configure_model(self) -> None:
         """Load the base model, or the scoring checkpoint given in place of a warm-up.
@@ -45,6 +47,7 @@ class SelectionModule(LightningModule):
             UserError: if it cannot be loaded, or the checkpoint has another architecture than the base model.
         """
         checkpoint = self.settings.warmup.checkpoint
+        self.dtype_name = settle_dtype(self, checkpoint or self.model_name_or_path, self.dtype_name)
         self.model = self._load(checkpoint or self.model_name_or_path)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         if checkpoint and shapes != parameter_shapes(self.model_name_or_path):
@@ -89,7 +92,7 @@ class SelectionModule(LightningModule):
         return self._load(self.model_name_or_path)
 
     def _load(self, name_or_path: str) -> PreTrainedModel:
-        model = load_for(self, name_or_path, self.settings.dtype).eval()
+        model = load_for(self, name_or_path, self.dtype_name).eval()
         model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
         return model
 

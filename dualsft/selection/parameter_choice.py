@@ -8,7 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dualsft.allocators import ScoredParameters, count_of
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError
+from dualsft.needs import ask
 from dualsft.selection.settings import SelectionSettings
 
 Base = Callable[[], Mapping[str, Tensor]]
@@ -66,8 +67,7 @@ def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor],
     offered = {name: score for name, score in scores.items() if name in names}
     weights = base() if "weight" in allocator.needs else None
     before = {name: checksum(score) for name, score in offered.items()}
-    with blaming(allocator, "allocate"):
-        chosen = allocator.allocate(ScoredParameters(offered, weights), budget)
+    chosen = ask(allocator, "allocate", ScoredParameters(offered, weights), budget)
     if any(not torch.equal(before[name], checksum(score)) for name, score in offered.items()):
         raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
     check_mask(type(allocator).__name__, chosen, offered, budget)

@@ -23,7 +23,13 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection
 from dualsft.selection.budgets import Budgets
-from dualsft.selection.describe import describe_configuration, describe_inputs, describe_outcome, what_scores_rest_on
+from dualsft.selection.describe import (
+    describe_configuration,
+    describe_inputs,
+    describe_outcome,
+    what_scores_rest_on,
+    working_directory,
+)
 from dualsft.selection.diagnostics import Basis, describe_target, row_sources
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
@@ -65,7 +71,7 @@ def run_selection(
     module.check_input(data)
     tell_of_data(data)
     inputs = on_rank_zero(lambda: describe_inputs(module, data, seed))
-    budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, settings.dtype))
+    budgets = Budgets(settings, model, data, run, lambda: base_weights(module.model_name_or_path, module.dtype_name))
     if on_rank_zero(lambda: run.complete):
         finished = load_selection(run.path)
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
@@ -90,7 +96,8 @@ def run_selection(
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
-    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **configuration}
+    origin = {**configuration, "directory": working_directory()}
+    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **origin}
     write_results(module, data, run, chosen, scoring, seed, manifest=manifest, config=config)
     return load_selection(run.path)
 

@@ -116,7 +116,8 @@ class SelectionSettings:
             other whole; parameters_then_data re-scores the examples by the chosen weights alone, data_then_parameters
             the weights by the chosen examples alone.
         rounds: How often the two sides are re-scored by each other in the last two orders.
-        dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless.
+        dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless. auto is the
+            checkpoint's, but float32 in place of bfloat16 on a CPU that cannot multiply it, which is said.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
         stability: Score everything by each half of the validation set too, and tell how far the halves agree on the

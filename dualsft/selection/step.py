@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError
+from dualsft.needs import ask
 from dualsft.runs.folder import RunFolder
 from dualsft.scorers import Scorer, SecondOrderScorer
 from dualsft.selection.directions import Statistics, check_vector
@@ -52,8 +53,7 @@ def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
         slope.append(float((step * v).sum()))
         first.append(float((p * v).double().square().sum()))
         if isinstance(scorer, SecondOrderScorer):
-            with blaming(scorer, "curvature"):
-                bend = scorer.curvature(known)
+            bend = ask(scorer, "curvature", known)
             check_vector(scorer, "curvature", bend, known.name, known.weight)
             curvature.append(float((step * bend).sum()))
             second.append(float((p * bend).double().square().sum()))

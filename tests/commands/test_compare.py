@@ -223,6 +223,17 @@ def test_mistakes_are_told_before_the_first_run(change: dict[str, Any], told: st
     assert not (tmp_path / "out").exists()
 
 
+def test_the_grid_is_checked_before_the_folder(job: Path, tmp_path: Path) -> None:
+    """A mistake in the grid is told whatever lies in the output folder, and then what is wrong with that."""
+    (tmp_path / "out").write_text("a file")
+    for change, told in (
+        ({"budgets": [{"data": 25}]}, "there are only 24"),
+        ({"methods": {"both": {}}}, "out is a file"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(["compare", "--config", str(write_grid(job, **change)), "--output_dir", str(tmp_path / "out")])
+
+
 def test_adapters_need_peft(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without PEFT an adapter is refused with what to install."""
     monkeypatch.setattr("dualsft.finetune.adapter.find_spec", lambda name: None)

@@ -38,10 +38,12 @@ def test_options_that_only_a_class_knows_pass(option: str) -> None:
         ({"model": {"warmup": {"lr": 1.0}}}, "model.warmup.lr, which no command knows; did you mean model.warmup.lea"),
         ({"model.data_budgt": 5}, "the key model.data_budgt, which no command knows; did you mean model.data_budget?"),
         ({"modl": {"data_budget": 5}}, "the key modl, which no command knows; did you mean model?"),
+        ({"optimiser": {"class_path": "SGD"}}, "the key optimiser, which no command knows; did you mean optimizer?"),
+        ({"trainr": {}}, "the key trainr, which no command knows; did you mean trainer?"),
     ],
 )
 def test_an_unknown_key_of_a_configuration_is_refused_with_advice(config: object, told: str, tmp_path: Path) -> None:
-    """However deep it is, and before the parser misses what is required."""
+    """However deep it is, before the parser misses what is required, and where it is another verb's that is meant."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ArgumentError) as refusal:
         prepare(["--config", str(tmp_path / "job.yaml")], "select", parser_of("select"))

@@ -39,8 +39,8 @@ def test_a_written_grid_is_the_grid(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ({"method": {}}, "has no key 'method'; it knows config, methods, budgets, seeds, evaluations"),
-    ({"methods": {"a": {"selct": {}}}}, r"methods\.a has no key 'selct'; it knows select, fit,"),
+    ({"method": {}}, "has no key 'method', perhaps methods; it knows config, methods, budgets, seeds, evaluations"),
+    ({"methods": {"a": {"selct": {}}}}, r"methods\.a has no key 'selct', perhaps select; it knows select, fit,"),
     ({"methods": {"a": {"examples": "best"}}}, r"methods\.a\.examples does not take 'best'; it takes chosen, random"),
     ({"methods": {"a": {"select": 3}}}, r"methods\.a\.select does not take 3"),
     ({"methods": {1: {}}}, "methods has the name 1, which is not text"),

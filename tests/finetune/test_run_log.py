@@ -1,6 +1,7 @@
 """What a fit tells its loggers beside its losses."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def test_the_base_model_is_step_zero(logs: dict[str, Any]) -> None:
     assert {"val_loss", "val_perplexity", "val_token_accuracy"} <= first.keys()
     assert "train_loss" not in first
     assert sum("val_loss" in row for row in others) == 2
+
+
+def test_validations_are_logged_by_the_steps_before_them(logs: dict[str, Any]) -> None:
+    """Each stands at the number of steps that were taken, as the final table tells the last; in every logger."""
+    trained = [row for row in rows(logs["folder"]) if "train_loss" in row]
+    each = len(trained) // 2
+    validated = [(row["step"], row["epoch"]) for row in rows(logs["folder"]) if "val_loss" in row and "epoch" in row]
+    assert validated == [(str(each), "0"), (str(2 * each), "1")]
+    elsewhere = [row["step"] for row in logs["other"] if row["val_loss"]]
+    assert elsewhere == ["0", str(each), str(2 * each)]
+    figures = json.loads((logs["folder"] / "metrics.json").read_text(encoding="utf-8"))
+    assert figures["validation"]["step"] == 2 * each
 
 
 def test_learning_rates_are_those_of_the_steps(logs: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def write_fit(folder: Path, after: Mapping[str, float] | None = None, samples: S
     (folder / "config.yaml").write_text("model: {model_name_or_path: base/model, selection: runs/selection}\n")
     rows = ["epoch,step,train_loss,val_loss,val_loss/target,val_loss/general"]
     rows += [f"{k // 2},{k},{3.0 - k / 4},,," for k in range(4)]
-    rows += ["1,3,,1.9,2.5,1.3"] if metrics else []
+    rows += ["1,4,,1.9,2.5,1.3"] if metrics else []
     (logs / "metrics.csv").write_text("\n".join(rows) + "\n")
     (folder / "logs" / "samples.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
     return folder

@@ -1,12 +1,16 @@
 """What several figures share, and figures that other commands have drawn."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dualsft import UserError
+from dualsft.experiments.figure_files import save_figure
 from dualsft.reports.blocks import Drawn
+from dualsft.reports.dark import COLOURS, darkened
 from dualsft.reports.figures import asinh_edges, smoothed, thinned
 from dualsft.reports.pictures import embed
 
@@ -55,3 +59,21 @@ def test_a_drawn_figure_is_copied_whole_or_refused(tmp_path: Path) -> None:
     assert (found.width, found.height) == (760, 200)
     assert (tmp_path / "figures" / "copy.png").read_bytes() == png
     assert (tmp_path / "figures" / "copy.svg").read_text() == "<svg/>"
+
+
+def test_a_figure_drawn_on_white_is_dark_on_dark_pages(tmp_path: Path) -> None:
+    """Of an audit's figure no white is left, its text is the page's, and its colours are lighter, like the page's."""
+    figure = Figure()
+    axes = figure.subplots()
+    axes.scatter([1, 2], [3, 4], color="#0072b2", marker="*", label="a # label")
+    axes.axhline(3, color="#bbbbbb")
+    axes.legend()
+    save_figure(figure, tmp_path, "a")
+    surface, text, *_, series = COLOURS["dark"]
+    found = darkened((tmp_path / "a.svg").read_bytes()).decode()
+    used = set(re.findall(r": (#[0-9a-f]{6})", found))
+    assert {surface, text} <= used
+    assert not used & {"#ffffff", "#000000", "#0072b2", "#bbbbbb"}
+    assert f'<svg fill="{text}"' in found
+    (blue,) = [colour for colour in used if int(colour[5:], 16) > int(colour[1:3], 16) + 60]
+    assert np.abs(np.array([*bytes.fromhex(blue[1:])]) - [*bytes.fromhex(series[0][1:])]).max() < 40

@@ -18,7 +18,8 @@ from dualsft.errors import UserError
 from dualsft.runs import folder as run_folder
 from dualsft.runs import phase_store
 from dualsft.runs.folder import RunFolder, write_atomically
-from tests.world.faults import kill_at
+from dualsft.runs.folder_lock import FolderLock
+from tests.world.faults import KilledError, kill_at
 
 IDENTITY = {"model": "m", "seed": 0, "budget": None}
 
@@ -381,6 +382,30 @@ def test_state_without_its_settings_is_dropped(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, resume=True)
     run.claim({"seed": 1})
     assert run.load("first") is None
+
+
+@pytest.mark.parametrize("killed_before", ["states are deleted", "the lock is deleted"])
+def test_what_a_kill_in_the_end_leaves_goes_with_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    """The next command on the folder deletes it, also one that is refused, unless another process is at work there."""
+    run = unfinished(tmp_path)
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / name).write_text("result")
+    with monkeypatch.context() as patch:
+        kill_at(patch, *((run_folder, "_empty") if killed_before == "states are deleted" else (FolderLock, "remove")))
+        with pytest.raises(KilledError):
+            run.finish()
+    run._lock.release()  # as the system does when a process ends
+    assert (tmp_path / ".unfinished").is_dir()
+    with another_process(tmp_path) as says:
+        assert says == "held"
+        before = names(tmp_path)
+        assert RunFolder(tmp_path, resume=True).complete
+        assert names(tmp_path) == before
+    with pytest.raises(UserError, match="already holds files and no unfinished run"):
+        RunFolder(tmp_path)
+    assert names(tmp_path) == ["config.yaml", "manifest.json"]
 
 
 def test_contradiction_is_refused(tmp_path: Path) -> None:

@@ -497,7 +497,10 @@ class Broken(Straight):
         ("short", r"Broken\.walk yields at 1 point; a path has two or more"),
         ("long", r"The path asks for step 1000, but model\.path\.epochs gives 2; raise it"),
         ("raises", r"Broken\.walk failed \(KeyError: 'nothing', at .*test_paths\.py, line \d+\)"),
-        ("shape", r"a direction that is not finite or not of its shape"),
+        (
+            "shape",
+            r"a direction of torch\.float32 and shape \(3,\), where a tensor of floating point and shape \(\d+, \d+\)",
+        ),
         ("length", r"Broken\.contribution must give a finite number for each of 8 examples"),
     ],
 )

@@ -16,6 +16,9 @@ from dualsft.reports.sources import Source
 from dualsft.selection.json_values import Mismatch, typed
 from dualsft.storage.json_lines import json_lines
 
+TRAINED = "train_loss"
+"""The column that each training row of the log has."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -78,9 +81,9 @@ class Fit:
     def losses(self, column: str) -> tuple[list[float], list[float]]:
         """The steps after which a column of the log has a finite value, and the values; of the base model that is 0.
 
-        Lightning counts steps from 0 within epochs; the base model's row is in none.
+        A training row has the number of its batch, from 0, and a validation's the steps that were taken before it.
         """
-        rows = [(row["step"] + ("epoch" in row), row[column]) for row in self.log if column in row and "step" in row]
+        rows = [(row["step"] + (TRAINED in row), row[column]) for row in self.log if column in row and "step" in row]
         steps, values = zip(*rows, strict=True) if rows else ((), ())
         return list(steps), list(values)
 

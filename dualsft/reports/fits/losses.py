@@ -5,17 +5,17 @@ from typing import Any
 
 from dualsft.reports.blocks import Block, Picture, Table, Text
 from dualsft.reports.figures import grid, smoothed, thinned
-from dualsft.reports.fits.folder import Fit
+from dualsft.reports.fits.folder import TRAINED, Fit
 from dualsft.reports.words import number
 
-_TRAIN, _VALIDATION = "train_loss", "val_loss"
+_VALIDATION = "val_loss"
 _WINDOW, _WINDOWS = 5, 10  # batches in a running mean at least, and such means in a curve
 _MOST_CURVES = 5  # colours that can be told apart
 
 
 def loss_curves(fit: Fit, name: str) -> list[Block]:
     """The curves of one fit: its training loss, and the validation loss of each set."""
-    steps, losses = fit.losses(_TRAIN)
+    steps, losses = fit.losses(TRAINED)
     sets = _validations(fit)
     if not steps and not sets:
         return [Text("The fit kept no metrics.csv (another logger, or none), so there are no curves.", "note")]
@@ -64,7 +64,7 @@ def _with_base(fit: Fit, column: str) -> tuple[list[float], list[float]]:
 
 def _paint(figure: Any, fit: Fit) -> None:
     axes = figure.subplots()
-    steps, losses = fit.losses(_TRAIN)
+    steps, losses = fit.losses(TRAINED)
     if steps:
         at = thinned(len(steps))
         mean = smoothed(losses, max(_WINDOW, len(losses) // _WINDOWS))

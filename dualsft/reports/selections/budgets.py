@@ -38,10 +38,10 @@ def _told(name: str, of: ScoreFigures) -> str:
     share = of.selected / of.scored if of.scored else 0.0
     if of.captured is None or not 0 < share < 1:
         return f"Of the {name}, all are taken."
-    others = dict.fromkeys(min(100, max(1, round(100 * share * factor))) for factor in (0.5, 2))
-    held_then = listed([f"{percent(of.capture[k - 1])} with the best {k}%" for k in others])
     held = f"The chosen {percent(share)} of the {name} hold {percent(of.captured)} of the positive score"
-    return f"{held}; it would be {held_then}."
+    others = [found for count in (of.selected // 2, 2 * of.selected) if (found := of.best(count)) is not None]
+    then = [f"{percent(captured)} with the best {percent(number / of.scored)}" for number, captured in others]
+    return f"{held}; it would be {listed(then)}." if then else f"{held}."
 
 
 def _paint(figure: Any, sides: dict[str, ScoreFigures]) -> None:

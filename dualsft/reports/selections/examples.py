@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 from dualsft.reports.blocks import Block, Example, Piece, Section, Text
 from dualsft.reports.selections.subject import Subject
@@ -94,6 +93,6 @@ class _Painter:
 def _tokenizer(subject: Subject) -> tuple[Any, str]:
     """The base model's tokenizer, or None and why it cannot be loaded."""
     try:
-        return load_tokenizer(subject.about.model.name_or_path), ""
+        return subject.tokenizer(), ""
     except UserError as error:
         return None, str(error)

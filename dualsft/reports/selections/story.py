@@ -108,7 +108,7 @@ def _cautions(subject: Subject) -> list[Block]:
     if control is not None:
         drawn = ", ".join(f"{side}: {rule}" for side, rule in control.items())
         return [Text(f"A control: its choice was not made by the scores ({drawn}).", "caution")]
-    return [Text(f"{text[:1].upper()}{text[1:]}", "caution") for text in cautions(subject.selection.diagnostics)]
+    return [Text(f"{text[:1].upper()}{text[1:]}", "caution") for text in cautions(subject.selection)]
 
 
 def _unit(subject: Subject) -> list[Block]:

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import chdir
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
 
-from dualsft.data.records import Records, read_records
+from dualsft.data.records import Records
+from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
+from dualsft.reports.selections.pool import Pool, find_pool
 from dualsft.reports.sources import Source
 from dualsft.reports.words import Unit
 from dualsft.selection import Selection, load_selection
@@ -89,7 +93,9 @@ class Subject:
             return {row["example_id"]: (row["token_id"], row["score"]) for row in table.to_pylist()}
         if self._compute_tokens is None:
             return {}
-        found = self._compute_tokens(self.selection, rows)
+        selection = replace(self.selection, folder=self.selection.folder.absolute())
+        with chdir(self._found.directory):
+            found = self._compute_tokens(selection, rows)
         for row, (_, scores) in found.items():
             if not math.isclose(sum(scores), self.rows.score[row], rel_tol=_NEAR, abs_tol=_NEAR * self._largest):
                 raise UserError(
@@ -103,16 +109,22 @@ class Subject:
         return float(np.abs(self.rows.score[self.rows.scored]).max(initial=0.0))
 
     @cached_property
+    def _found(self) -> Pool:
+        return find_pool(self.selection)
+
+    @property
     def pool(self) -> tuple[Records | None, str]:
         """The records that were chosen from, if they are where they were and as they were; otherwise why not."""
-        train = self.about.data.train
-        try:
-            records = read_records(train.path, train.split)
-        except UserError as error:
-            return None, str(error)
-        if records.fingerprint != train.fingerprint:
-            return None, f"{train.path} has changed since"
-        return records, ""
+        return self._found.records, self._found.lack
+
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer.
+
+        Raises:
+            UserError: if it cannot be loaded.
+        """
+        with chdir(self._found.directory):
+            return load_tokenizer(self.about.model.name_or_path)
 
     def record(self, row: int) -> dict[str, Any] | None:
         """A record: from the pool, or of a chosen one from the selection's own copy; None if neither has it."""

@@ -1,4 +1,7 @@
-"""Examples that look wrong to the scores: those that are as far below zero as the chosen ones are above it."""
+"""Examples that look wrong to the scores: those as far below zero as the best, of the budget's number, are above it.
+
+How far that is depends on the scores alone: under a quota, or by chance, examples with next to no score are chosen too.
+"""
 
 import numpy as np
 
@@ -9,7 +12,7 @@ from dualsft.reports.words import counted, percent
 
 _MOST = 25
 _WHY = {
-    True: "no example has a score as far below zero as the chosen ones are above it",
+    True: "no example has a score as far below zero as the highest scores, as many as were chosen, are above it",
     False: "no example has a positive score, so that there is nothing to compare negative ones with",
 }
 
@@ -22,7 +25,7 @@ def suspects(subject: Subject) -> list[Block]:
         return [Text(f"None: {_WHY[_strength(subject) < np.inf]}.")]
     told = (
         f"{counted(len(found), 'example')} ({percent(len(found) / len(subject.order))}) would, by their scores, do at "
-        "least as much harm to the validation loss as the least of the chosen ones does good. Wrong answers, broken "
+        f"least as much harm to the validation loss as {_measure(subject)} does good. Wrong answers, broken "
         "texts and tasks that contradict the target are often among them; so are sound examples of another kind, "
         f"so look before you drop one.{_concentrated(subject, found)}"
     )
@@ -33,11 +36,28 @@ def suspects(subject: Subject) -> list[Block]:
 
 
 def _strength(subject: Subject) -> float:
-    """How far below zero a score must be: as far as the lowest chosen one is above, or a usual positive one."""
-    if subject.cut is not None and subject.cut > 0:
-        return subject.cut
+    """How far below zero a score must be: as far as a usual positive one is above, or the budget's last, if higher."""
+    return max(_usual(subject), _last(subject))
+
+
+def _usual(subject: Subject) -> float:
+    """The median of the positive scores; infinite without one."""
     positive = subject.rows.score[subject.rows.scored & (subject.rows.score > 0)]
     return float(np.median(positive)) if len(positive) else np.inf
+
+
+def _last(subject: Subject) -> float:
+    """The lowest of the highest scores, as many as were chosen; zero if none was chosen, or all were."""
+    if subject.cut is None:
+        return 0.0
+    return float(subject.rows.score[subject.order[int(subject.rows.selected.sum()) - 1]])
+
+
+def _measure(subject: Subject) -> str:
+    """What the harm is measured by, in words."""
+    if _last(subject) >= _usual(subject):
+        return f"the last of the {int(subject.rows.selected.sum()):,} best ones"
+    return "a usual one with a positive score (the median)"
 
 
 def _row(subject: Subject, row: int) -> list[str]:

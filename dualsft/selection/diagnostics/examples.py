@@ -14,8 +14,7 @@ from dualsft.selection.diagnostics.figures import (
     SourceGroup,
     Sources,
 )
-from dualsft.selection.diagnostics.histogram import budget_counts
-from dualsft.selection.diagnostics.levels import quantiles
+from dualsft.selection.diagnostics.levels import budget_counts, quantiles
 from dualsft.selection.diagnostics.rows import RowSources
 
 MOST_SOURCES = 100

@@ -2,10 +2,11 @@
 
 import json
 import math
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from dualsft.selection.diagnostics.levels import LEVELS, Quantiles
+from dualsft.selection.diagnostics.levels import LEVELS, Quantiles, budget_counts
 from dualsft.selection.json_values import typed
 
 
@@ -38,6 +39,19 @@ class ScoreFigures:
     quantiles: Quantiles
     capture: list[float]
     capture_by_magnitude: list[float] = field(default_factory=list)
+
+    def best(self, count: int) -> "Captured | None":
+        """What the highest scores hold, for the largest whole percent that is no more than a count; None if none is."""
+        counts = budget_counts(self.scored)
+        percents = bisect_right(counts, count)
+        return Captured(counts[percents - 1], self.capture[percents - 1]) if percents and self.capture else None
+
+
+class Captured(NamedTuple):
+    """How many of the highest scores there are, and their share of the positive sum."""
+
+    number: int
+    captured: float
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ differ by less than 2^-7 of their size, so that a quantile is that near, and all
 budget takes of a single bin.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dualsft.selection.diagnostics.levels import LEVELS
+from dualsft.selection.diagnostics.levels import LEVELS, budget_counts
 
 _BINS, _ZERO = 2**16, 2**15
 """How many bins there are, and the first that holds no negative score."""
@@ -100,8 +98,3 @@ def _capture(counts: Int[np.ndarray, " bin"], sums: Float[np.ndarray, " bin"], a
     if not total[-1] > 0:
         return []
     return (np.interp(budget_counts(available), held, total) / total[-1]).tolist()
-
-
-def budget_counts(available: int) -> Sequence[int]:
-    """How many of the available things budgets of 1% to 100% allow; see `dualsft.allocators.count_of`."""
-    return [max(1, percent * available // 100) for percent in range(1, 101)]

@@ -17,3 +17,8 @@ def quantiles(values: np.ndarray | Sequence[float]) -> Quantiles:
         return {}
     found = np.quantile(np.asarray(values, np.float64), LEVELS, method="inverted_cdf")
     return dict(zip(map(str, LEVELS), found.tolist(), strict=True))
+
+
+def budget_counts(available: int) -> Sequence[int]:
+    """How many of the available things budgets of 1% to 100% allow; see `dualsft.allocators.count_of`."""
+    return [max(1, percent * available // 100) for percent in range(1, 101)]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.errors import blaming
 from dualsft.matrix.sketches import NORM, PRECONDITIONED_NORM, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.needs import ask
 from dualsft.paths import Piece, PieceRows, ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
@@ -94,8 +94,7 @@ class PathDirections(DirectionRule):
                 scorer_direction=full_tensor(by_scorer[name], weight) if name in by_scorer else None,
                 statistics=next(known) if known else None,
             )
-            with blaming(self._rule, "direction"):
-                u = self._rule.direction(piece)
+            u = ask(self._rule, "direction", piece)
             check_vector(self._rule, "direction", u, name, weight)
             chosen[name] = shard_copy(u, weight)
         return chosen

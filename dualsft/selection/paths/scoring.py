@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.errors import UserError, blaming
+from dualsft.errors import UserError
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
+from dualsft.needs import ask
 from dualsft.paths import PieceRows
 from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
@@ -238,8 +239,7 @@ class PathScoring:
 
 def contribution(rule: Any, rows: PieceRows) -> Tensor:
     """What a piece adds to the examples' scores by a path's rule, float64; refused unless each is a finite number."""
-    with blaming(rule, "contribution"):
-        found = rule.contribution(rows)
+    found = ask(rule, "contribution", rows)
     if not isinstance(found, Tensor) or found.shape != rows.score.shape or not bool(found.isfinite().all()):
         raise UserError(
             f"{type(rule).__name__}.contribution must give a finite number for each of {len(rows.score):,} examples; "

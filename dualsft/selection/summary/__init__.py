@@ -26,7 +26,7 @@ def summary(
     chosen_by_scores = "control" not in selection.manifest
     lines = [
         *described_choice(selection),
-        *(f"warning     {caution}" for caution in cautions(selection.diagnostics) if chosen_by_scores),
+        *(f"warning     {caution}" for caution in cautions(selection) if chosen_by_scores),
         *(shown_rows(selection, records) if records is not None else []),
         *checks(selection),
         *phase_table(selection.about),

@@ -2,8 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
+
+from dualsft.selection.artifact import Selection
 from dualsft.selection.diagnostics import Basis, Diagnostics, ScoreFigures
+from dualsft.selection.diagnostics.examples import Rows
 
 FAR = 3.0
 """Ratio of median lengths from which they are told to be far apart."""
@@ -17,9 +22,38 @@ UNSTABLE = 0.2
 """Rank correlation of two halves below which chance is told to decide."""
 
 
-def cautions(found: Diagnostics) -> Iterator[str]:
+class Rule(NamedTuple):
+    """What chose the examples.
+
+    Attributes:
+        name: The data allocator's class.
+        passed_over: How many examples with positive scores it could have chosen and did not.
+    """
+
+    name: str = "TopK"
+    passed_over: int = 0
+
+
+def cautions(selection: Selection) -> Iterator[str]:
     """One sentence for each thing that a user should look at before training on the selection."""
-    return chain(_scores(found), _harmful(found.examples), _length(found), _mix(found), _basis(found.basis))
+    return cautions_on(selection.diagnostics, _rule(selection))
+
+
+def cautions_on(found: Diagnostics, rule: Rule) -> Iterator[str]:
+    """The cautions on figures; a choice that was drawn at random is not told to be unlike the scores or the target."""
+    choice = (
+        [] if rule.name == "RandomExamples" else [_harmful(found.examples, rule), _length(found), _mix(found, rule)]
+    )
+    return chain(_scores(found), *choice, _basis(found.basis))
+
+
+def _rule(selection: Selection) -> Rule:
+    rows, table = Rows(selection.examples), selection.examples
+    free = rows.scored & ~rows.selected & (np.nan_to_num(rows.score) > 0)
+    if "duplicate_of" in table.column_names:
+        free &= table["duplicate_of"].is_null().to_numpy()
+    name = selection.about.settings["data_allocator"].class_path.rpartition(".")[2]
+    return Rule(name, int(free.sum()))
 
 
 def _scores(found: Diagnostics) -> Iterator[str]:
@@ -34,15 +68,22 @@ def _only_value(figures: ScoreFigures) -> float | None:
     return lowest if lowest == highest and figures.scored > 1 else None
 
 
-def _harmful(figures: ScoreFigures) -> Iterator[str]:
-    """Rows that are chosen although the scores speak against them; where all are taken, nothing was chosen."""
+def _harmful(figures: ScoreFigures, rule: Rule) -> Iterator[str]:
+    """Rows that are chosen although the scores speak against them; where all are taken, nothing was chosen.
+
+    The budget is the reason only where it is larger than the number of positive scores.
+    """
     against = figures.selected - figures.selected_positive
     if against and figures.selected < figures.scored:
-        yield (
+        told = (
             f"{against:,} of the {figures.selected:,} chosen examples {'has' if against == 1 else 'have'} no positive "
-            "score: to learn them is predicted not to lower the loss on the target; lower model.data_budget, or take "
-            "model.data_allocator positive_only."
+            "score: to learn them is predicted not to lower the loss on the target"
         )
+        if rule.passed_over:
+            have = "1 that has one" if rule.passed_over == 1 else f"{rule.passed_over:,} that have one"
+            yield f"{told}; {rule.name} took them and left {have}, so that not the budget but this rule is the reason."
+        else:
+            yield f"{told}; lower model.data_budget, or take model.data_allocator positive_only."
 
 
 def _length(found: Diagnostics) -> Iterator[str]:
@@ -57,11 +98,11 @@ def _length(found: Diagnostics) -> Iterator[str]:
     if lengths.correlation is not None and found.examples.scored >= FEW_ROWS and abs(lengths.correlation) >= EXPLAINED:
         yield (
             f"length alone explains the scores (rank correlation {lengths.correlation:.2f} with the supervised "
-            "tokens), so that sorting by length would choose much the same; change model.normalize."
+            "tokens), which order the examples much as sorting by length would; change model.normalize."
         )
 
 
-def _mix(found: Diagnostics) -> Iterator[str]:
+def _mix(found: Diagnostics, rule: Rule) -> Iterator[str]:
     """The total variation distance of the sources' shares among the chosen and in the target, where they share any."""
     target = found.basis.target
     if found.sources is None or target is None or not target.sources:
@@ -73,9 +114,11 @@ def _mix(found: Diagnostics) -> Iterator[str]:
     names = {*chosen, *target.sources}
     apart = sum(abs(chosen.get(n, 0) / sums[0] - target.sources.get(n, 0) / sums[1]) for n in names) / 2
     if apart >= UNLIKE:
+        quota = rule.name == "PerSourceQuota"
+        advice = "give per_source_quota other shares" if quota else "share the budget with per_source_quota"
         yield (
             f"the chosen examples come from other sources than the target's ({apart:.0%} of one mix would have to move "
-            "to make the other); look at some, or share the budget with per_source_quota."
+            f"to make the other); look at some, or {advice}."
         )
 
 

@@ -29,11 +29,12 @@ def _examples(selection: Selection) -> str:
 
 
 def _next_budget(figures: ScoreFigures) -> str:
-    """What the best examples of twice the budget, to a percent of the pool, would hold."""
-    percent = round(200 * figures.selected / figures.scored)
-    if not figures.capture or not 1 <= percent < 100:
+    """What the best examples of twice the budget, or of the next smaller one that is known, would hold."""
+    found = figures.best(2 * figures.selected)
+    if found is None or not figures.selected < found.number < figures.scored:
         return ""
-    return f"; the best {percent}% would hold {figures.capture[percent - 1]:.0%} of that score"
+    share = found.number / figures.scored
+    return f"; the best {found.number:,} ({share:.0%}) would hold {found.captured:.0%} of that score"
 
 
 def _left_out(selection: Selection) -> dict[str, int]:

@@ -1,7 +1,11 @@
 """Which examples a page shows, and how."""
 
+import json
 import shutil
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 from dualsft.reports.blocks import Example, Section, Text
 from dualsft.reports.selections.examples import examples
@@ -70,13 +74,18 @@ def test_a_lost_pool_leaves_the_chosen_texts(selection: Selection, tmp_path: Pat
             assert ("not at hand" in text) == ("not chosen" in block.facts)
 
 
-def test_strongly_negative_examples_are_listed(selection: Selection) -> None:
-    """All rows are listed whose score is as far below zero as the last chosen one is above, the lowest first."""
+@pytest.mark.parametrize("chosen_by", ["score", "quota"])
+def test_strongly_negative_examples_are_listed(selection: Selection, chosen_by: str) -> None:
+    """All rows are listed whose score is as far below zero as the last of the best is above, whatever was chosen."""
     found = subject(selection)
-    assert found.cut is not None
-    assert found.cut > 0
+    if chosen_by == "quota":  # the highest, and others with next to no score
+        least = np.argsort(np.where(found.rows.score > 0, found.rows.score, np.inf))[:3]
+        found.rows.selected = np.isin(np.arange(len(found.rows.score)), [*found.order[:3], *least])
+        assert found.cut == found.rows.score[least[0]]
     score = {row: value for row, value in enumerate(selection.examples["score"].to_pylist()) if value is not None}
-    expected = sorted((row for row in score if score[row] <= -found.cut), key=lambda row: score[row])
+    ranked = sorted(score.values(), reverse=True)
+    strength = max(ranked[5], float(np.median([value for value in ranked if value > 0])))
+    expected = sorted((row for row in score if score[row] <= -strength), key=lambda row: score[row])
     blocks = suspects(found)
     rows = [int(cells[0]) for block in blocks[1:] for cells in block.rows]  # type: ignore[union-attr]
     assert rows == expected
@@ -89,3 +98,27 @@ def test_without_a_cut_there_is_no_border(selection: Selection) -> None:
     found = subject(selection)
     found.rows.selected = found.rows.scored.copy()
     assert list(shown(examples(found))) == ["Highest scores", "Lowest scores"]
+
+
+@pytest.mark.parametrize("found_by", ["directory", "parents", "nothing"])
+def test_a_pool_at_a_relative_path_is_found_from_elsewhere(
+    selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_by: str
+) -> None:
+    """By the directory that select was run in, or beside the selection where a project was moved; else it is named."""
+    project, pool = tmp_path / "project", selection.about.data.train.path
+    assert isinstance(pool, str)
+    copy = shutil.copytree(selection.folder, project / "runs" / "copy")
+    shutil.copy(pool, project / "train.jsonl")
+    text = (copy / "manifest.json").read_text().replace(pool, "train.jsonl")
+    stored = {**json.loads(text), "directory": str(project)}
+    if found_by == "parents":
+        del stored["directory"]
+    if found_by == "nothing":
+        (project / "train.jsonl").unlink()
+    (copy / "manifest.json").write_text(json.dumps(stored))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    records, lack = subject(load_selection(Path("../project/runs/copy"))).pool
+    assert (records is not None) == (found_by != "nothing")
+    assert (f"a relative path, of {project}; run report there" in lack) == (found_by == "nothing")
+    assert Path.cwd() == tmp_path / "elsewhere"

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dualsft.selection.diagnostics import LEVELS
-from dualsft.selection.diagnostics.histogram import ScoreHistogram, budget_counts
+from dualsft.selection.diagnostics.figures import ScoreFigures
+from dualsft.selection.diagnostics.histogram import ScoreHistogram
+from dualsft.selection.diagnostics.levels import budget_counts
 
 
 def histogram(*parts: torch.Tensor) -> ScoreHistogram:
@@ -79,3 +82,14 @@ def test_budgets_are_those_that_a_fraction_allows() -> None:
     for available in (1, 7, 100, 1234):
         due = [count_of("budget", percent / 100, available, "things") for percent in range(1, 101)]
         assert budget_counts(available) == due
+
+
+def test_what_the_best_hold_is_told_of_no_more_than_were_asked_for() -> None:
+    """By the largest whole percent that is no more, and by nothing below the first: a budget is not rounded up."""
+    capture = [percent / 100 for percent in range(1, 101)]
+    figures = ScoreFigures(scored=18, selected=6, selected_positive=6, score_sum=1.0, positive_share=1.0,
+                           positive_sum=1.0, captured=0.5, quantiles={}, capture=capture)  # fmt: skip
+    assert figures.best(12) == (12, 0.72)  # 72% of 18 are 12.96
+    assert replace(figures, scored=1000).best(12) == (10, 0.01)
+    assert replace(figures, scored=1000).best(9) is None
+    assert replace(figures, capture=[]).best(12) is None

@@ -1,8 +1,10 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dualsft.allocators import TopK
 from dualsft.selection.diagnostics import (
     Basis,
     Diagnostics,
@@ -14,7 +16,8 @@ from dualsft.selection.diagnostics import (
     Stability,
     Target,
 )
-from dualsft.selection.summary.cautions import cautions
+from dualsft.selection.summary.cautions import Rule, cautions, cautions_on
+from tests.world.jobs import SGD, Inputs, select
 
 SCORES = ScoreFigures(
     scored=100,
@@ -34,7 +37,7 @@ SOUND = Diagnostics(SCORES, SCORES, LENGTHS, MIX, Basis(Target(9, {"0.5": 25.0},
 
 def told(**parts: Any) -> list[str]:
     """The cautions on the sound selection with other parts."""
-    return list(cautions(replace(SOUND, **parts)))
+    return list(cautions_on(replace(SOUND, **parts), Rule()))
 
 
 def target(**parts: Any) -> Basis:
@@ -84,3 +87,32 @@ def test_each_oddity_has_its_sentence(parts: dict[str, Any], sentence: str) -> N
 def test_what_is_not_odd(parts: dict[str, Any]) -> None:
     """Nothing is said where there was no choice, no comparison, or too little to compare."""
     assert told(**parts) == []
+
+
+def test_the_budget_is_blamed_only_where_it_is_the_reason() -> None:
+    """Where a rule leaves positive scores out, it is named in place of the budget; a random draw is told of nothing."""
+    harmful = replace(SOUND, examples=replace(SCORES, selected_positive=7))
+    (by_score,) = cautions_on(harmful, Rule("TopK", 0))
+    assert by_score.endswith("; lower model.data_budget, or take model.data_allocator positive_only.")
+    (by_quota,) = cautions_on(harmful, Rule("PerSourceQuota", 43))
+    assert by_quota.endswith(
+        "; PerSourceQuota took them and left 43 that have one, so that not the budget but this rule is the reason."
+    )
+    elsewhere = replace(harmful, basis=target(sources={"b": 9}, tokens={"0.5": 61.0}))
+    assert len(list(cautions_on(elsewhere, Rule("TopK", 0)))) == 3
+    assert list(cautions_on(elsewhere, Rule("RandomExamples", 43))) == []
+
+
+def test_a_quota_is_not_advised_to_who_has_one() -> None:
+    """Its shares are."""
+    (told,) = cautions_on(replace(SOUND, basis=target(sources={"b": 9})), Rule("PerSourceQuota", 0))
+    assert told.endswith("; look at some, or give per_source_quota other shares.")
+
+
+def test_the_rule_of_a_selection_is_found_in_it(inputs: Inputs, tmp_path: Path) -> None:
+    """By its allocator and its scores: what is passed over has a positive score and is no near-duplicate."""
+    made = select(inputs, tmp_path / "out", {**SGD, "data_allocator": TopK(reverse=True), "data_budget": 3})
+    table = made.examples.to_pydict()
+    left = [s > 0 and not chosen for s, chosen in zip(table["score"], table["selected"], strict=True) if s is not None]
+    (told,) = [text for text in cautions(made) if "no positive score" in text]
+    assert f"; TopK took them and left {sum(left)} that have one" in told

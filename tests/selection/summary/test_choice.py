@@ -31,7 +31,7 @@ def test_the_choice_is_told_in_words(mixed: Inputs, tmp_path: Path) -> None:
     best = sum(sorted((max(0, s) for s in table["score"]), reverse=True)[:12])
     assert lines[0] == (
         f"examples    6 of 18 selected (18 scored): they hold {held / positive:.0%} of the positive score with "
-        f"{tokens / sum(table['num_tokens']):.0%} of the supervised tokens; the best 67% would hold "
+        f"{tokens / sum(table['num_tokens']):.0%} of the supervised tokens; the best 12 (67%) would hold "
         f"{best / positive:.0%} of that score"
     )
     assert lines[1].startswith(f"lengths     median {found.lengths.selected['0.5']:.0f} of the chosen, ")
