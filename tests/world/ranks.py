@@ -1,6 +1,5 @@
 """Functions run on several processes that talk to each other, as ranks of a job do; as torchrun starts them."""
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -13,13 +12,8 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# a server that has imported everything forks a rank in no time; the test process cannot, once it has used autograd
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils", "datasets"]
-    + [f"dualsft.commands.{verb}" for verb in ("select", "fit", "validate")]
-    + ["tests.world.jobs", "tests.world.fits", "tests.references", __name__]
-)
+from tests.world.forks import FORKS
+
 _SECONDS = 120
 
 
@@ -32,8 +26,8 @@ def run_on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[A
     port = free_port()
     ends, ranks = [], []
     for rank in range(count):
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(rank, count, port, theirs, function, args), daemon=True)
+        ours, theirs = FORKS.Pipe()
+        process = FORKS.Process(target=_rank, args=(rank, count, port, theirs, function, args), daemon=True)
         process.start()
         theirs.close()
         ends.append(ours)
