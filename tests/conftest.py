@@ -14,6 +14,7 @@ from tests.world.disk import never_wait_for_disk
 # Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
 # that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
 LIBRARIES = ("datasets", "lightning", "transformers.models.auto.modeling_auto")
+LONGEST = ("test_repository.py", "test_guides.py", "test_compare_page.py")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 never_wait_for_disk()
@@ -32,11 +33,11 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Heavy tests are slow too; the longest, a quick start and the guides, come first, so that no process waits."""
+    """Heavy tests are slow too; those that follow whole pages, the longest, come first, so that no process waits."""
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name not in ("test_repository.py", "test_guides.py"))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
