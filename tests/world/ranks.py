@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.world.forks import FORKS
 
-_SECONDS = 120
+_SECONDS = 300
 
 
 def run_on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function of a module's top level gives on each rank of a gloo group, given these arguments.
 
     Raises:
-        AssertionError: with its traceback, if it fails on a rank, or if one has not answered after two minutes.
+        AssertionError: with its traceback, if it fails on a rank, or if one has not answered after five minutes.
     """
     port = free_port()
     ends, ranks = [], []
