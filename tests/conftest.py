@@ -1,34 +1,51 @@
 """What all tests share: one thread to a process, and checks of annotations where shapes are named."""
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-# Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
-# that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
-import datasets  # noqa: F401
-import lightning  # noqa: F401
 import pytest
-import torch
-from transformers import AutoModelForCausalLM  # noqa: F401
 
 from tests.annotations import check_annotations
+from tests.world.disk import never_wait_for_disk
+
+# Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
+# that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
+LIBRARIES = ("datasets", "lightning", "transformers.models.auto.modeling_auto")
+LONGEST = ("test_repository.py", "test_guides.py", "test_compare_page.py")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-# small models gain nothing from more threads, and the test processes share the cores
-torch.set_num_threads(1)
-check_annotations("dualsft")
+never_wait_for_disk()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Prepare a process that runs tests; the one that deals them out to others, and collects none, imports nothing."""
+    if session.config.pluginmanager.has_plugin("dsession"):
+        return
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    _take_one_thread()
+    check_annotations("dualsft")
 
 from dualsft.models import dtypes  # noqa: E402 (once its annotations are checked)
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Heavy tests are slow too; the longest, a quick start and the guides, come first, so that no process waits."""
+    """Heavy tests are slow too; those that follow whole pages, the longest, come first, so that no process waits."""
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name not in ("test_repository.py", "test_guides.py"))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector look no more at what is there before the first test: libraries, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -54,4 +71,11 @@ def _bfloat16_units() -> Iterator[None]:
 def _one_thread() -> Iterator[None]:
     """What a test calls may set its own number (pre-training does), which must not slow down the tests after it."""
     yield
+    _take_one_thread()
+
+
+def _take_one_thread() -> None:
+    """Small models gain nothing from more threads, and the test processes share the cores."""
+    import torch
+
     torch.set_num_threads(1)

@@ -1,16 +1,19 @@
 """Annotations are checked wherever shapes are named, and however often a function is defined."""
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
+from dualsft.matrix.nonfinite import all_finite
+from dualsft.matrix.rows import Rows
 from dualsft.objectives.likelihood import token_losses
 from tests import annotations
-from tests.annotations import checked, modules_with_shapes
+from tests.annotations import checked, jaxtyped, jaxtyped_with_shapes, modules_with_shapes
 
 
 def adder(hint: Any, value: float) -> Callable[..., Any]:
@@ -72,3 +75,16 @@ def test_modules_that_name_shapes_are_checked() -> None:
     assert "dualsft.errors" not in found
     with pytest.raises(TypeCheckError):
         token_losses(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_functions_that_name_shapes_are_checked() -> None:
+    """However deep in an annotation the shape is; others, which mypy checks, are left as they are."""
+    decorate = jaxtyped_with_shapes(typechecker=checked)
+    shaped: list[Any] = [Float[Tensor, "n"], list[Float[Tensor, "n"]] | None, dict[str, tuple[Float[Tensor, "n"], int]]]
+    for function in (unwrap(adder(hint, 0.0)) for hint in shaped):
+        assert decorate(function) is not function
+    plain: list[Any] = [int, Tensor, Callable[[int], Tensor], tuple[int, ...]]
+    for function in (unwrap(adder(hint, 0.0)) for hint in plain):
+        assert decorate(function) is function
+    assert hasattr(all_finite, "__wrapped__")
+    assert not hasattr(Rows.check_shape, "__wrapped__")

@@ -13,8 +13,8 @@ from dualsft.cli import run
 from dualsft.commands.compare_jobs import CompareJobs
 from dualsft.experiments.bank import Bank
 from dualsft.experiments.grid_file import grid_from
+from tests.world.embedded import ROOT, embed
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'^```yaml title="(.+?)"\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE))
 (METHODS,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
@@ -23,9 +23,9 @@ FILES = dict(re.findall(r'^```yaml title="(.+?)"\n(.*?)^```$', PAGE, re.DOTALL |
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like the repository's root, with the page's files."""
-    for name in ("dualsft", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """A folder that looks like the repository's root, with the page's files and an eighth of what is measured on."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    embed(tmp_path, every=8)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,11 @@
-"""The guides for those who write plugins, run as they stand: files written, commands run, in a fresh environment."""
+"""The guides for those who write plugins, run as they stand: files written, commands run, in a fresh environment.
+
+The programs of Python, but for pip, run in processes that are forked from one with the libraries imported.
+"""
 
 import os
 import re
+import shlex
 import subprocess
 import sysconfig
 import venv
@@ -10,32 +14,19 @@ from pathlib import Path
 import pytest
 
 from dualsft import load_selection
+from tests.world.embedded import ROOT, embed
+from tests.world.programs import run_program
 
-ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
 def environment(folder: Path) -> Path:
-    """A virtual environment that sees what is installed in this one, pip included; its programs' folder."""
+    """A virtual environment that sees what is installed in this one, pip included; where its packages are."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     ours = sysconfig.get_path("purelib")
     (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    for name, module in (("dualsft", "dualsft.cli"), ("pip", "pip._internal.cli.main")):
-        program = folder / "bin" / name
-        program.write_text(f"#!{folder}/bin/python\nfrom {module} import main\n\nraise SystemExit(main())\n")
-        program.chmod(0o755)
-    return folder / "bin"
-
-
-def embedded(assets: Path, every: int) -> None:
-    """The embedded model and pool, and every so many rows one of the validation set."""
-    ours, validation = ROOT / "dualsft" / "quickstart" / "assets", "data/validation.jsonl"
-    (assets / "data").mkdir(parents=True)
-    for name in ("model", "data/pool.jsonl"):
-        (assets / name).symlink_to(ours / name)
-    rows = (ours / validation).read_text(encoding="utf-8").splitlines(keepends=True)
-    (assets / validation).write_text("".join(rows[::every]), encoding="utf-8")
+    return site
 
 
 def follow(page: Path, folder: Path, every: int = 4) -> dict[str, str]:
@@ -51,9 +42,8 @@ def follow(page: Path, folder: Path, every: int = 4) -> dict[str, str]:
     """
     for name in ("configs", "plugins"):
         (folder / name).symlink_to(ROOT / name)
-    embedded(folder / "dualsft" / "quickstart" / "assets", every)
-    bin_folder = environment(folder / "environment")
-    variables = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    embed(folder, every)
+    packages = environment(folder / "environment")
     printed = {}
     for language, title, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         if title:
@@ -61,11 +51,25 @@ def follow(page: Path, folder: Path, every: int = 4) -> dict[str, str]:
             (folder / title).write_text(text, encoding="utf-8")
             continue
         assert language == "bash", f"{page.name} has a block of {language} that is neither a file nor a command"
-        command = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{page.name}:\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        printed[text] = done.stdout
+        printed[text] = "".join(said(line, folder, packages) for line in text.splitlines())
     return printed
+
+
+def said(line: str, folder: Path, packages: Path) -> str:
+    """What a command prints, which must succeed."""
+    words, variables = shlex.split(line), dict(os.environ)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    if words[0] in ("dualsft", "python"):
+        assert not set("|<>$*;&") & set(line), f"{line} needs a shell"
+        done = run_program(words, folder, variables, packages)
+    else:
+        python = f"{packages.parents[2]}/bin/python -m "
+        command = ["bash", "-euo", "pipefail", "-c", python + line if words[0] == "pip" else line]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
 
 
 def class_of(selection: Path, part: str) -> dict[str, object]:

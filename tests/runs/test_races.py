@@ -1,6 +1,5 @@
 """Processes that claim one output folder at the same moment."""
 
-import multiprocessing
 import random
 import shutil
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from dualsft.errors import UserError
 from dualsft.runs.folder import RunFolder, publish
+from tests.world.forks import FORKS
 
 RACES, RUNNERS = 240, 3
 FILES = ("config.yaml", "metrics.json", "manifest.json")
@@ -102,11 +102,11 @@ def check(folder: Path, before: str, runs: dict[str, Run]) -> None:
 @pytest.mark.heavy
 def test_one_of_several_processes_gets_the_folder(tmp_path: Path) -> None:
     """Whatever they are asked to do, and whatever it held: one works, others are refused, and nobody's work is lost."""
-    context, chance = multiprocessing.get_context("forkserver"), random.Random(0)
-    barrier, ends = context.Barrier(RUNNERS), []
+    chance = random.Random(0)
+    barrier, ends = FORKS.Barrier(RUNNERS), []
     for name in "abc"[:RUNNERS]:
-        ours, theirs = context.Pipe()
-        context.Process(target=runner, args=(name, barrier, theirs), daemon=True).start()
+        ours, theirs = FORKS.Pipe()
+        FORKS.Process(target=runner, args=(name, barrier, theirs), daemon=True).start()
         ends.append(ours)
     refused = 0
     for race in range(RACES):

@@ -1,6 +1,5 @@
 """A killed run goes on where it was, to the same result; nothing but a finished run passes for a selection."""
 
-import multiprocessing
 import random
 import shutil
 import signal
@@ -19,6 +18,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.selection import Warmup, passes, scoring_checkpoint
 from dualsft.selection import run as method
 from tests.world.faults import PoolAware, kill_at, killed_run
+from tests.world.forks import FORKS
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 OPTIONS: dict[str, Any] = {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)}
@@ -212,9 +212,7 @@ def run_in_child(inputs: Inputs, folder: Path, started: Path, options: dict[str,
 
 def child(inputs: Inputs, folder: Path, *settings: dict[str, Any]) -> Any:
     """The process, to be started."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.world.jobs"])
-    return processes.Process(target=run_in_child, args=(inputs, folder, folder.with_suffix(".started"), *settings))
+    return FORKS.Process(target=run_in_child, args=(inputs, folder, folder.with_suffix(".started"), *settings))
 
 
 def run_and_kill(inputs: Inputs, folder: Path, seconds: float, *settings: dict[str, Any]) -> int | None:

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.heavy
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 CHOSEN = ("mask.safetensors", "selected.jsonl")
+PATIENCE = 300
+"""Seconds in which a job has started and come to its first batches, on a busy machine too."""
 ON_TWO = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
 SRUN = """#!/usr/bin/env bash
 # what srun does, on one machine
@@ -68,7 +70,7 @@ def started(command: list[str], stderr: Path, **environment: str) -> Iterator[su
 def run(command: list[str], stderr: Path, **environment: str) -> None:
     """A process that is to succeed."""
     with started(command, stderr, **environment) as process:
-        assert process.wait(120) == 0, stderr.read_text()
+        assert process.wait(PATIENCE) == 0, stderr.read_text()
 
 
 def dualsft(arguments: list[str]) -> list[str]:
@@ -152,9 +154,9 @@ def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool
             return {*output.glob(".unfinished/scores.under-way@*.rank-1-of-2.safetensors")} - known
 
         # the second state is kept once all ranks have the first
-        wait_for(states, 60, "state of the pass")
+        wait_for(states, PATIENCE, "state of the pass")
         known |= states()
-        wait_for(states, 60, "second state of the pass")
+        wait_for(states, PATIENCE, "second state of the pass")
         (other,) = set(members(process.pid)) - {process.pid}
         os.kill(other if started_rank else process.pid, signal.SIGKILL)
         wait_for(lambda: process.poll() is not None and not members(process.pid), 60, "end of all ranks")
@@ -171,10 +173,10 @@ def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool
 def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(unbroken: Path, tmp_path: Path) -> None:
     """The started rank is killed, then, in the resumed job, the starting one; resumed once more, the job ends alike."""
     output = tmp_path / "selection"
-    command = dualsft([*select(unbroken / "job.yaml", output), *ON_TWO])
-    run_and_kill(command, output, tmp_path / "1.log", started_rank=True)
-    run_and_kill([*command, "--resume"], output, tmp_path / "2.log", started_rank=False)
-    run([*command, "--resume"], tmp_path / "resumed.log")
+    arguments = [*select(unbroken / "job.yaml", output), *ON_TWO]
+    run_and_kill(dualsft(arguments), output, tmp_path / "1.log", started_rank=True)
+    run_and_kill(dualsft([*arguments, "--resume"]), output, tmp_path / "2.log", started_rank=False)
+    run_on_ranks(2, cli.run, [*arguments, "--resume"])
     scores = sorted(path.name for path in (unbroken / "selection").glob("parameter_scores*"))
     assert scores == sorted(path.name for path in output.glob("parameter_scores*"))
     assert_same(output, unbroken / "selection", (*CHOSEN, *scores, "examples.parquet"))
@@ -220,7 +222,7 @@ def test_a_failure_is_told_once_by_the_rank_that_failed(
 ) -> None:
     """Whether the others wait for it or fail alike, they add nothing, and all end; the folder is free."""
     with started(troubled(alone, tmp_path / "out", kind, ranks), tmp_path / "log") as process:
-        assert process.wait(120) not in (0, None)
+        assert process.wait(PATIENCE) not in (0, None)
         wait_for(lambda: not members(process.pid), 30, "end of all ranks")
     lines = (tmp_path / "log").read_text().splitlines()
     assert [told in line for line in lines].count(True) == 1
@@ -231,6 +233,6 @@ def test_a_failure_is_told_once_by_the_rank_that_failed(
 def test_a_rank_that_waits_for_nobody_ends_with_the_one_that_started_it(alone: Path, tmp_path: Path) -> None:
     """It is in the middle of something else when rank zero is killed, and would be left over."""
     with started(troubled(alone, tmp_path / "out", "asleep", (1,)), tmp_path / "log") as process:
-        wait_for(lambda: (tmp_path / "rank-1").exists() and (tmp_path / "rank-0").exists(), 90, "second batch")
+        wait_for(lambda: (tmp_path / "rank-1").exists() and (tmp_path / "rank-0").exists(), PATIENCE, "second batch")
         os.kill(process.pid, signal.SIGKILL)
         wait_for(lambda: not members(process.pid), 30, "end of the other rank")

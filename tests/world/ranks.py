@@ -1,6 +1,5 @@
 """Functions run on several processes that talk to each other, as ranks of a job do; as torchrun starts them."""
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -13,27 +12,22 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# a server that has imported everything forks a rank in no time; the test process cannot, once it has used autograd
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils", "datasets"]
-    + [f"dualsft.commands.{verb}" for verb in ("select", "fit", "validate")]
-    + ["tests.world.jobs", "tests.world.fits", "tests.references", __name__]
-)
-_SECONDS = 120
+from tests.world.forks import FORKS
+
+_SECONDS = 300
 
 
 def run_on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function of a module's top level gives on each rank of a gloo group, given these arguments.
 
     Raises:
-        AssertionError: with its traceback, if it fails on a rank, or if one has not answered after two minutes.
+        AssertionError: with its traceback, if it fails on a rank, or if one has not answered after five minutes.
     """
     port = free_port()
     ends, ranks = [], []
     for rank in range(count):
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(rank, count, port, theirs, function, args), daemon=True)
+        ours, theirs = FORKS.Pipe()
+        process = FORKS.Process(target=_rank, args=(rank, count, port, theirs, function, args), daemon=True)
         process.start()
         theirs.close()
         ends.append(ours)
