@@ -30,8 +30,6 @@ def pytest_collection(session: pytest.Session) -> None:
     _take_one_thread()
     check_annotations("dualsft")
 
-from dualsft.models import dtypes  # noqa: E402 (once its annotations are checked)
-
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,7 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _bfloat16_units() -> Iterator[None]:
     """Tests of bfloat16 models compute in bfloat16, whatever the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dtypes, "has_bfloat16_units", lambda: True)
+        patch.setattr("dualsft.models.dtypes.has_bfloat16_units", lambda: True)
         yield
 
 
