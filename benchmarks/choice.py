@@ -78,8 +78,8 @@ def llama_scores(hidden: int, layers: int, vocabulary: int) -> dict[str, Tensor]
         for part, rows in {"q": hidden, "k": hidden // 4, "v": hidden // 4, "o": hidden}.items():
             shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (rows, hidden)
         for part in ("gate", "up", "down"):
-            shape = (4 * hidden, hidden) if part != "down" else (hidden, 4 * hidden)
-            shapes[f"model.layers.{layer}.mlp.{part}_proj.weight"] = shape
+            sizes = (4 * hidden, hidden) if part != "down" else (hidden, 4 * hidden)
+            shapes[f"model.layers.{layer}.mlp.{part}_proj.weight"] = sizes
         shapes[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
     generator = torch.Generator().manual_seed(0)
     scores = {}

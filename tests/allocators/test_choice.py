@@ -1,3 +1,4 @@
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -100,3 +101,20 @@ def test_scores_of_one_value_go_by_name_and_place(monkeypatch: pytest.MonkeyPatc
     choice.take(["b", "a"], 11)
     assert choice.mask["a"].all()
     assert choice.mask["b"].flatten().tolist() == [True] * 7 + [False] * 2
+
+
+@pytest.mark.parametrize("by", ["magnitude", "signed"])
+def test_memory_does_not_grow_with_the_scores(by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside scores and mask it holds a block, a sample and the bins: here a quarter of the scores at most."""
+    monkeypatch.setattr("dualsft.allocators.choice.BLOCK", 2**11)
+    monkeypatch.setattr("dualsft.allocators.choice.sampling_stride", lambda entries: 65)
+    monkeypatch.setattr("dualsft.allocators.threshold._BINS", 2**9)
+    scores = {"w": torch.randn(2**9, 2**8, generator=torch.Generator().manual_seed(0))}
+    tracemalloc.start()
+    choice = Choice(scores, by)  # torch's mask is not traced, numpy's arrays are
+    choice.take(["w"], 2**13)
+    choice.take(["w"], 2**13)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < scores["w"].nbytes / 4
+    assert int(choice.mask["w"].sum()) == 2**14
