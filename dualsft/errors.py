@@ -80,8 +80,7 @@ def blaming(part: object, method: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        ours = type(part).__module__.startswith("dualsft.")
-        if ours or isinstance(error, UserError) or is_out_of_memory(error):
+        if is_own(part) or isinstance(error, UserError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "no message").split("\n")[0]
         module = type(part).__module__
@@ -89,6 +88,11 @@ def blaming(part: object, method: str) -> Iterator[None]:
             f"{type(part).__name__}.{method} failed ({type(error).__name__}: {reason}{raised_at(error, module)})",
             f"mend {module}",
         ) from error
+
+
+def is_own(part: object) -> bool:
+    """Whether an object's class is one of this package, and not a plugin's."""
+    return type(part).__module__.startswith("dualsft.")
 
 
 def raised_at(error: BaseException, module: str) -> str:

@@ -1,25 +1,24 @@
 """A choice of entries built up in steps: the best of some tensors, then the best of others, until the budget is used.
 
-Entries are not sorted. A float32 maps to an integer of the same order (its key), so the k-th largest entry of many
-tensors is found exactly by two histograms of 65,536 bins, over the upper and then the lower half of the keys' bits.
-Each is one sweep over the tensors. Memory holds the scores, one mask, and the keys of one tensor at a time.
+Entries are not sorted: each step finds the value of the last entry that it takes (see `dualsft.allocators.threshold`)
+and then goes over the tensors once more, to mark what is above. Beside the scores, which may lie in files, and one
+mask, memory holds a block of entries and a sample of at most 2²⁰.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from dualsft.allocators.apportion import apportion
+from dualsft.allocators.threshold import BLOCK, Blocks, Threshold, bracket, kth_largest, mark, sampling_stride
 from dualsft.errors import UserError
 
 By = Literal["magnitude", "signed"]
 """Rank by |φ|, or by φ itself."""
-
-_BINS = 1 << 16
-_LAST = torch.iinfo(torch.int32).min  # below the key of every float
 
 
 def check_by(allocator: str, by: str) -> None:
@@ -37,23 +36,26 @@ class Choice:
     """The entries chosen so far; ties go to the first name, then the first flat index.
 
     Args:
-        scores: Parameter name -> φ_j, of the parameter's shape.
+        scores: Parameter name -> φ_j, of the parameter's shape; ranked in float32.
         by: The ranking of entries.
         reverse: Whether the lowest are the best.
-
-    Attributes:
-        mask: Parameter name -> which entries are chosen, for every name in the scores.
     """
 
     def __init__(self, scores: Mapping[str, Float[Tensor, "..."]], by: By, reverse: bool = False) -> None:
         self._scores, self._by, self._reverse = scores, by, reverse
-        self.mask: dict[str, Bool[Tensor, "..."]] = {
-            name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()
-        }
+        shapes = {name: score.shape for name, score in scores.items()}
+        self._mask = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        self._taken = dict.fromkeys(scores, 0)
+        self._buffer = np.empty(BLOCK, np.float32)
+
+    @property
+    def mask(self) -> dict[str, Bool[Tensor, "..."]]:
+        """Parameter name -> which entries are chosen, for every name in the scores, where the scores are."""
+        return {name: mask.to(self._scores[name].device) for name, mask in self._mask.items()}
 
     def free(self, names: Iterable[str]) -> int:
         """The number of entries of these tensors that are not chosen."""
-        return sum(self.mask[name].numel() - int(self.mask[name].sum()) for name in names)
+        return sum(self._mask[name].numel() - self._taken[name] for name in names)
 
     def take(self, names: Iterable[str], k: int) -> None:
         """Choose the best k of these tensors' entries that are not chosen yet.
@@ -64,16 +66,13 @@ class Choice:
         if k == 0:
             return
         names = sorted(names)
-        threshold, ties = kth_largest(lambda: map(self._keys, names), k)
-        if threshold == _LAST:
-            raise ValueError(f"cannot choose {k} of {self.free(names)}")
+        if not 0 < k <= (free := self.free(names)):
+            raise ValueError(f"cannot choose {k} of {free}")
+        within = bracket(self._sample(names), k, free)
+        threshold = kth_largest(lambda: self._blocks(names), k, within)
+        left = threshold.ties
         for name in names:
-            keys = self._keys(name)
-            chosen = keys > threshold
-            at_threshold = (keys == threshold).nonzero().squeeze(1)[:ties]
-            chosen[at_threshold] = True
-            ties -= len(at_threshold)
-            self.mask[name] |= chosen.view(self.mask[name].shape)
+            left -= self._mark(name, threshold, left)
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
         """Split a budget over disjoint groups of tensors by their shares, and take the best entries of each group.
@@ -92,46 +91,46 @@ class Choice:
             self.take(names, part)
         return sum(parts)
 
-    def _keys(self, name: str) -> Int[Tensor, " entry"]:
-        """int32 keys of a tensor's entries, flat, the larger the better; those of chosen entries are the lowest."""
-        values = ranked(self._scores[name], self._by)
-        keys = ordered_keys(-values if self._reverse else values)
-        return keys.masked_fill_(self.mask[name].flatten(), _LAST)
+    def _sample(self, names: Sequence[str]) -> Float32[np.ndarray, " entry"]:
+        """Every so many-th entry of these tensors, without those that are chosen."""
+        stride = sampling_stride(sum(self._mask[name].numel() for name in names))
+        sample = [np.zeros(0, np.float32)]
+        for name in names:
+            values = self._values(self._scores[name].flatten()[::stride])
+            sample.append(values[~self._flat(name)[::stride]] if self._taken[name] else values)
+        return np.concatenate(sample)
 
+    def _blocks(self, names: Iterable[str]) -> Blocks:
+        for name in names:
+            mask = self._flat(name) if self._taken[name] else None
+            for first, values in self._values_of(name):
+                yield values, None if mask is None else mask[first : first + BLOCK]
 
-def ordered_keys(values: Float[Tensor, "..."]) -> Int[Tensor, " entry"]:
-    """int32 keys, flat, in the order of the float32 values; -0.0 and 0.0 share one key, and no value has the key -2³¹.
+    def _mark(self, name: str, threshold: Threshold, ties: int) -> int:
+        """Choose a tensor's entries above the threshold, and the first of those at it; how many there are of these."""
+        mask, before, taken = self._flat(name), ties, 0
+        for first, values in self._values_of(name):
+            chosen = mask[first : first + BLOCK]
+            ties -= mark(chosen, values, threshold, ties)
+            taken += int(np.count_nonzero(chosen))
+        self._taken[name] = taken
+        return before - ties
 
-    Raises:
-        ValueError: if a value is NaN, which has no place in an order.
-    """
-    if bool(values.isnan().any()):
-        raise ValueError("scores hold NaN")
-    bits = (values.float() + 0.0).flatten().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    def _flat(self, name: str) -> Bool[np.ndarray, " entry"]:
+        return self._mask[name].view(-1).numpy()
 
+    def _values_of(self, name: str) -> Iterator[tuple[int, Float32[np.ndarray, " entry"]]]:
+        """The place of the first entry of each block of a tensor, and the block's values until the next is made."""
+        score = self._scores[name].flatten()
+        for first in range(0, len(score), BLOCK):
+            part = score[first : first + BLOCK]
+            yield first, self._values(part, self._buffer[: len(part)])
 
-def kth_largest(sweep: Callable[[], Iterable[Int[Tensor, " entry"]]], k: int) -> tuple[int, int]:
-    """Find the k-th largest int32 key of all tensors, and how many entries equal to it are among the k largest.
-
-    Args:
-        sweep: Yields the keys of one tensor after another; called twice.
-        k: From 1 to the number of entries.
-
-    Raises:
-        ValueError: if there is no such entry.
-    """
-    half = _BINS // 2
-    upper, k = _kth_bin(((keys >> 16) + half for keys in sweep()), k)
-    lower, k = _kth_bin((keys[(keys >> 16) == upper - half] & (_BINS - 1) for keys in sweep()), k)
-    return (upper - half) * _BINS + lower, k
-
-
-def _kth_bin(digits: Iterable[Int[Tensor, " entry"]], k: int) -> tuple[int, int]:
-    """The bin of the k-th largest digit, and its rank among that bin's entries."""
-    counts = torch.as_tensor(sum(torch.bincount(part, minlength=_BINS).cpu() for part in digits))
-    at_least = counts.flip(0).cumsum(0).flip(0)
-    if k < 1 or k > int(at_least[0]):
-        raise ValueError(f"cannot choose {k} of {int(at_least[0])}")
-    bin_ = int((at_least >= k).nonzero()[-1])
-    return bin_, k - int(at_least[bin_] - counts[bin_])
+    def _values(
+        self, score: Float[Tensor, " entry"], out: Float32[np.ndarray, " entry"] | None = None
+    ) -> Float32[np.ndarray, " entry"]:
+        """What ranks the entries, the larger the better; no copy of a float32 tensor on the host by φ itself."""
+        values: Float32[np.ndarray, " entry"] = score.detach().cpu().float().numpy()
+        if self._by == "magnitude":
+            values = np.abs(values, out=out)
+        return np.negative(values, out=out) if self._reverse else values

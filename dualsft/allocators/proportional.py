@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualsft.allocators.base import ParameterAllocator
 from dualsft.allocators.choice import By, Choice, check_by
+from dualsft.allocators.threshold import BLOCK
 from dualsft.errors import UserError
 
 
@@ -41,7 +42,7 @@ class Proportional(ParameterAllocator):
 
 def _gain(name: str, score: Float[Tensor, "..."]) -> float:
     """Σ_j max(φ_j, 0), in float64."""
-    gain = float(score.clamp(min=0).sum(dtype=torch.float64))
+    gain = sum(float(part.clamp(min=0).sum(dtype=torch.float64)) for part in score.flatten().split(BLOCK))
     if not math.isfinite(gain):
         raise UserError(f"The scores of {name} hold NaN or infinity, which proportional cannot share by; score again.")
     return gain

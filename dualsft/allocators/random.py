@@ -4,19 +4,24 @@ They depend on nothing but their arguments, and leave torch's global generator a
 tensor at a time beside the masks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from math import prod
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
 from dualsft.allocators.base import DataAllocator, ParameterAllocator, ScoredExamples, ScoredParameters
-from dualsft.allocators.choice import kth_largest
+from dualsft.allocators.threshold import BLOCK, Threshold, bracket, kth_largest, mark
 
 _STREAM = 0x72616E64
 """Another stream of random numbers than those of a warm-up and a prior, which draw from the same rows by one seed."""
 _LOWEST, _HIGHEST = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+_NONE = Threshold(np.int32(_HIGHEST), ties=0, all_ties=False)
+_SAMPLED = 8
+"""Blocks that say how large the last key is that is drawn: a million keys, which are in no order."""
 
 
 class RandomExamples(DataAllocator):
@@ -90,17 +95,23 @@ def draw_entries(sizes: Mapping[str, int], count: int, generator: torch.Generato
     tensors first would need a hypergeometric law of more than the 10⁹ items that numpy can take.
     """
     state = generator.get_state()
+    drawn = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
 
-    def sweep() -> Iterable[Int[Tensor, " entry"]]:
+    def sweep() -> Iterator[Int32[np.ndarray, " entry"]]:
         generator.set_state(state)
         for size in sizes.values():
-            yield torch.randint(_LOWEST, _HIGHEST + 1, (size,), dtype=torch.int32, generator=generator)
+            for first in range(0, size, BLOCK):
+                part = (min(BLOCK, size - first),)
+                yield torch.randint(_LOWEST, _HIGHEST + 1, part, dtype=torch.int32, generator=generator).numpy()
 
-    threshold, ties = kth_largest(sweep, count) if count else (_HIGHEST, 0)
-    drawn = {}
-    for name, keys in zip(sizes, sweep(), strict=True):
-        drawn[name] = keys > threshold
-        at_threshold = (keys == threshold).nonzero().squeeze(1)[:ties]
-        drawn[name][at_threshold] = True
-        ties -= len(at_threshold)
+    threshold = _NONE
+    if count:
+        if count > (available := sum(sizes.values())):
+            raise ValueError(f"cannot choose {count} of {available}")
+        within = bracket(np.concatenate(list(islice(sweep(), _SAMPLED))), count, available)
+        threshold = kth_largest(lambda: ((keys, None) for keys in sweep()), count, within)
+    parts = (mask.numpy()[first : first + BLOCK] for mask in drawn.values() for first in range(0, len(mask), BLOCK))
+    left = threshold.ties
+    for keys, part in zip(sweep(), parts, strict=True):
+        left -= mark(part, keys, threshold, left)
     return drawn

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -241,9 +242,10 @@ class MaskedFinetuneModule(LightningModule):
         """
         self.compact.write_back()
         metrics = {f"val_{name}": value for name, value in self.metrics.finish().items()}
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
         # the same on every rank already, of which Lightning knows nothing
-        self.log_dict(metrics, sync_dist=True, logger=False)
-        if not self.trainer.sanity_checking:
+        self.log_dict(metrics, sync_dist=True, logger=False if fitting else None)
+        if fitting and not self.trainer.sanity_checking:
             logged: dict[str, Any] = {"epoch": self.current_epoch, **metrics}
             self.trainer._logger_connector.log_metrics(logged, step=self.global_step)
 

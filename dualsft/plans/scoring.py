@@ -15,8 +15,8 @@ from dualsft.selection.terms import HESSIAN
 
 _SUMMED = 4
 """Bytes of an entry of a file of sums or scores."""
-_CHOICE = 20
-"""Bytes for each weight of the largest tensor while weights are ranked: keys and their order."""
+_RANKING = 2**26
+"""Bytes while weights are ranked, however many there are: a sample, and counts of the scores near the threshold."""
 
 
 def plan_select(job: SelectJob) -> Plan:
@@ -142,8 +142,7 @@ def _pass(
 def _choice(job: SelectJob) -> Phase:
     """Ranking on the host of rank zero, with the files of scores mapped; and the artifact."""
     count = job.shape.count
-    largest = max(weight.size for weight in job.shape.weights)
-    host = {"scores, in files": _SUMMED * count, "mask": count, "ranking of the largest tensor": _CHOICE * largest}
+    host = {"scores, in files": _SUMMED * count, "mask": count, "ranking": _RANKING}
     disk = {"parameter_scores.safetensors": _SUMMED * count, "mask.safetensors": -(-count // 8)}
     if job.machine.device == "cpu":
         return Phase("choice", {"weights": job.shards.weights, **host}, disk=disk)

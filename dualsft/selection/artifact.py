@@ -107,6 +107,11 @@ class Selection:
         except (Mismatch, OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); make the selection again.") from error
 
+    @property
+    def basis(self) -> Basis:
+        """What the scores rest on, as far as it was written down: an earlier release has not."""
+        return self.diagnostics.basis if (self.folder / DIAGNOSTICS).is_file() else Basis()
+
     @cached_property
     def parameters(self) -> pa.Table:
         """One row per parameter, by name: layer, kind, size, how many are selected, and figures of the scores."""

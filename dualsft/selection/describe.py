@@ -144,5 +144,6 @@ def recounted(manifest: Mapping[str, Any], mask: Mapping[str, Tensor], **example
 
 def _count_weights(mask: Mapping[str, Tensor]) -> ParameterCounts:
     return ParameterCounts(
-        selected=sum(int(part.sum()) for part in mask.values()), scored=sum(part.numel() for part in mask.values())
+        selected=sum(int(part.count_nonzero()) for part in mask.values()),
+        scored=sum(part.numel() for part in mask.values()),
     )

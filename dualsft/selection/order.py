@@ -106,8 +106,8 @@ def _choose_parameters(
         occasion = f"{occasion}, again"
         chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
     before, chosen.mask = chosen.mask, budgets.mask(chosen.parameter_scores)
-    count = sum(int(m.sum()) for m in chosen.mask.values())
-    kept = sum(int((m & before[name]).sum()) for name, m in chosen.mask.items()) if before else None
+    count = sum(int(m.count_nonzero()) for m in chosen.mask.values())
+    kept = sum(int((m & before[name]).count_nonzero()) for name, m in chosen.mask.items()) if before else None
     return _record(count, kept)
 
 

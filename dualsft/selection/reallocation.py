@@ -91,7 +91,7 @@ def reallocate(
         selected_lines=[records.line(i) for i in sorted(chosen.ids)],
         config=config,
         sources=row_sources(records, settings.data_allocator),
-        basis=source.diagnostics.basis,
+        basis=source.basis,
     )
     return load_selection(run.path)
 

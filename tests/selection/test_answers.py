@@ -89,17 +89,17 @@ def changes(score: Tensor) -> Iterator[Tensor]:
     yield score.roll(1)
 
 
-@pytest.mark.parametrize("size", [3, 1020, 1021, 5000])
+@pytest.mark.parametrize("size", [3, 5000])
 def test_a_checksum_tells_what_was_modified(size: int) -> None:
     """The same for the same bits, NaN included; another for one changed bit, another order, or another sign."""
     score = torch.randn(size, generator=torch.Generator().manual_seed(size))
-    assert torch.equal(checksum(score), checksum(score.clone()))
-    assert all(not torch.equal(checksum(score), checksum(other)) for other in changes(score))
+    assert checksum(score) == checksum(score.clone())
+    assert all(checksum(score) != checksum(other) for other in changes(score))
     score[1] = torch.nan
-    assert torch.equal(checksum(score), checksum(score.clone()))
+    assert checksum(score) == checksum(score.clone())
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (3, 4, 5)])
-def test_a_checksum_is_taken_of_any_shape(shape: tuple[int, ...]) -> None:
-    """A number and an empty tensor too."""
-    assert checksum(torch.ones(shape)).shape == (1021,)
+@pytest.mark.parametrize("score", [torch.tensor(1.0), torch.ones(0, 2), torch.arange(6.0).view(2, 3).t()])
+def test_a_checksum_is_taken_of_any_shape(score: Tensor) -> None:
+    """A number, an empty tensor and a view too."""
+    assert checksum(score) == checksum(score.clone(memory_format=torch.contiguous_format))

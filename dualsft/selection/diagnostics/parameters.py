@@ -101,7 +101,7 @@ def parameter_figures(
         if name in scores:
             tensors.append(_scored(name, scores[name].flatten(), mask, total))
         else:
-            tensors.append(TensorFigures(name, len(mask), int(mask.sum())))
+            tensors.append(TensorFigures(name, len(mask), int(mask.count_nonzero())))
     return tensors, total.figures() if scores else None
 
 
