@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dualsft.errors import UserError
 from dualsft.export.model_card import legible
+from dualsft.models.entries import set_entries
 from dualsft.models.tensor_file import DTYPES, TensorSpec, check_tensors, write_tensors
 from dualsft.sharding.shards import local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors
@@ -176,7 +177,9 @@ def patched(tensor: Tensor, change: Change) -> Tensor:
     index, value = change
     if value.dtype != tensor.dtype:
         raise ValueError(f"values of {value.dtype} for a tensor of {tensor.dtype}")
-    return tensor.clone().put_(index.to(tensor.device), value.to(tensor.device))
+    new = tensor.clone()
+    set_entries(new, index.to(tensor.device), value.to(tensor.device))
+    return new
 
 
 @torch.no_grad()
@@ -199,7 +202,7 @@ def apply_delta(path: Path, model: nn.Module, base_fingerprint: str) -> None:
                 f"{path} holds {name} as {stored}, the model as {dtype_name(weight.dtype)}; load the base model in "
                 f"{stored}."
             )
-        weight.put_(index.to(weight.device), value.to(weight.device))
+        set_entries(weight, index.to(weight.device), value.to(weight.device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.entries import set_entries
 from dualsft.models.linear import is_linear
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import is_shard, local_shard, shard_offset
@@ -158,7 +159,7 @@ class CompactParameters(nn.Module):
             if index is None:
                 shard.copy_(values.view_as(shard))
             else:
-                shard.put_(index.long(), values)
+                set_entries(shard, index, values)
 
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.

@@ -357,6 +357,18 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(workspace: Workspace, folder
         assert_equal(resumable(workspace, folder, again, path), unbroken)
 
 
+def test_a_deterministic_fit_has_the_same_bits(workspace: Workspace, folder: Path) -> None:
+    """`--trainer.deterministic true` refuses every operation whose bits may differ on some device; a fit has none."""
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    expected, module = workspace.module(), workspace.module()
+    trainer(folder, **options).fit(expected, datamodule=workspace.data())
+    try:
+        trainer(folder, deterministic=True, **options).fit(module, datamodule=workspace.data())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(weights(module), weights(expected))
+
+
 @pytest.mark.slow
 def test_resuming_with_named_validation_sets(workspace: Workspace, folder: Path) -> None:
     """From a checkpoint after any batch but the last, the weights are those of a run with one validation set."""
