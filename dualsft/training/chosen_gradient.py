@@ -23,6 +23,9 @@ from dualsft.models.linear import exchange
 MOST_RECTANGLES, LEAST_ROWS = 256, 4
 """Most rectangles, and fewest rows of each on average, above and below which calls cost more than the products."""
 
+_FIRST_ROWS = 2 * MOST_RECTANGLES
+"""Rows that are looked at before all others."""
+
 SHORTEST_RUN = 16
 """Mean length of runs of adjacent columns from which on they are copied run by run, and not gathered."""
 
@@ -80,14 +83,13 @@ class Rectangle:
 def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
     """The rectangles that the chosen entries form: runs of rows with equal columns, ignoring empty rows.
 
-    None if one dense product is faster: the rectangles are too many, or too large a part of the matrix.
+    None if one dense product is faster: the rectangles are too many, or too large a part of the matrix. A scattered
+    mask shows that in its first rows.
     """
-    if mask.sum() > LARGEST_SHARE * mask.numel():
+    if len(_runs(mask[:_FIRST_ROWS])[2]) > _most_rectangles(len(mask)) or mask.sum() > LARGEST_SHARE * mask.numel():
         return None
-    rows = mask.any(1).nonzero().squeeze(1)
-    filled = mask[rows]
-    starts = torch.cat([rows.new_zeros(1), (filled[1:] != filled[:-1]).any(1).nonzero().squeeze(1) + 1])
-    if not len(rows) or len(starts) > min(MOST_RECTANGLES, max(4, len(rows) // LEAST_ROWS)):
+    rows, filled, starts = _runs(mask)
+    if not len(rows) or len(starts) > _most_rectangles(len(rows)):
         return None
     parts, first = [], 0
     for k, group in enumerate(rows.tensor_split(starts[1:].cpu())):
@@ -96,6 +98,17 @@ def rectangles(mask: Bool[Tensor, "m n"]) -> list[Rectangle] | None:
         parts.append(Rectangle(Columns.of(group), Columns.of(columns), slice(first, first + size)))
         first += size
     return parts
+
+
+def _most_rectangles(rows: int) -> int:
+    return min(MOST_RECTANGLES, max(4, rows // LEAST_ROWS))
+
+
+def _runs(mask: Bool[Tensor, "m n"]) -> tuple[Int[Tensor, " row"], Bool[Tensor, "row n"], Int[Tensor, " run"]]:
+    """The numbers of the rows that are not empty, these rows, and where among them each run of equal ones starts."""
+    rows = mask.any(1).nonzero().squeeze(1)
+    filled = mask[rows]
+    return rows, filled, torch.cat([rows.new_zeros(1), (filled[1:] != filled[:-1]).any(1).nonzero().squeeze(1) + 1])
 
 
 def chosen_products(

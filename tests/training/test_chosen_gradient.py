@@ -1,10 +1,13 @@
 """Weight gradients for chosen entries alone, against the dense ones that autograd makes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -104,6 +107,34 @@ def test_what_is_not_worth_it_is_left_to_autograd() -> None:
     assert rectangles(stairs[:-8]) is not None
     assert rectangles(~one_entry()) is None
     assert rectangles(empty()) is None
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes how many entries the largest result of any operation has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return result
+
+
+def test_a_scattered_mask_is_seen_in_its_first_rows() -> None:
+    """Of billions of weights the others are not looked at; rectangles in the first rows alone are not enough."""
+    scattered = torch.rand(5000, 8, generator=torch.Generator().manual_seed(0)) < 0.3
+    with LargestResult() as largest:
+        assert rectangles(scattered) is None
+    assert largest.entries < scattered.numel() / 5
+    late = scattered.clone()
+    late[:1000] = True
+    assert rectangles(late) is None
+    late[1000:] = False
+    found = rectangles(late)
+    assert found is not None
+    assert [part.entries.stop for part in found] == [8000]
 
 
 class Net(nn.Module):
