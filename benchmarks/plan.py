@@ -84,9 +84,9 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FITS = {
-    "fit, dense": Trained(1.0, foreach=False),
-    "fit, masked": Trained(SHARE, foreach=False),
-    "fit, structured": Trained(SHARE, structured=True, foreach=False),
+    "fit, dense": Trained(1.0, step="single"),
+    "fit, masked": Trained(SHARE, step="single"),
+    "fit, structured": Trained(SHARE, structured=True, step="single"),
 }
 Model = Any
 

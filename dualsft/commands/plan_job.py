@@ -16,7 +16,7 @@ from dualsft.commands.path_options import expand_paths
 from dualsft.data.options import validation_sources
 from dualsft.errors import UserError
 from dualsft.models.dtypes import FULL_PRECISION
-from dualsft.plans.job import DataSizes, FitJob, Job, Machine, SelectJob, Trained
+from dualsft.plans.job import DataSizes, FitJob, Job, Machine, SelectJob, Step, Trained
 from dualsft.plans.passes import Running
 from dualsft.plans.shape import named_shape
 from dualsft.selection import load_selection
@@ -66,8 +66,7 @@ def make_job(
     choice = parsed("select", known_to("select", arguments)) if chooses else None
     share, structured, data_share = _chosen(model.selection, choice, shape.count)
     accumulated = trainer.accumulate_grad_batches or 1
-    state, foreach = _optimizer(config)
-    trained = Trained(share, structured, state, foreach and _device(trainer) != "cpu", accumulated)
+    trained = Trained(share, structured, *_optimizer(config, _device(trainer)), accumulated)
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
     return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share)
 
@@ -157,8 +156,8 @@ def _share(budget: int | float | None, count: int) -> float:
     return 1.0 if budget is None else budget if isinstance(budget, float) else min(1.0, budget / count)
 
 
-def _optimizer(config: Namespace) -> tuple[float, bool]:
-    """Bytes that the optimizer keeps for a trained weight, seen on a few; whether it works on all tensors at once."""
+def _optimizer(config: Namespace, device: str) -> tuple[float, Step]:
+    """Bytes that the optimizer keeps for a trained weight, seen on a few; and how its step works on the tensors."""
     given = config.get("optimizer")
     path, options = ("torch.optim.AdamW", {}) if given is None else (given.class_path, dict(given.get("init_args", {})))
     few = torch.nn.Parameter(torch.zeros(_PROBE))
@@ -167,5 +166,5 @@ def _optimizer(config: Namespace) -> tuple[float, bool]:
     few.grad = torch.ones_like(few)
     optimizer.step(lambda: torch.zeros(()))
     kept = [t for t in optimizer.state[few].values() if isinstance(t, torch.Tensor) and t.numel() == _PROBE]
-    plain = any(optimizer.defaults.get(key) for key in ("fused",)) or optimizer.defaults.get("foreach") is False
-    return sum(t.nbytes for t in kept) / _PROBE, not plain
+    step: Step = "single" if device == "cpu" or optimizer.defaults.get("foreach") is False else "foreach"
+    return sum(t.nbytes for t in kept) / _PROBE, "fused" if optimizer.defaults.get("fused") else step

@@ -26,7 +26,13 @@ from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
 from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.finetune.selection_checks import check_base, check_tokenizer, chosen_weights, tell_of_reading
-from dualsft.finetune.trainer_checks import check_monitor, check_monitors, check_trainer, metric_names
+from dualsft.finetune.trainer_checks import (
+    check_clipping,
+    check_monitor,
+    check_monitors,
+    check_trainer,
+    metric_names,
+)
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
@@ -156,6 +162,7 @@ class MaskedFinetuneModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
         optimizer = make_optimizer(self.optimizer, self.compact.parameters(), most_accumulated(self.trainer))
+        check_clipping(self.trainer, optimizer)
         self.compact.write_back_after(optimizer)
         return make_schedule(self.lr_scheduler, optimizer) if self.lr_scheduler else optimizer
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelPruning
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.optim import Optimizer
 
 from dualsft.errors import UserError
 from dualsft.sharding.strategy import FSDP2
@@ -52,6 +54,17 @@ def _check_numbers(trainer: Trainer) -> None:
         raise UserError(
             f"trainer.overfit_batches is {overfit}, which takes the data's batches apart; give "
             "trainer.limit_train_batches, or data.train and data.validation of a few rows."
+        )
+
+
+def check_clipping(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse to clip gradients for a fused optimizer under mixed precision, which Lightning does not allow."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # what Lightning asks
+    if fused and trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MixedPrecision):
+        raise UserError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, but under trainer.precision "
+            f"{trainer.precision} gradients cannot be clipped for a fused optimizer; set the optimizer's fused to "
+            "false, or trainer.precision to 32-true with model.dtype bfloat16."
         )
 
 

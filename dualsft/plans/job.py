@@ -1,6 +1,7 @@
 """What a plan needs to know of a job, whichever command it is for."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dualsft.plans.batch import BatchShape, scoring_batch, training_batch
 from dualsft.plans.held import Shards
@@ -10,6 +11,8 @@ from dualsft.selection.settings import SelectionSettings
 
 ADAM_STATE = 8.0
 """Bytes of Adam's two moments of a float32 master."""
+
+Step = Literal["foreach", "single", "fused"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,15 @@ class Trained:
         share: Of each tensor's weights; 1 for all.
         structured: Whether they are whole rows, of which alone linear layers compute the gradient.
         state: Bytes that the optimizer keeps for one of them.
-        foreach: Whether its step works on all tensors at once, with a copy of all masters in passing.
+        step: How its step works on the tensors: on all at once, with a copy of all masters in passing (``foreach``), on
+            one after the other, with copies of it (``single``), or in place (``fused``).
         accumulated: Batches of a step: from the second on the gradients of the earlier ones are held.
     """
 
     share: float = 1.0
     structured: bool = False
     state: float = ADAM_STATE
-    foreach: bool = True
+    step: Step = "foreach"
     accumulated: int = 1
 
 

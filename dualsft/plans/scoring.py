@@ -42,7 +42,7 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
     warmup = job.settings.warmup
     if warmup.checkpoint is not None or warmup.fraction == 0:
         return
-    phase = training_phase(job, "warm-up", Trained(foreach=job.machine.device != "cpu"))
+    phase = training_phase(job, "warm-up", Trained(step="single" if job.machine.device == "cpu" else "fused"))
     phase.disk["warmed-up weights and second moment"] = _of_all(job, True) + _of_all(job)
     if job.machine.device != "cpu":
         phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments

@@ -30,8 +30,8 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
         held["indices"] = round(trained.share * shards.bytes_of(lambda _: INDEX))
     if keeps:
         held["gradients"] = masters
-    passing = masters if trained.foreach else round(2 * trained.share * shards.widest)
-    step = passing + (0 if keeps else masters)
+    passing = {"foreach": masters, "single": round(2 * trained.share * shards.widest), "fused": 0}
+    step = passing[trained.step] + (0 if keeps else masters)
     if machine.offload:
         return Phase(
             name, {}, shards.with_units(cost.size, 0, True), cost.logits, host=held, flops=cost.flops / batch.size

@@ -74,7 +74,9 @@ class DenseTraining:
         masters = self._compact.parameters()
         self._optimizer: torch.optim.Optimizer
         if optimizer == "adamw":
-            self._optimizer = AdamW(masters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
+            # fused, as torch's default for CUDA holds the square roots of all second moments in passing
+            fused = _on_cuda(self._compact.masters)
+            self._optimizer = AdamW(masters, learning_rate, BETAS, EPS, weight_decay=0.0, fused=fused)
         else:
             self._optimizer = SGD(masters, lr=learning_rate)
         self._compact.write_back_after(self._optimizer)
@@ -214,10 +216,16 @@ class DenseTraining:
         for k, master in enumerate(self._compact.masters):
             master.data.copy_(tensors[f"master:{k}"])
             state = {name: tensors[f"{name}:{k}"] for name in _ADAM_STATE if f"{name}:{k}" in tensors}
-            self._optimizer.state[master] = {n: v if n == "step" else v.to(master.device) for n, v in state.items()}
+            # a fused optimizer counts the steps on the device, any other on the host
+            moved = _ADAM_STATE if self._optimizer.defaults.get("fused") else _ADAM_STATE[1:]
+            self._optimizer.state[master] = {n: v.to(master.device) if n in moved else v for n, v in state.items()}
         self._compact.write_back()  # the weights are the masters, rounded, and need no storage
         self._parts = notes["parts"]
         return notes["epoch"], notes["done"], notes.get("taken", 0)
+
+
+def _on_cuda(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.device.type == "cuda" for tensor in tensors)
 
 
 def _of_epoch(batches: Iterable[Batch], epoch: int, done: int) -> Iterable[Batch]:

@@ -58,6 +58,17 @@ def test_a_fit_is_planned_by_the_same_configuration(config: str, capsys: pytest.
 
 
 @pytest.mark.slow
+def test_a_fused_optimizer_holds_nothing_in_passing(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The step of torch's default on a GPU holds a copy of all masters; a fused one's takes no column."""
+    fit = ["plan", "--for", "fit", "--config", config, "--optimizer", "AdamW", "--optimizer.lr", "1e-5"]
+    steps = []
+    for fused in ("false", "true"):
+        run([*fit, "--trainer.accumulate_grad_batches", "4", "--optimizer.fused", fused])
+        steps.append(" step |" in capsys.readouterr().out)
+    assert steps == [True, False]
+
+
+@pytest.mark.slow
 def test_a_finished_selection_tells_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its counts, and whether its weights are whole rows, whatever the configuration would ask for."""
     inputs = write_inputs(tmp_path)

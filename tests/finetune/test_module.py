@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,14 @@ def test_precisions_of_shards(workspace: Workspace, folder: Path) -> None:
     module.trainer = trainer(folder, strategy=FSDP2(), precision="16-true")
     with pytest.raises(UserError, match=r"is 16-true, .*give one of 32-true, bf16-mixed, and set"):
         module.setup("fit")
+
+
+def test_clipping_for_a_fused_optimizer_under_mixed_precision_is_refused(workspace: Workspace, folder: Path) -> None:
+    """Lightning would raise an exception at the first step."""
+    module = workspace.module(optimizer=partial(torch.optim.AdamW, fused=True))
+    run = trainer(folder, precision="bf16-mixed", gradient_clip_val=0.5)
+    with pytest.raises(UserError, match=r"gradient_clip_val is 0.5, but under .* bf16-mixed gradients cannot"):
+        run.fit(module, datamodule=workspace.data())
 
 
 def test_several_processes_are_refused(workspace: Workspace, folder: Path) -> None:
