@@ -68,7 +68,8 @@ def make_job(
     accumulated = trainer.accumulate_grad_batches or 1
     trained = Trained(share, structured, *_optimizer(config, _device(trainer)), accumulated)
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
-    return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share)
+    batches = trainer.max_steps * accumulated if trainer.max_steps > 0 else None
+    return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share, batches=batches)
 
 
 def known_to(verb: str, arguments: Sequence[str]) -> list[str]:

@@ -82,7 +82,7 @@ def _seen(bar: Bar, peaks: dict[str, int], before: int) -> PhaseSeen:
     name = re.sub(r"^\[.*?\] ", "", bar.title)
     peak = peaks[name] - before if name in peaks else None
     start, end = bar.span
-    return PhaseSeen(name, peak, bar.done / bar.rate if bar.rate else end - start)
+    return PhaseSeen(name, peak, bar.done / bar.rate if bar.rate else end - start, bar.done)
 
 
 def _side(key: str) -> str:

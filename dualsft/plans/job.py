@@ -126,9 +126,11 @@ class FitJob(Job):
         epochs: Passes over the chosen examples.
         data_share: Of the pool that is trained on.
         checkpoints: How many checkpoints the run keeps.
+        batches: The most batches that are trained on, where that is limited.
     """
 
     trained: Trained = field(default_factory=Trained)
     epochs: int = 3
     data_share: float = 1.0
     checkpoints: int = 2
+    batches: int | None = None

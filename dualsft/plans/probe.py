@@ -1,6 +1,7 @@
 """What a run on a few batches showed of each phase: its peak, beside the planned one, and the time of all data."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from dualsft.runs.table import markdown_table
 
 _NUMBERED = re.compile(r" (?:at point|at|half) [\d.]+(?: of \d+)?(?: of the path)?")
 """What tells passes at different points of a path, or over halves of a set, apart."""
-_BASE = "base model's validation"
+_BASE, _TRAINING = "base model's validation", "training"
 _OF_SET = re.compile(r"^(validation .*) of .*$")
 
 
@@ -26,11 +27,13 @@ class PhaseSeen:
         name: As the run's log names it.
         peak: Bytes at its peak, above what the process held before the model was loaded; None if it was not measured.
         seconds: Its time without what its first batch takes longer.
+        work: How much it did, in the unit of its progress; of a training, in batches.
     """
 
     name: str
     peak: int | None
     seconds: float
+    work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ class Seen:
 def probe_text(job: Job, plan: Plan | None, seen: Seen) -> str:
     """The peaks and the times as a table, and the time of all of it."""
     planned = {phase.name: phase.peak for phase in plan.phases} if plan else {}
+    planned |= {f"validation {name}": peak for name, peak in planned.items() if name.startswith("Hessian")}
     rows = [["phase", "planned, GiB", "measured, GiB", "measured / planned", "time"]]
     total = seen.reading + seen.apart
     for name, of in _grouped(job, seen).items():
-        seconds = sum(phase.seconds * _scale(job, seen, phase.name) for phase in of)
+        seconds = sum(phase.seconds * _scale(job, seen, phase) for phase in of)
         total += seconds
         peak = max((phase.peak for phase in of if phase.peak is not None), default=None)
         both = peak is not None and name in planned
@@ -105,16 +109,19 @@ def _grouped(job: Job, seen: Seen) -> dict[str, list[PhaseSeen]]:
     for phase in seen.phases:
         name = _OF_SET.sub(r"\1", _NUMBERED.sub("", phase.name))
         if isinstance(job, FitJob) and name == _BASE:
-            name = counted(1 + job.epochs, "validation")
-        if _passes(job, phase.name):
+            name = counted(1 + _epochs(job, seen), "validation")
+        if _passes(job, seen, phase.name):
             found.setdefault(name, []).append(phase)
     return found
 
 
-def _scale(job: Job, seen: Seen, name: str) -> float:
+def _scale(job: Job, seen: Seen, phase: PhaseSeen) -> float:
     """How many times as long a phase takes over all data."""
-    sample, whole = seen.tokens["pool" if _is_of_pool(job, name) else "validation"]
-    return _passes(job, name) * whole / sample if sample else 1.0
+    sample, whole = seen.tokens["pool" if _is_of_pool(job, phase.name) else "validation"]
+    times = _passes(job, seen, phase.name) * whole / sample if sample else 1.0
+    if phase.name == _TRAINING and isinstance(job, FitJob) and job.batches is not None:
+        return min(times, job.batches / phase.work)
+    return times
 
 
 def _is_of_pool(job: Job, name: str) -> bool:
@@ -124,10 +131,19 @@ def _is_of_pool(job: Job, name: str) -> bool:
     return not name.startswith(("validation", "held-out", _BASE, "gradients two steps", "Hessian"))
 
 
-def _passes(job: Job, name: str) -> float:
+def _epochs(job: FitJob, seen: Seen) -> int:
+    """How many epochs a fit ends, as far as the number of its batches lets it."""
+    sample, whole = seen.tokens["pool"]
+    work = sum(phase.work for phase in seen.phases if phase.name == _TRAINING)
+    if job.batches is None or not sample or not work:
+        return job.epochs
+    return min(job.epochs, math.floor(job.batches * sample / (work * whole)))
+
+
+def _passes(job: Job, seen: Seen, name: str) -> float:
     """How many passes over its data a phase is, where the probe has made one."""
     if isinstance(job, FitJob):
-        return {"training": job.epochs, _BASE: 1 + job.epochs, "validation": 0}.get(name, 1)
+        return {_TRAINING: job.epochs, _BASE: 1 + _epochs(job, seen), "validation": 0}.get(name, 1)
     assert isinstance(job, SelectJob)
     warmup = job.settings.warmup
     if name == "warm-up":
@@ -154,5 +170,7 @@ def probe_options(job: Job) -> Iterator[str]:
         yield from ("--model.warmup.fraction", "1", "--model.warmup.epochs", "1", "--model.warmup.keep", "false")
     if settings.prior.weight:
         yield from ("--model.prior.fraction", "1")
+    if not settings.data_allocator.needs:  # it may miss what the few examples lack, as a source
+        yield from ("--model.data_allocator", "top_k")
     if isinstance(settings.data_budget, int):
         yield from ("--model.data_budget", "0.5")

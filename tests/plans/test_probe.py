@@ -20,7 +20,7 @@ GIB = 2**30
 def seen(*phases: tuple[str, float]) -> Seen:
     """A run whose phases held a GiB each; a tenth of the pool and half of the validation set took part."""
     tokens = {"pool": (100, 1000), "validation": (50, 100)}
-    return Seen([PhaseSeen(name, GIB, seconds) for name, seconds in phases], tokens, 2.0, 3.0)
+    return Seen([PhaseSeen(name, GIB, seconds, work=10) for name, seconds in phases], tokens, 2.0, 3.0)
 
 
 def rows(job: Job, found: Seen, plan: Plan | None = None) -> dict[str, list[str]]:
@@ -54,6 +54,8 @@ def test_times_of_a_path_and_of_a_fit(tmp_path: Path) -> None:
         of = rows(SelectJob(shape, settings=settings), found)
         assert (of["path"][3], of["pool loss"][3]) == (seconds, "10 s")
     fit = rows(FitJob(shape, epochs=3), seen(("training", 4.0), ("base model's validation", 1.0), ("validation", 1.0)))
+    few = rows(FitJob(shape, epochs=3, batches=250), seen(("training", 4.0), ("base model's validation", 1.0)))
+    assert (few["training"][-1], few["3 validations"][-1]) == ("100 s", "6.0 s")  # of 100 batches an epoch
     told = {"training": "2.0 min", "4 validations": "8.0 s", "all": "2.2 min"}
     assert {name: cells[-1] for name, cells in fit.items()} == told
 
@@ -65,5 +67,5 @@ def test_a_probe_has_no_warm_up_that_the_job_has_not(warmup: Warmup, tmp_path: P
         tiny_shape(tmp_path), settings=SelectionSettings(warmup=warmup, preconditioner="none", data_budget=500)
     )
     assert "--model.warmup.fraction" not in list(probe_options(job))
-    assert list(probe_options(job))[-2:] == ["--model.data_budget", "0.5"]
+    assert list(probe_options(job))[-4:] == ["--model.data_allocator", "top_k", "--model.data_budget", "0.5"]
     assert "--model.warmup.fraction" in list(probe_options(SelectJob(tiny_shape(tmp_path / "b"))))
