@@ -4,11 +4,11 @@
     python benchmarks/paths.py --pools wrong clean --seeds 5 --stages scores --output_dir runs/paths
     python benchmarks/paths.py --data DIR ...          the pool gsm8k too: GSM8K among general instructions, from DIR
 
-Five stages, whose figures are kept in the output folder, so that a second start repeats nothing: `scores` ranks each
-pool by each score; `fits` trains all weights on each chosen tenth of the rows, `slow_fits` does so at a lower rate, and
-`tenths` trains the tenth of the weights that the same selection chose; `masks` trains the clean rows under each rule
-for weights. Masks are trained at several learning rates, and the one that is best on the validation set counts. Prints
-means over the seeds, 95% intervals.
+Six stages, whose figures are kept in the output folder, so that a second start repeats nothing: `scores` ranks each
+pool by each score; `fits` trains all weights on each chosen tenth of the rows, and `tenths` the tenth of the weights
+that the same selection chose, `slow_fits` and `slow_tenths` at lower rates; `masks` trains the clean rows under each
+rule for weights. Masks are trained at several learning rates, and the one that is best on the validation set counts.
+Prints means over the seeds, 95% intervals.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ HELD_OUT = ("validation", "test_target", "test_general")
 STEPS = 96
 """Steps of each fit: three epochs on a tenth of 2,560 rows, in batches of eight."""
 MASK_RATES = (1e-3, 3e-3, 1e-2)
+SLOW_MASK_RATES = (3e-5, 1e-4, 3e-4)
 SLOW_RATE = 3e-5
 """Of 3e-5, 1e-4 and 3e-4 the best for the maths problems of the pool gsm8k, by the validation loss of one seed."""
 SHARES = (0.01, 0.05, 0.1)
@@ -157,7 +158,7 @@ def fits(experiment: Experiment, rate: float = RATE) -> Iterator[tuple[str, Call
         yield name, partial(fitted_on_choice, name, options)
 
 
-def tenths(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]]:
+def tenths(experiment: Experiment, rates: Sequence[float] = MASK_RATES) -> Iterator[tuple[str, Callable[[], Figures]]]:
     """Both halves of each selection: its weights trained on its examples."""
     for name, options in SCORES.items():
 
@@ -165,14 +166,16 @@ def tenths(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Figures]]
             if "parameter_budget" in options:
                 name, options = f"{name} and weights", {k: v for k, v in options.items() if k != "parameter_budget"}
             selection = experiment.select(name, options)
-            return best_rate(experiment, selection.example_ids, selection.mask())
+            return best_rate(experiment, selection.example_ids, selection.mask(), rates)
 
         yield name, both
 
 
-def best_rate(experiment: Experiment, ids: list[int], mask: dict[str, Tensor]) -> Figures:
+def best_rate(
+    experiment: Experiment, ids: list[int], mask: dict[str, Tensor], rates: Sequence[float] = MASK_RATES
+) -> Figures:
     """The figures of a mask trained on these rows at its best learning rate of a few, by the validation loss."""
-    models = {rate: fit(experiment, ids, rate, mask) for rate in MASK_RATES}
+    models = {rate: fit(experiment, ids, rate, mask) for rate in rates}
     losses = {rate: mean_loss(model, experiment.data().validation_loader()) for rate, model in models.items()}
     rate = min(losses, key=lambda r: losses[r])
     return {**fit_figures(experiment, models[rate]), "learning rate": rate}
@@ -196,6 +199,7 @@ STAGES: dict[str, Stage] = {
     "fits": fits,
     "slow_fits": partial(fits, rate=SLOW_RATE),
     "tenths": tenths,
+    "slow_tenths": partial(tenths, rates=SLOW_MASK_RATES),
     "masks": masks,
 }
 

@@ -18,7 +18,7 @@ from tests.world.embedded import ROOT, embed
 PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'^```yaml title="(.+?)"\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE))
 (METHODS,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-(COMMANDS,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0]
 
 
 @pytest.fixture
