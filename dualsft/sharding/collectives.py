@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +10,6 @@ from torch import Tensor, distributed
 from dualsft.errors import UserError
 
 T = TypeVar("T")
-
-_PATIENCE = timedelta(days=1)
-"""How long ranks wait for what rank zero does alone: to choose among 70 billion weights takes it hours."""
 
 
 def rank() -> int:
@@ -60,14 +55,10 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 def all_gather(value: T) -> list[T]:
     """The values of all ranks, in the order of ranks."""
-    return _all_gather(value, None)
-
-
-def _all_gather(value: T, group: Any) -> list[T]:
     if not is_distributed():
         return [value]
     values: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(values, value, group)
+    distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
@@ -78,10 +69,6 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         UserError: with the message of the first rank that failed, on every rank where the action did not fail with
             another exception.
     """
-    return _on_all_ranks(action, None)
-
-
-def _on_all_ranks(action: Callable[[], T], group: Any) -> T:
     if not is_distributed():
         return action()
     result: Any = None
@@ -90,7 +77,7 @@ def _on_all_ranks(action: Callable[[], T], group: Any) -> T:
         result = action()
     except Exception as error:
         failure = error
-    messages = _all_gather(None if failure is None else str(failure) or type(failure).__name__, group)
+    messages = all_gather(None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None and not isinstance(failure, UserError):
         raise failure
     for first, message in enumerate(messages):
@@ -100,22 +87,15 @@ def _on_all_ranks(action: Callable[[], T], group: Any) -> T:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run an action on rank zero alone and return its result on every rank; the others wait for up to a day.
+    """Run an action on rank zero alone and return its result on every rank.
 
     Raises:
         UserError: on every other rank, if the action fails; rank zero raises the exception itself.
     """
-    group = _patient_group(distributed.group.WORLD) if is_distributed() else None
-    result = [_on_all_ranks(lambda: action() if rank() == 0 else None, group)]
+    result = [on_all_ranks(lambda: action() if rank() == 0 else None)]
     if is_distributed():
-        distributed.broadcast_object_list(result, group=group)
+        distributed.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=1)
-def _patient_group(world: Any) -> Any:
-    """All ranks as a group with a time-out of its own, on the host; every rank must make it at once."""
-    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def rank_slice() -> slice:

@@ -35,8 +35,7 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         cpu_offload: Store the shards on the host, and move a block to the accelerator while it computes.
-        timeout: How long a rank waits for the others before it fails. For what rank zero does alone, such as choosing
-            weights, it waits for up to a day, whatever this is.
+        timeout: How long a rank waits for the others before it fails.
     """
 
     def __init__(self, cpu_offload: bool = False, timeout: timedelta | None = default_pg_timeout) -> None:

@@ -1,6 +1,3 @@
-import time
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import distributed
@@ -54,22 +51,6 @@ def test_what_the_first_rank_does_all_know() -> None:
     assert _on_first(False) == "rank 0 did"
     with pytest.raises(ZeroDivisionError):
         on_rank_zero(lambda: 1 / 0)
-
-
-def _patiently() -> str:
-    on_rank_zero(lambda: None)
-    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
-
-    def act() -> str:
-        time.sleep(1.5)
-        return "chosen"
-
-    return on_rank_zero(act)
-
-
-def test_ranks_wait_longer_for_what_the_first_does_alone() -> None:
-    """The job's time-out is for what all do together: a choice among billions of weights takes one rank hours."""
-    assert run_on_ranks(2, _patiently) == ["chosen"] * 2
 
 
 def _on_all(failing: dict[int, str]) -> str:
