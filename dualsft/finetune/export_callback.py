@@ -94,7 +94,7 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
     if not has_own_names(stored):
         mesh = module.device_mesh
         assert mesh is not None
-        base = load_sharded(module.model_name_or_path, mesh, module.dtype_name, cpu_offload=True)
+        base = load_sharded(module.model_name_or_path, mesh["data_parallel"], module.dtype_name, cpu_offload=True)
         rows = {name: local_shard(weight.detach()) for name, weight in base.named_parameters()}
         return rows.__getitem__
 

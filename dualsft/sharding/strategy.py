@@ -16,7 +16,6 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from dualsft.models import PreTrainedModel
@@ -45,12 +44,8 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Create the process group of all ranks, once."""
         if self._device_mesh is None:
-            # Lightning's own mesh has a second axis, of size one. With a device bound to the process group, torch
-            # splits such an axis from the group, which fails for a group of two backends in some of its releases.
-            self._setup_distributed()
-            self._device_mesh = init_device_mesh(
-                self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
-            )
+            self._data_parallel_size = self.num_nodes * self.num_processes
+            super().setup_environment()
             if isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0:
                 end_with_parent()
         module = self.lightning_module
@@ -155,6 +150,6 @@ def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTra
     else:
         strategy = module.trainer.strategy
         assert isinstance(strategy, FSDP2)
-        model = load_sharded(name_or_path, mesh, dtype, strategy.cpu_offload)
+        model = load_sharded(name_or_path, mesh["data_parallel"], dtype, strategy.cpu_offload)
     check_causal(model, compute_device(model))
     return model

@@ -117,8 +117,6 @@ def joined_first(workspace: Workspace, folder: Path) -> Fitted:
     launch_ranks(run, module)
     module.configure_model()
     mesh = module.device_mesh
-    assert mesh is not None
-    assert mesh.ndim == 1  # a second axis, of one rank, would be split from the group
     run.fit(module, datamodule=workspace.data())
     assert module.device_mesh is mesh
     return Fitted([], weights(module), {}, {})
