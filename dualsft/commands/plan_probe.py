@@ -25,7 +25,7 @@ def run_probe(verb: str, arguments: Sequence[str], output_dir: str | None) -> Se
     where = beside if beside is not None and beside.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="dualsft-probe-", dir=where) as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "dualsft.commands.probe", verb, str(report), *arguments]
+        command = [sys.executable, "-m", "dualsft.commands.probe_worker", verb, str(report), *arguments]
         done = subprocess.run([*command, "--output_dir", f"{folder}/run"], stdout=subprocess.DEVNULL)
         if done.returncode or not report.is_file():
             raise UserError(f"the probe's {verb} ended with exit code {done.returncode}; what it says stands above.")

@@ -15,6 +15,7 @@ from dualsft.runs.table import markdown_table
 
 _NUMBERED = re.compile(r" (?:at point|at|half) [\d.]+(?: of \d+)?(?: of the path)?")
 """What tells passes at different points of a path, or over halves of a set, apart."""
+_TO_SET = re.compile(r"^(.*) to .*$")
 _BASE, _TRAINING = "base model's validation", "training"
 _OF_SET = re.compile(r"^(validation .*) of .*$")
 
@@ -107,28 +108,34 @@ def _grouped(job: Job, seen: Seen) -> dict[str, list[PhaseSeen]]:
     """The phases that count, by the name that they have in common."""
     found: dict[str, list[PhaseSeen]] = {}
     for phase in seen.phases:
-        name = _OF_SET.sub(r"\1", _NUMBERED.sub("", phase.name))
-        if isinstance(job, FitJob) and name == _BASE:
+        name = kind = _kind(phase)
+        if isinstance(job, FitJob) and kind == _BASE:
             name = counted(1 + _epochs(job, seen), "validation")
-        if _passes(job, seen, phase.name):
+        if _passes(job, seen, kind):
             found.setdefault(name, []).append(phase)
     return found
 
 
+def _kind(phase: PhaseSeen) -> str:
+    """A phase's name without the validation set, its half and the point of the path."""
+    return _OF_SET.sub(r"\1", _TO_SET.sub(r"\1", _NUMBERED.sub("", phase.name)))
+
+
 def _scale(job: Job, seen: Seen, phase: PhaseSeen) -> float:
     """How many times as long a phase takes over all data."""
-    sample, whole = seen.tokens["pool" if _is_of_pool(job, phase.name) else "validation"]
-    times = _passes(job, seen, phase.name) * whole / sample if sample else 1.0
-    if phase.name == _TRAINING and isinstance(job, FitJob) and job.batches is not None:
+    kind = _kind(phase)
+    sample, whole = seen.tokens["pool" if _is_of_pool(job, kind) else "validation"]
+    times = _passes(job, seen, kind) * whole / sample if sample else 1.0
+    if kind == _TRAINING and isinstance(job, FitJob) and job.batches is not None:
         return min(times, job.batches / phase.work)
     return times
 
 
-def _is_of_pool(job: Job, name: str) -> bool:
+def _is_of_pool(job: Job, kind: str) -> bool:
     """Whether a phase passes over the pool; the path is one of training."""
-    if name == "path":
+    if kind == "path":
         return _trains_on_pool(job)
-    return not name.startswith(("validation", "held-out", _BASE, "gradients two steps", "Hessian"))
+    return not kind.startswith(("validation", "held-out", _BASE))
 
 
 def _epochs(job: FitJob, seen: Seen) -> int:
@@ -140,17 +147,17 @@ def _epochs(job: FitJob, seen: Seen) -> int:
     return min(job.epochs, math.floor(job.batches * sample / (work * whole)))
 
 
-def _passes(job: Job, seen: Seen, name: str) -> float:
+def _passes(job: Job, seen: Seen, kind: str) -> float:
     """How many passes over its data a phase is, where the probe has made one."""
     if isinstance(job, FitJob):
-        return {_TRAINING: job.epochs, _BASE: 1 + _epochs(job, seen), "validation": 0}.get(name, 1)
+        return {_TRAINING: job.epochs, _BASE: 1 + _epochs(job, seen), "validation": 0}.get(kind, 1)
     assert isinstance(job, SelectJob)
     warmup = job.settings.warmup
-    if name == "warm-up":
+    if kind == "warm-up":
         return warmup.fraction * warmup.epochs
-    if name == "prior gradient":
+    if kind.startswith("prior "):
         return job.settings.prior.fraction
-    return warmup.fraction if name == "path" and _trains_on_pool(job) else 1.0
+    return warmup.fraction if kind == "path" and _trains_on_pool(job) else 1.0
 
 
 def _trains_on_pool(job: Job) -> bool:

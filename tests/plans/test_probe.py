@@ -48,7 +48,7 @@ def test_times_are_those_of_all_data(tmp_path: Path) -> None:
 
 def test_times_of_a_path_and_of_a_fit(tmp_path: Path) -> None:
     """A path along the target is over the validation set, one along the pool over the warm-up's share."""
-    shape, found = tiny_shape(tmp_path), seen(("path", 4.0), ("pool loss at point 0 of the path", 1.0))
+    shape, found = tiny_shape(tmp_path), seen(("path to a", 4.0), ("pool loss at point 0 of the path to a", 1.0))
     for along, seconds in ((TargetPath(), "8.0 s"), (PoolPath(), "20 s")):
         settings = SelectionSettings(warmup=Warmup(fraction=0.5), path=PathSettings(along=along))
         of = rows(SelectJob(shape, settings=settings), found)

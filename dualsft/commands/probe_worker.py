@@ -1,6 +1,6 @@
 """Runs select or fit on a few batches, and notes what each phase held and how fast it was.
 
-`dualsft plan --probe` starts it as a process: ``python -m dualsft.commands.probe select REPORT OPTIONS``.
+`dualsft plan --probe` starts it as a process: ``python -m dualsft.commands.probe_worker select REPORT OPTIONS``.
 """
 
 import gc
@@ -62,7 +62,7 @@ def probe(arguments: Sequence[str]) -> None:
     spans = [bar.span for bar in bars]
     seen = Seen(
         phases=[_seen(bar, peaks, before) for bar in bars],
-        tokens={_side(key): of for key, of in _summed(job.datamodule.tokens()).items()},
+        tokens=_by_side(job.datamodule.tokens()),
         reading=read - began,
         apart=time.monotonic() - read - _covered(spans),
     )
@@ -85,15 +85,10 @@ def _seen(bar: Bar, peaks: dict[str, int], before: int) -> PhaseSeen:
     return PhaseSeen(name, peak, bar.done / bar.rate if bar.rate else end - start, bar.done)
 
 
-def _side(key: str) -> str:
-    return "pool" if key == TRAIN else "validation"
-
-
-def _summed(tokens: dict[str, Tokens]) -> dict[str, Tokens]:
+def _by_side(tokens: dict[str, Tokens]) -> dict[str, tuple[int, int]]:
     """The tokens of the pool, and those of all validation sets together."""
     sets = [of for key, of in tokens.items() if key != TRAIN]
-    both = Tokens(sum(of.sample for of in sets), sum(of.whole for of in sets))
-    return {key: of for key, of in {TRAIN: tokens.get(TRAIN), "": both}.items() if of is not None}
+    return {"pool": tokens[TRAIN], "validation": (sum(of.sample for of in sets), sum(of.whole for of in sets))}
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
