@@ -77,9 +77,9 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"scorer": DiagonalFisher("empirical_fisher")},
     ),
     "diagonal_fisher: scores": ("scores", {"scorer": DiagonalFisher("empirical_fisher")}),
-    "hessian_vector, exact": ("Hessian-vector product", {"scorer": HessianVector()}),
+    "hessian_vector, exact": ("validation Hessian-vector product", {"scorer": HessianVector()}),
     "hessian_vector, finite difference": (
-        "gradients two steps apart",
+        "validation gradient a step",
         {"scorer": HessianVector("finite_difference")},
     ),
 }

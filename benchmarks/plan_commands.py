@@ -13,7 +13,6 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import yaml
 from memory import STEADY
 from path_methods import MODEL
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from plan import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dualsft.cli import run
 from dualsft.commands.plan_job import make_job
@@ -30,19 +30,6 @@ from dualsft.plans.probe import probe_options
 from dualsft.plans.remedies import plan_job
 from dualsft.runs.table import markdown_table
 
-FAMILIES: dict[str, Any] = {
-    "llama": partial(
-        LlamaConfig,
-        hidden_size=640,
-        intermediate_size=1792,
-        num_hidden_layers=12,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    ),
-    "gpt2": partial(GPT2Config, n_embd=640, n_layer=12, n_head=10, n_positions=256),
-}
 SELECTS: dict[str, dict[str, Any]] = {
     "first_order": {},
     "first_order, prior": {"prior": {"weight": 0.2}},
@@ -60,7 +47,7 @@ TOKENS, ROWS, BATCH_TOKENS, BATCH = 128, 12, 512, 4
 def write(folder: Path, family: str) -> dict[str, Any]:
     """Write a model with random weights and its data; return the configuration of both commands."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config = FAMILIES[family](vocab_size=8192, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    config = FAMILIES[family](eos_token_id=2, bos_token_id=1, pad_token_id=0)
     for made in (AutoModelForCausalLM.from_config(config), tokenizer):
         made.save_pretrained(folder / "model")
     draw = random.Random(0)

@@ -13,8 +13,8 @@ from dualsft.plans.sizes import gib
 from dualsft.reports.words import counted, duration, short
 from dualsft.runs.table import markdown_table
 
-_NUMBERED = re.compile(r" (?:at point|at|half) [\d.]+(?: of \d+)?(?: of the path)?")
-"""What tells passes at different points of a path, or over halves of a set, apart."""
+_NUMBERED = re.compile(r" (?:at point|at|half) [\d.]+(?: of \d+)?(?: of the path)?| (?:forward|backward)$")
+"""What tells passes at different points of a path or of a difference, or over halves of a set, apart."""
 _TO_SET = re.compile(r"^(.*) to .*$")
 _BASE, _TRAINING = "base model's validation", "training"
 _OF_SET = re.compile(r"^(validation .*) of .*$")
@@ -67,7 +67,6 @@ class Seen:
 def probe_text(job: Job, plan: Plan | None, seen: Seen) -> str:
     """The peaks and the times as a table, and the time of all of it."""
     planned = {phase.name: phase.peak for phase in plan.phases} if plan else {}
-    planned |= {f"validation {name}": peak for name, peak in planned.items() if name.startswith("Hessian")}
     rows = [["phase", "planned, GiB", "measured, GiB", "measured / planned", "time"]]
     total = seen.reading + seen.apart
     for name, of in _grouped(job, seen).items():

@@ -91,9 +91,9 @@ def _product(job: SelectJob, exact: bool) -> Phase:
     weights = job.shards.weights
     if not exact:
         work = partial(passes.gradient, batch=job.scoring, running=job.running)
-        return _pass(job, "gradients two steps apart", work, more={"direction": weights, "weights before": weights})
+        return _pass(job, "validation gradient a step", work, more={"direction": weights, "weights before": weights})
     work = partial(passes.hessian_vector, batch=job.scoring, running=job.running)
-    phase = _pass(job, "Hessian-vector product", work, more={"direction": weights})
+    phase = _pass(job, "validation Hessian-vector product", work, more={"direction": weights})
     if job.machine.ranks > 1:  # the model is unsharded for it, with the direction and the sums
         whole = job.shape
         phase.held["full weights, direction and sums"] = sum(w.size * (2 * w.itemsize + w.wide) for w in whole.weights)
