@@ -1,6 +1,6 @@
 """Peaks that `dualsft plan` predicts beside those of whole commands, as `dualsft plan --probe` runs them.
 
-    python benchmarks/plan_commands.py                         two families, one and two ranks; an hour of two cores
+    python benchmarks/plan_commands.py                         two families, one and two ranks
     python benchmarks/plan_commands.py --families llama --ranks 1 --cases first_order
 
 `benchmarks/plan.py` measures single passes; this one measures select and fit as they are run, with whatever their
@@ -79,7 +79,7 @@ def options(folder: Path, case: str, config: dict[str, Any], model: dict[str, An
 
 def measured(case: str, family: str, ranks: int, verb: str, given: list[str]) -> Iterator[list[str]]:
     """A row for each phase of a command."""
-    job = make_job(verb, given, 1.0, None, None)
+    job = make_job(verb, given, 1.0, None, None, to_be_chosen=False)
     planned = {phase.name: phase.peak for phase in plan_job(job).phases}
     for phase in run_probe(verb, [*given, *probe_options(job)], None).phases:
         if phase.peak is not None and (plan := planned.get(phase.name)):
