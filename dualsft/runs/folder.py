@@ -101,7 +101,7 @@ class RunFolder(PhaseStore):
                 self._let_go()
 
     def _check(self) -> None:
-        names = [path.name for path in sorted(self.path.iterdir())] if os.path.isdir(self.path) else []
+        names = _names(self.path)
         unfinished = (self._state / _RUN).exists()
         if self._overwrite:
             if names:
@@ -188,9 +188,12 @@ class RunFolder(PhaseStore):
 
     def _marks(self) -> dict[str, tuple[int, int]]:
         """The files that say which run the folder holds, each with what changes when it is written."""
-        paths = [self.path / name for name in ("config.yaml", *_RESULTS)] + [self._state / _RUN]
-        found = {path.name: path.stat() for path in paths if path.exists()}
-        return {name: (about.st_ino, about.st_mtime_ns) for name, about in found.items()}
+        marks = {}
+        for path in [self.path / name for name in ("config.yaml", *_RESULTS)] + [self._state / _RUN]:
+            with suppress(FileNotFoundError):  # another process may delete any of them at any moment
+                about = path.stat()
+                marks[path.name] = about.st_ino, about.st_mtime_ns
+        return marks
 
     def _resumes(self, identity: Mapping[str, Any]) -> bool:
         """Whether the folder's unfinished run is to go on; refuses one of another identity."""
@@ -301,6 +304,14 @@ def _stored_identity(path: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise UserError(f"{path} is damaged (it is no JSON object); give --overwrite to start anew.")
     return stored
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, none if there is no folder, which another process may have removed."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _empty(folder: Path, keep: Sequence[str]) -> None:
