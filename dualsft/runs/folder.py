@@ -190,7 +190,7 @@ class RunFolder(PhaseStore):
         """The files that say which run the folder holds, each with what changes when it is written."""
         marks = {}
         for path in [self.path / name for name in ("config.yaml", *_RESULTS)] + [self._state / _RUN]:
-            with suppress(FileNotFoundError):  # another process may delete any of them at any moment
+            with suppress(FileNotFoundError, NotADirectoryError):  # another process may delete it at any moment
                 about = path.stat()
                 marks[path.name] = about.st_ino, about.st_mtime_ns
         return marks
@@ -310,7 +310,7 @@ def _names(folder: Path) -> list[str]:
     """The names in a folder, none if there is no folder, which another process may have removed."""
     try:
         return sorted(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
