@@ -1,12 +1,13 @@
 """The result of a pass over some examples, and its form on disk: named tensors and a few notes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dualsft.models.lazy import under
 from dualsft.sharding.collectives import all_gather
 
 
@@ -15,7 +16,8 @@ class GradientPass:
     """Sums, rows and measurements of one pass over some examples.
 
     Attributes:
-        sums: Parameter name -> Σ_i g_i over the counted examples; empty when no columns were asked for.
+        sums: Parameter name -> Σ_i g_i over the counted examples; empty when no columns were asked for. Of a pass on
+            disk each is read at every use.
         rows: For each direction, example id -> <u, g_i>.
         tokens: For each direction, example id -> the contributions of its tokens to <u, g_i>, float64; empty unless
             asked for.
@@ -26,7 +28,7 @@ class GradientPass:
         covered: Names of the parameters that the rows cover.
     """
 
-    sums: dict[str, Tensor]
+    sums: Mapping[str, Tensor]
     rows: list[dict[int, float]] = field(default_factory=list)
     tokens: list[dict[int, Tensor]] = field(default_factory=list)
     measured: dict[str, dict[int, Tensor]] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class GradientPass:
         """The result that `state` was made of."""
         ids = [tensors[f"id:{k}"].tolist() for k in range(sum(name.startswith("id:") for name in tensors))]
         return cls(
-            sums=dict(_under("sum", tensors)),
+            sums=under("sum", tensors),
             rows=[dict(zip(of, tensors[f"row:{k}"].tolist(), strict=True)) for k, of in enumerate(ids)],
             tokens=[
                 dict(zip(of, tensors[f"tokens:{k}"].split(tensors[f"lengths:{k}"].tolist()), strict=True))
@@ -74,13 +76,9 @@ class GradientPass:
             ],
             measured={
                 name: dict(zip(tensors[f"measured id:{name}"].tolist(), values, strict=True))
-                for name, values in _under("measured", tensors)
+                for name, values in under("measured", tensors).items()
             },
             counted=notes["counted"],
             nonfinite=set(notes["nonfinite"]),
             covered=set(notes["covered"]),
         )
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((n.removeprefix(f"{prefix}:"), t) for n, t in tensors.items() if n.startswith(f"{prefix}:"))

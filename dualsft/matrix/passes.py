@@ -40,7 +40,7 @@ Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 Batches = Callable[[int], Iterable[Batch]]
 """The pass's batches from the k-th on."""
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
+State = tuple[Mapping[str, Tensor], dict[str, Any]]
 """Named tensors, and notes that JSON can hold."""
 
 
@@ -220,7 +220,7 @@ class _Pass:
             with suspended(calls.statistics, calls.row_sums, calls.columns):
                 spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
 
-    def resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    def resume(self, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         """Resume from the state that an earlier run kept."""
         self._done, self._calls.void, self._excluded = notes["done"], notes["void"], frozenset(notes["excluded"])
         sums = self.result.sums  # the hooks add to these very tensors

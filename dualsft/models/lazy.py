@@ -27,3 +27,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> LazyTensors:
+    """The tensors whose names begin with a prefix and a colon, by the rest of their names."""
+    begin = f"{prefix}:"
+    names = [name.removeprefix(begin) for name in tensors if name.startswith(begin)]
+    return LazyTensors(names, lambda name: tensors[begin + name])

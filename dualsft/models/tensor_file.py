@@ -1,11 +1,12 @@
-"""Writing a safetensors file one tensor at a time, with the same bytes on every run.
+"""Writing and reading a safetensors file one tensor at a time; what is written has the same bytes on every run.
 
     8 bytes     length of the header, little-endian
     header      JSON: name -> dtype, shape and [begin, end) in the rest; "__metadata__" -> strings
     tensors     row-major, without gaps, the widest types first, so that each is aligned
 
 The writer of safetensors needs all tensors in memory at once, and writes several entries of metadata in an order that
-changes from run to run. Format: https://github.com/huggingface/safetensors#format
+changes from run to run. Its reader maps the file into memory: what was read once counts as the process's until the last
+tensor of the file is gone. Format: https://github.com/huggingface/safetensors#format
 
 The metadata may hold a checksum of the file, ``crc32``: of its bytes, with 00000000 in the place of the checksum.
 """
@@ -13,6 +14,7 @@ The metadata may hold a checksum of the file, ``crc32``: of its bytes, with 0000
 import json
 import os
 import re
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from dualsft.models.lazy import LazyTensors
 from dualsft.storage.checksums import OTHER_BYTES, as_text, checksum_of_rest
 
 DTYPES = {
@@ -87,6 +91,7 @@ def write_tensors(
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             stream.write(data)
             sum_so_far = zlib.crc32(data, sum_so_far) if checksum else 0
+            del tensor, data
         if checksum and (place := _PLACE.search(begin)):
             stream.seek(place.start(1))
             stream.write(as_text(sum_so_far).encode())
@@ -105,6 +110,51 @@ def _header(specs: Mapping[str, TensorSpec], names: Sequence[str], metadata: Map
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+class OpenTensors(LazyTensors):
+    """The tensors of a safetensors file, each read into memory of its own at every use.
+
+    The file stays open, so that on Linux and macOS it can be deleted or replaced, and is read as it was.
+
+    Attributes:
+        specs: Name -> type and shape.
+        metadata: The file's strings by name.
+
+    Raises:
+        OSError, ValueError, KeyError, SafetensorError: if it cannot be read, is none, or has a type unknown here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as checked:  # the header is sound, and the file of its length
+            self.metadata: dict[str, str] = checked.metadata() or {}
+        reader = _Reader(path)
+        self.specs = reader.specs
+        super().__init__(self.specs, reader.read)
+
+
+class _Reader:
+    """Reads the tensors of a sound safetensors file; its file is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "rb", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._stream.close)
+        length = int.from_bytes(self._stream.read(8), "little")
+        header = json.loads(self._stream.read(length))
+        header.pop("__metadata__", None)
+        self.specs = {name: TensorSpec(DTYPES[of["dtype"]], tuple(of["shape"])) for name, of in header.items()}
+        self._begins = {name: 8 + length + of["data_offsets"][0] for name, of in header.items()}
+
+    def read(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+        self._stream.seek(self._begins[name])
+        while rest:  # the system reads up to 2 GiB at a time
+            if not (count := self._stream.readinto(rest)):
+                raise ValueError(f"{self._stream.name} ends before {name} does")
+            rest = rest[count:]
+        return tensor
 
 
 def check_tensors(path: Path) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dualsft.errors import UserError, first_line
+from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.progress import Meter, say
 from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
 from dualsft.storage.writing import refusal, replacing
@@ -66,8 +66,11 @@ class PhaseStore:
             ) from error
         self._sound.add(path)
 
-    def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and notes of a phase's state, or None; a tensor is read from its file when it is first used."""
+    def load(self, phase: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """The tensors and notes of a phase's state, or None; a tensor is read from its file at every use, and not kept.
+
+        The tensors stay those of this state, even when it is dropped or another is saved.
+        """
         found = all_gather({version: self._damage(self._file(phase, version)) for version in self._versions(phase)})
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
@@ -77,22 +80,24 @@ class PhaseStore:
             self._drop_since(self._file(phase, min(damaged)))
         if not (whole := common - damaged):
             return None
-        tensors, text, _ = _read(self._file(phase, max(whole)))
-        if os.name == "nt":  # where a file that is mapped into memory can be neither replaced nor deleted
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        return tensors, json.loads(text)
+        stored = OpenTensors(self._file(phase, max(whole)))
+        # on Windows an open file can be neither replaced nor deleted
+        tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
+        return tensors, json.loads(stored.metadata[_NOTES])
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a file, in a sentence; None if it is as it was written."""
         if path in self._sound:
             return None
         try:
-            tensors, text, checksum = _read(path)
+            stored = OpenTensors(path)
+            text = stored.metadata[_NOTES]
             if not isinstance(json.loads(text), dict):
                 return f"{path} is damaged (it has no notes)"
         except Exception as error:  # damaged bytes may raise anything
             return f"{path} is damaged ({first_line(error)})"
-        if checksum not in (None, _checksum(tensors, text)):  # None: an earlier version's
+        checksum = stored.metadata.get(_CHECKSUM)
+        if checksum not in (None, _checksum(stored, text)):  # None: an earlier version's
             return f"{path} is damaged (it holds other bytes than were written)"
         self._sound.add(path)
         return None
@@ -121,14 +126,6 @@ class PhaseStore:
         return self._folder / f"{phase}{suffix}.safetensors"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str, str | None]:
-    """The tensors of a file, its notes as text, and its checksum if it has one."""
-    with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    return tensors, metadata[_NOTES], metadata.get(_CHECKSUM)
-
-
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     """CRC-32 over notes and tensors: for damage on a disk, at a few gigabytes a second."""
     sum_so_far = zlib.crc32(text.encode())
@@ -155,7 +152,7 @@ class PhaseKeeper:
         self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
         self.meter: Meter | None = None
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
         """The state that an earlier, killed run saved; returned once, so that it is not held in memory."""
         loaded, self._loaded = self._loaded, None
         return loaded

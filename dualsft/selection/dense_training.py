@@ -3,7 +3,7 @@
 A run resumes from the state at the start of a step, and then takes the same steps as an unbroken one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -208,7 +208,7 @@ class DenseTraining:
             tensors |= {f"{name}:{k}": value for name, value in self._optimizer.state[master].items()}
         return tensors, {"epoch": epoch, "done": done, "taken": taken, "parts": self._parts}
 
-    def _resume(self, kept: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[int, int, int]:
+    def _resume(self, kept: tuple[Mapping[str, Tensor], dict[str, Any]] | None) -> tuple[int, int, int]:
         """Resume from the state that an earlier run kept; return the epoch, its finished batches, and all steps."""
         if kept is None:
             return 0, 0, 0

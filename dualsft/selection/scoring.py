@@ -82,7 +82,7 @@ class _Latest:
     row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
-    sums: dict[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
+    sums: Mapping[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
     summed: frozenset[int] = frozenset()  # the examples that it is over
 
 

@@ -2,17 +2,18 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models import PreTrainedModel
+from dualsft.models.lazy import LazyTensors, under
 from dualsft.models.loading import model_fingerprint, model_folder
-from dualsft.models.tensor_file import check_tensors
+from dualsft.models.tensor_file import OpenTensors, check_tensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
@@ -26,8 +27,8 @@ from dualsft.sharding.shards import local_shard, shard_of
 from dualsft.storage.writing import sync_folder, sync_tree, writing_to
 
 SECOND_MOMENT = "second_moment.safetensors"
-Moments = dict[str, Tensor]
-"""Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard."""
+Moments = Mapping[str, Tensor]
+"""Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard. Read at every use."""
 
 _PHASE, _KEPT = "warm-up", "warmup"
 
@@ -66,12 +67,11 @@ def reach_scoring_checkpoint(
         saved = run.load(_PHASE)  # lazy: the moments stay in the file until they are used
         assert saved is not None
     else:
-        weights = _with_prefix("weight", saved[0])
         for name, parameter in model.named_parameters():
-            local_shard(parameter.detach()).copy_(weights[name])
+            local_shard(parameter.detach()).copy_(saved[0][f"weight:{name}"])
         log.restore(saved[1])
     keeper.drop()
-    moments = _with_prefix("moment", saved[0])
+    moments = under("moment", saved[0])
     if warmup.keep:
         _keep_checkpoint(model, moments, data, run)
     return moments
@@ -84,10 +84,6 @@ def warmup_steps(settings: SelectionSettings, data: InstructionDataModule, seed:
     if warmup.checkpoint is not None or warmup.fraction == 0 or along_pool:
         return None
     return len(data.training_loader(warmup.draw(data.train_examples.ok_ids(), seed), seed)) * warmup.epochs
-
-
-def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{prefix}:"): t for n, t in tensors.items() if n.startswith(f"{prefix}:")}
 
 
 def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: InstructionDataModule, run: RunFolder) -> None:
@@ -126,17 +122,17 @@ def second_moment_file(checkpoint: str) -> Path:
 
 
 def stored_second_moment(checkpoint: str, model: PreTrainedModel) -> Moments:
-    """Load ĉ of a ready scoring checkpoint to the host; each tensor stays in its file until it is used."""
+    """Open ĉ of a ready scoring checkpoint; each tensor is read to the host at every use."""
     path = second_moment_file(checkpoint)
     weights = trainable_parameters(model)
     try:
         check_tensors(path)
-        moments = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+        moments = OpenTensors(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); make the scoring checkpoint again.") from error
-    if {n: m.shape for n, m in moments.items()} != {n: w.shape for n, w in weights.items()}:
+    if {n: spec.shape for n, spec in moments.specs.items()} != {n: tuple(w.shape) for n, w in weights.items()}:
         raise UserError(f"{path} belongs to another model: its parameters are not those of {checkpoint}.")
-    return {name: shard_of(moment, weights[name]) for name, moment in moments.items()}
+    return LazyTensors(moments, lambda name: shard_of(moments[name], weights[name]))
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, str | None]:

@@ -54,7 +54,7 @@ def product_loop(model: Any, d: Gradients) -> Gradients:
 def product(model: Any, d: Gradients, batches: list[Any]) -> Gradients:
     """The same by one pass."""
     with twice_differentiable(model):
-        return gradient_pass(model, given(batches), derivative=HessianVectorProduct(model, d)).sums
+        return dict(gradient_pass(model, given(batches), derivative=HessianVectorProduct(model, d)).sums)
 
 
 def difference(model: Any, d: Gradients, batches: list[Any]) -> Gradients:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dualsft.models.tensor_file import DTYPES, TensorSpec, check_tensors, write_tensors
+from dualsft.models.tensor_file import DTYPES, OpenTensors, TensorSpec, check_tensors, write_tensors
 from tests.world.damage import flipped
 
 
@@ -50,3 +50,28 @@ def test_a_flipped_bit_is_noticed_by_the_checksum(tmp_path: Path) -> None:
             check_tensors(tmp_path / "x")
     write_tensors(tmp_path / "plain", specs, tensors.__getitem__, metadata)
     check_tensors(tmp_path / "plain")
+
+
+def test_a_tensor_is_read_at_every_use(tmp_path: Path) -> None:
+    """Of every type, as the library wrote it, into memory of its own, even after the file has been replaced."""
+    tensors = {f"t{k}": torch.arange(6).view(2, 3).to(dtype) for k, dtype in enumerate(DTYPES.values())}
+    tensors |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    save_file(tensors, path := tmp_path / "x", {"about": "a test"})
+    found = OpenTensors(path)
+    path.unlink()
+    path.write_bytes(b"another")
+    assert (set(found), found.metadata) == (set(tensors), {"about": "a test"})
+    assert found.specs == {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    found["t1"].zero_()
+    for name, tensor in tensors.items():
+        assert TensorSpec.of(found[name]) == found.specs[name]
+        assert torch.equal(found[name].float(), tensor.float())
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Not a tensor of what happened to be in memory."""
+    save_file({"a": torch.ones(100)}, path := tmp_path / "x")
+    found = OpenTensors(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="ends before a does"):
+        found["a"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.lazy import under
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 
@@ -78,12 +79,11 @@ class PathTotals:
         for cost in notes["costs"]:
             log.restore(cost)
         empty = {"counted": 0, "nonfinite": [], "covered": []}
-        kept = GradientPass.from_state({n: t for n, t in tensors.items() if not n.startswith("column:")}, empty)
+        kept = GradientPass.from_state(tensors, empty)
         columns: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("column:"):
-                _, number, parameter = name.split(":", 2)
-                columns.setdefault(int(number), {})[parameter] = tensor.clone()  # the file will be replaced
+        for name, tensor in under("column", tensors).items():
+            number, parameter = name.split(":", 1)
+            columns.setdefault(int(number), {})[parameter] = tensor
         in_order = [columns[k] for k in sorted(columns)]
         done = (notes["level"], notes["points"], notes["costs"])
         return cls(kept.rows, kept.tokens, in_order, *done, kept.measured, notes["about"])

@@ -15,7 +15,7 @@ from dualsft.errors import UserError, advising, blaming
 from dualsft.matrix.nonfinite import all_finite
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
-from dualsft.models.lazy import LazyTensors
+from dualsft.models.lazy import LazyTensors, under
 from dualsft.paths import ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
@@ -58,18 +58,18 @@ class RecordedPath:
         """The part of the path up to a point."""
         return RecordedPath(self._run, self._key, self.steps[: point + 1], self.learning_rate)
 
-    def weights(self, point: int) -> dict[str, Tensor]:
-        """θ_k by parameter name, on the host, each read from its file when it is first used."""
+    def weights(self, point: int) -> Mapping[str, Tensor]:
+        """θ_k by parameter name, on the host, each read from its file at every use."""
         return self._part("weight", point)
 
-    def second_moment(self, point: int) -> dict[str, Tensor]:
+    def second_moment(self, point: int) -> Mapping[str, Tensor]:
         """ĉ there by parameter name, if the path was walked with Adam."""
         return self._part("moment", point)
 
-    def _part(self, part: str, point: int) -> dict[str, Tensor]:
+    def _part(self, part: str, point: int) -> Mapping[str, Tensor]:
         saved = self._run.load(_point(self._key, point))
         assert saved is not None
-        return {n.removeprefix(f"{part}:"): t for n, t in saved[0].items() if n.startswith(f"{part}:")}
+        return under(part, saved[0])
 
     @torch.no_grad()
     def move(self, model: PreTrainedModel, position: float) -> None:

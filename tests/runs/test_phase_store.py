@@ -1,0 +1,36 @@
+"""The states of a run's phases, as they are kept and used."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualsft.matrix.pass_result import GradientPass
+from dualsft.runs.phase_store import PhaseStore
+
+SIZE = 2**24
+"""Entries of a tensor, 64 MiB."""
+
+
+def resident() -> int:
+    """The bytes that the system says this process holds in memory."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found
+    return int(found[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is resident")
+def test_sums_that_have_been_used_take_no_memory(tmp_path: Path) -> None:
+    """Neither as tensors nor as pages of a mapped file, while the result of their pass is kept for later steps."""
+    store = PhaseStore(tmp_path)
+    sums = {name: torch.ones(SIZE) for name in ("a", "b")}
+    store.save("pass", *GradientPass(dict(sums)).state())
+    del sums
+    before = resident()
+    saved = store.load("pass")
+    assert saved is not None
+    found = GradientPass.from_state(*saved)
+    assert [float(found.sums[name].sum()) for name in found.sums] == [SIZE, SIZE]
+    assert resident() - before < SIZE  # a quarter of a tensor
+    assert torch.equal(found.sums["a"], torch.ones(SIZE))
