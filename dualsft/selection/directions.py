@@ -143,9 +143,12 @@ class ColumnTotals(NamedTuple):
 
 def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> ColumnTotals:
     """Add up φ_j = u_j Σ_i g_ij over all weights of all ranks, and their absolute values."""
-    scores = [_score(u, sums, name) for name in u]
-    total = math.fsum(float(score.sum(dtype=torch.float64)) for score in scores)
-    size = math.fsum(float(score.abs().sum(dtype=torch.float64)) for score in scores)
+    totals, sizes = [], []
+    for name in u:  # one tensor's scores at a time
+        score = _score(u, sums, name)
+        totals.append(float(score.sum(dtype=torch.float64)))
+        sizes.append(float(score.abs().sum(dtype=torch.float64)))
+    total, size = math.fsum(totals), math.fsum(sizes)
     return ColumnTotals(*all_reduce_sum(torch.tensor([total, size], dtype=torch.float64)).tolist())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dualsft.models.loading import load_model
+from dualsft.plans.live import LiveBytes
 from dualsft.selection import Warmup
 from dualsft.selection.alignment import cosine
 from dualsft.selection.prior import Prior
@@ -23,6 +24,14 @@ def test_cosine_is_that_of_the_joined_vectors(monkeypatch: pytest.MonkeyPatch) -
     assert cosine(one, other) == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-12)
     assert cosine(one, {name: -3 * value for name, value in one.items()}) == pytest.approx(-1)
     assert cosine(one, {name: torch.zeros_like(value) for name, value in one.items()}) is None
+
+
+def test_a_cosine_takes_little_beside_its_vectors() -> None:
+    """In float64 a large embedding would take as much as a pass over data."""
+    size = 2**22
+    with LiveBytes(supervised=0, vocabulary=0) as live:
+        assert cosine({"a": torch.ones(size)}, {"a": torch.ones(size)}) == pytest.approx(1)
+    assert live.peaks[-1].size < 2 * 4 * size + 3 * 8 * size / 2
 
 
 def test_a_selection_tells_how_its_directions_lie(inputs: Inputs, tmp_path: Path) -> None:
