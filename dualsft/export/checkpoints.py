@@ -17,7 +17,16 @@ from torch import Tensor
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 from dualsft.export.compatibility import check_configurations, check_same_tensors, common_type, float_types
-from dualsft.export.delta import Delta, apply_delta, changes, dtype_name, open_delta, patched, write_delta
+from dualsft.export.delta import (
+    Delta,
+    apply_delta,
+    changes,
+    dtype_name,
+    find_changes,
+    open_delta,
+    patched,
+    write_delta,
+)
 from dualsft.export.model_card import write_card
 from dualsft.export.provenance import describe_base, versions
 from dualsft.export.whole import CONFIG, INDEX, Whole, whole_of
@@ -154,17 +163,17 @@ def prepare_extract(base: str, model: str) -> Writer:
     check_configurations(base, model)
     _check_rest(base, model)
     dtype = common_type(old, tuned)
-    changed = dict(changes(old.read, tuned.read, sorted(tuned.specs)))
+    changed = find_changes(old.read, tuned.read, sorted(tuned.specs))
     empty = empty_model(base)
-    if buffers := sorted(changed.keys() - {name for name, _ in empty.named_parameters()}):
+    if buffers := sorted(changed.counts.keys() - {name for name, _ in empty.named_parameters()}):
         raise UserError(f"{model} differs from {base} in {buffers[0]}, which is no parameter; a delta cannot hold it.")
-    if not changed:
+    if not changed.counts:
         raise UserError(f"{model} has the very weights of {base}: there is no change to extract.")
     fingerprint = model_fingerprint(base)
     about = {
         "made_by": "dualsft export extract",
         "base": describe_base(base, fingerprint, dtype),
-        "counts": {"changed": sum(len(index) for index, _ in changed.values()), "all": empty.num_parameters()},
+        "counts": {"changed": sum(changed.counts.values()), "all": empty.num_parameters()},
         "versions": versions(),
     }
     return lambda folder: write_delta(folder / "delta.safetensors", changed, fingerprint, about)

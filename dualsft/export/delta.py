@@ -53,12 +53,40 @@ def changes(
         change = changed_entries(before(name).to(tuned), tuned)
         if len(change[0]):
             yield name, change
+        del tuned, change
 
 
-def sharded_changes(
-    before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]
-) -> dict[str, Change]:
-    """The changed tensors of a sharded model, with their changes, on rank zero alone; every rank must call this.
+@dataclass(frozen=True)
+class Changes:
+    """What a fine-tune changed, one parameter at a time: the indices of all weights take twice their memory or more.
+
+    Attributes:
+        counts: Name of each changed parameter -> how many of its entries changed.
+        value_types: Name of each changed parameter -> the type of its values.
+        change: Returns the indices and new values of one parameter.
+    """
+
+    counts: Mapping[str, int]
+    value_types: Mapping[str, torch.dtype]
+    change: Callable[[str], Change]
+
+
+def find_changes(before: Callable[[str], Tensor], after: Callable[[str], Tensor], names: Iterable[str]) -> Changes:
+    """The changed tensors; each is compared now and, as neither indices nor values are held, again at every use."""
+    counts, types = {}, {}
+    for name, (index, value) in changes(before, after, names):
+        counts[name], types[name] = len(index), value.dtype
+        del index, value  # before the next tensor is read
+
+    def change(name: str) -> Change:
+        ((_, found),) = changes(before, after, [name])
+        return found
+
+    return Changes(counts, types, change)
+
+
+def sharded_changes(before: Callable[[str], Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> Changes:
+    """The changes of a sharded model, held on rank zero alone; every rank must call this.
 
     ``before`` gives this rank's rows of a tensor, ``after`` holds the model's sharded parameters.
     """
@@ -69,18 +97,25 @@ def sharded_changes(
         indices[name] = index + shard_offset(after[name])
         values.append(value)
     gathered = zip(indices, gather_vectors(list(indices.values())), gather_vectors(values), strict=True)
-    return {name: (index, value) for name, index, value in gathered if len(index)}
+    found = {name: (index, value) for name, index, value in gathered if len(index)}
+    counts, types = {n: len(index) for n, (index, _) in found.items()}, {n: v.dtype for n, (_, v) in found.items()}
+    return Changes(counts, types, found.__getitem__)
 
 
-def write_delta(
-    path: Path, changed: Mapping[str, Change], base_fingerprint: str, about: Mapping[str, Any] | None = None
-) -> None:
+def write_delta(path: Path, changed: Changes, base_fingerprint: str, about: Mapping[str, Any] | None = None) -> None:
     """Write a delta, the same bytes on every run; ``about`` is its record for JSON (`dualsft.export.provenance`)."""
-    tensors = {name + _INDEX: index for name, (index, _) in changed.items()}
-    tensors |= {name + _VALUE: value for name, (_, value) in changed.items()}
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    specs = {}
+    for name, count in changed.counts.items():
+        specs[name + _INDEX] = TensorSpec(torch.int64, (count,))
+        specs[name + _VALUE] = TensorSpec(changed.value_types[name], (count,))
+
+    def read(key: str) -> Tensor:
+        is_index = key.endswith(_INDEX)
+        index, value = changed.change(key.removesuffix(_INDEX if is_index else _VALUE))
+        return index if is_index else value
+
     metadata = {_BASE: base_fingerprint, _ABOUT: json.dumps(about or {})}
-    write_tensors(path, specs, tensors.__getitem__, metadata, checksum=True)
+    write_tensors(path, specs, read, metadata, checksum=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualsft.errors import UserError
 from dualsft.export.checkpoints import copy_companions, save_weights
-from dualsft.export.delta import Change, changes, dtype_name, sharded_changes, write_delta
+from dualsft.export.delta import Changes, dtype_name, find_changes, sharded_changes, write_delta
 from dualsft.export.model_card import write_card
 from dualsft.export.provenance import describe_base, describe_selection, describe_training, versions
 from dualsft.export.whole import Whole, whole_of
@@ -55,9 +55,7 @@ class ExportModel(Callback):
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _complete(
-        self, trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change], partial: Path
-    ) -> None:
+    def _complete(self, trainer: Trainer, module: MaskedFinetuneModule, changed: Changes, partial: Path) -> None:
         """Write everything that goes with the weights, and move model and delta into place, all of it synced."""
         about, delta = _record(trainer, module, changed), self._folder / "delta.safetensors"
         with writing_to(self._folder / "model"):
@@ -79,12 +77,12 @@ class ExportModel(Callback):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _changes(module: MaskedFinetuneModule) -> dict[str, Change]:
+def _changes(module: MaskedFinetuneModule) -> Changes:
     if is_sharded(module.model):
         return sharded_changes(_base_rows(module), dict(module.model.named_parameters()), module.compact.names)
     base = parameter_weights(module.model_name_or_path, module.dtype_name)
     tuned = weights_of(base.folder, module.model)
-    return dict(changes(base.read, tuned.read, module.compact.names))
+    return find_changes(base.read, tuned.read, module.compact.names)
 
 
 def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
@@ -105,12 +103,12 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
     return read
 
 
-def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: dict[str, Change]) -> dict[str, Any]:
+def _record(trainer: Trainer, module: MaskedFinetuneModule, changed: Changes) -> dict[str, Any]:
     record = {
         "made_by": "dualsft fit",
         "base": describe_base(module.model_name_or_path, module.base_fingerprint, dtype_name(module.model.dtype)),
         "counts": {
-            "changed": sum(len(index) for index, _ in changed.values()),
+            "changed": sum(changed.counts.values()),
             "trained": module.compact.num_selected,
             "all": module.model.num_parameters(),
         },

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dualsft.errors import UserError
-from dualsft.export.delta import apply_delta, changed_entries, changes, open_delta, write_delta
+from dualsft.export.delta import apply_delta, changed_entries, find_changes, open_delta, write_delta
 from dualsft.export.model_card import write_card
+from dualsft.plans.live import LiveBytes
 from dualsft.training.compact import CompactParameters
 from tests.world.damage import flipped
 from tests.world.data import random_mask
@@ -35,8 +36,19 @@ def write(path: Path, base: torch.nn.Module, tuned: torch.nn.Module, fingerprint
     """Write the delta between two models."""
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     detached = {name: weight.detach() for name, weight in after.items()}
-    found = dict(changes(lambda name: before[name].detach(), detached.__getitem__, detached))
+    found = find_changes(lambda name: before[name].detach(), detached.__getitem__, detached)
     write_delta(path, found, fingerprint, {"why": "a test"})
+
+
+def test_a_delta_of_all_weights_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """With all weights trained, indices and values of all of them would take thrice the memory of the weights."""
+    size, names = 1000, [f"w{k}" for k in range(8)]
+    with LiveBytes(supervised=0, vocabulary=0) as live:
+        found = find_changes(lambda _: torch.zeros(size), lambda _: torch.ones(size), names)
+        write_delta(tmp_path / "delta", found, "abc")
+    assert open_delta(tmp_path / "delta").counts == dict.fromkeys(names, size)
+    of_tensor = size * (8 + 4)
+    assert of_tensor <= live.peaks[-1].size <= 2 * of_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from dualsft.cli import run
-from dualsft.export.delta import write_delta
+from dualsft.export.delta import Changes, write_delta
 from dualsft.models.loading import model_fingerprint
 from tests.fuzz.changes import changed, changed_bytes, changed_tensors, with_header
 from tests.fuzz.harness import Fuzzer
@@ -26,7 +26,8 @@ def _world() -> tuple[TemporaryDirectory[str], str, bytes]:
     change = (torch.tensor([0, 5, 7]), torch.tensor([1.0, 2.0, 3.0]))
     names = ("model.norm.weight", "model.embed_tokens.weight")
     about = {"base": {"name_or_path": base}, "counts": {}, "training": {"epochs": 1}}
-    write_delta(Path(folder.name) / "delta.safetensors", dict.fromkeys(names, change), model_fingerprint(base), about)
+    changes = Changes(dict.fromkeys(names, 3), dict.fromkeys(names, torch.float32), lambda _: change)
+    write_delta(Path(folder.name) / "delta.safetensors", changes, model_fingerprint(base), about)
     return folder, base, (Path(folder.name) / "delta.safetensors").read_bytes()
 
 
