@@ -101,8 +101,8 @@ def _product(job: SelectJob, exact: bool) -> Phase:
 
 
 def _rows(job: SelectJob, columns: bool, masked: bool) -> Phase:
-    settings = job.settings
-    count = job.data.sets * (3 if settings.stability else 1)
+    settings, held = job.settings, _directions(job)
+    count = _number(job)
     work = partial(
         passes.scores,
         batch=job.scoring,
@@ -111,10 +111,20 @@ def _rows(job: SelectJob, columns: bool, masked: bool) -> Phase:
         columns=columns,
         by_token=settings.token_scores,
     )
-    held = {f"{count} directions" if count > 1 else "direction": count * job.shards.sums}
     if masked:
         held["directions of chosen weights"] = count * job.shards.sums
     return _pass(job, "scores", work, directions=count, columns=columns, more=held)
+
+
+def _number(job: SelectJob) -> int:
+    """How many directions there are: one for each validation set, and for each of its halves."""
+    return job.data.sets * (3 if job.settings.stability else 1)
+
+
+def _directions(job: SelectJob) -> dict[str, int]:
+    """The bytes of all directions, by what they are called."""
+    count = _number(job)
+    return {f"{count} directions" if count > 1 else "direction": count * job.shards.sums}
 
 
 def _pass(
@@ -140,13 +150,17 @@ def _pass(
 
 
 def _choice(job: SelectJob) -> Phase:
-    """Ranking on the host of rank zero, with the files of scores mapped; and the artifact."""
+    """Ranking on the host of rank zero, and the artifact; the directions stay, as their cosines are told."""
     count = job.shape.count
-    host = {"scores, in files": _SUMMED * count, "mask": count, "ranking": _RANKING}
+    held = {"weights": job.shards.weights, **_directions(job)}
+    of_scores = "scores, in files" if job.shards.sharded else "scores"
+    host = {of_scores: _SUMMED * count, "mask": count, "ranking": _RANKING}
     disk = {"parameter_scores.safetensors": _SUMMED * count, "mask.safetensors": -(-count // 8)}
     if job.machine.device == "cpu":
-        return Phase("choice", {"weights": job.shards.weights, **host}, disk=disk)
-    return Phase("choice", {"weights": 0 if job.machine.offload else job.shards.weights}, host=host, disk=disk)
+        return Phase("choice", {**held, **host}, disk=disk)
+    if job.machine.offload:
+        return Phase("choice", {}, host={**held, **host}, disk=disk)
+    return Phase("choice", held, host=host, disk=disk)
 
 
 def _of_all(job: SelectJob, stored: bool = False) -> int:

@@ -9,6 +9,10 @@ from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.tracing import trace
 
 _MASTER = 4
+_PLACE = 8
+"""Bytes of the place of a changed weight in a delta (int64)."""
+_STAY = ("weights", "masters", "optimizer", "indices")
+"""What a training holds that is still there after its last step."""
 
 
 def training_phase(job: Job, name: str, trained: Trained) -> Phase:
@@ -57,6 +61,23 @@ def plan_fit(job: FitJob) -> Plan:
     )
     if job.machine.device != "cpu":
         phase.host["a checkpoint, while written"] = kept
-    if job.data.pool_tokens is None:
-        return Plan([phase])
-    return Plan([phase.over(job.data.pool_tokens * job.data_share * job.epochs)])
+    phases = [phase]
+    if job.data.pool_tokens is not None:
+        phases = [phase.over(job.data.pool_tokens * job.data_share * job.epochs)]
+    if job.shards.sharded:
+        phases.append(_export(job, phase))
+    return Plan(phases)
+
+
+def _export(job: FitJob, training: Phase) -> Phase:
+    """The export of shards: rank zero gathers all changes, where a single process compares one tensor after another."""
+    shape, machine = job.shape, job.machine
+    changes = job.trained.share * sum(weight.size * (_PLACE + weight.itemsize) for weight in shape.weights)
+    own = changes / machine.ranks if machine.ranks > 1 else 0  # beside those of all ranks
+    gathered = {"changes": round(changes + own)}
+    held = {name: size for name, size in (training.host if machine.offload else training.held).items() if name in _STAY}
+    if machine.offload:
+        return Phase("export", {}, host={**held, **gathered})
+    if machine.device == "cpu":
+        return Phase("export", {**held, **gathered})
+    return Phase("export", held, host=gathered)

@@ -7,7 +7,8 @@ import torch
 
 from dualsft.matrix.interaction import ColumnSums
 from dualsft.plans.held import Shards
-from dualsft.plans.job import FitJob, Trained
+from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
+from dualsft.plans.scoring import plan_select
 from dualsft.plans.training import plan_fit
 from dualsft.training.compact import CompactParameters
 from tests.plans.cases import tiny_shape
@@ -70,3 +71,20 @@ def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> N
     assert phase.held["masters"] == phase.held["gradients"] == size_of(compact.masters)
     assert phase.held["optimizer"] == size_of(moments)
     assert phase.held.get("indices", 0) == size_of(compact.buffers())
+
+
+def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> None:
+    """Beside its own, which a single process does without; gradients are gone by then."""
+    shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
+    plans = [plan_fit(FitJob(shape, Machine("cuda", ranks), data)) for ranks in (1, 2)]
+    assert [[phase.name for phase in plan.phases] for plan in plans] == [["training"], ["training", "export"]]
+    training, export = plans[1].phases
+    assert export.host == {"changes": round(1.5 * shape.count * (8 + 4))}
+    assert export.held == {name: training.held[name] for name in ("weights", "masters", "optimizer")}
+
+
+def test_directions_stay_through_the_choice(tmp_path: Path) -> None:
+    """One for each validation set, on the device, while weights are ranked on the host."""
+    job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2))
+    choice = plan_select(job).phases[-1]
+    assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.sums}
