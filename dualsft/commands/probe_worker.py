@@ -18,6 +18,7 @@ from dualsft.commands.fit import FitCLI
 from dualsft.commands.select import SelectCLI
 from dualsft.data.options import TRAIN
 from dualsft.data.sampled import SampledDataModule, Tokens
+from dualsft.models.loading import empty_model
 from dualsft.plans.probe import PhaseSeen, Seen
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import recorded
@@ -53,6 +54,7 @@ def probe(arguments: Sequence[str]) -> None:
     began = time.monotonic()
     job.datamodule.setup("fit" if verb == "fit" else None)
     read = time.monotonic()
+    empty_model(job.model.model_name_or_path)  # loads the model's code, which is no part of what the run holds
     before = _held(job.trainer.strategy.root_device)
     with recorded() as bars:
         job.run()
