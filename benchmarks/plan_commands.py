@@ -97,7 +97,8 @@ def rows(family: str, ranks: int, cases: list[str]) -> Iterator[list[str]]:
         for case in (case for case in FITS if case in cases):
             model: dict[str, Any] = {}
             if (choice := FITS[case]) is not None:
-                cold = {**choice, "warmup": {"fraction": 0.0}, "preconditioner": "none"}
+                # all rows, as a batch of a fit has no more examples than were chosen
+                cold = {**choice, "warmup": {"fraction": 0.0}, "preconditioner": "none", "data_budget": None}
                 model = {"selection": str(folder / case.replace(" ", "-"))}
                 run(
                     [
