@@ -132,5 +132,9 @@ class TrainingBatches(Sampler[BatchIds]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[BatchIds]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._batches))
-        return (self._batches[index] for index in order)
+        return iter(self.in_epoch(self.epoch))
+
+    def in_epoch(self, epoch: int) -> list[BatchIds]:
+        """The batches in the order of an epoch."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self._batches))
+        return [self._batches[index] for index in order]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
-from dualsft.data.batches import TrainingBatches
+from dualsft.data.batches import BatchIds, TrainingBatches
 from dualsft.data.packing import Row
 from dualsft.errors import UserError
 
@@ -79,6 +79,10 @@ class ResumableLoader(DataLoader[Any]):
                 "resume with the data and the data options of the interrupted run."
             )
         self._epoch, self._yielded, self._restored = state["epoch"], state["yielded"], True
+
+    def batch(self, ids: BatchIds) -> Any:
+        """The batch of these ids, whichever the loader would give next."""
+        return self.collate_fn(cast(RowLists, self.dataset)[ids])
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches, epoch = list(self.sampler), cast(TrainingBatches, self.sampler).epoch

@@ -35,23 +35,27 @@ class StepLoss:
         self._kind = kind
         self._first = self._total = 0
 
-    def of(self, model: PreTrainedModel, batch: Batch, is_first: bool) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(the batch's own mean, this rank's share of the loss to differentiate for the step).
+    def begin(self, batch: Batch, is_first: bool) -> float:
+        """Count a batch in: how much it weighs in its step, in units of the step's first batch.
 
         The first batch of a step begins anew: gradients that no step has used, as of an epoch that was broken off, have
         been dropped.
         """
-        own = local_rows(batch)
-        if self._kind == "example_mean":
-            losses, count, weight = example_losses(model, own).sum(), len(batch["example_id"]), 1
-        else:
-            losses = supervised_losses(model, own).sum()
-            count = weight = int((batch["labels"][:, 1:] != -100).sum())
+        weight = 1 if self._kind == "example_mean" else _tokens(batch)
         if is_first:
             self._first = self._total = 0
         self._first = self._first or weight
         self._total += weight
-        return all_reduce_sum(losses.detach()) / count, losses / (count * self._first / weight)
+        return weight / self._first
+
+    def of(self, model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """(a batch's own mean, this rank's share of it), the latter to be differentiated by the batch's weight."""
+        own = local_rows(batch)
+        if self._kind == "example_mean":
+            losses, count = example_losses(model, own).sum(), len(batch["example_id"])
+        else:
+            losses, count = supervised_losses(model, own).sum(), _tokens(batch)
+        return all_reduce_sum(losses.detach()) / count, losses / count
 
     @torch.no_grad()
     def finish(self, parameters: Iterable[Tensor], accumulated: int) -> None:
@@ -69,6 +73,10 @@ class StepLoss:
     def restore(self, state: dict[str, int]) -> None:
         """Continue a step from an earlier `state`."""
         self._first, self._total = state["first"], state["total"]
+
+
+def _tokens(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending, KeepEpochCount
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
 from dualsft.finetune.optimizers import check_length, make_optimizer, make_schedule
+from dualsft.finetune.prior import PriorLoss, TrainingPrior
 from dualsft.finetune.samples import LogSamples, Samples
 from dualsft.finetune.selection_checks import check_base, check_tokenizer, chosen_weights, tell_of_reading
 from dualsft.finetune.trainer_checks import (
@@ -61,6 +62,7 @@ class MaskedFinetuneModule(LightningModule):
         loss: What the training loss is the mean over: ``example_mean``, the examples of a batch, each with its mean per
             supervised token, as selection scores them; or ``token_mean``, the supervised tokens of all batches of a
             step, however many are accumulated.
+        training_prior: The term that keeps the model near the base model on the examples that it is not trained on.
         export: Which weights the fit ends with and exports: the ``last``, or the ``best`` by the metric of a
             ModelCheckpoint with a monitor in trainer.callbacks, else of an EarlyStopping there, else by the lowest
             val_loss.
@@ -85,6 +87,7 @@ class MaskedFinetuneModule(LightningModule):
         dtype: Dtype = "auto",
         gradient_checkpointing: bool = False,
         loss: Loss = "example_mean",
+        training_prior: TrainingPrior = TrainingPrior(),  # noqa: B008 (frozen)
         export: Ending = "last",
         samples: Samples = Samples(),  # noqa: B008 (frozen)
         save_minutes: float = 10.0,
@@ -100,7 +103,8 @@ class MaskedFinetuneModule(LightningModule):
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self._step_loss = StepLoss(loss)
-        self.export, self.samples = export, samples
+        self.training_prior, self.export, self.samples = training_prior, export, samples
+        self._prior: PriorLoss | None = None
         self.adapter: Adapter | None = None
         self.best_step: int | None = None
         self._configured = self._packing_checked = False
@@ -138,6 +142,8 @@ class MaskedFinetuneModule(LightningModule):
         else:
             self.compact = CompactParameters(model)
         self.compact.attach()
+        if self.training_prior.weight:
+            self._prior = PriorLoss(self.training_prior, self.compact)
         self.model: PreTrainedModel = model  # behind the masters, which `__deepcopy__` pairs by their place
         self._origin = self._describe_origin()
         self._configured = True
@@ -156,8 +162,11 @@ class MaskedFinetuneModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the data, before the first batch."""
-        if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, InstructionDataModule):
             self.check_data(data)
+        if self._prior:
+            self._prior.draw(data)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
@@ -192,15 +201,32 @@ class MaskedFinetuneModule(LightningModule):
             with remedies_by_key():
                 check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True
-        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        mean, share = self._step_loss.of(self.model, batch, is_first)
+        self._weight = self._step_loss.begin(batch, batch_idx % self.trainer.accumulate_grad_batches == 0)
+        self._batch = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        mean, share = self._step_loss.of(self.model, batch)
+        self._log_loss("train_loss", "training loss", mean, batch)
+        return share * self._weight
+
+    def on_after_backward(self) -> None:
+        """Add the prior's gradient to a training batch's, whose activations are gone by now."""
+        if not self._prior:
+            return
+        precision = self.trainer.precision_plugin
+        with precision.train_step_context():
+            anchors = self.transfer_batch_to_device(self._prior.anchors(self._batch), self.device, 0)
+            mean, share = self._prior.of(self.model, anchors)
+        self._log_loss("train_prior", "prior term", mean, anchors)
+        share = share * self._weight / self.trainer.accumulate_grad_batches
+        precision.pre_backward(share, self).backward()  # scaled as the loss is, for float16
+
+    def _log_loss(self, name: str, what: str, mean: Tensor, batch: Batch) -> None:
+        """Log a loss that is finite."""
         if not bool(mean.isfinite()):
             raise UserError(
-                f"The training loss became {mean.item()} in epoch {self.current_epoch}, at the examples "
-                f"{batch['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
+                f"The {what} became {mean.item()} in epoch {self.current_epoch}, "
+                f"at the examples {batch['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
             )
-        self.log("train_loss", mean, prog_bar=True, batch_size=len(batch["example_id"]))
-        return share
+        self.log(name, mean, prog_bar=True, batch_size=len(batch["example_id"]))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Bring the accumulated gradient to that of the step's loss; Lightning clips it next."""

@@ -20,7 +20,8 @@ own part of them, so a state can be loaded on another number of ranks.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -151,15 +152,33 @@ class CompactParameters(nn.Module):
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         weight.grad = None
 
-    @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
-        for k, (weight, master) in enumerate(zip(self._weights, self.masters, strict=True)):
-            index, values, shard = self.index(k), master.to(weight.dtype), local_shard(weight.detach())
+        self._store(self.masters)
+
+    @torch.no_grad()
+    def _store(self, values: Iterable[Tensor]) -> None:
+        """Round values of the selected entries to the weights' type and store them in the model."""
+        for k, (weight, value) in enumerate(zip(self._weights, values, strict=True)):
+            index, rounded, shard = self.index(k), value.to(weight.dtype), local_shard(weight.detach())
             if index is None:
-                shard.copy_(values.view_as(shard))
+                shard.copy_(rounded.view_as(shard))
             else:
-                set_entries(shard, index, values)
+                set_entries(shard, index, rounded)
+
+    def stored(self) -> list[Tensor]:
+        """A copy of what the model holds in the selected entries, in the weights' type, one vector for each master."""
+        shards = [local_shard(weight.detach()) for weight in self._weights]
+        return [_gather(shard, self.index(k)).clone() for k, shard in enumerate(shards)]
+
+    @contextmanager
+    def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Hold these values, such as earlier `stored` ones, in place of the masters' in the model meanwhile."""
+        self._store(values)
+        try:
+            yield
+        finally:
+            self.write_back()
 
     def write_back_after(self, optimizer: Optimizer) -> None:
         """Store the masters in the model after every step of this optimizer, and drop the gradients it has used.

@@ -17,8 +17,7 @@ from dualsft.finetune import ExportModel, best_checkpoint
 from tests.world.fits import weights
 from tests.world.jobs import Workspace, fit, trainer
 
-RATE = 2.0
-OVERSHOOTING = ["--optimizer", "SGD", "--optimizer.lr", str(RATE)]
+OVERSHOOTING = ["--optimizer", "SGD", "--optimizer.lr", "2.0"]
 
 
 class Noting(Callback):
@@ -32,22 +31,20 @@ class Noting(Callback):
             self.found.append((trainer.callback_metrics["val_loss"].item(), weights(pl_module)))
 
 
-def overshooting(parameters: Any) -> torch.optim.Optimizer:
-    """An optimizer under which the validation loss does not fall for ever."""
-    return torch.optim.SGD(parameters, lr=RATE)
+def turning(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule under which the loss falls for two epochs of five steps, and rises again in the third."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 10 else -1.0)
 
 
 def test_export_of_the_best(workspace: Workspace, folder: Path) -> None:
     """The module ends with the weights of the validation with the lowest loss, which are not the last."""
     noting = Noting()
     best = ModelCheckpoint(folder, monitor="val_loss")
-    module = workspace.module(export="best", optimizer=overshooting)
+    module = workspace.module(export="best", lr_scheduler=turning)
     trainer(folder, max_epochs=3, callbacks=[noting, best]).fit(module, datamodule=workspace.data())
-    losses = [loss for loss, _ in noting.found]
-    lowest = min(range(3), key=losses.__getitem__)
-    assert lowest != 2
-    assert module.best_step == 5 * (lowest + 1)
-    assert all(torch.equal(weight, noting.found[lowest][1][name]) for name, weight in weights(module).items())
+    assert noting.found[1][0] < min(noting.found[0][0], noting.found[2][0])
+    assert module.best_step == 10
+    assert all(torch.equal(weight, noting.found[1][1][name]) for name, weight in weights(module).items())
 
 
 def test_what_best_needs(workspace: Workspace, folder: Path) -> None:

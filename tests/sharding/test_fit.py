@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualsft.errors import UserError
 from dualsft.finetune import EndOfTraining, ExportModel
+from dualsft.finetune.prior import TrainingPrior
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import world_size
@@ -61,6 +62,8 @@ MORE_CASES = {
     "moving average": Case(callbacks=[average]),
     "stochastic average": Case(callbacks=[stochastic_average]),
     "on the host": Case(trainer={"gradient_clip_val": 0.5}, strategy={"cpu_offload": True}),
+    "prior": Case({"training_prior": TrainingPrior(weight=0.7)}, {"batch_size": 2}, {"accumulate_grad_batches": 2}),
+    "prior, all weights": Case({"training_prior": TrainingPrior(weight=0.7), "selection": None}, {"packing": True}),
     "best": Case({"export": "best"}, {}, saved, [best]),
 }
 LEFT_OVER = ("one left over", "two left over", "three left over")
