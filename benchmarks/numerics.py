@@ -23,25 +23,25 @@ from transformers import PreTrainedModel
 
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
-from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.data.layout import one_example
 from dualsft.matrix.interaction import Direction
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype, load_model
 from dualsft.objectives import example_losses
+from dualsft.quickstart import ASSETS, GSM8K
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import Statistics, directions, preconditioner
 from dualsft.selection.warmup import Warmup, warm_up
 
-MODEL, VALIDATION = str(ASSETS / "model"), str(ASSETS / "data" / "validation.jsonl")
+MODEL, VALIDATION = str(ASSETS / "model"), str(GSM8K / "validation.jsonl")
 STEP_SIZE = 2e-5
 
 
 def embedded_data(**options: Any) -> InstructionDataModule:
     """The embedded pool and validation set, under the quick start's settings unless told otherwise."""
     settings: dict[str, Any] = {"tokenizer": MODEL, "max_length": 512, "batch_tokens": 2048, "batch_size": 8}
-    return InstructionDataModule(str(POOL), **{"validation": VALIDATION, **settings, **options})
+    return InstructionDataModule(str(GSM8K / "pool.jsonl"), **{"validation": VALIDATION, **settings, **options})
 
 
 def draw(data: InstructionDataModule, count: int, longest: int = 512) -> list[int]:

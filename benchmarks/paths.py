@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from path_methods import MASKS, MODEL, RATE, SCORES, Experiment
-from path_pools import GENERAL, SPOILERS, SPOILT, TARGET, make_pool
+from path_pools import make_pool
 from torch import Tensor
 from torch.optim import AdamW
 
+from dev.quickstart.records import GENERAL, SPOILERS, SPOILT, TARGET
 from dualsft.data.layout import Batch
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dualsft import InstructionDataModule, SelectionModule
-from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.matrix.passes import gradient_pass
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
+from dualsft.quickstart import ASSETS, GSM8K
 from dualsft.scorers import HessianVector
 from dualsft.selection import Warmup
 from dualsft.selection.directions import preconditioner
@@ -83,10 +83,10 @@ def main() -> None:
     """Print all tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        validation = write_rows(ASSETS / "data" / "validation.jsonl", folder / "validation.jsonl", None, 48)
+        validation = write_rows(GSM8K / "validation.jsonl", folder / "validation.jsonl", None, 48)
         pools = {
-            "target": write_rows(POOL, folder / "target.jsonl", "target", 64),
-            "mixed": write_rows(POOL, folder / "mixed.jsonl", None, 64, every=20),
+            "target": write_rows(GSM8K / "pool.jsonl", folder / "target.jsonl", "target", 64),
+            "mixed": write_rows(GSM8K / "pool.jsonl", folder / "mixed.jsonl", None, 64, every=20),
         }
         for kind, pool in pools.items():
             for adam in (False, True):

@@ -3,7 +3,7 @@
     python benchmarks/study.py --seeds 5 --output_dir runs/study
 
 Prints mean and standard deviation over the seeds of the losses on held-out rows, and how well the scores tell clean
-target rows from others. The settings are the quick start's; nothing is tuned per seed.
+target rows from others. The settings are those of configs/gsm8k.yaml; nothing is tuned per seed.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from dualsft.commands.quickstart import POOL, QuickStart
+from dualsft.commands.quickstart import Verbs
+from dualsft.quickstart import GENERAL, GSM8K, GSM8K_CONFIG, MODEL
 from dualsft.quickstart.control import Draw, write_control
 from dualsft.selection import Selection, load_selection
 
@@ -26,6 +27,9 @@ VARIANTS: dict[str, tuple[Draw, Draw]] = {
     "all examples, chosen weights": ("all", "chosen"),
     "all examples, random weights": ("all", "random"),
 }
+POOL, HELD_OUT = GSM8K / "pool.jsonl", {"target": GSM8K / "test_target.jsonl", "general": GENERAL}
+FIGURES = {"target_loss": "loss/target", "general_loss": "loss/general", "general_exact_match": "exact_match/general"}
+"""A figure of the study -> the metric of `dualsft validate`."""
 
 
 def main() -> None:
@@ -44,16 +48,23 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     kept = folder / "figures.json"
     if not kept.is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a seed that was cut short
-        steps = QuickStart(folder, seed)
-        selection = load_selection(steps.select())
-        rows = [steps.base()]
+        folder.mkdir(parents=True)
+        verbs = Verbs(folder, GSM8K_CONFIG, GSM8K, seed)
+        selection = load_selection(verbs.select("selection"))
+        rows = [measured(verbs, "base model", MODEL)]
         for name, (examples, weights) in VARIANTS.items():
             control = folder / f"control-{examples}-{weights}"
             write_control(selection, POOL, control, seed, examples=examples, weights=weights)
-            rows.append(steps.fit(name, control))
-        figures = {"rows": [vars(row) for row in rows], "scores": score_quality(selection)}
+            rows.append(measured(verbs, name, verbs.fit(name, control)))
+        figures = {"rows": rows, "scores": score_quality(selection)}
         kept.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def measured(verbs: Verbs, name: str, model: Path) -> dict[str, Any]:
+    """The figures of a model."""
+    metrics = verbs.measure(name.replace(",", ""), model, **HELD_OUT)
+    return {"name": name, **{figure: metrics[metric] for figure, metric in FIGURES.items()}}
 
 
 def score_quality(selection: Selection) -> dict[str, float]:
@@ -81,7 +92,7 @@ def fit_table(runs: list[list[dict[str, float]]]) -> str:
     """Mean ± standard deviation over the seeds, one line a variant."""
     lines = ["| trained on | target loss | general loss | general exact match |", "| --- | ---: | ---: | ---: |"]
     for rows in zip(*runs, strict=True):
-        cells = [spread([row[key] for row in rows]) for key in ("target_loss", "general_loss", "general_exact_match")]
+        cells = [spread([row[key] for row in rows]) for key in FIGURES]
         lines.append(f"| {rows[0]['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

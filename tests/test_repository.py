@@ -130,16 +130,16 @@ def test_scorer_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def shorten(quickstart: Path) -> None:
     """Cut from an installed quick start what decides none of the comparisons that its test makes.
 
-    Fewer rows are left of each part, the full fine-tune ends its epochs after as many batches as the others have,
-    losses are measured after the last epoch alone, and answers, which are compared with nothing, are short.
+    Fewer rows are left of each part, fits end their epochs after a few batches, losses are measured after the last
+    epoch alone, and answers, which are compared with nothing, are short.
     """
-    settings = "  limit_train_batches: 4\n  check_val_every_n_epoch: 3\n"  # at the end is the trainer's section
+    settings = "  limit_train_batches: 2\n  check_val_every_n_epoch: 8\n"  # at the end is the trainer's section
     config = quickstart / "config.yaml"
     text = config.read_text(encoding="utf-8") + settings
     assert "max_new_tokens: 32" in text
     config.write_text(text.replace("max_new_tokens: 32", "max_new_tokens: 8"), encoding="utf-8")
-    for name, every in (("pool", 4), ("validation", 2), ("test_general", 8), ("test_target", 6)):
-        path = quickstart / "assets" / "data" / f"{name}.jsonl"
+    for name, every in (("records/pool", 4), ("data/test_general", 16), ("records/test_target", 8)):
+        path = quickstart / "assets" / f"{name}.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(rows[::every]), encoding="utf-8")
 
@@ -158,15 +158,17 @@ def test_quick_start_from_a_wheel(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(tmp_path / "site") in done.stdout, "the repository's own package ran, not the wheel's"
-    page = "python -m dualsft report out/selection out/fit-* --output_dir report".replace("python", sys.executable, 1)
-    subprocess.run(["bash", "-c", page], cwd=tmp_path, env=environment, check=True)
-    assert "Fits beside each other" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Fits beside each other" in page
+    assert "out/report/report.html" in done.stdout
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
-    base, full, control, dual = rows.values()
+    base, full, control, first_order, dual = rows.values()
     print(json.dumps(list(rows.values())))
-    assert f"{dual['target_loss']:.3f}" in done.stdout
-    assert (dual["examples"], dual["weights"]) == (control["examples"], control["weights"]) == (0.1, 0.1)
+    assert f"{dual['forgetting']:+.2f}" in done.stdout
+    assert done.stdout.count("    before  ") == done.stdout.count("    after   ") == 3
+    chosen = {(row["examples"], row["weights"]) for row in (control, first_order, dual)}
+    assert chosen == {(0.1, 0.1)}
     assert (full["examples"], full["weights"]) == (1.0, 1.0)
-    assert dual["clean_target"] > 3 * control["clean_target"]
-    assert dual["target_loss"] < control["target_loss"]
-    assert dual["target_loss"] < base["target_loss"]
+    assert (base["forgetting"], base["seconds"], base["clean"]) == (0.0, 0.0, None)
+    assert dual["clean"] > 3 * control["clean"]
+    assert dual["clean"] > first_order["clean"]

@@ -27,7 +27,7 @@ def write_control(
         examples: Which of the scored examples to choose.
         weights: Which weights to choose.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 2)  # the warm-up draws with the seed, a prior with the next one
     chosen = _draw_examples(selection, examples, generator)
     mask = selection.mask()
     if weights == "random":

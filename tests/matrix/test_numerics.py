@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft import InstructionDataModule
-from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.data.batches import collate
 from dualsft.data.packing import collate_packed
 from dualsft.errors import UserError
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype
+from dualsft.quickstart import GSM8K
 from dualsft.scorers import FirstOrder
 from dualsft.selection.directions import Statistics, directions, preconditioner
 from dualsft.selection.passes import scoring_mode
@@ -42,7 +42,7 @@ from tests.world.jobs import SGD, Inputs, select, write_inputs
 Reference = tuple[Checkpoint, list[int], Scores]
 
 LONGEST = 256
-VALIDATION = ASSETS / "data" / "validation.jsonl"
+VALIDATION = GSM8K / "validation.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +207,7 @@ def share_of_zeros(tensors: Iterable[Tensor], dtype: torch.dtype) -> float:
 @pytest.mark.heavy
 def test_small_scores_are_not_lost(model: PreTrainedModel, validation: str, tmp_path: Path) -> None:
     """At the step size 2e-5 float16 would lose u, and with it the scores; here next to no entry is zero."""
-    lines = POOL.read_text(encoding="utf-8").splitlines(keepends=True)[::20]
+    lines = (GSM8K / "pool.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[::20]
     (tmp_path / "pool.jsonl").write_text("".join(lines), encoding="utf-8")
     inputs = Inputs(MODEL, str(tmp_path / "pool.jsonl"), validation)
     options = {"max_length": 512, "batch_tokens": 2048}

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dualsft import InstructionDataModule
-from dualsft.commands.quickstart import ASSETS, POOL
 from dualsft.data.layout import Batch, Layout
 from dualsft.matrix.curvature import HessianVectorProduct
 from dualsft.matrix.passes import gradient_pass
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
+from dualsft.quickstart import ASSETS, GSM8K
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
 from dualsft.selection.directions import Statistics, column_totals, directions, preconditioner
 from dualsft.selection.step import along_pool_step, settle
@@ -102,8 +102,8 @@ def rows(path: Path, kind: str | None, count: int) -> list[dict[str, Any]]:
 @pytest.mark.heavy
 def test_second_order_is_nearer_on_a_language_model(tmp_path: Path) -> None:
     """On the embedded Llama and real text the measured fall of the loss is nearer to the prediction with the term."""
-    train = write_jsonl(tmp_path / "train.jsonl", rows(POOL, "target", 16))
-    validation = write_jsonl(tmp_path / "validation.jsonl", rows(ASSETS / "data" / "validation.jsonl", None, 8))
+    train = write_jsonl(tmp_path / "train.jsonl", rows(GSM8K / "pool.jsonl", "target", 16))
+    validation = write_jsonl(tmp_path / "validation.jsonl", rows(GSM8K / "validation.jsonl", None, 8))
     inputs = Inputs(str(ASSETS / "model"), train, validation)
     options = {**SGD, "scorer": HessianVector(), "step_size": "auto", "dtype": "float32"}
     data = {"max_length": 128, "batch_tokens": 1024}
