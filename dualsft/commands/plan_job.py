@@ -66,7 +66,8 @@ def make_job(
     choice = parsed("select", known_to("select", arguments)) if chooses else None
     share, structured, data_share = _chosen(model.selection, choice, shape.count)
     accumulated = trainer.accumulate_grad_batches or 1
-    trained = Trained(share, structured, *_optimizer(config, _device(trainer)), accumulated)
+    prior = bool(model.training_prior.weight)
+    trained = Trained(share, structured, *_optimizer(config, _device(trainer)), accumulated, prior)
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
     batches = trainer.max_steps * accumulated if trainer.max_steps > 0 else None
     return FitJob(**common, trained=trained, epochs=epochs, data_share=data_share, batches=batches)

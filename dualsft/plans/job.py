@@ -64,6 +64,7 @@ class Trained:
         step: How its step works on the tensors: on all at once, with a copy of all masters in passing (``foreach``), on
             one after the other, with copies of it (``single``), or in place (``fused``).
         accumulated: Batches of a step: from the second on the gradients of the earlier ones are held.
+        prior: Whether a prior term keeps the model near the base model, whose values of the trained weights are held.
     """
 
     share: float = 1.0
@@ -71,6 +72,7 @@ class Trained:
     state: float = ADAM_STATE
     step: Step = "foreach"
     accumulated: int = 1
+    prior: bool = False
 
 
 @dataclass(frozen=True)

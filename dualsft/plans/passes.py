@@ -24,6 +24,7 @@ from dualsft.training.chosen_gradient import ChosenGradientHook, Columns, Rectan
 from dualsft.training.compact import CompactParameters
 
 Work = Callable[[], None]
+_PRIOR = SelfDistillation(weight=1.0, fraction=1.0, temperature=2.0, confidence="max_prob")
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,11 @@ def distilled(model: PreTrainedModel, batch: BatchShape, running: Running, base:
     """The prior's gradient, with another model of this shape as the teacher; without one the model is its own."""
     sums = ColumnSums(model)
     teacher = base.model(torch.device("cpu"), len(transformer_blocks(model))).requires_grad_(False) if base else model
-    prior = SelfDistillation(weight=1.0, fraction=1.0, temperature=2.0, confidence="max_prob")
 
     def work() -> None:
         layout = batch.layout()
         with sums, scoring_mode(model, running.checkpointing), running.precision():
-            prior.losses(model, batch.make(), layout, teacher).sum().backward()
+            _PRIOR.losses(model, batch.make(), layout, teacher).sum().backward()
 
     return work
 
@@ -109,7 +109,13 @@ def hessian_vector(model: PreTrainedModel, batch: BatchShape, running: Running) 
 
 
 def train(
-    model: PreTrainedModel, batch: BatchShape, running: Running, share: float, structured: bool, accumulated: bool
+    model: PreTrainedModel,
+    batch: BatchShape,
+    running: Running,
+    share: float,
+    structured: bool,
+    accumulated: bool,
+    prior: bool = False,
 ) -> Work:
     """The gradient of a training step in compact form, of all weights or of a share of each tensor.
 
@@ -120,6 +126,7 @@ def train(
         share: Of the weights of each tensor that are trained.
         structured: Whether these are rows, of which alone linear layers compute the gradient.
         accumulated: Whether earlier batches of the step have left a gradient.
+        prior: Whether a batch of anchors comes after it, to keep the model near the base model.
     """
     model.train()
     if running.checkpointing:
@@ -135,6 +142,8 @@ def train(
     def work() -> None:
         with running.precision():
             example_losses(model, batch.make(), batch.layout()).sum().backward()
+            if prior:
+                _PRIOR.losses(model, batch.make(), batch.layout(), model).sum().backward()
         if not accumulated:
             for master in masters:
                 master.grad = None

@@ -18,7 +18,8 @@ _STAY = ("weights", "masters", "optimizer", "indices")
 def training_phase(job: Job, name: str, trained: Trained) -> Phase:
     """The phase of this name in which a job trains."""
     shards, machine, batch = job.shards, job.machine, job.training
-    keeps = trained.accumulated > 1 or machine.ranks > 1  # a rank keeps its shards' alone, which no trace shows
+    # a rank keeps its shards' alone, which no trace shows
+    keeps = trained.accumulated > 1 or machine.ranks > 1 or trained.prior
     train = partial(
         passes.train,
         batch=batch,
@@ -26,12 +27,15 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
         share=trained.share,
         structured=trained.structured,
         accumulated=keeps,
+        prior=trained.prior,
     )
     cost = trace(job.shape, batch, train)
     masters = round(trained.share * shards.sums)
     held = {"weights": shards.weights, "masters": masters, "optimizer": round(masters / _MASTER * trained.state)}
     if trained.share < 1:
         held["indices"] = round(trained.share * shards.bytes_of(lambda _: INDEX))
+    if trained.prior:
+        held["base values"] = round(trained.share * shards.weights)
     if keeps:
         held["gradients"] = masters
     passing = {"foreach": masters, "single": round(2 * trained.share * shards.widest), "fused": 0}

@@ -66,10 +66,11 @@ def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> N
     for master in compact.masters:
         master.grad = torch.zeros_like(master)
     optimizer.step()
-    (phase,) = plan_fit(FitJob(tiny_shape(tmp_path), trained=Trained(share, accumulated=2))).phases
+    (phase,) = plan_fit(FitJob(tiny_shape(tmp_path), trained=Trained(share, prior=True))).phases
     moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     assert phase.held["masters"] == phase.held["gradients"] == size_of(compact.masters)
     assert phase.held["optimizer"] == size_of(moments)
+    assert phase.held["base values"] == size_of(compact.stored())
     assert phase.held.get("indices", 0) == size_of(compact.buffers())
 
 
