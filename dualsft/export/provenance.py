@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def _describe_data(source: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
-    """How the model was trained: optimizer, schedule, epochs, steps, batches and data."""
-    data = getattr(trainer, "datamodule", None)
+    """How the model was trained: optimizer, schedule, epochs, steps, the prior if there was one, batches and data."""
+    data, prior = getattr(trainer, "datamodule", None), getattr(trainer.lightning_module, "training_prior", None)
     return {
         "optimizer": [_describe_optimizer(optimizer) for optimizer in trainer.optimizers],
         "lr_scheduler": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
@@ -76,6 +77,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "precision": str(trainer.precision),
+        "training_prior": asdict(prior) if prior and prior.weight else None,
         **(_describe_batches(data) if isinstance(data, InstructionDataModule) else {}),
     }
 

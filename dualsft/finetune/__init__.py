@@ -8,6 +8,7 @@ from dualsft.finetune.checkpointing import EndOfTraining, RecentCheckpoint, best
 from dualsft.finetune.export_callback import ExportModel
 from dualsft.finetune.fit_report import FitReport, report
 from dualsft.finetune.module import MaskedFinetuneModule
+from dualsft.finetune.prior import TrainingPrior
 from dualsft.finetune.trainer_checks import check_trainer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FitReport",
     "MaskedFinetuneModule",
     "RecentCheckpoint",
+    "TrainingPrior",
     "best_checkpoint",
     "check_trainer",
     "report",

@@ -15,7 +15,7 @@ from dualsft.errors import UserError
 from dualsft.evaluation import EvaluationModule
 from dualsft.export.checkpoints import prepare_apply, prepare_extract
 from dualsft.export.delta import apply_delta, open_delta
-from dualsft.finetune import ExportModel
+from dualsft.finetune import ExportModel, TrainingPrior
 from dualsft.models.loading import load_model, model_fingerprint
 from dualsft.selection import load_selection
 from tests.world.fits import weights
@@ -27,7 +27,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A workspace in which a fit has left its export."""
     workspace = make_workspace(tmp_path_factory.mktemp("exported"), request.param)
     run = trainer(workspace.folder, callbacks=[ExportModel(str(workspace.folder))], enable_checkpointing=False)
-    run.fit(workspace.module(), datamodule=workspace.data())
+    run.fit(workspace.module(training_prior=TrainingPrior(0.1)), datamodule=workspace.data())
     return workspace
 
 
@@ -108,6 +108,7 @@ def test_model_card(exported: Workspace) -> None:
     train, validation = read_records(exported.train), read_records(exported.validation)
     assert f"training data: train.jsonl, 24 rows, SHA-256 `{train.fingerprint}`" in card.text
     assert "optimizer: AdamW (lr 0.003, betas 0.9, 0.999, eps 1e-08, weight_decay 0.1)" in card.text
+    assert "- training prior: weight 0.1, temperature 2.0, confidence max_prob" in card.text
     for line in ("- epochs: 2", "- examples: 17", "- batch tokens: 400", model_fingerprint(exported.model)):
         assert line in card.text
     assert str(exported.folder) not in card.content

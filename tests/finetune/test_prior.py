@@ -13,7 +13,7 @@ from torch import Tensor
 from dualsft.data.batches import TrainingBatches
 from dualsft.data.layout import Batch, Layout, one_example
 from dualsft.errors import UserError
-from dualsft.finetune.prior import TrainingPrior
+from dualsft.finetune import TrainingPrior
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from tests.finetune.test_losses import LOSSES, sgd
