@@ -11,7 +11,7 @@ from dualsft.plans.tracing import trace
 _MASTER = 4
 _PLACE = 8
 """Bytes of the place of a changed weight in a delta (int64)."""
-_STAY = ("weights", "masters", "optimizer", "indices")
+_STAY = ("weights", "masters", "optimizer", "indices", "base values")
 """What a training holds that is still there after its last step."""
 
 
