@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dualsft.cli import run
 from dualsft.commands.plan_job import make_job
 from dualsft.commands.plan_probe import run_probe
-from dualsft.plans.probe import probe_options
+from dualsft.plans.probe import kind_of, probe_options
 from dualsft.plans.remedies import plan_job
 from dualsft.runs.table import markdown_table
 
@@ -35,12 +35,15 @@ SELECTS: dict[str, dict[str, Any]] = {
     "first_order, prior": {"prior": {"weight": 0.2}},
     "diagonal_fisher": {"scorer": "diagonal_fisher"},
     "hessian_vector": {"scorer": "hessian_vector", "warmup": {"fraction": 0.0}, "preconditioner": "none"},
+    "along the target": {"path": {"along": "target", "epochs": 1, "pieces": 2, "most_pieces": 2, "held_out": 0.0}},
 }
 FITS: dict[str, dict[str, Any] | None] = {
     "fit, dense": None,
     "fit, masked": {"parameter_allocator": "global_top_k"},
     "fit, structured": {"parameter_allocator": "structured"},
+    "fit, masked, training prior": {"parameter_allocator": "global_top_k"},
 }
+PRIOR = {"training_prior": {"weight": 0.3}}
 TOKENS, ROWS, BATCH_TOKENS, BATCH = 128, 12, 512, 4
 
 
@@ -81,10 +84,13 @@ def measured(case: str, family: str, ranks: int, verb: str, given: list[str]) ->
     """A row for each phase of a command."""
     job = make_job(verb, given, 1.0, None, None, to_be_chosen=False)
     planned = {phase.name: phase.peak for phase in plan_job(job).phases}
+    peaks: dict[str, int] = {}
     for phase in run_probe(verb, [*given, *probe_options(job)], None).phases:
-        if phase.peak is not None and (plan := planned.get(phase.name)):
-            mib = (f"{size / 2**20:,.0f}" for size in (plan, phase.peak))
-            yield [f"{case}: {phase.name}", family, str(ranks), *mib, f"{plan / phase.peak:.2f}"]
+        if phase.peak is not None and kind_of(phase) in planned:
+            peaks[kind_of(phase)] = max(phase.peak, peaks.get(kind_of(phase), 0))
+    for name, peak in peaks.items():
+        mib = (f"{size / 2**20:,.0f}" for size in (planned[name], peak))
+        yield [f"{case}: {name}", family, str(ranks), *mib, f"{planned[name] / peak:.2f}"]
 
 
 def rows(family: str, ranks: int, cases: list[str]) -> Iterator[list[str]]:
@@ -108,6 +114,7 @@ def rows(family: str, ranks: int, cases: list[str]) -> Iterator[list[str]]:
                         model["selection"],
                     ]
                 )
+            model |= PRIOR if case.endswith("prior") else {}
             yield from measured(case, family, ranks, "fit", options(folder, case, config, model, ranks))
 
 

@@ -14,7 +14,7 @@ from dualsft.plans.job import Job
 from dualsft.plans.phase import Plan
 from dualsft.plans.probe import probe_options, probe_text
 from dualsft.plans.remedies import plan_job, remedies
-from dualsft.plans.scoring import is_along_path
+from dualsft.plans.scoring import can_be_planned
 from dualsft.plans.sizes import parse_memory
 from dualsft.plans.text import (
     UNKNOWN,
@@ -77,7 +77,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     tokens = options.pool_tokens, options.validation_tokens
     job = make_job(options.verb, others, options.supervised, *tokens, to_be_chosen=not options.probe)
     # what cannot be planned can be tried
-    plan = None if options.probe and is_along_path(job) else plan_job(job)
+    plan = None if options.probe and not can_be_planned(job) else plan_job(job)
     print(heading(job) if plan is None else _text(job, plan, limit, options.throughput), flush=True)
     if options.probe:
         given = known_to(options.verb, others)

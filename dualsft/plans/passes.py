@@ -45,6 +45,11 @@ def gradient(model: PreTrainedModel, batch: BatchShape, running: Running, square
     return partial(_score, model, batch, running, [sums], None)
 
 
+def losses(model: PreTrainedModel, batch: BatchShape, running: Running) -> Work:
+    """The losses of the examples, without gradients."""
+    return partial(_score, model, batch, running, [], None, frozen=True)
+
+
 def scores(
     model: PreTrainedModel, batch: BatchShape, running: Running, directions: int, columns: bool, by_token: bool
 ) -> Work:
@@ -69,7 +74,9 @@ def _score(
             layout = batch.layout()
             if rows is not None:
                 rows.begin(layout)
-            example_losses(model, batch.make(), layout).sum().backward()
+            found = example_losses(model, batch.make(), layout).sum()
+            if found.requires_grad:
+                found.backward()
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def _grouped(job: Job, seen: Seen) -> dict[str, list[PhaseSeen]]:
     """The phases that count, by the name that they have in common."""
     found: dict[str, list[PhaseSeen]] = {}
     for phase in seen.phases:
-        name = kind = _kind(phase)
+        name = kind = kind_of(phase)
         if isinstance(job, FitJob) and kind == _BASE:
             name = counted(1 + _epochs(job, seen), "validation")
         if _passes(job, seen, kind):
@@ -115,14 +115,14 @@ def _grouped(job: Job, seen: Seen) -> dict[str, list[PhaseSeen]]:
     return found
 
 
-def _kind(phase: PhaseSeen) -> str:
+def kind_of(phase: PhaseSeen) -> str:
     """A phase's name without the validation set, its half and the point of the path."""
     return _OF_SET.sub(r"\1", _TO_SET.sub(r"\1", _NUMBERED.sub("", phase.name)))
 
 
 def _scale(job: Job, seen: Seen, phase: PhaseSeen) -> float:
     """How many times as long a phase takes over all data."""
-    kind = _kind(phase)
+    kind = kind_of(phase)
     sample, whole = seen.tokens["pool" if _is_of_pool(job, kind) else "validation"]
     times = _passes(job, seen, kind) * whole / sample if sample else 1.0
     if kind == _TRAINING and isinstance(job, FitJob) and job.batches is not None:

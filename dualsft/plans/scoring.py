@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from functools import partial
 
-from dualsft.errors import UserError
 from dualsft.plans import passes
-from dualsft.plans.batch import BatchShape
+from dualsft.plans.along_path import is_known_path, path_phases
 from dualsft.plans.job import Job, SelectJob, Trained
+from dualsft.plans.parts import all_bytes, scoring_phase, times
 from dualsft.plans.phase import Phase, Plan
-from dualsft.plans.tracing import Prepare, trace
 from dualsft.plans.training import training_phase
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.terms import HESSIAN
@@ -20,22 +19,24 @@ _RANKING = 2**26
 
 
 def plan_select(job: SelectJob) -> Plan:
-    """The phases of a selection at one scoring checkpoint.
+    """The phases of a selection, at one scoring checkpoint or along the target.
 
     Raises:
-        UserError: if it goes along a path, whose training and passes alternate as its points decide.
+        UserError: if it goes along another path, of whose passes nothing is known.
     """
     if is_along_path(job):
-        raise UserError(
-            "A plan knows selections at one scoring checkpoint; set model.path.along to null, or give --probe, which "
-            "runs a few batches of each phase."
-        )
-    return Plan([*_warm_up(job), *_objective(job), *_pool(job), _choice(job)])
+        return Plan([*_warm_up(job), *path_phases(job), _choice(job, directions={})])
+    return Plan([*_warm_up(job), *_objective(job), *_pool(job), _choice(job, _directions(job))])
 
 
 def is_along_path(job: Job) -> bool:
-    """Whether a job is a selection along a path, which no plan knows."""
+    """Whether a job is a selection along a path."""
     return isinstance(job, SelectJob) and job.settings.path.along is not None
+
+
+def can_be_planned(job: Job) -> bool:
+    """Whether a job is none along a path of whose passes nothing is known."""
+    return not (isinstance(job, SelectJob) and is_along_path(job)) or is_known_path(job.settings)
 
 
 def _warm_up(job: SelectJob) -> Iterator[Phase]:
@@ -43,22 +44,23 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
     if warmup.checkpoint is not None or warmup.fraction == 0:
         return
     phase = training_phase(job, "warm-up", Trained(step="single" if job.machine.device == "cpu" else "fused"))
-    phase.disk["warmed-up weights and second moment"] = _of_all(job, True) + _of_all(job)
+    phase.disk["warmed-up weights and second moment"] = all_bytes(job, True) + all_bytes(job)
     if job.machine.device != "cpu":
         phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
-    yield phase.over(_times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
+    yield phase.over(times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
 
 
 def _objective(job: SelectJob) -> Iterator[Phase]:
     """The passes for v, and for the empirical Fisher."""
     settings, seen, pool = job.settings, job.data.validation_tokens, job.data.pool_tokens
-    yield _pass(job, "validation gradient", partial(passes.gradient, batch=job.scoring, running=job.running)).over(seen)
+    gradient = partial(passes.gradient, batch=job.scoring, running=job.running)
+    yield scoring_phase(job, "validation gradient", gradient).over(seen)
     if settings.prior.weight:
-        yield _prior(job).over(_times(pool, settings.prior.fraction))
+        yield _prior(job).over(times(pool, settings.prior.fraction))
     if "empirical_fisher" in settings.scorer.needs:
         alone = job.scoring.alone()
         squared = partial(passes.gradient, batch=alone, running=job.running, squared=True)
-        yield _pass(job, "validation squared gradient", squared, alone).over(seen)
+        yield scoring_phase(job, "validation squared gradient", squared, alone).over(seen)
 
 
 def _prior(job: SelectJob) -> Phase:
@@ -67,7 +69,8 @@ def _prior(job: SelectJob) -> Phase:
     untouched = warmup.checkpoint is None and warmup.fraction == 0
 
     base = None if untouched else job.shape
-    phase = _pass(job, "prior gradient", partial(passes.distilled, batch=job.scoring, running=job.running, base=base))
+    gradient = partial(passes.distilled, batch=job.scoring, running=job.running, base=base)
+    phase = scoring_phase(job, "prior gradient", gradient)
     if not untouched:
         (phase.host if job.machine.offload else phase.held)["teacher"] = job.shards.weights
     return phase
@@ -80,7 +83,7 @@ def _pool(job: SelectJob) -> Iterator[Phase]:
     by_turns = "then" in job.settings.order
     if first or by_turns:
         gradient = partial(passes.gradient, batch=job.scoring, running=job.running)
-        yield _pass(job, "pool gradient", gradient).over(pool)
+        yield scoring_phase(job, "pool gradient", gradient).over(pool)
     if needs & HESSIAN:
         yield _product(job, "hessian_vector" in needs).over(job.data.validation_tokens)
     yield _rows(job, columns=not (first or by_turns), masked=by_turns).over(pool)
@@ -91,9 +94,10 @@ def _product(job: SelectJob, exact: bool) -> Phase:
     weights = job.shards.weights
     if not exact:
         work = partial(passes.gradient, batch=job.scoring, running=job.running)
-        return _pass(job, "validation gradient a step", work, more={"direction": weights, "weights before": weights})
+        held = {"direction": weights, "weights before": weights}
+        return scoring_phase(job, "validation gradient a step", work, more=held)
     work = partial(passes.hessian_vector, batch=job.scoring, running=job.running)
-    phase = _pass(job, "validation Hessian-vector product", work, more={"direction": weights})
+    phase = scoring_phase(job, "validation Hessian-vector product", work, more={"direction": weights})
     if job.machine.ranks > 1:  # the model is unsharded for it, with the direction and the sums
         whole = job.shape
         phase.held["full weights, direction and sums"] = sum(w.size * (2 * w.itemsize + w.wide) for w in whole.weights)
@@ -113,7 +117,7 @@ def _rows(job: SelectJob, columns: bool, masked: bool) -> Phase:
     )
     if masked:
         held["directions of chosen weights"] = count * job.shards.sums
-    return _pass(job, "scores", work, directions=count, columns=columns, more=held)
+    return scoring_phase(job, "scores", work, directions=count, columns=columns, more=held)
 
 
 def _number(job: SelectJob) -> int:
@@ -127,32 +131,10 @@ def _directions(job: SelectJob) -> dict[str, int]:
     return {f"{count} directions" if count > 1 else "direction": count * job.shards.sums}
 
 
-def _pass(
-    job: SelectJob,
-    name: str,
-    prepare: Prepare,
-    batch: BatchShape | None = None,
-    *,
-    directions: int = 0,
-    columns: bool = True,
-    more: dict[str, int] | None = None,
-) -> Phase:
-    """One pass: what it holds, the trace of a batch, and the sums that it leaves in a file."""
-    shards, batch = job.shards, batch or job.scoring
-    cost = trace(job.shape, batch, prepare)
-    held = {"weights": shards.weights, **(more or {}), **({"accumulator": shards.sums} if columns else {})}
-    size = shards.with_units(cost.size, directions, gradients=columns)
-    on_host = {} if job.machine.device == "cpu" or not columns else {"sums, while written": shards.sums}
-    disk = {f"sums of the {name}": _of_all(job)} if columns else {}
-    if job.machine.offload:
-        held, on_host = {}, {**held, **on_host}
-    return Phase(name, held, size, cost.logits, host=on_host, disk=disk, flops=cost.flops / batch.size)
-
-
-def _choice(job: SelectJob) -> Phase:
+def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:
     """Ranking on the host of rank zero, and the artifact; the directions stay, as their cosines are told."""
     count = job.shape.count
-    held = {"weights": job.shards.weights, **_directions(job)}
+    held = {"weights": job.shards.weights, **directions}
     of_scores = "scores, in files" if job.shards.sharded else "scores"
     host = {of_scores: _SUMMED * count, "mask": count, "ranking": _RANKING}
     disk = {"parameter_scores.safetensors": _SUMMED * count, "mask.safetensors": -(-count // 8)}
@@ -161,12 +143,3 @@ def _choice(job: SelectJob) -> Phase:
     if job.machine.offload:
         return Phase("choice", {}, host={**held, **host}, disk=disk)
     return Phase("choice", held, host=host, disk=disk)
-
-
-def _of_all(job: SelectJob, stored: bool = False) -> int:
-    """Bytes of the weights, or of sums, of all ranks together."""
-    return sum(w.size * (w.itemsize if stored else w.wide) for w in job.shape.weights)
-
-
-def _times(tokens: float | None, share: float) -> float | None:
-    return None if tokens is None else tokens * share

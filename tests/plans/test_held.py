@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from dualsft.matrix.interaction import ColumnSums
+from dualsft.paths import TargetPath
 from dualsft.plans.held import Shards
 from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.scoring import plan_select
 from dualsft.plans.training import plan_fit
+from dualsft.selection.paths.settings import PathSettings
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.warmup import Warmup
 from dualsft.training.compact import CompactParameters
 from tests.plans.cases import tiny_shape
 from tests.world.models import tiny_llama
@@ -89,3 +93,25 @@ def test_directions_stay_through_the_choice(tmp_path: Path) -> None:
     job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2))
     choice = plan_select(job).phases[-1]
     assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.sums}
+
+
+def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:
+    """Each phase over the tokens that it takes, with the points' weights in files and the sums beside each point's."""
+    path = PathSettings(along=TargetPath(), pieces=4, most_pieces=8, epochs=2, held_out=0.5)
+    sizes = DataSizes(8, 4, 2, pool_tokens=1000.0, validation_tokens=100.0)
+    warm = Warmup(fraction=0.0)
+    job = SelectJob(tiny_shape(tmp_path), Machine("cpu"), sizes, settings=SelectionSettings(path=path, warmup=warm))
+    plan = {phase.name: phase for phase in plan_select(job).phases}
+    assert {name: phase.tokens for name, phase in plan.items()} == {
+        "path": 100.0,
+        "held-out loss": 250.0,
+        "pool loss": 2000.0,
+        "validation loss": 200.0,
+        "validation": 900.0,
+        "choice": None,
+    }
+    weights, sums = job.shards.weights, job.shards.sums
+    assert plan["path"].disk == {"points of the path": 5 * weights}
+    assert plan["pool loss"].held == {"weights": weights}
+    assert plan["validation"].held["sums of earlier points"] == plan["validation"].held["direction"] == sums
+    assert plan["validation"].step == 2 * sums
