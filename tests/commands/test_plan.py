@@ -119,7 +119,7 @@ def test_other_memory_is_refused(text: str) -> None:
         (["--trainer.devices", "8"], "set trainer.strategy to fsdp2"),
         (["--trainer.devices", "auto"], "a plan needs their number"),
         (["--supervised", "2"], "--supervised is 2"),
-        (["--model.path.along", "pool"], "set model.path.along to target or null"),
+        (["--model.path.along", "pool", "--model.warmup.fraction", "0.1"], "set model.path.along to target or null"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(config: str, arguments: list[str], message: str) -> None:
