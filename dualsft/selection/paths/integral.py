@@ -17,7 +17,6 @@ from torch import Tensor
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix import quadrature
-from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.quadrature import Point
 from dualsft.matrix.sketches import LOSS, Measurement
@@ -172,13 +171,11 @@ class PathIntegrator:
             level = self._level(totals.level)
             for point in level.points[totals.points :]:
                 name = f"{side.name} at {point.position:.6g} of {self._path.pieces} of the {self._title}{occasion}"
-                found, u = self._at(name, side, ids, point, columns, mask)
-                if found.nonfinite:
-                    self._run.drop(key)
-                    return found.nonfinite
                 if totals.points == 0:
                     totals.scale(level.kept)
-                totals.add(found, [u], self._log.latest())
+                if bad := self._add(totals, name, side, ids, point, columns, mask):
+                    self._run.drop(key)
+                    return bad
                 totals.save(self._run, key)
                 self._passes.forget(name)
             if mask is None:
@@ -191,23 +188,29 @@ class PathIntegrator:
     def _level(self, number: int) -> quadrature.Level:
         return quadrature.level(self._settings.path.quadrature, self._path.pieces, number)
 
-    def _at(
+    def _add(
         self,
+        totals: PathTotals,
         name: str,
         side: Side,
         ids: list[int],
         point: Point,
         columns: bool,
         mask: Mapping[str, Tensor] | None,
-    ) -> tuple[GradientPass, Mapping[str, Tensor]]:
-        """The pass over some examples at a point, and its direction."""
+    ) -> set[int]:
+        """Add what the pass over some examples at a point gives; the ids that are not finite there, if there are any.
+
+        Direction and sums of the point are gone when those of the next one come.
+        """
         self._path.move(self._model, point.position)
         u: Mapping[str, Tensor] = self._path.displacement(self._model, point.shares)
         if mask is not None:
             u = masked(u, mask, dict(self._model.named_parameters()))
         options = {"columns": columns, "by_token": self._settings.token_scores}
         found = self._passes.run(name, len(ids), partial(side.loader, ids), directions=[u], **options)
-        return found, u
+        if not found.nonfinite:
+            totals.add(found, [u], self._log.latest())
+        return found.nonfinite
 
     def _integral(self, totals: PathTotals, fall: Mapping[int, float], mask: Mapping[str, Tensor] | None) -> Integral:
         rows, columns = totals.rows[0], totals.columns[0] if totals.columns else {}
