@@ -138,7 +138,8 @@ def shorten(quickstart: Path) -> None:
     text = config.read_text(encoding="utf-8") + settings
     assert "max_new_tokens: 32" in text
     config.write_text(text.replace("max_new_tokens: 32", "max_new_tokens: 8"), encoding="utf-8")
-    for name, every in (("records/pool", 4), ("data/test_general", 16), ("records/test_target", 8)):
+    rows_left = {"records/pool": 4, "records/validation": 2, "data/test_general": 16, "records/test_target": 8}
+    for name, every in rows_left.items():
         path = quickstart / "assets" / f"{name}.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(rows[::every]), encoding="utf-8")

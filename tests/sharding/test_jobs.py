@@ -1,6 +1,7 @@
 """Jobs on several ranks and nodes as they are started: from the command line, with torchrun, by SLURM; and killed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,9 +213,8 @@ def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int]) -> list
 @pytest.mark.parametrize(
     ("kind", "ranks", "told"),
     [
-        ("mistake", (0,), f"dualsft: error: {REASON}"),
-        ("mistake", (0, 1), REASON),
-        ("fault", (1,), f"[rank1]: RuntimeError: {REASON}"),
+        ("mistake", (0, 1), rf"^dualsft: error( \(rank 1\))?: {REASON}"),
+        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}"),
     ],
 )
 def test_a_failure_is_told_once_by_the_rank_that_failed(
@@ -225,7 +225,7 @@ def test_a_failure_is_told_once_by_the_rank_that_failed(
         assert process.wait(PATIENCE) not in (0, None)
         wait_for(lambda: not members(process.pid), 30, "end of all ranks")
     lines = (tmp_path / "log").read_text().splitlines()
-    assert [told in line for line in lines].count(True) == 1
+    assert len([line for line in lines if re.search(told, line)]) == 1
     assert sum(REASON in line or "dualsft: error" in line for line in lines) == 1
     assert not (tmp_path / "out").exists()
 
