@@ -34,7 +34,7 @@ def test_ci_runs_the_readme_test_command() -> None:
     given = [line for line in commands() if "pytest" in line]
     assert given
     after = lines[max(map(lines.index, given)) :]
-    assert any(line.startswith("python -m pytest -n 2 -m heavy") for line in after)
+    assert any(line.startswith("python -m pytest -n 3 -m heavy") for line in after)
     assert any(line.startswith("pre-commit run --all-files") for line in after)
 
 

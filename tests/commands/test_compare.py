@@ -18,6 +18,7 @@ from dualsft.experiments.grid import Grid
 from dualsft.experiments.grid_file import read_grid
 from dualsft.experiments.jobs import Job
 from tests.world.data import sums
+from tests.world.embedded import ROOT
 from tests.world.jobs import write_inputs, write_job
 
 METHODS: dict[str, Any] = {
@@ -32,6 +33,14 @@ SETS = {
     "general": {"data": "train.jsonl", "forgetting": True},
 }
 COSTS = {"seconds": 2.0, "peak_memory_bytes": 2**20, "bytes_on_disk": 2**21, "trained_weights": 30, "examples": 5}
+
+
+def test_the_shipped_comparison_has_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings are known, its names are registered, and its data are there; run as its page says."""
+    monkeypatch.chdir(ROOT)
+    grid = read_grid("configs/comparisons/quickstart.yaml")
+    jobs = CompareJobs(grid, Bank(tmp_path))
+    assert {trial.recipe.method for trial in jobs.trials} == set(grid.methods)
 
 
 @pytest.fixture(scope="module")
