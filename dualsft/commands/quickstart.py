@@ -33,17 +33,21 @@ FULL_OPTIONS = ("--trainer.max_epochs", "1", "--optimizer.lr", "1.0e-3")
 _SECONDS = {"select": 13.0, "select by first order": 9.0, "fit": 20.0, "validate": 5.0, "report": 8.0}
 """About what each command takes, on two cores; only their ratios count, for how much is done."""
 _SHOWN = 3
+_LARGEST_SEED = 2**32 - 1  # numpy's
+_LOG, _REPORT, _BY_FIRST_ORDER = "log.txt", "report", "first-order-selection"
+_WRITTEN = (_LOG, _REPORT, _BY_FIRST_ORDER)
+"""What lies in the folder beside results that other commands write under the same names."""
 
 
 def quickstart_command(arguments: Sequence[str]) -> None:
     """Run the quick start."""
     parser = argparse.ArgumentParser("dualsft quickstart", description=__doc__)
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every step (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of every step (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quick start")
     check_options(parser, "dualsft quickstart", arguments)
     options = parser.parse_args(arguments)
-    folder = RunFolder(options.output_dir, overwrite=options.overwrite, resumable=False)
+    folder = RunFolder(options.output_dir, overwrite=options.overwrite, resumable=False, written=_WRITTEN)
     folder.claim({"command": "quickstart"})
     start = time.perf_counter()
     try:
@@ -54,8 +58,15 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     write_atomically(folder.path / "metrics.json", json.dumps([vars(row) for row in rows], indent=2))
     folder.finish()
     print(f"\nHeld-out prompts, before and after:\n\n{side_by_side(answers(folder.path))}\n\n{table(rows)}\n")
-    page = folder.path / "report" / "report.html"
+    page = folder.path / _REPORT / "report.html"
     print(f"{time.perf_counter() - start:.0f} s; open {page} in a browser to see what was chosen, and why")
+
+
+def _seed(text: str) -> int:
+    """A seed that every step takes: refused before the folder is claimed."""
+    if not text.isdecimal() or int(text) > _LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to {_LARGEST_SEED}")
+    return int(text)
 
 
 class Verbs:
@@ -101,7 +112,7 @@ class Verbs:
         if verb == "validate":
             del places["--data.train"], places["--data.validation"]
         missing = [part for option, value in places.items() if option not in arguments for part in (option, value)]
-        command([verb, "--config", self._config, *missing, *arguments], self.folder / "log.txt")
+        command([verb, "--config", self._config, *missing, *arguments], self.folder / _LOG)
 
 
 def command(arguments: Iterable[object], log: Path) -> None:
@@ -126,7 +137,7 @@ class QuickStart:
             self._base_loss = base["loss/general"]
             chosen, chose = self._timed("select", lambda: self._verbs.select("selection"))
             simple, chose_simply = self._timed(
-                "select by first order", lambda: self._verbs.select("first-order-selection", *FIRST_ORDER_OPTIONS)
+                "select by first order", lambda: self._verbs.select(_BY_FIRST_ORDER, *FIRST_ORDER_OPTIONS)
             )
             control = self._verbs.folder / "random-selection"
             write_control(
@@ -165,8 +176,8 @@ class QuickStart:
 
     def _report(self) -> None:
         of = self._verbs.folder
-        shown = [of / "selection", of / "first-order-selection", *sorted(of.glob("fit-*"))]
-        command(["report", *shown, "--output_dir", of / "report"], of / "log.txt")
+        shown = [of / "selection", of / _BY_FIRST_ORDER, *sorted(of.glob("fit-*"))]
+        command(["report", *shown, "--output_dir", of / _REPORT], of / _LOG)
 
     def _timed(self, kind: str, step: Any) -> tuple[Any, float]:
         """(what a step returns, the seconds it took), and move the bar on."""
