@@ -120,7 +120,7 @@ class MaskedFinetuneModule(LightningModule):
         check_validation_data(self.trainer)
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)
-        self._logged = metric_names(self.trainer, sets)
+        self._logged = metric_names(self.trainer, sets, prior=bool(self.training_prior.weight))
         check_monitors(self.trainer, self._logged)
 
     def configure_model(self) -> None:

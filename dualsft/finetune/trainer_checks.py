@@ -90,9 +90,9 @@ def is_validated(trainer: Trainer) -> bool:
     return getattr(data, "validation", True) is not None and trainer.limit_val_batches != 0
 
 
-def metric_names(trainer: Trainer, sets: Sequence[str | None]) -> list[str]:
+def metric_names(trainer: Trainer, sets: Sequence[str | None], *, prior: bool) -> list[str]:
     """The metrics that a fit logs, given the names of its validation sets; a single source has none: [None]."""
-    names = ["train_loss"]
+    names = ["train_loss", *(["train_prior"] if prior else [])]
     for metric in _METRICS if is_validated(trainer) else ():
         names += [f"val_{metric}", *(f"val_{metric}/{name}" for name in sets if name is not None)]
     return names

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from dualsft.data.batches import TrainingBatches
@@ -161,3 +162,13 @@ def test_data_without_a_pool_are_refused(workspace: Workspace, folder: Path) -> 
     module, data = workspace.module(training_prior=PRIOR), workspace.data()
     with pytest.raises(UserError, match="needs an InstructionDataModule"):
         trainer(folder).fit(module, data.train_dataloader(), data.val_dataloader())
+
+
+def test_the_term_can_be_monitored(workspace: Workspace, folder: Path) -> None:
+    """By a callback, as any metric that is logged; without a prior there is none."""
+    stopping = EarlyStopping("train_prior", mode="min")
+    options = {"max_epochs": 1, "callbacks": [stopping], "enable_checkpointing": False}
+    trainer(folder, **options).fit(workspace.module(training_prior=PRIOR), datamodule=workspace.data())
+    assert 0 < float(stopping.best_score) < 1
+    with pytest.raises(UserError, match="monitors 'train_prior', which is not logged"):
+        trainer(folder, **options).fit(workspace.module(), datamodule=workspace.data())
