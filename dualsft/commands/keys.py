@@ -40,7 +40,9 @@ def check_keys(
     path: str,
     others: Callable[[], Collection[ArgumentParser]] = tuple,
 ) -> None:
-    """Refuse the first key of a configuration, narrowed to a verb's own keys, that its parser does not know.
+    """Refuse the first key of a configuration, narrowed to a verb's own keys, that its parser cannot take.
+
+    It does not know it, or it has a value where keys are due, which the parser would pass on or take for a file.
 
     Args:
         parser: The verb's.
@@ -49,7 +51,10 @@ def check_keys(
         path: Its file.
         others: Gives the parsers of verbs whose keys the file may hold too, so that those are advised as well.
     """
-    for key in _written_keys(parser, config, ""):
+    for key, value in _written_keys(parser, config, ""):
+        if is_section(parser, key) and not isinstance(value, Mapping):
+            shown = f"`{command} --print_config` shows them"
+            raise ArgumentError(None, f"The configuration {path} gives {key} no keys and values of its own; {shown}.")
         if not knows(parser, key):
             known = dict.fromkeys(of for one in (parser, *others()) for of in keys_of(one))
             sections = {of.rpartition(".")[0] for of in known} - {""}
@@ -105,13 +110,13 @@ def _is_open(parser: ArgumentParser, key: str) -> bool:
     return dict in {get_origin(part) or part for part in (kind, *get_args(kind))}
 
 
-def _written_keys(parser: ArgumentParser, config: Mapping[str, Any], section: str) -> list[str]:
+def _written_keys(parser: ArgumentParser, config: Mapping[str, Any], section: str) -> list[tuple[str, Any]]:
     """The keys of a configuration with their sections, down to those that take a value, a class or a mapping."""
-    keys: list[str] = []
+    keys: list[tuple[str, Any]] = []
     for name, value in config.items():
         key = f"{section}{name}"
         inner = isinstance(value, Mapping) and value and is_section(parser, key)
-        keys += _written_keys(parser, value, f"{key}.") if inner else [key]
+        keys += _written_keys(parser, value, f"{key}.") if inner else [(key, value)]
     return keys
 
 

@@ -165,8 +165,6 @@ class MaskedFinetuneModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, InstructionDataModule):
             self.check_data(data)
-        if self._prior:
-            self._prior.draw(data)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the compact parameters; the model's weights follow each of its steps."""
@@ -301,15 +299,18 @@ class MaskedFinetuneModule(LightningModule):
         self._resumed_gradients, self._resumed_step = state["gradients"], state["step"]
 
     def on_train_start(self) -> None:
-        """Check the schedule, and continue an accumulation that the checkpoint was made in.
+        """Check the schedule, draw the anchors, and continue an accumulation that the checkpoint was made in.
 
-        Lightning has just dropped all gradients. To ask for the run's length earlier would set up the data before a
+        A BatchSizeFinder starts training once for each size that it tries, before the fit itself has started. Lightning
+        has just dropped all gradients. To ask for the run's length earlier would set up the data before a
         resumed run's position in it is known.
         """
         for config in self.trainer.lr_scheduler_configs:
             check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)
             check_length(config.scheduler, self.trainer)
         follow_accumulation_schedule(self.trainer)
+        if self._prior:
+            self._prior.draw(self.trainer.datamodule)  # type: ignore[attr-defined]
         if self._resumed_gradients:
             self._check_resumed_step()
             self._step_loss.restore(self._resumed_step)

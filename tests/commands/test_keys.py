@@ -48,3 +48,15 @@ def test_an_unknown_key_of_a_configuration_is_refused_with_advice(config: object
     with pytest.raises(ArgumentError) as refusal:
         prepare(["--config", str(tmp_path / "job.yaml")], "select", parser_of("select"))
     assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [0.3, None, [0.3], "prior.yaml"])
+@pytest.mark.parametrize("key", ["model.training_prior", "trainer"])
+def test_a_value_where_keys_are_due(key: str, value: object, tmp_path: Path) -> None:
+    """It is refused by the key, dotted or not: the parser would fail in words of its own, or take a name for a file."""
+    section, _, name = key.partition(".")
+    for number, config in enumerate(({key: value}, {section: {name: value} if name else value})):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with pytest.raises(ArgumentError, match=f"gives {key} no keys and values of its own; `dualsft fit --print_conf"):
+            prepare(["--config", str(path)], "fit", parser_of("fit"))
