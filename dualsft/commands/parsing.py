@@ -91,10 +91,11 @@ def replay_of(parser: ArgumentParser, config: Namespace) -> str:
 def plain_values(value: Any) -> Any:
     """A parsed configuration with enumerations (in defaults) replaced by their values, which YAML can hold.
 
-    Empty ``init_args``, which the parser leaves where a name overrides a class with options, are left out.
+    Empty ``init_args``, which the parser leaves where a name overrides a class with options, are left out, as is the
+    path that it notes in a section whose keys a file on the command line gave.
     """
     if isinstance(value, Namespace):
-        parts = {key: plain_values(part) for key, part in vars(value).items()}
+        parts = {key: plain_values(part) for key, part in vars(value).items() if key != "__path__"}
         return Namespace(**{key: part for key, part in parts.items() if (key, part) != ("init_args", Namespace())})
     if isinstance(value, list):
         return [plain_values(part) for part in value]

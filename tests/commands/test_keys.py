@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dualsft.commands.parsing import parser_of, prepare
+from dualsft.commands.parsing import parser_of, plain_values, prepare, replay_of
 
 REFUSED = {
     "--model.data_budgt=5": "dualsft select has no option --model.data_budgt; did you mean --model.data_budget?",
@@ -58,5 +58,21 @@ def test_a_value_where_keys_are_due(key: str, value: object, tmp_path: Path) -> 
     for number, config in enumerate(({key: value}, {section: {name: value} if name else value})):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(config))
-        with pytest.raises(ArgumentError, match=f"gives {key} no keys and values of its own; `dualsft fit --print_conf"):
+        with pytest.raises(
+            ArgumentError, match=f"gives {key} no keys and values of its own; `dualsft fit --print_conf"
+        ):
             prepare(["--config", str(path)], "fit", parser_of("fit"))
+
+
+def test_a_file_for_a_section_on_the_command_line(tmp_path: Path) -> None:
+    """Its keys are taken, and of its own path, which neither YAML nor JSON would hold, nothing is left."""
+    (tmp_path / "prior.yaml").write_text("weight: 0.25", encoding="utf-8")
+    options = {
+        "--model.model_name_or_path": "m",
+        "--data.train": "t",
+        "--output_dir": "o",
+        "--model.training_prior": str(tmp_path / "prior.yaml"),
+    }
+    parsed = parser_of("fit").parse_args([part for pair in options.items() for part in pair])
+    assert "weight: 0.25" in replay_of(parser_of("fit"), parsed)
+    assert "__path__" not in plain_values(parsed.model.training_prior)
