@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping
 from torch import Tensor
 
 from dualsft.data.batches import TrainingBatches
@@ -172,3 +172,13 @@ def test_the_term_can_be_monitored(workspace: Workspace, folder: Path) -> None:
     assert 0 < float(stopping.best_score) < 1
     with pytest.raises(UserError, match="monitors 'train_prior', which is not logged"):
         trainer(folder, **options).fit(workspace.module(), datamodule=workspace.data())
+
+
+def test_anchors_follow_a_search_for_the_batch_size(workspace: Workspace, folder: Path) -> None:
+    """A BatchSizeFinder trains before the fit has started; the anchors then come in batches of the size found."""
+    finder = BatchSizeFinder("binsearch", steps_per_trial=1, init_val=4, max_trials=1)
+    module, data = workspace.module(training_prior=PRIOR), workspace.data(batch_size=1)
+    trainer(folder, max_epochs=1, callbacks=[finder], enable_checkpointing=True).fit(module, datamodule=data)
+    assert module._prior is not None
+    assert data.batch_size > 1
+    assert len(module._prior.anchors(0)["example_id"]) == min(data.batch_size, POOL - len(CHOSEN))
