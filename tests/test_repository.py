@@ -133,7 +133,7 @@ def shorten(quickstart: Path) -> None:
     Fewer rows are left of each part, fits end their epochs after a few batches, losses are measured after the last
     epoch alone, and answers, which are compared with nothing, are short.
     """
-    settings = "  limit_train_batches: 2\n  check_val_every_n_epoch: 8\n"  # at the end is the trainer's section
+    settings = "  limit_train_batches: 2\n"  # at the end is the trainer's section
     config = quickstart / "config.yaml"
     text = config.read_text(encoding="utf-8") + settings
     assert "max_new_tokens: 32" in text
