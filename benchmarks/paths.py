@@ -161,6 +161,7 @@ def fits(experiment: Experiment, rate: float = RATE) -> Iterator[tuple[str, Call
 
 def tenths(experiment: Experiment, rates: Sequence[float] = MASK_RATES) -> Iterator[tuple[str, Callable[[], Figures]]]:
     """Both halves of each selection: its weights trained on its examples."""
+    yield BASE, lambda: fit_figures(experiment, load_model(MODEL, "float32"))
     for name, options in SCORES.items():
 
         def both(name: str = name, options: dict[str, Any] = options) -> Figures:

@@ -162,8 +162,7 @@ class MaskedFinetuneModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the data, before the first batch."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, InstructionDataModule):
+        if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
             self.check_data(data)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -302,8 +301,8 @@ class MaskedFinetuneModule(LightningModule):
         """Check the schedule, draw the anchors, and continue an accumulation that the checkpoint was made in.
 
         A BatchSizeFinder starts training once for each size that it tries, before the fit itself has started. Lightning
-        has just dropped all gradients. To ask for the run's length earlier would set up the data before a
-        resumed run's position in it is known.
+        has just dropped all gradients. To ask for the run's length earlier would set up the data before a resumed run's
+        position in it is known.
         """
         for config in self.trainer.lr_scheduler_configs:
             check_monitor(self.trainer, f"lr_scheduler ({type(config.scheduler).__name__})", config, self._logged)

@@ -9,7 +9,6 @@ not learnt. At the start the term and its gradient are zero.
 The base model needs no second copy: it is the model itself while it holds the untouched values of the trained weights.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +22,7 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.prior import CONFIDENCES, Confidence, SelfDistillation
+from dualsft.objectives.prior import Confidence, SelfDistillation, check_prior
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.local_batch import local_rows
 from dualsft.training.compact import CompactParameters
@@ -45,13 +44,7 @@ class TrainingPrior:
     confidence: Confidence = "max_prob"
 
     def __post_init__(self) -> None:
-        key = "model.training_prior"
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"{key}.weight is {self.weight}; give 0 (no prior term) or a positive number.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"{key}.temperature is {self.temperature}; give a positive number.")
-        if self.confidence not in CONFIDENCES:
-            raise UserError(f"{key}.confidence is {self.confidence!r}; give one of {', '.join(CONFIDENCES)}.")
+        check_prior("model.training_prior", self.weight, self.temperature, self.confidence)
 
 
 class PriorLoss:

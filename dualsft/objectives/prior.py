@@ -9,6 +9,7 @@ entropy in nats) (entropy_inv), both at temperature 1. Source: arXiv 2605.06166.
 At the base model itself the gradient is zero, as the divergence is smallest there, but its curvature is not.
 """
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -18,12 +19,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualsft.data.layout import Batch, Layout
+from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
 from dualsft.objectives.likelihood import mean_over_tokens, model_inputs, supervised_logits
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
+
+
+def check_prior(key: str, weight: float, temperature: float, confidence: str) -> None:
+    """Check what a prior term is made with, which the options under this key gave.
+
+    Raises:
+        UserError: if one of them is out of range.
+    """
+    if not 0 <= weight < math.inf:
+        raise UserError(f"{key}.weight is {weight}; give 0 (no prior term) or a positive number.")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"{key}.temperature is {temperature}; give a positive number.")
+    if confidence not in CONFIDENCES:
+        raise UserError(f"{key}.confidence is {confidence!r}; give one of {', '.join(CONFIDENCES)}.")
 
 
 class SelfDistillation(Objective):

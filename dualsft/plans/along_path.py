@@ -7,8 +7,8 @@ from functools import partial
 from dualsft.errors import UserError
 from dualsft.plans import passes
 from dualsft.plans.job import ADAM_STATE, SelectJob, Step, Trained
-from dualsft.plans.parts import all_bytes, scoring_phase, times
 from dualsft.plans.phase import Phase
+from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
 from dualsft.plans.training import training_phase
 from dualsft.selection.paths.settings import EPOCHS
 from dualsft.selection.settings import SelectionSettings

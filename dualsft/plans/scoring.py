@@ -6,8 +6,8 @@ from functools import partial
 from dualsft.plans import passes
 from dualsft.plans.along_path import is_known_path, path_phases
 from dualsft.plans.job import Job, SelectJob, Trained
-from dualsft.plans.parts import all_bytes, scoring_phase, times
 from dualsft.plans.phase import Phase, Plan
+from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
 from dualsft.plans.training import training_phase
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.terms import HESSIAN

@@ -1,10 +1,9 @@
 """The settings of the prior term (`dualsft.objectives.prior`)."""
 
-import math
 from dataclasses import dataclass
 
 from dualsft.errors import UserError
-from dualsft.objectives.prior import CONFIDENCES, Confidence, SelfDistillation
+from dualsft.objectives.prior import Confidence, SelfDistillation, check_prior
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,9 @@ class Prior:
     confidence: Confidence = "max_prob"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"model.prior.weight is {self.weight}; give 0 (no prior term) or a positive number.")
+        check_prior("model.prior", self.weight, self.temperature, self.confidence)
         if not 0 < self.fraction <= 1:
             raise UserError(f"model.prior.fraction is {self.fraction}; give a share above 0 and up to 1.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"model.prior.temperature is {self.temperature}; give a positive number.")
-        if self.confidence not in CONFIDENCES:
-            raise UserError(f"model.prior.confidence is {self.confidence!r}; give one of {', '.join(CONFIDENCES)}.")
 
     def term(self) -> SelfDistillation:
         """The term of the objective with these settings."""

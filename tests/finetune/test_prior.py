@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningModule
-from lightning import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from dualsft.finetune import TrainingPrior
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from tests.finetune.test_losses import LOSSES, sgd
-from tests.world.fits import weights
+from tests.world.fits import Losses, weights
 from tests.world.jobs import CHOSEN, POOL, SaveOften, Workspace, trainer
 
 PRIOR = TrainingPrior(weight=0.7, temperature=1.5, confidence="max_prob")
@@ -36,18 +34,6 @@ def prior(model: Any, base: Any, batch: Batch) -> Tensor:
         divergence = (p_old.exp() * (p_old - p_new)).sum(-1).mean()
         found.append(PRIOR.temperature**2 * confidence * divergence)
     return torch.stack(found).mean()
-
-
-class Anchored(Callback):
-    """Notes the prior term beside each batch."""
-
-    def __init__(self) -> None:
-        self.terms: list[float] = []
-
-    def on_train_batch_end(
-        self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.terms.append(float(trainer.callback_metrics["train_prior"]))
 
 
 def plain_loop(workspace: Workspace, loss: str, accumulated: int, **data: Any) -> tuple[dict[str, Tensor], list[float]]:
@@ -95,11 +81,14 @@ def test_steps_are_those_of_a_plain_loop(
 ) -> None:
     """The anchors are the examples that are not trained on, and the base model is the one before any step."""
     options = {"packing": packing, "batch_size": 3}
-    module, noted = workspace.module(dtype="float64", optimizer=sgd, loss=loss, training_prior=PRIOR), Anchored()
+    module, noted = (
+        workspace.module(dtype="float64", optimizer=sgd, loss=loss, training_prior=PRIOR),
+        Losses("train_prior"),
+    )
     run = trainer(folder, enable_checkpointing=False, accumulate_grad_batches=accumulated, callbacks=[noted])
     run.fit(module, datamodule=workspace.data(**options))
     expected, terms = plain_loop(workspace, loss, accumulated, **options)
-    assert noted.terms == pytest.approx(terms, abs=1e-6)
+    assert noted.found == pytest.approx(terms, abs=1e-6)
     assert terms[0] == pytest.approx(0.0, abs=1e-12)
     assert terms[-1] > 1e-3
     found = weights(module)
@@ -114,11 +103,11 @@ def test_the_base_model_is_not_trained(workspace: Workspace, folder: Path) -> No
     modes: list[bool] = []
     block = module.model.get_submodule("model.layers.0.mlp")
     block.register_forward_pre_hook(lambda of, _: modes.append(of.training))
-    noted = Anchored()
+    noted = Losses("train_prior")
     run = trainer(folder, enable_checkpointing=False, precision="bf16-mixed", max_epochs=1, callbacks=[noted])
     run.fit(module, datamodule=workspace.data(selection=None, validation=None))
-    assert noted.terms[0] == pytest.approx(0.0, abs=1e-6)
-    assert noted.terms[-1] > 1e-3
+    assert noted.found[0] == pytest.approx(0.0, abs=1e-6)
+    assert noted.found[-1] > 1e-3
     assert modes[:5] == [
         True,
         True,

@@ -45,15 +45,16 @@ class Fitted:
 
 
 class Losses(Callback):
-    """Notes each batch's loss."""
+    """Notes each batch's loss, or another metric that is logged with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str = "train_loss") -> None:
+        self._metric = metric
         self.found: list[float] = []
 
     def on_train_batch_end(
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.found.append(float(trainer.callback_metrics["train_loss"]))
+        self.found.append(float(trainer.callback_metrics[self._metric]))
 
 
 class SaveFirst(Callback):

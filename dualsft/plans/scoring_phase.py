@@ -1,4 +1,4 @@
-"""What the phases of a selection have in common."""
+"""The phase of one scoring pass, as selections of all kinds have it."""
 
 from dualsft.plans.batch import BatchShape
 from dualsft.plans.job import SelectJob
