@@ -79,11 +79,12 @@ class Training:
 def mask_of(kind: str, share: float, weight: Tensor, generator: torch.Generator) -> Tensor:
     """Which entries of a tensor are trained; of a vector a scattered share, whatever the kind."""
     if kind == "scattered" or weight.dim() < 2:
-        return torch.rand(weight.shape, generator=generator) < share
+        return torch.rand(weight.shape, generator=generator, device=generator.device) < share
     height, width = weight.shape
     units = {"rows": (height, 1), "columns": (1, width), "blocks": (-(-height // _BLOCK), -(-width // _BLOCK))}[kind]
-    chosen = torch.zeros(math.prod(units), dtype=torch.bool)
-    chosen[torch.randperm(len(chosen), generator=generator)[: max(1, round(share * len(chosen)))]] = True
+    chosen = torch.zeros(math.prod(units), dtype=torch.bool, device=generator.device)
+    order = torch.randperm(len(chosen), generator=generator, device=generator.device)
+    chosen[order[: max(1, round(share * len(chosen)))]] = True
     chosen = chosen.view(units)
     if kind == "blocks":
         chosen = chosen.repeat_interleave(_BLOCK, 0)[:height].repeat_interleave(_BLOCK, 1)[:, :width]
@@ -110,8 +111,8 @@ class Masks(Mapping[str, Tensor]):
 
 
 def masked(model: nn.Module, kind: str, share: float) -> Training:
-    """The model with compact parameters for a share of every tensor."""
-    generator = torch.Generator().manual_seed(0)
+    """The model with compact parameters for a share of every tensor, drawn on the model's device."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     compact = CompactParameters(model, Masks(model, lambda weight: mask_of(kind, share, weight, generator)))
     compact.attach()
     optimizer = torch.optim.AdamW(compact.parameters(), lr=1e-5)
@@ -224,8 +225,6 @@ def report(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the table; or, in a process of its own, one measurement."""
-    SHAPES["tiny"] = {**SHAPES["small"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    SHAPES["medium"] = {**SHAPES["small"], "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="medium")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

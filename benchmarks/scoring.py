@@ -11,10 +11,12 @@ rows against autograd, is timed by itself, in plain batches.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,21 +37,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 8192,
     },
-    "llama-3.2-3b": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
 }
+SHAPES["tiny"] = {**SHAPES["small"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+SHAPES["medium"] = {**SHAPES["small"], "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
+for _folder in sorted((Path(__file__).parents[1] / "configs" / "shapes").iterdir()):
+    SHAPES[_folder.name] = json.loads((_folder / "config.json").read_text(encoding="utf-8"))
+
+
+def make_config(shape: str) -> LlamaConfig:
+    """A Llama's configuration of this shape, its head tied unless the shape says otherwise."""
+    return LlamaConfig(**{"tie_word_embeddings": True, "max_position_embeddings": 8192, **SHAPES[shape]})
 
 
 def make_model(shape: str, device: str, dtype: str) -> Any:
-    """A Llama of this shape with random weights and a tied head."""
+    """A Llama of this shape with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=8192)
+    config = make_config(shape)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return model.eval()

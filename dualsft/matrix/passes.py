@@ -33,6 +33,7 @@ from dualsft.sharding.collectives import all_reduce_sum, any_rank
 from dualsft.sharding.lockstep import CallKind
 from dualsft.sharding.shards import compute_device, shard_copy
 from dualsft.sharding.unit_gather import UnitGather
+from dualsft.training.compilation import uncompiled
 
 Watch = Callable[[Iterable[Batch]], Iterator[Batch]]
 """Iterates over batches for the caller and looks at them on the way: progress, counts."""
@@ -94,6 +95,8 @@ def gradient_pass(
         UserError: if a batch overflows although each of its examples is finite alone, or a module cannot be scored.
     """
     with ExitStack() as stack:
+        if directions or derivative is not Tensor.backward:
+            stack.enter_context(uncompiled(model))
         # 1. Everything that adds to sums in backward.
         factors = sketch_factors(model, measurement)
         gather = stack.enter_context(UnitGather(model, [*directions, factors]))

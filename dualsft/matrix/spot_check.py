@@ -148,9 +148,9 @@ def watched_gradients(
     scored = {name: p for name, p in model.named_parameters() if name in names}
 
     def watch_and_drop(name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        watch(name, parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # compiled code calls the hooks of weights that took no part too
+            watch(name, parameter.grad)
+            parameter.grad = None
 
     with requires_grad(scored.values(), True):
         unsharded = unsharded_parameters(model)

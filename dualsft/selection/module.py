@@ -17,10 +17,13 @@ from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
 from dualsft.runs.model_dtype import settle_dtype
+from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.scoring_checkpoint import second_moment_file
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import validation_halves
+from dualsft.sharding.shards import compute_device
 from dualsft.sharding.strategy import load_for
+from dualsft.training.compilation import check_compiler, compile_blocks
 
 
 class SelectionModule(LightningModule):
@@ -57,13 +60,16 @@ class SelectionModule(LightningModule):
             )
         if self.settings.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if self.settings.compile:
+            with remedies_by_key():
+                compile_blocks(self.model)
 
     def check_input(self, data: InstructionDataModule) -> None:
         """Refuse data that cannot be scored, once model and data are loaded and before anything is written.
 
         Raises:
             UserError: if there is no example to score or to validate on, the scorer's statistics cannot be computed,
-                the gradients would be float16, or the model mixes packed examples.
+                the gradients would be float16, the model mixes packed examples, or torch cannot compile here.
         """
         warmup = self.settings.warmup
         sets = {f"validation.{n}" if data.named_validation else n: of for n, of in data.validation_sets.items()}
@@ -83,6 +89,9 @@ class SelectionModule(LightningModule):
                 "Scores underflow in float16; set model.dtype to float32 or bfloat16, and trainer.precision to 32-true "
                 "or bf16-mixed."
             )
+        if self.settings.compile:
+            with remedies_by_key():
+                check_compiler(compute_device(self.model))
         if data.packing:
             few = data.pool_loader(batch_tokens=min(data.max_length, data.batch_tokens))
             check_packing(self.model, next(iter(few)), compute_dtype(self.model))

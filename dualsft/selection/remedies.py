@@ -7,8 +7,10 @@ from dualsft.errors import UserError
 from dualsft.matrix.curvature import FULL_PRECISION
 from dualsft.matrix.model_calls import SMALLER_BATCHES
 from dualsft.matrix.spot_check import NO_PACKING
+from dualsft.training.compilation import NO_COMPILER
 
 BY_KEY = {
+    NO_COMPILER: "install a C++ compiler, and for a GPU Triton, or set model.compile to false",
     FULL_PRECISION: "set model.dtype to float32 and trainer.precision to 32-true, or the scorer's method to exact",
     NO_PACKING: "set data.packing to false",
     SMALLER_BATCHES: "lower data.batch_tokens or set model.dtype to float32",

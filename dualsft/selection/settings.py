@@ -119,6 +119,8 @@ class SelectionSettings:
         dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless. auto is the
             checkpoint's, but float32 in place of bfloat16 on a CPU that cannot multiply it, which is said.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        compile: Compile the model's layers by torch.compile for all that is not scored: the warm-up, the training of a
+            path, the validation gradient and plain losses. Passes that score run as they do without.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
         stability: Score everything by each half of the validation set too, and tell how far the halves agree on the
             order; takes two more directions in memory, and longer.
@@ -148,6 +150,7 @@ class SelectionSettings:
     rounds: int = option(1, "objective", key="order.rounds")
     dtype: Dtype = option("auto", "running")
     gradient_checkpointing: bool = option(False, "running")
+    compile: bool = option(False, "running")
     token_scores: bool = option(False, "published")
     stability: bool = option(False, "published", later=True)
     save_minutes: float = option(10.0, "running")

@@ -7,7 +7,7 @@ For a weight tensor w (stored in any type) with selected flat indices I, |I| = k
     after each optimizer step                                     w[I] = x, rounded to w's type;  x.grad is dropped
 
 Where the selected weights of a linear layer form few rectangles, no other part of its gradient is computed
-(`chosen_gradient.py`).
+(`chosen_gradient.py`), unless the layer is compiled (`compilation.py`).
 
 So any torch optimizer, gradient clipping, scheduler and weight decay acts on x as on w under a masked gradient; the
 other weights are never written. The cost is w itself plus, per selected weight, an index (4 bytes), x (4), its
@@ -38,6 +38,7 @@ from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import is_shard, local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.chosen_gradient import ChosenGradientHook, rectangles
+from dualsft.training.compilation import compiled_modules
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
 """Parameter name -> which entries are trained, of the parameter's shape."""
@@ -123,10 +124,11 @@ class CompactParameters(nn.Module):
         """The linear layers whose backward computes the chosen weights' gradient alone."""
         # none in a sharded model: a rank's backward sees the full weight, most of whose chosen entries are other ranks'
         numbers = {weight: k for k, weight in enumerate(self._weights) if not is_shard(weight)}
+        compiled = compiled_modules(model)  # none there either: no two blocks would be alike, each compiled by itself
         hooks = []
         for module in filter(is_linear, model.modules()):
             weight = module.weight
-            if not isinstance(weight, nn.Parameter) or weight not in numbers:
+            if not isinstance(weight, nn.Parameter) or weight not in numbers or module in compiled:
                 continue
             if (index := self.index(k := numbers[weight])) is None:
                 continue
@@ -143,7 +145,8 @@ class CompactParameters(nn.Module):
         self._handles = []
 
     def _add_gradient(self, k: int, weight: Tensor) -> None:
-        assert weight.grad is not None
+        if weight.grad is None:  # as of a compiled module that computes the chosen weights' gradient alone
+            return
         master = self.masters[k]
         shard = local_shard(weight.grad)
         if shard.is_pinned():  # offloaded: its copy must be complete, for which earlier releases of torch do not wait

@@ -54,6 +54,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "rounds": {"rounds": 2},
     "dtype": {"dtype": "float64"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
+    "compile": {"compile": True},
     "token_scores": {"token_scores": True},
     "stability": {"stability": True},
     "save_minutes": {"save_minutes": 1.0},
@@ -74,6 +75,7 @@ def test_every_option_has_a_role_and_a_place() -> None:
     assert {o.name for o in options()} - {o.name for o in recorded()} == {
         "dtype",
         "gradient_checkpointing",
+        "compile",
         "save_minutes",
     }
     assert list(described) == list(dict.fromkeys(o.key.partition(".")[0] for o in recorded()))

@@ -1,0 +1,42 @@
+"""The sections of `benchmarks/gpu.py`, the cheapest and most decisive ones first."""
+
+from gpu_checks.section import Section
+
+SECTIONS = {
+    "machine": Section("What the machine is, and how fast it multiplies and copies.", 30, "gpu_checks.machine:machine"),
+    "correctness": Section(
+        "Rows and columns of a scoring pass beside plain autograd, on the device.", 40, "gpu_checks.scores:correctness"
+    ),
+    "attention": Section(
+        "Padded and packed batches beside batches without a mask, and their kernels.",
+        40,
+        "gpu_checks.profiling:attention",
+    ),
+    "scoring": Section("Scoring passes beside plain passes: time and MFU.", 70, "gpu_checks.speed:scoring"),
+    "steps": Section("Masked steps of fine-tuning beside dense ones and LoRA.", 60, "gpu_checks.training:steps"),
+    "precision": Section(
+        "Scores in bfloat16 beside float32, from the same weights.", 40, "gpu_checks.scores:precision"
+    ),
+    "launches": Section(
+        "Launches, waits and reads of a batch on 28 layers, beside a plain pass.", 40, "gpu_checks.profiling:launches"
+    ),
+    "peaks": Section("Peaks of memory beside those that `dualsft plan` predicts.", 90, "gpu_checks.peaks:peaks"),
+    "fsdp2": Section(
+        "`select` with sharded weights on one rank, under torchrun.",
+        60,
+        "gpu_checks.commands:one_rank",
+        miniature=False,
+    ),
+    "commands": Section(
+        "`select` and `fit` on the embedded model, beside the CPU.", 60, "gpu_checks.commands:commands", miniature=False
+    ),
+    "step parts": Section("Where the time of a masked step goes.", 40, "gpu_checks.training:step_parts"),
+    "phases": Section("A batch of each phase of a selection, beside a plain pass.", 40, "gpu_checks.speed:phases"),
+    "kernels": Section("Where the device's time goes in a scoring pass.", 30, "gpu_checks.profiling:kernels"),
+    "compile": Section(
+        "A masked step with compiled layers beside one without.", 90, "gpu_checks.speed:compiled", miniature=False
+    ),
+    "choosing": Section(
+        "Choosing a tenth of the weights by their scores, on the host.", 60, "gpu_checks.choosing:choosing"
+    ),
+}
