@@ -17,6 +17,7 @@ from dualsft.selection import load_selection
 from gpu_checks.models import timed
 from gpu_checks.section import Figure, Scale
 
+_PLAIN = ["--model.preconditioner", "none", "--model.warmup.fraction", "0"]
 _TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "dualsft")
 
 
@@ -25,14 +26,14 @@ def commands(scale: Scale) -> Iterator[Figure]:
     with TemporaryDirectory() as folder:
         place = Path(folder)
         options = _options(scale, place)
-        seconds = timed(scale.device, lambda: run(["select", *options, "--output_dir", f"{place}/float32"]))
+        seconds = timed(scale.device, lambda: run(["select", *_PLAIN, *options, "--output_dir", f"{place}/float32"]))
         yield Figure("select, float32", seconds, "s")
         reference = _scores(place / "float32")
         others = {"bfloat16": [*options, "--model.dtype", "bfloat16"]}
         if scale.cuda:
             others["on the CPU"] = [*options, "--trainer.accelerator", "cpu"]
         for name, given in others.items():
-            run(["select", *given, "--output_dir", f"{place}/{name}"])
+            run(["select", *_PLAIN, *given, "--output_dir", f"{place}/{name}"])
             found = float(spearman_corrcoef(_scores(place / name), reference))
             yield Figure(f"float32 and {name}: Spearman of the examples' scores", found)
         given = [*options, "--model.selection", f"{place}/float32", "--trainer.max_epochs", "1"]
@@ -45,9 +46,9 @@ def one_rank(scale: Scale) -> Iterator[Figure]:
     with TemporaryDirectory() as folder:
         place = Path(folder)
         options = _options(scale, place)
-        run(["select", *options, "--output_dir", f"{place}/whole"])
+        run(["select", *_PLAIN, *options, "--output_dir", f"{place}/whole"])
         sharded = [*options, "--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--output_dir", f"{place}/shards"]
-        command = [sys.executable, *_TORCHRUN, "select", *sharded]
+        command = [sys.executable, *_TORCHRUN, "select", *_PLAIN, *sharded]
 
         def job() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -67,8 +68,6 @@ def _options(scale: Scale, place: Path) -> list[str]:
     keys = {
         "model.model_name_or_path": MODEL,
         "model.dtype": "float32",
-        "model.preconditioner": "none",
-        "model.warmup.fraction": 0,
         "data.train": place / "pool.jsonl",
         "data.validation": place / "validation.jsonl",
         "data.max_length": 512,
