@@ -18,7 +18,7 @@ from dualsft.selection.passes import scoring_mode
 from gpu_checks.models import build, full_batches, packed, padded, ragged, second_alone, small_direction, timed, wait
 from gpu_checks.section import Figure, Scale
 
-_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaMemsetAsync")
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemsetAsync")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _READS = ("aten::_local_scalar_dense", "aten::nonzero")
 _KINDS = {
@@ -46,8 +46,8 @@ class Counts:
     kernels: Counter[str] = field(default_factory=Counter)
 
     def of(self, names: tuple[str, ...]) -> int:
-        """How often any of these was called."""
-        return sum(self.calls[name] for name in names)
+        """How often anything was called whose name begins so, as versions are appended to some."""
+        return sum(count for call, count in self.calls.items() if call.startswith(names))
 
     def busy(self) -> float:
         """Seconds of all kernels together."""
