@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from choice import RULES, llama_scores
 
@@ -15,7 +16,7 @@ _LAYERS, _PER_LAYER = 4, 11
 def choosing(scale: Scale) -> Iterator[Figure]:
     """Nanoseconds for each weight, with a budget of a tenth."""
     hidden = int((scale.weights / (_LAYERS * (_PER_LAYER + 3.5))) ** 0.5) // 8 * 8
-    scores = llama_scores(hidden, _LAYERS, hidden * 4)
+    scores: Any = llama_scores(hidden, _LAYERS, hidden * 4)
     weights = sum(score.numel() for score in scores.values())
     yield Figure("weights", weights)
     for name, rule in RULES.items():

@@ -1,6 +1,7 @@
 """Whether the scores are right: beside plain autograd on the same device, and in bfloat16 beside float32."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +29,7 @@ def correctness(scale: Scale) -> Iterator[Figure]:
         examples = ragged(model, [longest - k for k in range(4)])
         u = _gradient(model, [padded(model, ragged(model, [longest] * 2, first=100))])
         for layout, batch in {"padded": padded(model, examples), "packed": packed(model, examples, 2)}.items():
-            reference = autograd_pass(model, lambda first, batch=batch: [batch][first:], directions=[u])
+            reference = autograd_pass(model, partial(_from, [batch]), directions=[u])
             for way, by_gradient in _WAYS.items():
                 with patch("dualsft.matrix.linear_tap.by_gradient_pays", return_value=by_gradient):
                     found = _scores(model, [batch], u)
@@ -67,12 +68,12 @@ def _chain(model: Any, pool: list[Batch], validation: list[Batch]) -> tuple[Grad
 
 def _gradient(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
     with scoring_mode(model, checkpointing=False):
-        return dict(gradient_pass(model, lambda first: batches[first:]).sums)
+        return dict(gradient_pass(model, partial(_from, batches)).sums)
 
 
 def _scores(model: Any, batches: list[Batch], u: dict[str, Tensor]) -> GradientPass:
     with scoring_mode(model, checkpointing=False):
-        return gradient_pass(model, lambda first: batches[first:], directions=[u])
+        return gradient_pass(model, partial(_from, batches), directions=[u])
 
 
 def _rows(found: GradientPass, reference: GradientPass) -> tuple[Tensor, Tensor]:
@@ -80,3 +81,7 @@ def _rows(found: GradientPass, reference: GradientPass) -> tuple[Tensor, Tensor]
     ids = list(reference.rows[0])
     one, other = (torch.tensor([of.rows[0][i] for i in ids], dtype=torch.float64) for of in (found, reference))
     return one, other
+
+
+def _from(batches: list[Batch], first: int) -> list[Batch]:
+    return batches[first:]
