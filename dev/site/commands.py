@@ -23,11 +23,6 @@ _PLAIN = {NoneType: "null", bool: "true or false", int: "integer", float: "numbe
 _HEAD = "| key | takes | default | what it is |\n| --- | --- | --- | --- |"
 
 
-def command_pages() -> dict[str, str]:
-    """The pages by verb."""
-    return {verb: _page(verb) for verb in VERBS}
-
-
 def parser_behind(verb: str) -> ArgumentParser | None:
     """The parser of a verb's options; None for the one verb that has none."""
     if verb in JOB:
@@ -37,7 +32,8 @@ def parser_behind(verb: str) -> ArgumentParser | None:
     return capture_parser(resolve_name(f"dualsft.commands.{VERBS[verb][1]}"), _ASKED.get(verb, []))
 
 
-def _page(verb: str) -> str:
+def command_page(verb: str) -> str:
+    """The page of a verb, in Markdown."""
     parser = parser_behind(verb)
     told = VERBS[verb][0]
     parts = [f"# dualsft {verb}", f"{told[0].upper()}{told[1:]}."]

@@ -10,7 +10,10 @@ from mkdocs.structure.pages import Page
 from dev.site.links import relinked
 from dev.site.pages import BESIDE, made_pages
 
-_FETCHED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+(?:stylesheet|preconnect|icon)["'][^>]*href=["'](?:https?:)?//""")
+_FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//"""
+    r"""|<link rel=["']?(?!canonical)[^>]+href=["']?(?:https?:)?//"""
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import dualsft
-from dev.site.commands import command_pages
+from dev.site.commands import command_page
+from dualsft.cli import VERBS
 
 ROOT = Path(__file__).parents[2]
 BESIDE = {
@@ -22,7 +23,7 @@ BESIDE = {
 def made_pages() -> dict[str, str]:
     """Path in the site's sources -> text, of every page that is made from something else."""
     beside = {page: (ROOT / file).read_text(encoding="utf-8") for file, page in BESIDE.items()}
-    commands = {f"reference/commands/{verb}.md": text for verb, text in command_pages().items()}
+    commands = {f"reference/commands/{verb}.md": command_page(verb) for verb in VERBS}
     books = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
     notebooks = {f"notebooks/{book.stem}.md": notebook_page(book) for book in books}
     return {**beside, **commands, **notebooks, "reference/python.md": python_page()}
