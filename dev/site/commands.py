@@ -35,11 +35,11 @@ def parser_behind(verb: str) -> ArgumentParser | None:
 def command_page(verb: str) -> str:
     """The page of a verb, in Markdown."""
     parser = parser_behind(verb)
-    told = VERBS[verb][0]
-    parts = [f"# dualsft {verb}", f"{told[0].upper()}{told[1:]}."]
+    told = parser.description if parser else f"{VERBS[verb][0].capitalize()}."
+    parts = [f"# dualsft {verb}", _text(told)]
     for name, form in _forms(parser).items():
-        head = [f"## dualsft {verb} {name}"] if name else []
-        parts += [*head, _text(form.description), *_tables(form, "###" if name else "##")]
+        head = [f"## dualsft {verb} {name}", _text(form.description)] if name else []
+        parts += [*head, *_tables(form, "###" if name else "##")]
     flags = [f"| `{flag}` | {text} |" for flag, text in FLAGS.items()]
     parts += ["Every command takes these too:", "\n".join(["| flag | what it is |\n| --- | --- |", *flags])]
     return "\n\n".join(parts) + "\n"
@@ -59,7 +59,7 @@ def _tables(parser: ArgumentParser, heading: str) -> Iterator[str]:
         if rows := [_row(action) for action in group._group_actions if is_option(action)]:
             if group.title not in ("positional arguments", "options"):
                 yield f"{heading} {_text(group.title)}"
-            yield "\n".join([_HEAD, *rows])
+            yield "\n".join(['<div class="options" markdown>\n', _HEAD, *rows, "\n</div>"])
 
 
 def is_option(action: Action) -> bool:

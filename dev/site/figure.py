@@ -8,12 +8,12 @@ from pathlib import Path
 from random import Random
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "interaction.svg"
-EXAMPLES, WEIGHTS, CELL = 8, 12, 30
-LEFT, TOP, GAP, LONGEST = 120, 70, 14, 74
-WIDTH, HEIGHT = 720, 480
+EXAMPLES, WEIGHTS, CELL = 8, 10, 30
+LEFT, TOP, GAP, LONGEST = 138, 88, 14, 74
+WIDTH, HEIGHT = 612, 500
 STYLE = """
-  text { font: 14px system-ui, sans-serif; fill: #24292f }
-  .small { font-size: 12px; fill: #57606a }
+  text { font: 17px system-ui, sans-serif; fill: #24292f }
+  .small { font-size: 15px; fill: #57606a }
   .for { fill: #1f77b4 } .against { fill: #e07b00 }
   .chosen { fill: none; stroke: #24292f; stroke-width: 2 }
   .grid { fill: none; stroke: #8c959f; stroke-width: 0.5 }
@@ -85,21 +85,22 @@ def weight_side(sums: Sequence[float]) -> Iterator[str]:
 def words() -> Iterator[str]:
     """What the parts are."""
     right, below = LEFT + WEIGHTS * CELL + GAP, TOP + EXAMPLES * CELL
-    yield text(LEFT, 24, "M: what example i and weight j do for the target together")
+    yield text(8, 24, "M: what example i and weight j do for the target, together")
     yield text(LEFT, TOP - 12, "weights j →", "small")
     yield text(LEFT - 12, TOP + 20, "examples i ↓", "small", "end")
-    yield text(right, TOP - 28, "row sums: the score")
+    yield text(right, TOP - 32, "row sums: score")
     yield text(right, TOP - 12, "of each example")
-    yield text(LEFT - 12, below + 40, "column sums:", anchor="end")
-    yield text(LEFT - 12, below + 58, "the score of", anchor="end")
-    yield text(LEFT - 12, below + 76, "each weight", anchor="end")
-    yield text(LEFT - 12, below + GAP + LONGEST + 26, "mask", anchor="end")
-    yield box(LEFT, HEIGHT - 22, 12, 12, "for")
-    yield text(LEFT + 18, HEIGHT - 12, "for the target", "small")
-    yield box(LEFT + 120, HEIGHT - 22, 12, 12, "against")
-    yield text(LEFT + 138, HEIGHT - 12, "against it", "small")
-    yield text(right, below + 40, "Both sums add up", "small")
-    yield text(right, below + 56, "to the same number.", "small")
+    yield text(LEFT - 12, below + 32, "column sums:", anchor="end")
+    yield text(LEFT - 12, below + 53, "score of", anchor="end")
+    yield text(LEFT - 12, below + 74, "each weight", anchor="end")
+    yield text(LEFT - 12, below + GAP + LONGEST + 28, "mask", anchor="end")
+    yield box(LEFT, HEIGHT - 30, 14, 14, "for")
+    yield text(LEFT + 20, HEIGHT - 18, "for the target", "small")
+    yield box(LEFT + 140, HEIGHT - 30, 14, 14, "against")
+    yield text(LEFT + 160, HEIGHT - 18, "against it", "small")
+    yield text(right, below + 32, "Both sums add", "small")
+    yield text(right, below + 52, "up to the same", "small")
+    yield text(right, below + 72, "number.", "small")
 
 
 def sign(value: float) -> str:

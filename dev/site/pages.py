@@ -30,9 +30,12 @@ def made_pages() -> dict[str, str]:
 
 
 def python_page() -> str:
-    """The public names, whose docstrings mkdocstrings fills in."""
-    head = "# Python\n\nThe public names. Each is imported by `from dualsft import NAME`."
-    return "\n\n".join([head, *(f"::: dualsft.{name}" for name in sorted(dualsft.__all__))]) + "\n"
+    """The public names, for mkdocstrings to fill in; of Lightning's modules without the hooks that it calls."""
+    parts = ["# Python", "The public names. Each is imported by `from dualsft import NAME`."]
+    for name in sorted(dualsft.__all__):
+        hooks = "\n    options:\n      members: false" if name.endswith("Module") else ""
+        parts.append(f"::: dualsft.{name}{hooks}")
+    return "\n\n".join(parts) + "\n"
 
 
 def notebook_page(path: Path) -> str:
