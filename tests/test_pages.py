@@ -83,7 +83,8 @@ def test_allocate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     run(["select", "--model.model_name_or_path", inputs.model, *sources, *settings, "--output_dir", "SELECTION"])
     for k, command in enumerate(commands):
-        run([str(k) if part == "DIR" else part for part in shlex.split(command)[1:]])
+        _, verb, _, *options = shlex.split(command)
+        run([verb, "SELECTION", *options, "--output_dir", str(k)])
         assert (tmp_path / str(k) / "manifest.json").is_file()
 
 
@@ -104,16 +105,26 @@ def test_report_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / given[-1] / "report.html").is_file()
 
 
+TINY = "TINY"
+PLANS = {
+    re.sub(r"configs/shapes/\S+", TINY, c.replace(" --probe", "")) for c in COMMANDS if c.startswith("dualsft plan ")
+}
+"""The commands for plan, each of the same tiny model, and without the probe, which has a test of its own."""
+FULL_PLANS = sorted(c for c in PLANS if not any(set(c.split()) < set(other.split()) for other in PLANS))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dualsft plan ")], ids=str)
+@pytest.mark.parametrize("command", FULL_PLANS)
 def test_plan_commands_run(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command for plan prints a plan, here of a tiny model in the place of the page's, and with short batches."""
+    """Each command for plan prints a plan, here of a tiny model in the place of the page's, and with short batches.
+
+    Those with nothing but a part of another's options are left out.
+    """
     monkeypatch.chdir(ROOT)
     write_config(tmp_path)
-    parts = [part for part in shlex.split(command)[1:] if part != "--probe"]  # which has a test of its own
-    given = [str(tmp_path) if "configs/shapes/" in part else part for part in parts]
+    given = [part.replace(TINY, str(tmp_path)) for part in shlex.split(command)[1:]]
     run([*given, "--data.max_length", "16", "--data.batch_tokens", "32"])
     assert "Highest peak: " in capsys.readouterr().out
 
@@ -124,6 +135,8 @@ def test_every_command_is_one_that_is_tested() -> None:
     assert {c.split()[1] for c in COMMANDS} <= known
     for page in PAGES:
         for line in command_lines(page):
+            for path in re.findall(r"configs/[\w./-]+", line):
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
             for script in re.findall(r"python (\S+\.py)", line):
                 assert (ROOT / script).is_file() or page.name in GUIDES, f"{page.name}: {script}"
 
@@ -172,6 +185,29 @@ def test_configurations_of_data_are_taken() -> None:
         InstructionDataModule(**yaml.safe_load(block)["data"])
 
 
+def test_configurations_of_recipes_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each configuration on the page of recipes is one that select takes, every key of it."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text(ROOT / "docs" / "recipes.md"), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            run(["select", "--config", str(tmp_path / "recipe.yaml"), "--print_config"])
+        assert not stop.value.code
+        capsys.readouterr()
+
+
+def test_errors_are_in_the_code() -> None:
+    """Every error on the page of errors is one that some module raises: what stands between the dots is in its code."""
+    code = "".join(text(path) for path in sorted((ROOT / "dualsft").rglob("*.py")))
+    joined = re.sub(r'"\s*f?"', "", code)  # sentences over several lines
+    rows = re.findall(r"^\| `([^`]+)` \| ", text(ROOT / "docs" / "errors.md"), re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        for fragment in re.split(r"\s*…\s*", row):
+            assert fragment in joined, row
+
+
 def keys_of(config: dict[str, Any], prefix: str = "") -> set[str]:
     """The keys of a nested configuration, with dots."""
     keys: set[str] = set()
@@ -197,14 +233,12 @@ def tree_paths(page: Path) -> list[str]:
     return re.findall(r"^    ((?:dualsft|benchmarks|dev|plugins|tests)/\S*)", text(page), re.MULTILINE)
 
 
-def test_trees_name_what_exists() -> None:
-    """Every path of the trees is there, and every folder of the package is in both."""
+def test_the_tree_names_what_exists() -> None:
+    """Every path of the tree is there, and every folder of the package is in it."""
     folders = {f"dualsft/{init.parent.name}/" for init in ROOT.glob("dualsft/*/__init__.py")}
-    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
-        paths = tree_paths(page)
-        assert folders <= set(paths), page.name
-        for path in paths:
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+    paths = tree_paths(ROOT / "docs" / "architecture.md")
+    assert folders <= set(paths)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def names_in(page: Path) -> Iterator[str]:

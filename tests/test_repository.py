@@ -29,13 +29,14 @@ def commands() -> list[str]:
 
 
 def test_ci_runs_the_readme_test_command() -> None:
-    """CI calls the very commands that the README gives for the tests, then the heavy ones and the linters."""
-    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    """CI calls the very commands that the README gives for the tests, then the heavy ones, the linters and the site."""
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
     given = [line for line in commands() if "pytest" in line]
     assert given
     after = lines[max(map(lines.index, given)) :]
     assert any(line.startswith("python -m pytest -n 3 -m heavy") for line in after)
     assert any(line.startswith("pre-commit run --all-files") for line in after)
+    assert any("mkdocs build" in line and "--strict" in line for line in after)
 
 
 def test_readme_names_files_that_exist() -> None:

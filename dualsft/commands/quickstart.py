@@ -41,12 +41,9 @@ _WRITTEN = (_LOG, _REPORT, _BY_FIRST_ORDER)
 
 def quickstart_command(arguments: Sequence[str]) -> None:
     """Run the quick start."""
-    parser = argparse.ArgumentParser("dualsft quickstart", description=__doc__)
-    parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of every step (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier quick start")
-    check_options(parser, "dualsft quickstart", arguments)
-    options = parser.parse_args(arguments)
+    own = parser()
+    check_options(own, "dualsft quickstart", arguments)
+    options = own.parse_args(arguments)
     folder = RunFolder(options.output_dir, overwrite=options.overwrite, resumable=False, written=_WRITTEN)
     folder.claim({"command": "quickstart"})
     start = time.perf_counter()
@@ -60,6 +57,15 @@ def quickstart_command(arguments: Sequence[str]) -> None:
     print(f"\nHeld-out prompts, before and after:\n\n{side_by_side(answers(folder.path))}\n\n{table(rows)}\n")
     page = folder.path / _REPORT / "report.html"
     print(f"{time.perf_counter() - start:.0f} s; open {page} in a browser to see what was chosen, and why")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the quick start's few options."""
+    parser = argparse.ArgumentParser("dualsft quickstart", description=__doc__)
+    parser.add_argument("--output_dir", default="runs/quickstart", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of every step (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier quick start")
+    return parser
 
 
 def _seed(text: str) -> int:

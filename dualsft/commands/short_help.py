@@ -59,7 +59,7 @@ FIRST: dict[str, Groups] = {
 }
 """Verb -> group -> the options that its short help shows."""
 _LEFT = 38
-_IN_OUR_WORDS = {
+IN_OUR_WORDS = {
     "optimizer": "A torch optimizer by name, AdamW at 2e-5 unless given; its options follow, such as --optimizer.lr",
     "lr_scheduler": "A schedule by name, constant unless given; its options follow, as --lr_scheduler.KEY",
     "trainer.max_epochs": "Epochs to train",
@@ -110,7 +110,7 @@ def _option(action: Action, width: int) -> str:
 
 def _help(action: Action) -> str:
     """The first sentence of an option's help, the values or names that it takes, and its default."""
-    told = _IN_OUR_WORDS.get(action.dest, str(action.help)).replace("``", "")
+    told = IN_OUR_WORDS.get(action.dest, str(action.help)).replace("``", "")
     text = re.split(r"(?<=\w{3})\.\s", f"{' '.join(told.split())} ")[0].rstrip(". ")
     kind = getattr(action, "_typehint", None)
     literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
