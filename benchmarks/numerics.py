@@ -226,7 +226,8 @@ def main() -> None:
     print("\n| direction in bfloat16 against float32 | examples | Spearman | Pearson | example error |")
     print("| --- | --- | ---: | ---: | ---: |")
     for name, checkpoint in checkpoints.items():
-        for which, chosen in (("of all lengths", ids), (f"of at most {SHORT} tokens", draw(data, options.examples, SHORT))):
+        short = draw(data, options.examples, SHORT)
+        for which, chosen in (("of all lengths", ids), (f"of at most {SHORT} tokens", short)):
             found = rounding(checkpoint, data, chosen)
             print(
                 f"| {name} | {len(chosen)} {which} | {found.spearman:.5f} | {found.pearson:.6f} "
