@@ -7,10 +7,11 @@ rank with the most.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from dualsft.data.layout import on_host
 from dualsft.runs.progress import peak_memory
@@ -80,7 +81,8 @@ class FitReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        progress, loss = self._progress, pl_module.batch_loss
+        losses = cast(Mapping[str, Tensor], pl_module.batch_losses)
+        progress, loss = self._progress, losses["train_loss"]
         progress.training_seconds += time.perf_counter() - self._batch_start
         progress.batches += 1
         progress.examples += len(batch["example_id"])

@@ -81,7 +81,7 @@ class MaskedFinetuneModule(LightningModule):
             trainer.callbacks has a ModelCheckpoint.
 
     Attributes:
-        batch_loss: The mean loss of the latest training batch, on the device.
+        batch_losses: ``train_loss`` of the latest training batch, and ``train_prior`` if there is one, on the device.
         adapter: An adapter to train in place of weights of the model, as experiments do; set before the model is
             loaded.
 
@@ -122,6 +122,7 @@ class MaskedFinetuneModule(LightningModule):
         self._resumed_gradients: dict[int, Tensor] = {}
         self._resumed_step: dict[str, int] = {}
         self._unread: list[_Unread] = []
+        self.batch_losses: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(_keep_the_masters)
         self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
@@ -214,8 +215,8 @@ class MaskedFinetuneModule(LightningModule):
         self._unread = [] if is_first else self._unread
         self._weight = self._step_loss.begin(batch, is_first)
         self._batch = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        self.batch_loss, share = self._step_loss.of(self.model, batch)
-        self._unread.append(_Unread("train_loss", "training loss", self.batch_loss, batch))
+        mean, share = self._step_loss.of(self.model, batch)
+        self._keep_loss("train_loss", "training loss", mean, batch)
         return share * self._weight
 
     def on_after_backward(self) -> None:
@@ -226,9 +227,14 @@ class MaskedFinetuneModule(LightningModule):
         with precision.train_step_context():
             anchors = to_device(self._prior.anchors(self._batch), self.device)
             mean, share = self._prior.of(self.model, anchors)
-        self._unread.append(_Unread("train_prior", "prior term", mean, anchors))
+        self._keep_loss("train_prior", "prior term", mean, anchors)
         share = share * self._weight / self.trainer.accumulate_grad_batches
         precision.pre_backward(share, self).backward()  # scaled as the loss is, for float16
+
+    def _keep_loss(self, name: str, what: str, mean: Tensor, batch: Batch) -> None:
+        """Leave a loss on the device until the step is due."""
+        self.batch_losses[name] = mean
+        self._unread.append(_Unread(name, what, mean, batch))
 
     def _read_losses(self) -> dict[str, Tensor]:
         """Read the losses of the step's batches, with one wait for the device: of each kind the last, on the host.

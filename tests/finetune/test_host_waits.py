@@ -37,7 +37,12 @@ def test_a_step_makes_the_host_wait_once(packing: bool, workspace: Workspace, mo
     seen = HostWaits()
     monkeypatch.setattr(data_module, "to_device", seen.moved(data_module.to_device))
     monkeypatch.setattr(losses, "example_losses", losses_without_waits)
-    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+    options: dict[str, Any] = {
+        "max_epochs": 1,
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 1.0,
+        "num_sanity_val_steps": 0,
+    }
     fitting = trainer(callbacks=[FitReport(), SecondStep(seen)], **options, limit_val_batches=0)
     fitting.fit(workspace.module(), workspace.data(packing=packing, batch_tokens=100))
     by_model = {("masking_utils.py", "_local_scalar_dense"): 2} if packing else {}

@@ -28,7 +28,7 @@ def weight_of(dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_only_what_is_rounded_is_made_again(dtype: torch.dtype) -> None:
     """It is held in bfloat16 for bfloat16, and else in the type of sums; exact, it is in the type of sums always."""
-    reads = []
+    reads: list[None] = []
 
     def make(_: str) -> Tensor:
         reads.append(None)
