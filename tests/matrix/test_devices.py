@@ -38,7 +38,8 @@ def test_no_operation_takes_tensors_of_two_devices(
     """From a batch on the host to scores on the host, whichever way linear layers take; spot checks too."""
     examples = make_examples()
     batch = pack([[0, 1], [2, 3, 4]], examples) if packed else collate(examples)
-    model = make(architecture, torch.bfloat16).to("meta")
+    model: Any = make(architecture, torch.bfloat16)
+    model = model.to("meta")
     u = {name: torch.empty_like(p) for name, p in model.named_parameters()}
     monkeypatch.setattr(linear_tap, "by_gradient_pays", lambda *_: packed)
     monkeypatch.setattr(passes, "spot_check", lambda *_: None)  # numbers differ

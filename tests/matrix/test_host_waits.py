@@ -69,4 +69,4 @@ def test_a_batch_makes_the_host_wait_twice(
 def test_losses_add_a_few_waits(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's mask, and picking supervised tokens out of a batch, come on top, forward and backward."""
     seen = waits_of_second_batch(monkeypatch, padded_or_packed(packed), "llama", losses=example_losses)
-    assert seen.waits.total() <= 7, seen.waits
+    assert seen.waits.total() <= (7 if packed else 8), seen.waits

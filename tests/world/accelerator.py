@@ -22,7 +22,17 @@ from torch.utils._pytree import tree_leaves
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
 
-_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "item", "unique_dim", "_unique2"}
+_READS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "masked_scatter_backward",
+    "equal",
+    "item",
+    "unique_dim",
+    "_unique2",
+}
 _COPIES = {Tensor.cpu, Tensor.tolist, Tensor.numpy}
 
 
