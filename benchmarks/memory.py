@@ -5,10 +5,10 @@
 
 Each figure is the peak of one process that does nothing else, above what it held before the model was made: of the
 resident set on a CPU, of the allocator on CUDA. Scoring is the one pass that first-order scoring takes; it needs the
-weights, a direction and an accumulator of the same size, and the activations of one batch. Activations are what a plain
-forward and backward pass takes beyond the weights and their gradients, with the gradients of an earlier batch in place;
-without them the peak is lower, as gradients come while activations go. Kept gradients are for comparison: what it takes
-to score by storing the gradient of each example.
+weights, a direction of their type, an accumulator in float32, and the activations of one batch. Activations are what a
+plain forward and backward pass takes beyond the weights and their gradients, with the gradients of an earlier batch in
+place; without them the peak is lower, as gradients come while activations go. Kept gradients are for comparison: what
+it takes to score by storing the gradient of each example.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dualsft.data.layout import Batch, Layout
 from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
 from dualsft.matrix.passes import gradient_pass
-from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.dtypes import accumulator_dtype, direction_dtype
 from dualsft.objectives import SelfDistillation, example_losses
 from dualsft.selection.passes import scoring_mode
 from dualsft.selection.prior import Prior
@@ -50,7 +50,7 @@ def batches(model: Any, options: argparse.Namespace) -> Iterator[Batch]:
 
 def score(model: Any, options: argparse.Namespace) -> None:
     """Rows and columns of all examples, in one pass."""
-    direction = {n: torch.full_like(p, 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
+    direction = {n: torch.full_like(p, 1e-6, dtype=direction_dtype(p)) for n, p in model.named_parameters()}
     with scoring_mode(model, checkpointing=False):
         gradient_pass(model, lambda first: islice(batches(model, options), first, None), directions=[direction])
 
@@ -82,7 +82,7 @@ def _distilled(prior: SelfDistillation, base: Any, model: Any, batch: Batch, lay
 
 def multiply(model: Any, options: argparse.Namespace) -> None:
     """A Hessian-vector product over all examples."""
-    direction = {n: torch.full_like(p, 1e-6, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
+    direction = {n: torch.full_like(p, 1e-6) for n, p in model.named_parameters()}
     with twice_differentiable(model):
         derivative = HessianVectorProduct(model, direction)
         gradient_pass(model, lambda first: islice(batches(model, options), first, None), derivative=derivative)
@@ -162,7 +162,8 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     yield f"{count:,} weights in {options.dtype}, {options.device}, torch {torch.__version__}"
     yield f"{f'batches of {options.batch_size} examples of {options.tokens} tokens':38} bytes per weight"
     fresh, training = (measure_alone(options, "train", n * options.batch_size) for n in (1, 2))
-    parts = {"weights": stored, "direction": wide, "accumulator": wide, "activations": training - 2 * stored}
+    directed = sum(p.numel() * direction_dtype(p).itemsize for p in parameters)
+    parts = {"weights": stored, "direction": directed, "accumulator": wide, "activations": training - 2 * stored}
     yield from (line(name, size) for name, size in parts.items())
     yield line("sum of these four", total := sum(parts.values()))
     peaks = []

@@ -8,6 +8,10 @@ columns. The SGD direction is taken at the weights as they are shipped, Adam's a
 second moment it needs. The reference is float64 autograd over one example at a time; float32 and bfloat16 autograd are
 there too, with sums in float64, for what the type costs whoever adds the scores up. A score near zero may move by half
 the pool when it changes its sign, and a few such examples decide Spearman's coefficient of a small pool.
+
+A bfloat16 model's pass holds its direction in bfloat16. The last lines compare its example scores with those of the
+same pass with a float32 direction, over all the examples and over those that are short: of these, linear layers round
+the direction themselves.
 """
 
 import argparse
@@ -31,11 +35,14 @@ from dualsft.models.loading import Dtype, load_model
 from dualsft.objectives import example_losses
 from dualsft.quickstart import ASSETS, GSM8K
 from dualsft.scorers import FirstOrder
-from dualsft.selection.directions import Statistics, directions, preconditioner
+from dualsft.selection.directions import Statistics, preconditioner, scorer_direction
+from dualsft.selection.held_direction import HeldDirection
 from dualsft.selection.warmup import Warmup, warm_up
 
 MODEL, VALIDATION = str(ASSETS / "model"), str(GSM8K / "validation.jsonl")
 STEP_SIZE = 2e-5
+SHORT = 24
+"""Tokens of an example below which linear layers take their rows from products with u, on a CPU."""
 
 
 def embedded_data(**options: Any) -> InstructionDataModule:
@@ -100,16 +107,21 @@ Pass = Callable[..., GradientPass]
 
 
 def score(
-    model: PreTrainedModel, moments: dict[str, Tensor], data: InstructionDataModule, ids: list[int], run: Pass
+    model: PreTrainedModel,
+    moments: dict[str, Tensor],
+    data: InstructionDataModule,
+    ids: list[int],
+    run: Pass,
+    wide: bool = False,
 ) -> Scores:
-    """The first-order chain over these examples, each pass by `run`."""
+    """The first-order chain over these examples, each pass by `run`; if ``wide``, with rows from u as it is."""
     validation = run(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / validation.counted for name, total in validation.sums.items()}
     known = Statistics(model, gradient, preconditioner(model, moments or None), len(ids))
-    u = directions(FirstOrder(), known, STEP_SIZE)
-    found = run(model, lambda first: data.pool_loader(ids, first), directions=[u])
+    u = HeldDirection(scorer_direction(FirstOrder(), known, STEP_SIZE), model)
+    found = run(model, lambda first: data.pool_loader(ids, first), directions=[dict(u.exact) if wide else u.held])
     rows = torch.tensor([found.rows[0][i] for i in ids], dtype=torch.float64)
-    return Scores(rows, {name: u[name] * total for name, total in found.sums.items()})
+    return Scores(rows, {name: u.exact[name] * total for name, total in found.sums.items()})
 
 
 def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence[Direction] = ()) -> GradientPass:
@@ -183,8 +195,15 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(difference for difference, _ in parts) / sum(size for _, size in parts)
 
 
+def rounding(checkpoint: Checkpoint, data: InstructionDataModule, ids: list[int]) -> Agreement:
+    """What a direction in bfloat16 costs the scores of a bfloat16 model, against one in float32."""
+    model = checkpoint.model("bfloat16")
+    held, wide = (score(model, checkpoint.moments, data, ids, gradient_pass, wide) for wide in (False, True))
+    return agreement(held, wide)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=192)
     options = parser.parse_args()
@@ -194,13 +213,25 @@ def main() -> None:
     print(f"{len(ids)} examples of the embedded pool, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| direction | numbers | Spearman | Pearson | overlap of masks | example error | weight error |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, checkpoint in (("SGD", shipped()), ("Adam", warmed_up(data))):
+    checkpoints = {"SGD": shipped(), "Adam": warmed_up(data)}
+    for name, checkpoint in checkpoints.items():
         reference = score(checkpoint.model("float64"), checkpoint.moments, data, ids, autograd_pass)
         for way, (dtype, run) in WAYS.items():
             found = agreement(score(checkpoint.model(dtype), checkpoint.moments, data, ids, run), reference)
             print(
                 f"| {name} | {way} | {found.spearman:.5f} | {found.pearson:.6f} | {found.overlap:.4f} "
                 f"| {found.example_error:.1e} | {found.weight_error:.1e} |",
+                flush=True,
+            )
+    print("\n| direction in bfloat16 against float32 | examples | Spearman | Pearson | example error |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for name, checkpoint in checkpoints.items():
+        short = draw(data, options.examples, SHORT)
+        for which, chosen in (("of all lengths", ids), (f"of at most {SHORT} tokens", short)):
+            found = rounding(checkpoint, data, chosen)
+            print(
+                f"| {name} | {len(chosen)} {which} | {found.spearman:.5f} | {found.pearson:.6f} "
+                f"| {found.example_error:.1e} |",
                 flush=True,
             )
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from dualsft.data.layout import Batch
 from dualsft.matrix.curvature import HessianVectorProduct, displaced, twice_differentiable
 from dualsft.matrix.passes import gradient_pass
-from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.dtypes import direction_dtype
 from dualsft.objectives import SelfDistillation, example_losses
 from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.passes import Running
@@ -122,7 +122,7 @@ def batches(vocabulary: int, first: int) -> Iterator[Batch]:
         }
 
 
-def like(model: Model, dtype: Callable[[Tensor], torch.dtype] = accumulator_dtype) -> dict[str, Tensor]:
+def like(model: Model, dtype: Callable[[Tensor], torch.dtype] = direction_dtype) -> dict[str, Tensor]:
     """A small number for each weight of this rank."""
     return {n: torch.full_like(local_shard(p.detach()), 1e-6, dtype=dtype(p)) for n, p in model.named_parameters()}
 

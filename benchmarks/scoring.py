@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
+from dualsft.models.dtypes import direction_dtype
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
 
@@ -152,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     model = make_model(options.shape, options.device, options.dtype)
     directions = [
-        {n: 1e-6 * torch.randn_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+        {n: 1e-6 * torch.randn_like(p, dtype=direction_dtype(p)) for n, p in model.named_parameters()}
         for _ in range(options.directions)
     ]
     weights = sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ Traffic is what each rank receives in one step, batches after the first: of the 
 forward and again for backward, of the direction, which it gathers for backward, and of the gradients, which are summed
 in float32. The least that such a pass can do is to move each of these whole, less the part that the rank has:
 
-    (ranks - 1) / ranks · weights · (2 · bytes of a weight + 4 + 4).
+    (ranks - 1) / ranks · weights · (3 · bytes of a weight + 4).
 """
 
 import argparse
@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from dualsft.data.layout import Batch
 from dualsft.matrix.passes import gradient_pass
-from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.dtypes import direction_dtype
 from dualsft.models.loading import load_model
 from dualsft.selection.passes import scoring_mode
 from dualsft.sharding import unit_gather
@@ -106,8 +106,7 @@ def _counting(function: Callable[..., Any], total: Counter[str], part: str) -> C
 def score(model: Any, options: argparse.Namespace, batches: int, rank: int = 0, ranks: int = 1) -> dict[str, float]:
     """Rows and columns of so many batches on each rank, in one pass; what it received in a step."""
     direction = {
-        n: torch.full_like(local_shard(p.detach()), 1e-6, dtype=accumulator_dtype(p))
-        for n, p in model.named_parameters()
+        n: torch.full_like(local_shard(p.detach()), 1e-6, dtype=direction_dtype(p)) for n, p in model.named_parameters()
     }
     made = [make_batch(model, options.batch_size, options.tokens) for _ in range(batches * ranks)]
     received = Received()
@@ -187,7 +186,7 @@ def report(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         found = run(options, folder, ranks)
         peak, *parts = (max(of_rank[part] for of_rank in found) / count for part in ("peak", *PARTS))
         first = first or peak
-        least = (ranks - 1) / ranks * (2 * itemsize + 4 + 4)
+        least = (ranks - 1) / ranks * (3 * itemsize + 4)
         ratio = f"{sum(parts) / least:14.3f}" if least else f"{'-':>14}"
         shown = f"{parts[0]:19.3f} {parts[1]:11.3f} {parts[2]:11.3f} {sum(parts):8.3f}"
         yield f"{ranks:<9d} {peak:7.2f} {peak / first:11.3f} {shown} {ratio}"

@@ -64,7 +64,8 @@ class Layout:
 
     @classmethod
     def of(cls, batch: Batch) -> "Layout":
-        """The layout of a padded or packed batch; waits for the device."""
+        """The layout of a padded or packed batch; waits for the device if the host has lost sight of the batch."""
+        batch = on_host(batch)
         rows, tokens = batch["input_ids"].shape
         if "spans" in batch:
             return cls(rows, tokens, [(row, first, length) for row, first, length in batch["spans"].tolist()])
@@ -150,9 +151,26 @@ class Layout:
         return output
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+class PlacedBatch(Batch):
+    """A batch on a device, and beside it as the host had it, so that a look at it waits for nothing.
+
+    Attributes:
+        host: The batch on the host.
+    """
+
+    def __init__(self, host: Batch, device: torch.device) -> None:
+        super().__init__({name: values.to(device) for name, values in host.items()})
+        self.host = host
+
+
+def to_device(batch: Batch, device: torch.device) -> PlacedBatch:
     """The batch on this device."""
-    return {name: values.to(device) for name, values in batch.items()}
+    return PlacedBatch(on_host(batch), device)
+
+
+def on_host(batch: Batch) -> Batch:
+    """The batch as the host had it; if it was moved by other means than `to_device`, the batch itself."""
+    return batch.host if isinstance(batch, PlacedBatch) else batch
 
 
 def select_rows(batch: Batch, rows: Sequence[int], tokens: slice = slice(None)) -> Batch:

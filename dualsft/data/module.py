@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share, tokens_in
 from dualsft.data.examples import Examples, encode_examples
-from dualsft.data.layout import Batch
+from dualsft.data.layout import Batch, to_device
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
 from dualsft.data.packing import collate_packed, packed_batches
@@ -173,6 +174,10 @@ class InstructionDataModule(LightningDataModule):
             self._scoring_loader(key, packing=False) for key in self._keys.values()
         ]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The batch on the device, and still known to the host."""
+        return to_device(batch, device)
 
     def training_loader(self, ids: Sequence[int], seed: int, validation: str | None = None) -> ResumableLoader:
         """Shuffled training batches over some examples of the pool, or of a validation set of this name."""

@@ -5,13 +5,15 @@ rank with the most.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, SupportsFloat, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from dualsft.data.layout import on_host
 from dualsft.runs.progress import peak_memory
 from dualsft.runs.table import markdown_table
 from dualsft.sharding.collectives import all_reduce_max
@@ -28,8 +30,8 @@ class Progress:
         tokens: Supervised tokens trained on.
         seconds: Wall time of the run.
         training_seconds: Wall time of training batches, their steps included.
-        first: The training losses of the first batches.
-        last: The training losses of the last batches.
+        first: The training losses of the first batches; on the device until they are needed.
+        last: The training losses of the last batches, likewise.
         base: Validation metrics of the base model, if it was validated on all that later models are.
         validated: Validation metrics by optimizer step.
     """
@@ -40,8 +42,8 @@ class Progress:
     seconds: float = 0.0
     training_seconds: float = 0.0
     peak_memory_bytes: int = 0
-    first: list[float] = field(default_factory=list)
-    last: list[float] = field(default_factory=list)
+    first: Sequence[SupportsFloat] = ()
+    last: Sequence[SupportsFloat] = ()
     base: dict[str, float] | None = None
     validated: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -79,11 +81,12 @@ class FitReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        progress, loss = self._progress, float(trainer.callback_metrics["train_loss"])
+        losses = cast(Mapping[str, Tensor], pl_module.batch_losses)
+        progress, loss = self._progress, losses["train_loss"]
         progress.training_seconds += time.perf_counter() - self._batch_start
         progress.batches += 1
         progress.examples += len(batch["example_id"])
-        progress.tokens += int((batch["labels"] != -100).sum())
+        progress.tokens += int((on_host(batch)["labels"] != -100).sum())
         progress.first = [*progress.first, loss][:_BATCHES]
         progress.last = [*progress.last, loss][-_BATCHES:]
 
@@ -97,6 +100,7 @@ class FitReport(Callback):
 
     def _so_far(self) -> Progress:
         now = {**vars(self._progress)}
+        now |= {name: [float(loss) for loss in now[name]] for name in ("first", "last")}
         now["seconds"] += time.perf_counter() - self._start
         now["peak_memory_bytes"] = max(now["peak_memory_bytes"], all_reduce_max(peak_memory(self._device)))
         return Progress(**now)
@@ -139,8 +143,8 @@ def _examples(trainer: Trainer) -> int:
 def _train_loss(progress: Progress) -> dict[str, Any]:
     """The mean loss of the first and of the last batches, equally many and without overlap."""
     count = max(1, min(_BATCHES, progress.batches // 2))
-    parts = {"first": progress.first[:count], "last": progress.last[-count:]}
-    means = {name: sum(losses) / len(losses) if losses else None for name, losses in parts.items()}
+    parts = {"first": [*progress.first][:count], "last": [*progress.last][-count:]}
+    means = {name: sum(map(float, losses)) / len(losses) if losses else None for name, losses in parts.items()}
     return {"batches": count, **means}
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dualsft.data.layout import Batch
+from dualsft.data.layout import Batch, on_host
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses, supervised_losses
 from dualsft.sharding.collectives import all_reduce_sum
@@ -76,7 +76,7 @@ class StepLoss:
 
 
 def _tokens(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())
+    return int((on_host(batch)["labels"][:, 1:] != -100).sum())
 
 
 @torch.no_grad()

@@ -28,11 +28,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.matrix.linear_tap import LinearTap
-from dualsft.matrix.nonfinite import all_finite
 from dualsft.matrix.placement import Placement, find_placement
 from dualsft.matrix.rows import Rows
 from dualsft.matrix.tap import GeneralTap
@@ -65,7 +65,7 @@ class ColumnSums:
             n: torch.zeros_like(local_shard(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()
         }
         self._handles: list[RemovableHandle] = []
-        self._finite: list[Tensor] = []
+        self._extremes: list[Tensor] = []
 
     def __enter__(self) -> "ColumnSums":
         self._handles = [
@@ -86,23 +86,21 @@ class ColumnSums:
             return
         gradient = local_shard(parameter.grad)
         if gradient.numel():
-            self._finite.append(all_finite(gradient))
+            self._extremes += torch.aminmax(gradient)  # both are NaN if any entry is
         if self.squared and not self._unsharded:
             self.sums[name].addcmul_(wide := gradient.to(self.sums[name].dtype), wide)
         else:
             self.sums[name].add_(gradient)
         parameter.grad = None
 
-    @property
-    def finite(self) -> bool:
-        """Whether all gradients added since `reset` are finite; waits for the device."""
-        if self._finite:
-            self._finite = [torch.stack(self._finite).all()]
-        return not self._finite or bool(self._finite[0])
+    def take_finite(self) -> Bool[Tensor, ""]:
+        """Whether all gradients added since this was last asked are finite; does not wait for the device."""
+        extremes, self._extremes = self._extremes, []
+        return torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True)
 
     def reset(self) -> None:
         """Start again from zero."""
-        self._finite = []
+        self._extremes = []
         for total in self.sums.values():
             total.zero_()
 

@@ -17,6 +17,7 @@ from dualsft.data.layout import AmbiguousShapeError, Batch, Layout, to_device
 from dualsft.errors import UserError
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.nonfinite import all_finite, nonfinite_examples
+from dualsft.matrix.readout import read_together
 from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import ExampleStatistics
 from dualsft.matrix.spot_check import watched_gradients
@@ -41,6 +42,21 @@ _DUMMY: Batch = {
     "labels": torch.zeros(1, 5, dtype=torch.int64),
     "attention_mask": torch.ones(1, 5, dtype=torch.int64),
 }
+
+
+@dataclass(frozen=True)
+class BatchValues:
+    """What a batch gives, on the host.
+
+    Attributes:
+        finite: Whether its gradients are finite, by the columns or else by the rows.
+        rows: <u, g_i>, (direction, example); one tensor, or none without directions.
+        tokens: For each direction, the tokens' contributions, (example, longest); if they are kept.
+    """
+
+    finite: bool
+    rows: list[Tensor]
+    tokens: list[Tensor]
 
 
 @dataclass(eq=False)
@@ -124,8 +140,19 @@ class ModelCalls:
 
     @property
     def finite(self) -> bool:
-        """Whether the last backward was finite, by the columns or else by the rows."""
-        return self.columns.finite if self.columns else self._has_finite_rows()
+        """Whether the last backward was finite, by the columns or else by the rows; for a look at nothing else."""
+        return bool(self.columns.take_finite()) if self.columns else self._has_finite_rows()
+
+    def read(self) -> BatchValues:
+        """What the last backward has left on the device, which it waits for once; all outputs must have been tapped."""
+        rows = self.rows
+        scores = [rows.read()] if rows else []
+        tokens = [rows.read_tokens(k) for k in range(len(rows.directions))] if rows and rows.by_token else []
+        finite = self.columns.take_finite() if self.columns else torch.tensor(True)
+        if scores:
+            finite = finite.to(compute_device(self.model)) if self.columns else scores[0].isfinite().all()
+        sound, *found = read_together([finite, *scores, *tokens])
+        return BatchValues(bool(sound), found[: len(scores)], found[len(scores) :])
 
     def _has_finite_rows(self) -> bool:
         """Whether the rows are finite, or unknown: an example alone may have ambiguous axes."""

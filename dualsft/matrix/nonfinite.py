@@ -44,6 +44,7 @@ class FiniteLosses:
 
     Attributes:
         losses: l_i of each example of the batch, all finite; None while pending, and if no example is left.
+        values: The same on the host, in float64.
         batch: The batch of the next forward pass, and in the end that of the losses.
         alone: Examples that only padding or neighbours spoil: each must be differentiated as its own batch.
         nonfinite: Ids of the examples whose loss is not finite.
@@ -53,6 +54,7 @@ class FiniteLosses:
         self._is_finite, self._has_rows = is_finite, has_rows
         self.batch = self._not_square(batch)
         self.losses: Float[Tensor, " example"] | None = None
+        self.values = torch.empty(0, dtype=torch.float64)
         self.alone: list[Batch] = []
         self.nonfinite: set[int] = set()
 
@@ -67,11 +69,12 @@ class FiniteLosses:
         Args:
             losses: The losses; None if some output's axes are ambiguous at the batch's width.
         """
-        finite = torch.tensor([]) if losses is None else losses.detach().isfinite().cpu()
+        values = self.values if losses is None else losses.detach().double().cpu()
+        finite = values.isfinite()
         sound = losses is not None and bool(finite.all())
         # 1. A forward pass counts only if it is sound on each rank.
         if not any_rank(not sound):
-            self.losses = losses
+            self.losses, self.values = losses, values
         # 2. In a wider batch it will be.
         elif losses is None:
             self.batch = self._not_square(widen(self.batch))

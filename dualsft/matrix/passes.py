@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dualsft.data.layout import Batch, one_example
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
-from dualsft.matrix.model_calls import Derivative, Losses, ModelCalls, suspended
+from dualsft.matrix.model_calls import BatchValues, Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.placement import requires_grad
@@ -188,40 +188,40 @@ class _Pass:
             # 2. Backward, which adds to the sums on all ranks.
             calls.backward(found.losses)
             # 3. Count the examples, or find those whose gradient is not finite.
-            if any_rank(not calls.finite):
+            values = calls.read()
+            if any_rank(not values.finite):
                 result.nonfinite |= calls.find_nonfinite(found.batch)
             elif not calls.void:
-                self._count(found.batch, found.losses)
+                self._count(found.batch, found.values, values)
         # 4. Score alone each example that only its batch spoilt.
         for example in found.alone:
             self.score(example)
 
-    def _count(self, batch: Batch, losses: Tensor) -> None:
+    def _count(self, batch: Batch, losses: Tensor, values: BatchValues) -> None:
         ids, measured = batch["example_id"].tolist(), self.result.measured
         self.result.counted += len(ids)
         if self._keep_losses:
-            measured.setdefault(LOSS, {}).update(zip(ids, losses.detach().double().cpu(), strict=True))
+            measured.setdefault(LOSS, {}).update(zip(ids, losses, strict=True))
         if self._calls.statistics:
             (example,) = ids
             for name, value in self._calls.statistics.read().items():
                 measured.setdefault(name, {})[example] = value
         if self._calls.rows:
-            self._read_rows(batch, ids, self._calls.rows)
+            self._keep_rows(batch, ids, self._calls.rows, values)
 
-    def _read_rows(self, batch: Batch, ids: list[int], rows: Rows) -> None:
+    def _keep_rows(self, batch: Batch, ids: list[int], rows: Rows, values: BatchValues) -> None:
         calls, result = self._calls, self.result
-        values = rows.read().tolist()
-        for of_direction, scores in zip(result.rows, values, strict=True):
-            of_direction.update(zip(ids, scores, strict=True))
+        scores = values.rows[0].tolist()
+        for of_direction, found in zip(result.rows, scores, strict=True):
+            of_direction.update(zip(ids, found, strict=True))
         lengths = [length for _, _, length in rows.layout.spans]
-        for k, contributions in enumerate(result.tokens):
-            tokens = rows.read_tokens(k).cpu()
+        for contributions, tokens in zip(result.tokens, values.tokens, strict=True):
             contributions.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))
         packed = any(first for _, first, _ in rows.layout.spans)
         if packed not in self._checked:  # the first batch, and the first in which examples share a row
             self._checked.add(packed)
             with suspended(calls.statistics, calls.row_sums, calls.columns):
-                spot_check(calls.model, rows, batch, values, compute_dtype(calls.model), calls.wait_for_probe)
+                spot_check(calls.model, rows, batch, scores, compute_dtype(calls.model), calls.wait_for_probe)
 
     def resume(self, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
         """Resume from the state that an earlier run kept."""

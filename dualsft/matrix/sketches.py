@@ -20,6 +20,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.matrix.readout import read_together
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.sharding.shards import compute_device, shard_of
 from dualsft.sharding.unit_gather import unsharded_parameters
@@ -95,7 +96,8 @@ class ExampleStatistics:
 
         Norms are float64 numbers, the sketch is a float32 vector. All are zero if the loss depends on no weight.
         """
-        return {name: (total.float() if name == SKETCH else total.sqrt()).cpu() for name, total in self._sums.items()}
+        totals = dict(zip(self._sums, read_together([*self._sums.values()]), strict=True))
+        return {name: total.float() if name == SKETCH else total.sqrt() for name, total in totals.items()}
 
     @torch.no_grad()
     def _measure(self, name: str, parameter: Tensor) -> None:

@@ -21,6 +21,14 @@ def accumulator_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
+def direction_dtype(parameter: Tensor) -> torch.dtype:
+    """The type to hold a parameter's direction in during a pass: bfloat16 for bfloat16, in which products are made.
+
+    Any other is that of sums. In float16 most of a direction would underflow.
+    """
+    return parameter.dtype if parameter.dtype == torch.bfloat16 else accumulator_dtype(parameter)
+
+
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 numbers itself, by AVX-512, AMX or Arm's BF16; True where nothing tells.
 

@@ -73,7 +73,7 @@ def _point(job: SelectJob, name: str, columns: bool) -> Phase:
     work = partial(
         passes.scores, batch=job.scoring, running=job.running, directions=1, columns=columns, by_token=by_token
     )
-    phase = scoring_phase(job, name, work, directions=1, columns=columns, more={"direction": job.shards.sums})
+    phase = scoring_phase(job, name, work, directions=1, columns=columns, more={"direction": job.shards.directions})
     if not columns:
         return phase
     on_host = job.machine.device != "cpu"

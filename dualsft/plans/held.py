@@ -1,7 +1,7 @@
 """The bytes that are held through a phase, counted tensor by tensor: a rank's shards, rounded up to whole rows."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dualsft.plans.shape import ModelShape, Weight
@@ -37,8 +37,13 @@ class Shards:
 
     @property
     def sums(self) -> int:
-        """An accumulator of gradients, a direction, or anything else in float32 (float64 for float64 weights)."""
+        """An accumulator of gradients, or anything else in float32 (float64 for float64 weights)."""
         return self.bytes_of(lambda weight: weight.wide)
+
+    @property
+    def directions(self) -> int:
+        """A direction, in the type in which a pass holds it."""
+        return self.bytes_of(lambda weight: weight.directed)
 
     @property
     def widest(self) -> int:
@@ -54,18 +59,19 @@ class Shards:
         """
         if not self.sharded:
             return batch
-        own, wide = _by_unit(self.shape.weights, lambda w: w.itemsize), _by_unit(self.shape.weights, lambda w: w.wide)
-        root, root_wide = own.pop(None, 0), wide.pop(None, 0)
-        block, block_wide = max(own.values(), default=0), max(wide.values(), default=0)
-        held = root + directions * root_wide
-        at_work = batch + BLOCK_SHARES * block + directions * block_wide
+        root, block = self._root_and_block(lambda weight: weight.itemsize)
+        root_wide, block_wide = self._root_and_block(lambda weight: weight.wide)
+        root_directed, block_directed = self._root_and_block(lambda weight: weight.directed)
+        held = root + directions * root_directed
+        at_work = batch + BLOCK_SHARES * block + directions * block_directed
         if not gradients:
             return held + at_work
         return held + max(at_work + block + block_wide, root + root_wide)
 
-
-def _by_unit(weights: Iterable[Weight], itemsize: Callable[[Weight], int]) -> Counter[int | None]:
-    found: Counter[int | None] = Counter()
-    for weight in weights:
-        found[weight.block] += weight.size * itemsize(weight)
-    return found
+    def _root_and_block(self, itemsize: Callable[[Weight], int]) -> tuple[int, int]:
+        """The bytes of the root unit, and of the largest block, with entries of this size."""
+        found: Counter[int | None] = Counter()
+        for weight in self.shape.weights:
+            found[weight.block] += weight.size * itemsize(weight)
+        root = found.pop(None, 0)
+        return root, max(found.values(), default=0)

@@ -13,6 +13,7 @@ from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.placement import requires_grad
 from dualsft.models import PreTrainedModel
+from dualsft.models.dtypes import accumulator_dtype, direction_dtype
 from dualsft.models.linear import is_linear
 from dualsft.models.loading import checkpoint_activations
 from dualsft.objectives import SelfDistillation, example_losses
@@ -54,7 +55,8 @@ def scores(
     model: PreTrainedModel, batch: BatchShape, running: Running, directions: int, columns: bool, by_token: bool
 ) -> Work:
     """The rows of several directions, with the sums of gradients or without."""
-    us = [{n: torch.empty_like(p, dtype=_wide(p)) for n, p in model.named_parameters()} for _ in range(directions)]
+    named = dict(model.named_parameters())
+    us = [{n: torch.empty_like(p, dtype=direction_dtype(p)) for n, p in named.items()} for _ in range(directions)]
     rows = RowSums(model, us, by_token)
     beside: list[AbstractContextManager[Any]] = [ColumnSums(model)] if columns else []
     return partial(_score, model, batch, running, beside, rows, frozen=not columns)
@@ -164,7 +166,7 @@ def _attach(model: PreTrainedModel, share: float, structured: bool) -> list[nn.P
     for weight in model.parameters():
         rows = max(1, round(share * weight.shape[0]))
         count = rows * (weight.numel() // weight.shape[0]) if structured else max(1, round(share * weight.numel()))
-        master = masters[weight] = nn.Parameter(torch.empty(count, dtype=_wide(weight)))
+        master = masters[weight] = nn.Parameter(torch.empty(count, dtype=accumulator_dtype(weight)))
         index = torch.zeros(count, dtype=torch.int32)
         weight.register_post_accumulate_grad_hook(partial(_add_gradient, master, index))
     if structured:
@@ -184,7 +186,3 @@ def _add_gradient(master: nn.Parameter, index: Tensor, weight: Tensor) -> None:
     gradient = weight.grad.flatten().index_select(0, index).to(master.dtype)
     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
     weight.grad = None
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)

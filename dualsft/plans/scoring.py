@@ -116,7 +116,7 @@ def _rows(job: SelectJob, columns: bool, masked: bool) -> Phase:
         by_token=settings.token_scores,
     )
     if masked:
-        held["directions of chosen weights"] = count * job.shards.sums
+        held["directions of chosen weights"] = count * job.shards.directions
     return scoring_phase(job, "scores", work, directions=count, columns=columns, more=held)
 
 
@@ -128,7 +128,7 @@ def _number(job: SelectJob) -> int:
 def _directions(job: SelectJob) -> dict[str, int]:
     """The bytes of all directions, by what they are called."""
     count = _number(job)
-    return {f"{count} directions" if count > 1 else "direction": count * job.shards.sums}
+    return {f"{count} directions" if count > 1 else "direction": count * job.shards.directions}
 
 
 def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:

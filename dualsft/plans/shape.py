@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dualsft.errors import UserError, first_line
 from dualsft.models import PreTrainedModel
-from dualsft.models.dtypes import accumulator_dtype, settled_dtype, stored_dtype
+from dualsft.models.dtypes import accumulator_dtype, direction_dtype, settled_dtype, stored_dtype
 from dualsft.models.inspection import check_files, explaining_load, read_config
 from dualsft.models.loading import Dtype
 from dualsft.sharding.shard_model import transformer_blocks
@@ -26,7 +26,8 @@ class Weight:
     """One parameter: how many entries it has along its first axis and along all others, and the bytes of an entry.
 
     Attributes:
-        wide: Bytes of an entry of its sums of gradients, and of its directions.
+        wide: Bytes of an entry of its sums of gradients.
+        directed: Bytes of an entry of its directions.
         block: The number of the transformer block that it belongs to; None outside the blocks.
     """
 
@@ -35,6 +36,7 @@ class Weight:
     width: int
     itemsize: int
     wide: int
+    directed: int
     block: int | None
 
     @property
@@ -115,8 +117,8 @@ def _weights(model: PreTrainedModel) -> Iterator[Weight]:
     blocks = {id(p): k for k, block in enumerate(transformer_blocks(model)) for p in block.parameters()}
     for name, p in model.named_parameters():
         rows = p.shape[0] if p.dim() else 1
-        wide = accumulator_dtype(p).itemsize
-        yield Weight(name, rows, p.numel() // max(rows, 1), p.itemsize, wide, blocks.get(id(p)))
+        wide, directed = accumulator_dtype(p).itemsize, direction_dtype(p).itemsize
+        yield Weight(name, rows, p.numel() // max(rows, 1), p.itemsize, wide, directed, blocks.get(id(p)))
 
 
 def find_config(name_or_path: str) -> Path:

@@ -68,7 +68,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def direction(self, statistics: ParameterStatistics) -> Float[Tensor, "*shape"]:
-        """The direction u for one parameter, of its shape.
+        """The direction u for one parameter, of its shape; the same at every call with the same statistics.
 
         An example's utility is then <u, g_i> and a weight's importance u_j Σ_i g_ij: positive where training on the
         example, or training the weight, is predicted to lower the validation objective.

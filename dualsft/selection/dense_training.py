@@ -138,7 +138,7 @@ class DenseTraining:
         count = len(batch["example_id"])
         for part in split_rows(local_rows(batch), self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
-            bad = [int(part["example_id"][k]) for k in (~losses.isfinite()).nonzero().flatten().tolist()]
+            bad = part["example_id"][~losses.detach().isfinite().cpu()].tolist()
             if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
                 return self._backward_without("loss", batch, suspects)
             (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean

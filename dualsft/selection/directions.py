@@ -5,6 +5,7 @@ With several validation sets each has its own direction and scores, and a combin
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from dualsft.needs import ask
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.dense_training import EPS
 from dualsft.sharding.collectives import all_reduce_sum
-from dualsft.sharding.shards import full_tensor, local_shard, shard_copy, shard_of
+from dualsft.sharding.shards import full_tensor, local_shard, shard_copy
 
 Combination = Literal["mean", "max", "min"]
 
@@ -51,28 +52,29 @@ class Statistics:
     empirical_fisher: Mapping[str, Tensor] | None = None
     hessian_vector: Mapping[str, Tensor] | None = None
 
-    def by_parameter(self, step_size: float) -> Iterator[ParameterStatistics]:
-        """Yield the statistics that a scorer gets, one trainable parameter after another, as full tensors.
+    @contextmanager
+    def of_parameter(self, name: str, step_size: float) -> Iterator[ParameterStatistics]:
+        """What a scorer, called in this context, gets of one trainable parameter: full tensors, for the step size η.
 
         A scorer that modifies the weights is refused; all other tensors are copies.
         """
         optional = (self.pool_gradient, self.second_moment, self.empirical_fisher, self.hessian_vector)
-        for name, weight in trainable_parameters(self.model).items():
-            version, dtype = weight._version, accumulator_dtype(weight)
-            yield ParameterStatistics(
-                name,
-                full_tensor(local_shard(weight.detach()), weight),
-                full_tensor(self.validation_gradient[name], weight),
-                full_tensor(self.preconditioner[name], weight),
-                step_size,
-                self.num_examples,
-                *(
-                    None if known is None else full_tensor(known[name].to(weight.device, dtype, copy=True), weight)
-                    for known in optional
-                ),
-            )
-            if weight._version != version:
-                raise UserError(f"The scorer modified the weight {name} in place; mend it to work on a copy.")
+        weight = self.model.get_parameter(name)
+        version, dtype = weight._version, accumulator_dtype(weight)
+        yield ParameterStatistics(
+            name,
+            full_tensor(local_shard(weight.detach()), weight),
+            full_tensor(self.validation_gradient[name], weight),
+            full_tensor(self.preconditioner[name], weight),
+            step_size,
+            self.num_examples,
+            *(
+                None if known is None else full_tensor(known[name].to(weight.device, dtype, copy=True), weight)
+                for known in optional
+            ),
+        )
+        if weight._version != version:
+            raise UserError(f"The scorer modified the weight {name} in place; mend it to work on a copy.")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -97,19 +99,21 @@ def preconditioner(model: nn.Module, moments: Mapping[str, Tensor] | None) -> La
     return LazyTensors(weights, make)
 
 
-@torch.no_grad()
-def directions(scorer: Scorer, statistics: Statistics, step_size: float) -> dict[str, Tensor]:
-    """Compute u at the step size η for every trainable parameter: this rank's shard if the model is sharded.
+def scorer_direction(scorer: Scorer, statistics: Statistics, step_size: float) -> LazyTensors:
+    """u at the step size η for every trainable parameter, computed when it is read; this rank's shard if sharded.
 
-    Raises:
-        UserError: if a direction is not finite, or not of its parameter's shape.
+    Reading raises a UserError if the direction is not finite, or not of its parameter's shape.
     """
-    chosen, weights = {}, dict(statistics.model.named_parameters())
-    for known in statistics.by_parameter(step_size):
-        u = ask(scorer, "direction", known)
-        check_vector(scorer, "direction", u, known.name, known.weight)
-        chosen[known.name] = shard_copy(u, weights[known.name])
-    return chosen
+    weights = trainable_parameters(statistics.model)
+
+    @torch.no_grad()
+    def make(name: str) -> Tensor:
+        with statistics.of_parameter(name, step_size) as known:
+            u = ask(scorer, "direction", known)
+        check_vector(scorer, "direction", u, name, known.weight)
+        return shard_copy(u, weights[name])
+
+    return LazyTensors(weights, make)
 
 
 def check_vector(scorer: object, method: str, found: object, name: str, weight: Tensor) -> None:
@@ -124,14 +128,6 @@ def check_vector(scorer: object, method: str, found: object, name: str, weight: 
     else:
         return
     raise UserError(f"{type(scorer).__name__} gave {name} a {method} {problem}; mend it.")
-
-
-def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute u ⊙ m; parameters without a chosen weight are left out, so that no tap is placed on them.
-
-    If the model is sharded, u has this rank's shards and the mask full shapes; ``like`` are the model's parameters.
-    """
-    return {n: u[n] * shard_of(chosen, like[n]).to(u[n].device) for n, chosen in mask.items() if bool(chosen.any())}
 
 
 class ColumnTotals(NamedTuple):
@@ -164,7 +160,8 @@ def parameter_scores(
 
 
 def _score(u: Mapping[str, Tensor], sums: Mapping[str, Tensor], name: str) -> Tensor:
-    return sums[name].to(u[name].device) * u[name]
+    part = u[name]
+    return sums[name].to(part.device) * part
 
 
 def combined(values: Sequence[Float[Tensor, "*shape"]], combination: Combination) -> Float[Tensor, "*shape"]:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.models.lazy import LazyTensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.directions import combined_tokens
+from dualsft.selection.held_direction import HeldDirection
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.passes import Passes
 from dualsft.selection.scorer_directions import ScorerDirections
@@ -59,14 +61,14 @@ def score_tokens(
     objective = ValidationObjective(module.model, settings, passes, validation_terms(data), further, moments)
     objective.take_gradients()
     rule = ScorerDirections(settings, objective, run, data.named_validation)
-    us = _directions(rule, passes, data)
+    us = [HeldDirection(u, module.model).held for u in _directions(rule, passes, data)]
     options = {"directions": us, "columns": False, "by_token": True, "measurement": rule.measurement(())}
     found = passes.run("scores by token", len(ids), partial(data.pool_loader, list(ids)), **options)
     tokens = combined_tokens(found.tokens, found.rows, settings.combination)
     return {i: (list(data.train_examples.dataset[i]["input_ids"]), of.tolist()) for i, of in tokens.items()}
 
 
-def _directions(rule: ScorerDirections, passes: Passes, data: InstructionDataModule) -> list[dict[str, Tensor]]:
+def _directions(rule: ScorerDirections, passes: Passes, data: InstructionDataModule) -> list[LazyTensors]:
     """u of each validation set; n is the number of examples that can be scored."""
     ids = data.train_examples.ok_ids()
     sums: Mapping[str, Tensor] | None = None

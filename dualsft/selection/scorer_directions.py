@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from dualsft.matrix.sketches import Measurement
+from dualsft.models.lazy import LazyTensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say
-from dualsft.selection.directions import Statistics, directions
+from dualsft.selection.directions import Statistics, scorer_direction
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.step import Along, along_pool_step, bind, describe, is_bound, settle, warning
@@ -31,8 +32,8 @@ class DirectionRule(ABC):
     needs_pool_gradient: bool
 
     @abstractmethod
-    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
-        """Compute u of each set: parameter name -> u, of the (local) shape.
+    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[LazyTensors]:
+        """u of each set: parameter name -> u, of the (local) shape, computed when it is read.
 
         Args:
             sums: Σ_i g_i by parameter name, if it is known.
@@ -53,7 +54,7 @@ class DirectionRule(ABC):
         """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
         return dict.fromkeys(self.sets)
 
-    def half_directions(self) -> list[dict[str, Tensor]]:
+    def half_directions(self) -> list[LazyTensors]:
         """u by the first halves of all sets, then by the second ones, as last computed; empty without halves."""
         return []
 
@@ -89,25 +90,25 @@ class ScorerDirections(DirectionRule):
         """Validation set -> the cosine of its loss's gradient with the prior's; None where there is none."""
         return self._objective.prior_cosines()
 
-    def half_directions(self) -> list[dict[str, Tensor]]:
+    def half_directions(self) -> list[LazyTensors]:
         """u by the first halves of all sets, then by the second ones, as last computed; empty without halves."""
         assert self._step is not None
         gradients = {name: self._objective.half_gradients(name) for name in self._statistics}
         return [
-            directions(self._settings.scorer, replace(self._statistics[name], validation_gradient=v), self._step)
+            scorer_direction(self._settings.scorer, replace(self._statistics[name], validation_gradient=v), self._step)
             for half in zip(*gradients.values(), strict=True)
             for name, v in zip(self._statistics, half, strict=True)
         ]
 
-    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
-        """Compute u of each set, and settle η, on which the run's scores depend from here on."""
+    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[LazyTensors]:
+        """u of each set; settle η, on which the run's scores depend from here on."""
         statistics = self._objective.statistics(sums, count, occasion)
         if sums is not None:
             self._measure(statistics)
         self._step = settle(self._settings.step_size, list(self._along.values()), is_bound(self._run))
         bind(self._run, self._settings.step_size)
         self._statistics = statistics
-        return [directions(self._settings.scorer, of, self._step) for of in statistics.values()]
+        return [scorer_direction(self._settings.scorer, of, self._step) for of in statistics.values()]
 
     def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any]:
         """Describe the quadratic's prediction along the last pool step, for each set too if the sets have names."""

@@ -29,9 +29,9 @@ from dualsft.selection.directions import (
     column_totals,
     combined_rows,
     combined_tokens,
-    masked,
     parameter_scores,
 )
+from dualsft.selection.held_direction import HeldDirection, masked
 from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.totals import column
@@ -76,10 +76,10 @@ def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
 class _Latest:
     """The results of the latest steps; directions and rows for each validation set."""
 
-    directions: list[dict[str, Tensor]] = field(default_factory=list)  # u, from the latest pool gradient
-    halves: list[dict[str, Tensor]] = field(default_factory=list)  # u by the first halves of all sets, then the second
+    directions: list[HeldDirection] = field(default_factory=list)  # u, from the latest pool gradient
+    halves: list[HeldDirection] = field(default_factory=list)  # u by the first halves of all sets, then the second
     half_rows: list[dict[int, float]] = field(default_factory=list)  # likewise
-    row_directions: Sequence[Mapping[str, Tensor]] = ()  # u of the latest rows, masked to the chosen weights
+    row_directions: Sequence[HeldDirection] = ()  # u of the latest rows, masked to the chosen weights
     rows: list[dict[int, float]] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
     sums: Mapping[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
@@ -151,10 +151,9 @@ class Scoring:
                 self._sum_gradients(self._finite, occasion)
             else:
                 self._make_directions(len(self._finite), None, occasion)
-        us: Sequence[Mapping[str, Tensor]] = [*self._latest.directions, *self._latest.halves]
+        us = [*self._latest.directions, *self._latest.halves]
         if mask:
-            like = dict(self._model.named_parameters())
-            us = [masked(u, mask, like) for u in us]
+            us = [HeldDirection(masked(u.exact, mask, self._model), self._model) for u in us]
         found = self._passes.run(f"scores{occasion}", **self._rows_of(us, columns=False))
         examples = self._take_rows(found, us[: len(self._rule.sets)])
         self._check()
@@ -163,7 +162,7 @@ class Scoring:
     def columns(self) -> list[dict[str, Tensor]]:
         """φ_j of each validation set, by parameter name, on the host, from the latest direction and sum."""
         sums = self._latest.sums
-        return [{name: column(u[name], sums[name]) for name in u} for u in self._latest.directions]
+        return [{name: column(u.exact[name], sums[name]) for name in u.exact} for u in self._latest.directions]
 
     def prediction(self) -> dict[str, Any] | None:
         """Describe what the directions predict of the last pool step, for the manifest, if anything."""
@@ -173,14 +172,14 @@ class Scoring:
         """Validation set -> how its directions lie to each other, with ḡ over the examples last summed."""
         priors, latest = self._rule.prior_cosines(), self._latest
         us = dict(zip(self._rule.sets, latest.directions, strict=True))
-        return {name: Alignment(priors[name], cosine(u, latest.sums)) for name, u in us.items()}
+        return {name: Alignment(priors[name], cosine(u.exact, latest.sums)) for name, u in us.items()}
 
     def stability(self) -> Stability | None:
         """How far two halves of the validation set agree on the scores last computed, if they were asked."""
         latest, combination = self._latest, self._settings.combination
         if not latest.halves:
             return None
-        return agreement(latest.half_rows, latest.halves, latest.sums, combination)
+        return agreement(latest.half_rows, [u.exact for u in latest.halves], latest.sums, combination)
 
     def describe(self) -> None:
         """One scoring checkpoint has no path to tell of."""
@@ -189,11 +188,11 @@ class Scoring:
         """The options of a pass over these examples of the pool."""
         return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
-    def _rows_of(self, us: Sequence[Mapping[str, Tensor]], columns: bool) -> dict[str, Any]:
+    def _rows_of(self, us: Sequence[HeldDirection], columns: bool) -> dict[str, Any]:
         """The options of a pass for the rows of these directions; the first such pass also takes the measurements."""
         measurement = self._rule.measurement(() if self.measured else self._settings.statistics)
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
-        return {**self._over(self._finite), "directions": us, **options}
+        return {**self._over(self._finite), "directions": [u.held for u in us], **options}
 
     def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
         """Compute Σ_i g_i over these examples, and its directions, unless they are the latest ones already."""
@@ -214,7 +213,7 @@ class Scoring:
         self._latest.sums, self._latest.summed = found.sums, frozenset(ids) - found.nonfinite
         self._check()
 
-    def _take_rows(self, found: GradientPass, us: Sequence[Mapping[str, Tensor]]) -> ExampleScores:
+    def _take_rows(self, found: GradientPass, us: Sequence[HeldDirection]) -> ExampleScores:
         self.measured = self.measured or found.measured
         self.nonfinite |= found.nonfinite
         rows, tokens = found.rows[: len(us)], found.tokens[: len(us)]
@@ -239,11 +238,14 @@ class Scoring:
     def _make_directions(self, count: int, sums: Mapping[str, Tensor] | None, occasion: str = "") -> None:
         """Compute u of each validation set, with ḡ over ``count`` examples if it is known."""
         self._num_examples = count
-        self._latest.directions = self._rule.directions(sums, count, occasion)
-        self._latest.halves = self._rule.half_directions()
+        us = self._rule.directions(sums, count, occasion)
+        self._latest.directions = [HeldDirection(u, self._model) for u in us]
+        self._latest.halves = [HeldDirection(u, self._model) for u in self._rule.half_directions()]
 
     def _weight_scores(self) -> dict[str, Tensor]:
-        return parameter_scores(self._latest.directions, self._latest.sums, self._settings.combination)
+        return parameter_scores(
+            [u.exact for u in self._latest.directions], self._latest.sums, self._settings.combination
+        )
 
     def _check(self) -> None:
         """Check Σ_i <u, g_i> = <u, Σ_i g_i> for the latest direction and the latest sum, once both are known.
@@ -253,12 +255,12 @@ class Scoring:
         latest = self._latest
         if not latest.rows or not latest.sums:
             return
-        names = list(latest.row_directions[0])
+        names = list(latest.row_directions[0].held)
         moves = all_reduce_sum(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._rule.sets, latest.rows, latest.row_directions, strict=True):
             summed = {i: value for i, value in rows.items() if i in latest.summed}
-            self.identity[name] = sum_identity(summed, column_totals(u, latest.sums), compute_dtype(self._model))
+            self.identity[name] = sum_identity(summed, column_totals(u.exact, latest.sums), compute_dtype(self._model))
 
 
 def sum_identity(rows: Mapping[int, float], columns: ColumnTotals, dtype: torch.dtype) -> dict[str, float]:

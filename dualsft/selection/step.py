@@ -16,7 +16,7 @@ from dualsft.errors import UserError
 from dualsft.needs import ask
 from dualsft.runs.folder import RunFolder
 from dualsft.scorers import Scorer, SecondOrderScorer
-from dualsft.selection.directions import Statistics, check_vector
+from dualsft.selection.directions import Statistics, check_vector, trainable_parameters
 
 StepSize = float | Literal["auto"]
 _PHASE = "step-size"
@@ -46,17 +46,18 @@ class Along(NamedTuple):
 def along_pool_step(scorer: Scorer, statistics: Statistics) -> Along:
     """Measure V along the pool step; the pool's gradient must be known."""
     slope, curvature, first, second = [], [], [], []
-    for known in statistics.by_parameter(math.nan):  # the curvature must not depend on η
-        assert known.pool_gradient is not None
-        p, v = known.preconditioner, known.validation_gradient
-        step = (p * known.pool_gradient).double()
-        slope.append(float((step * v).sum()))
-        first.append(float((p * v).double().square().sum()))
-        if isinstance(scorer, SecondOrderScorer):
-            bend = ask(scorer, "curvature", known)
-            check_vector(scorer, "curvature", bend, known.name, known.weight)
-            curvature.append(float((step * bend).sum()))
-            second.append(float((p * bend).double().square().sum()))
+    for name in trainable_parameters(statistics.model):
+        with statistics.of_parameter(name, math.nan) as known:  # the curvature must not depend on η
+            assert known.pool_gradient is not None
+            p, v = known.preconditioner, known.validation_gradient
+            step = (p * known.pool_gradient).double()
+            slope.append(float((step * v).sum()))
+            first.append(float((p * v).double().square().sum()))
+            if isinstance(scorer, SecondOrderScorer):
+                bend = ask(scorer, "curvature", known)
+                check_vector(scorer, "curvature", bend, name, known.weight)
+                curvature.append(float((step * bend).sum()))
+                second.append(float((p * bend).double().square().sum()))
     if not curvature:
         return Along(math.fsum(slope), None, None)
     length = math.sqrt(math.fsum(first))

@@ -5,7 +5,7 @@ So counts over a batch need no communication, and the order of the batches is th
 
 import torch
 
-from dualsft.data.layout import Batch, Layout, select_rows
+from dualsft.data.layout import Batch, Layout, on_host, select_rows, to_device
 from dualsft.data.supervision import IGNORED
 from dualsft.sharding.collectives import rank_slice, world_size
 
@@ -18,9 +18,10 @@ def local_rows(batch: Batch) -> Batch:
     """
     if world_size() == 1:
         return batch
+    device, batch = batch["input_ids"].device, on_host(batch)
     all_rows = range(len(batch["input_ids"]))
     own = all_rows[rank_slice()]
     rows = own or all_rows[-1:]
     width = max(first + length for row, first, length in Layout.of(batch).spans if row in rows)
     part = select_rows(batch, rows, slice(width))
-    return part if own else {**part, "labels": torch.full_like(part["labels"], IGNORED)}
+    return to_device(part if own else {**part, "labels": torch.full_like(part["labels"], IGNORED)}, device)

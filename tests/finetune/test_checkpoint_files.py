@@ -1,5 +1,6 @@
 """Checkpoint files: whole or absent, and damaged ones passed over."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,12 @@ def test_a_fit_on_a_full_disk_says_where_and_can_be_resumed(
     fit(workspace, path, *small, *again, epochs=1)
     for name in ("model/model.safetensors", "delta.safetensors", "logs/version_0/metrics.csv"):
         assert (path / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_in_no_checkpoint(workspace: Workspace, folder: Path) -> None:
+    """Its step is not due yet, but a run that went on from there would take it without looking at it again."""
+    module = workspace.module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=math.inf))
+    run = trainer(folder, enable_checkpointing=False, accumulate_grad_batches=2, callbacks=[SaveOften(folder)])
+    with pytest.raises(UserError, match="training loss became nan in epoch 0, at the examples"):
+        run.fit(module, datamodule=workspace.data(batch_size=3))
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["0-0.ckpt", "0-1.ckpt"]

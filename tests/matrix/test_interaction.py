@@ -13,11 +13,24 @@ from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.errors import UserError
+from dualsft.matrix import linear_tap
 from dualsft.matrix.interaction import ColumnSums, RowSums
+from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.spot_check import check_covered
 from dualsft.objectives import example_losses
 from dualsft.selection.passes import scoring_mode
-from tests.cases import ARCHITECTURES, Example, Gradients, collate, llama, make, make_examples, random_direction
+from tests.cases import (
+    ARCHITECTURES,
+    Example,
+    Gradients,
+    collate,
+    given,
+    llama,
+    make,
+    make_examples,
+    pack,
+    random_direction,
+)
 from tests.references import assert_rows, assert_same_gradients, gradient_loop, total
 
 
@@ -556,6 +569,25 @@ def test_bfloat16_rows_are_close_to_float64() -> None:
     u = random_direction(model)
     rows, _ = both_sums(model, examples, u)
     assert_rows(rows, u, gradient_loop(model.double(), examples), 1e-2)
+
+
+@pytest.mark.parametrize("way", ["rows and columns", "rows alone", "by token", "packed", "by gradient"])
+@pytest.mark.parametrize("architecture", ["llama with biases", "gpt2", "mixtral"])
+def test_a_bfloat16_direction_gives_the_same_bits(architecture: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model's rows are those of a float32 direction, as taps round it themselves.
+
+    All but the products with dW_i, which are in float32: there they are those of the rounded direction.
+    """
+    if way == "by gradient":
+        monkeypatch.setattr(linear_tap, "by_gradient_pays", lambda *_: True)
+    model, examples = make(architecture, torch.bfloat16), make_examples()
+    u = random_direction(model)
+    held = {name: value.bfloat16() for name, value in u.items()}
+    us = [held, {n: value.float() for n, value in held.items()} if way == "by gradient" else u]
+    batch = pack([[0, 1], [2, 3, 4]], examples) if way == "packed" else collate(examples)
+    found = gradient_pass(model, given([batch]), directions=us, columns=way != "rows alone", by_token=way == "by token")
+    assert found.rows[0] == found.rows[1]
+    assert len(set(found.rows[0].values())) == len(examples)
 
 
 def test_read_before_backward_is_an_error() -> None:

@@ -34,7 +34,7 @@ from dualsft.matrix.passes import Batches, gradient_pass
 from dualsft.models.loading import Dtype
 from dualsft.quickstart import GSM8K
 from dualsft.scorers import FirstOrder
-from dualsft.selection.directions import Statistics, directions, preconditioner
+from dualsft.selection.directions import Statistics, preconditioner, scorer_direction
 from dualsft.selection.passes import scoring_mode
 from tests.cases import given
 from tests.world.jobs import SGD, Inputs, select, write_inputs
@@ -119,7 +119,7 @@ def direction_at(model: PreTrainedModel, data: InstructionDataModule, count: int
     """U = (η/n) v for a pool of this many examples and the step size 2e-5."""
     found = gradient_pass(model, lambda first: data.validation_loader(start=first))
     gradient = {name: total / found.counted for name, total in found.sums.items()}
-    return directions(FirstOrder(), Statistics(model, gradient, preconditioner(model, None), count), 2e-5)
+    return dict(scorer_direction(FirstOrder(), Statistics(model, gradient, preconditioner(model, None), count), 2e-5))
 
 
 @pytest.fixture(scope="module")

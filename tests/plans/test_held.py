@@ -11,6 +11,7 @@ from dualsft.plans.held import Shards
 from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.scoring import plan_select
 from dualsft.plans.training import plan_fit
+from dualsft.selection.held_direction import HeldDirection
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import Warmup
@@ -33,6 +34,7 @@ def test_weights_and_sums_are_those_of_a_real_model(tmp_path: Path, tied: bool, 
     assert shape.count == sum(p.numel() for p in model.parameters())
     assert Shards(shape).weights == size_of(model.parameters())
     assert Shards(shape).sums == size_of(ColumnSums(model).sums.values())
+    assert Shards(shape).directions == size_of(HeldDirection(dict(model.named_parameters()), model).held.values())
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -92,7 +94,7 @@ def test_directions_stay_through_the_choice(tmp_path: Path) -> None:
     """One for each validation set, on the device, while weights are ranked on the host."""
     job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2))
     choice = plan_select(job).phases[-1]
-    assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.sums}
+    assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.directions}
 
 
 def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:

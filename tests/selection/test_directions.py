@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dualsft.scorers import FirstOrder, ParameterStatistics, Scorer
 from dualsft.selection.dense_training import EPS
-from dualsft.selection.directions import Statistics, column_totals, directions, masked, parameter_scores, preconditioner
+from dualsft.selection.directions import Statistics, column_totals, parameter_scores, preconditioner, scorer_direction
+from dualsft.selection.held_direction import HeldDirection, masked
 from dualsft.selection.objective import weighted_total
 
 GRADIENT = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([0.0, 3.0, 4.0])}
@@ -31,12 +32,12 @@ def statistics(moments: dict[str, Tensor] | None) -> Statistics:
 def test_directions_precondition_by_the_second_moment() -> None:
     """U = (η/n) v / (sqrt(ĉ)+eps); without moments (η/n) v; frozen weights have none; ĉ is not written to."""
     moments = {name: c.clone() for name, c in MOMENTS.items()}
-    u = directions(FirstOrder(), statistics(moments), 0.5)
+    u = scorer_direction(FirstOrder(), statistics(moments), 0.5)
     assert set(u) == {"a", "b"}
     for name, found in u.items():
         torch.testing.assert_close(found, 0.05 * GRADIENT[name] / (MOMENTS[name].sqrt() + EPS))
         assert torch.equal(moments[name], MOMENTS[name])
-    plain = directions(FirstOrder(), statistics(None), 0.5)
+    plain = scorer_direction(FirstOrder(), statistics(None), 0.5)
     assert all(torch.equal(plain[name], 0.05 * v) for name, v in GRADIENT.items())
 
 
@@ -60,7 +61,7 @@ class Recorder(Scorer):
 def test_one_parameter_at_a_time() -> None:
     """A scorer sees every parameter's facts, and v and P of a parameter are gone once the next is asked for."""
     scorer = Recorder()
-    directions(scorer, statistics(MOMENTS), 0.5)
+    HeldDirection(scorer_direction(scorer, statistics(MOMENTS), 0.5), two_weights())
     assert scorer.seen == [("a", (2,), 0.5, 10), ("b", (3,), 0.5, 10)]
     assert scorer.alive == [0, 0]
 
@@ -77,7 +78,7 @@ def test_weighted_sums_add_up() -> None:
 def test_a_masked_direction_lacks_whole_parameters() -> None:
     """U ⊙ m, and a parameter without a chosen weight is not there at all."""
     mask = {"a": torch.tensor([True, False]), "b": torch.zeros(3, dtype=torch.bool)}
-    found = masked(GRADIENT, mask, GRADIENT)
+    found = masked(GRADIENT, mask, two_weights())
     assert set(found) == {"a"}
     assert found["a"].tolist() == [1.0, 0.0]
 

@@ -17,7 +17,7 @@ from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.quickstart import ASSETS, GSM8K
 from dualsft.scorers import FirstOrder, HessianVector, Scorer
-from dualsft.selection.directions import Statistics, column_totals, directions, preconditioner
+from dualsft.selection.directions import Statistics, column_totals, preconditioner, scorer_direction
 from dualsft.selection.step import along_pool_step, settle
 from tests.cases import given
 from tests.world.data import write_jsonl
@@ -81,7 +81,7 @@ def test_second_order_is_exact_on_a_quadratic(step_size: Any, adam: bool) -> Non
         return (x @ w - y).square().mean() / 2
 
     def predicted(scorer: Scorer) -> float:
-        return column_totals(directions(scorer, known, eta), sums).total
+        return column_totals(scorer_direction(scorer, known, eta), sums).total
 
     measured = float((value(model.w) - value(model.w - eta * d["w"])).detach())
     missing = float(eta**2 / 2 * d["w"] @ x.T @ x @ d["w"] / 7)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -45,7 +45,7 @@ class Fitted:
 
 
 class Losses(Callback):
-    """Notes each batch's loss, or another metric that is logged with it."""
+    """Notes each batch's loss, or another of its `batch_losses`."""
 
     def __init__(self, metric: str = "train_loss") -> None:
         self._metric = metric
@@ -54,7 +54,7 @@ class Losses(Callback):
     def on_train_batch_end(
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.found.append(float(trainer.callback_metrics[self._metric]))
+        self.found.append(float(cast(MaskedFinetuneModule, pl_module).batch_losses[self._metric]))
 
 
 class SaveFirst(Callback):

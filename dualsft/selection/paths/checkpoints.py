@@ -6,7 +6,8 @@ Each point is scored as a single scoring checkpoint is; the scores of all points
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +18,13 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import NORM, PRECONDITIONED_NORM, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.lazy import LazyTensors
 from dualsft.needs import ask
 from dualsft.paths import Piece, PieceRows, ScoringPath
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.scorers import ParameterStatistics
 from dualsft.selection.diagnostics import Alignment
-from dualsft.selection.directions import check_vector, combined, combined_rows, trainable_parameters
+from dualsft.selection.directions import Statistics, check_vector, combined, combined_rows, trainable_parameters
 from dualsft.selection.normalization import scaled, token_counts
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.passes import Passes
@@ -69,35 +70,37 @@ class PathDirections(DirectionRule):
         """The statistics to measure of single examples, those that the rule needs among them."""
         return self._objective.measurement({*names, *self._rule.needs_of_examples})
 
-    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[dict[str, Tensor]]:
-        """Compute u of each set by the rule, one parameter after another."""
+    def directions(self, sums: Mapping[str, Tensor] | None, count: int, occasion: str) -> list[LazyTensors]:
+        """u of each set by the rule."""
         by_scorer: Sequence[Mapping[str, Tensor]] = [{} for _ in self.sets]
         if "scorer_direction" in self._rule.needs:
             by_scorer = self._scorer.directions(sums, count, occasion)
         if "statistics" not in self._rule.needs:
             return [self._of_set(u, None) for u in by_scorer]
         statistics = self._objective.statistics(None, count, occasion).values()
-        return [self._of_set(u, of.by_parameter(math.nan)) for u, of in zip(by_scorer, statistics, strict=True)]
+        return [self._of_set(u, of) for u, of in zip(by_scorer, statistics, strict=True)]
 
-    def _of_set(
-        self, by_scorer: Mapping[str, Tensor], known: Iterator[ParameterStatistics] | None
-    ) -> dict[str, Tensor]:
+    def _of_set(self, by_scorer: Mapping[str, Tensor], statistics: Statistics | None) -> LazyTensors:
         before, after = self._path.weights(self._piece), self._path.weights(self._piece + 1)
-        chosen = {}
-        for name, weight in trainable_parameters(self._model).items():
-            piece = Piece(
-                name,
-                self._piece,
-                start=_full(before[name], weight),
-                end=_full(after[name], weight),
-                learning_rate=self._path.learning_rate,
-                scorer_direction=full_tensor(by_scorer[name], weight) if name in by_scorer else None,
-                statistics=next(known) if known else None,
-            )
-            u = ask(self._rule, "direction", piece)
+        weights = trainable_parameters(self._model)
+
+        def make(name: str) -> Tensor:
+            weight = weights[name]
+            with statistics.of_parameter(name, math.nan) if statistics else nullcontext() as known:
+                piece = Piece(
+                    name,
+                    self._piece,
+                    start=_full(before[name], weight),
+                    end=_full(after[name], weight),
+                    learning_rate=self._path.learning_rate,
+                    scorer_direction=full_tensor(by_scorer[name], weight) if name in by_scorer else None,
+                    statistics=known,
+                )
+                u = ask(self._rule, "direction", piece)
             check_vector(self._rule, "direction", u, name, weight)
-            chosen[name] = shard_copy(u, weight)
-        return chosen
+            return shard_copy(u, weight)
+
+        return LazyTensors(weights, make)
 
     def prediction(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Any] | None:
         """The prediction of the run's scorer, if the rule uses it."""

@@ -23,7 +23,8 @@ from dualsft.matrix.sketches import LOSS, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.directions import ColumnTotals, masked
+from dualsft.selection.directions import ColumnTotals
+from dualsft.selection.held_direction import HeldDirection, masked
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.completeness import Completeness, completeness
 from dualsft.selection.paths.totals import PathTotals
@@ -203,13 +204,12 @@ class PathIntegrator:
         Direction and sums of the point are gone when those of the next one come.
         """
         self._path.move(self._model, point.position)
-        u: Mapping[str, Tensor] = self._path.displacement(self._model, point.shares)
-        if mask is not None:
-            u = masked(u, mask, dict(self._model.named_parameters()))
+        moved = self._path.displacement(self._model, point.shares)
+        u = HeldDirection(moved if mask is None else masked(moved, mask, self._model), self._model)
         options = {"columns": columns, "by_token": self._settings.token_scores}
-        found = self._passes.run(name, len(ids), partial(side.loader, ids), directions=[u], **options)
+        found = self._passes.run(name, len(ids), partial(side.loader, ids), directions=[u.held], **options)
         if not found.nonfinite:
-            totals.add(found, [u], self._log.latest())
+            totals.add(found, [u.exact], self._log.latest())
         return found.nonfinite
 
     def _integral(self, totals: PathTotals, fall: Mapping[int, float], mask: Mapping[str, Tensor] | None) -> Integral:

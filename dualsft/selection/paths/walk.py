@@ -83,16 +83,21 @@ class RecordedPath:
                 place = place.to(wide).lerp(after[name].to(wide), share)
             local_shard(parameter.detach()).copy_(place)
 
-    def displacement(self, model: PreTrainedModel, shares: Iterable[tuple[int, float]]) -> dict[str, Tensor]:
-        """Σ_k w_k (θ_k − θ_{k+1}) of some pieces k with weights w_k, by trainable parameter, on the model's device."""
+    def displacement(self, model: PreTrainedModel, shares: Iterable[tuple[int, float]]) -> LazyTensors:
+        """Σ_k w_k (θ_k − θ_{k+1}) of some pieces k with weights w_k, by trainable parameter, on the model's device.
+
+        Each tensor is made when it is read.
+        """
+        trainable = trainable_parameters(model)
         ends = [(self.weights(k), self.weights(k + 1), weight) for k, weight in shares]
 
-        def total(name: str, parameter: Tensor) -> Tensor:
+        def total(name: str) -> Tensor:
+            parameter = trainable[name]
             wide, device = accumulator_dtype(parameter), local_shard(parameter.detach()).device
             parts = [(a[name].to(device, wide) - b[name].to(device, wide)) * weight for a, b, weight in ends]
             return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-        return {name: total(name, parameter) for name, parameter in trainable_parameters(model).items()}
+        return LazyTensors(trainable, total)
 
 
 def _point(key: str, point: int) -> str:
