@@ -14,7 +14,8 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives import token_losses
+from dualsft.objectives.inputs import model_inputs
+from dualsft.objectives.likelihood import token_losses
 from dualsft.sharding.local_batch import local_rows
 
 
@@ -35,8 +36,7 @@ class LanguageModelMetrics(torch.nn.Module):
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
         own = local_rows(batch)
-        logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
-        self.update(logits, own["labels"])
+        self.update(model(**model_inputs(model, own)).logits, own["labels"])
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:

@@ -1,7 +1,5 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,16 +7,7 @@ from torch.nn import functional as F
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """The arguments of a causal language model for a batch, padded or packed.
-
-    The first token of a packed example has no label, as no token before it is the example's own; without an attention
-    mask the position ids keep packed examples apart.
-    """
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+from dualsft.objectives.inputs import model_inputs
 
 
 def supervised_logits(
@@ -55,12 +44,12 @@ def token_losses(
 
 def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " supervised"]:
     """Negative log-likelihood in nats of each supervised token of a padded or packed batch, row by row."""
-    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
+    scores, supervised = supervised_logits(model(**model_inputs(model, batch)).logits, batch["labels"])
     return F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
     """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
-    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
+    scores, supervised = supervised_logits(model(**model_inputs(model, batch)).logits, batch["labels"])
     nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
     return mean_over_tokens(nll, supervised, layout or Layout.of(batch))

@@ -22,7 +22,8 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
-from dualsft.objectives.likelihood import mean_over_tokens, model_inputs, supervised_logits
+from dualsft.objectives.inputs import model_inputs
+from dualsft.objectives.likelihood import mean_over_tokens, supervised_logits
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -69,14 +70,18 @@ class SelfDistillation(Objective):
     ) -> Float[Tensor, " example"]:
         """τ² w_i KL_i of each example, in nats per supervised token."""
         assert teacher is not None
-        inputs = model_inputs(batch)
+        return self.divergences(model, batch, layout, base_logits(teacher, batch))
+
+    def divergences(
+        self, model: PreTrainedModel, batch: Batch, layout: Layout, old: Float[Tensor, "supervised vocabulary"]
+    ) -> Float[Tensor, " example"]:
+        """The same, given the base model's logits at the supervised tokens, as `base_logits` has them."""
         with torch.no_grad():
-            old, supervised = supervised_logits(teacher(**inputs).logits, batch["labels"])
+            weights = self._weights(old, batch["labels"][:, 1:] != -100, layout)
             p_old = F.softmax(old / self.temperature, dim=1)
-            weights = self._weights(old, supervised, layout)
             entropy = torch.special.entr(p_old).sum(1)
             del old
-        new, _ = supervised_logits(model(**inputs).logits, batch["labels"])
+        new, supervised = supervised_logits(model(**model_inputs(model, batch)).logits, batch["labels"])
         divergence = F.cross_entropy(new.div_(self.temperature), p_old, reduction="none") - entropy
         return self.temperature**2 * weights * mean_over_tokens(divergence, supervised, layout)
 
@@ -89,3 +94,9 @@ class SelfDistillation(Objective):
         if self.confidence == "max_prob":
             return mean_over_tokens(logp.amax(1).exp(), supervised, layout)
         return 1 / (1 + mean_over_tokens(torch.special.entr(logp.exp()).sum(1), supervised, layout))
+
+
+@torch.no_grad()
+def base_logits(teacher: PreTrainedModel, batch: Batch) -> Float[Tensor, "supervised vocabulary"]:
+    """The base model's logits that predict the batch's supervised tokens."""
+    return supervised_logits(teacher(**model_inputs(teacher, batch)).logits, batch["labels"])[0]
