@@ -1,7 +1,9 @@
 """Tiny models of several architectures, tiny examples, and directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -249,6 +251,13 @@ def pack(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> Batch:
     named = [{"example_id": k, "input_ids": ids, "labels": labels} for k, (ids, labels) in enumerate(examples)]
     batch: Any = collate_packed([[named[k] for k in row] for row in rows], pad_token_id=0)
     return batch
+
+
+@contextmanager
+def chunks_of(tokens: int) -> Iterator[None]:
+    """Losses are computed in chunks of this many supervised tokens, of models of this vocabulary."""
+    with mock.patch("dualsft.objectives.chunks.LARGEST", 4 * VOCABULARY * tokens):
+        yield
 
 
 def given(batches: list[Batch]) -> Callable[[int], list[Batch]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
+from dualsft.objectives.tail import _With
 from dualsft.selection.dense_training import EPS
 from dualsft.selection.prior import Prior
 from tests.cases import Example, Gradients, collate
@@ -49,7 +50,16 @@ def float64_throughout() -> Iterator[None]:
         finally:
             inside = False
 
-    with mock.patch.object(nn.Module, "__call__", wide_call):
+    def wide_forward(part: Any, *args: Any, **kwargs: Any) -> Any:
+        with _NoFloat32():
+            return forward(part, *args, **kwargs)
+
+    forward = _With.forward  # of a tail that is computed again in backward, where no module is called around it
+    with (
+        mock.patch.object(nn.Module, "__call__", wide_call),
+        mock.patch.object(_With, "forward", wide_forward),
+        mock.patch.object(_With, "__call__", wide_forward),
+    ):
         yield
 
 

@@ -5,7 +5,8 @@ padded, with one example each, or packed, with several. Values of tokens, such a
 into examples here and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -61,6 +62,7 @@ class Layout:
     def __init__(self, rows: int, tokens: int, spans: Sequence[tuple[int, int, int]]) -> None:
         self.rows, self.tokens, self.spans = rows, tokens, tuple(spans)
         self.one_per_row = [(row, first) for row, first, _ in self.spans] == [(row, 0) for row in range(rows)]
+        self._part: Layout | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> "Layout":
@@ -71,6 +73,20 @@ class Layout:
             return cls(rows, tokens, [(row, first, length) for row, first, length in batch["spans"].tolist()])
         lengths = batch["attention_mask"].sum(1).tolist()
         return cls(rows, tokens, [(row, 0, length) for row, length in enumerate(lengths)])
+
+    @property
+    def current(self) -> "Layout":
+        """The layout of what modules are called with just now: this one, or that of a part of the batch."""
+        return self if self._part is None else self._part
+
+    @contextmanager
+    def holding(self, part: "Layout") -> Iterator[None]:
+        """Tell that modules are called with a part of the batch alone while the context is open."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
 
     @property
     def mean_length(self) -> float:
@@ -122,7 +138,7 @@ class Layout:
             AmbiguousShapeError: if its first axis may count tokens of an output without rows (learned positions).
             UserError: if it does not split.
         """
-        if shape and shape[0] == self.rows == self.tokens:
+        if shape and shape[0] == self.rows == self.tokens > 1:
             raise AmbiguousShapeError(where)
         if not shape or shape[0] not in (self.rows, self.rows * self.tokens):
             raise self._cannot_split(shape, where)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from lightning import Trainer
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
 from dualsft.data.layout import Batch
@@ -14,7 +15,8 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives import token_losses
+from dualsft.objectives.chunks import supervised_values, widened
+from dualsft.objectives.likelihood import token_losses
 from dualsft.sharding.local_batch import local_rows
 
 
@@ -35,8 +37,16 @@ class LanguageModelMetrics(torch.nn.Module):
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
         own = local_rows(batch)
-        logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"], use_cache=False).logits
-        self.update(logits, own["labels"])
+        targets = own["labels"][:, 1:]
+        targets = targets[targets != -100]
+
+        def found(logits: Tensor, where: slice) -> Tensor:
+            nll = F.cross_entropy(widened(logits), targets[where], reduction="none")
+            return torch.stack([nll, (logits.argmax(1) == targets[where]).to(nll.dtype)], 1)
+
+        with torch.no_grad():
+            values, supervised = supervised_values(model, own, found)
+            self._add(values[:, 0], values[:, 1], supervised)
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:
@@ -44,11 +54,16 @@ class LanguageModelMetrics(torch.nn.Module):
         nll, targets = token_losses(logits, labels)
         supervised = targets != -100
         hits = logits[:, :-1].argmax(-1) == targets
-        self.loss.update(nll[supervised])
-        self.accuracy.update(hits[supervised].float())
+        self._add(nll[supervised], hits[supervised].float(), supervised)
+
+    def _add(self, nll: Tensor, hits: Tensor, supervised: Bool[Tensor, "example next"]) -> None:
+        """Add the loss of each supervised token, and whether it is the likeliest."""
+        self.loss.update(nll)
+        self.accuracy.update(hits)
         if self.example_loss is not None:
             counts = supervised.sum(1)
-            self.example_loss.update((nll.sum(1) / counts)[counts > 0])
+            spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
+            self.example_loss.update((spread.sum(1) / counts)[counts > 0])
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]; ``example_loss``."""

@@ -13,6 +13,7 @@ from dualsft.evaluation.predictions import Prediction, judged
 from dualsft.evaluation.tasks import TaskOptions, evaluate_tasks
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype
+from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.strategy import load_for
@@ -60,7 +61,12 @@ class EvaluationModule(LightningModule):
         self.tokenizer = load_tokenizer(self.model_name_or_path)
 
     def on_validation_start(self) -> None:
-        """Refuse, before the first batch, ids and positions that the checkpoint has no embedding for."""
+        """Look at checkpoint and data before the first batch.
+
+        Raises:
+            UserError: if the checkpoint has no embedding for an id or a position.
+        """
+        settle_mask(self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, InstructionDataModule):
             return

@@ -54,7 +54,7 @@ class StepLoss:
         if self._kind == "example_mean":
             losses, count = example_losses(model, own).sum(), len(batch["example_id"])
         else:
-            losses, count = supervised_losses(model, own).sum(), _tokens(batch)
+            losses, count = supervised_losses(model, own)[0].sum(), _tokens(batch)
         return all_reduce_sum(losses.detach()) / count, losses / count
 
     @torch.no_grad()

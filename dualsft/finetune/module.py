@@ -40,6 +40,7 @@ from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, model_fingerprint
+from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
@@ -218,6 +219,7 @@ class MaskedFinetuneModule(LightningModule):
             UserError: if the model mixes packed examples.
         """
         if not self._packing_checked:
+            settle_mask(self.model)
             with remedies_by_key():
                 check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True

@@ -9,20 +9,21 @@ not learnt. At the start the term and its gradient are zero.
 The base model needs no second copy: it is the model itself while it holds the untouched values of the trained weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import lru_cache
+from typing import cast
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualsft.data.batches import TrainingBatches
 from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.prior import Confidence, SelfDistillation, check_prior
+from dualsft.objectives.prior import Confidence, SelfDistillation, base_logits, check_prior
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.local_batch import local_rows
 from dualsft.training.compact import CompactParameters
@@ -79,24 +80,18 @@ class PriorLoss:
     def of(self, model: PreTrainedModel, anchors: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """(the mean without λ, this rank's share of the term), the latter to be differentiated."""
         own, count = local_rows(anchors), len(anchors["example_id"])
-        base: Any = _Base(model, self._compact, self._base)
-        losses = self._term.losses(model, own, Layout.of(own), base).sum()
+        with self._as_base(model):
+            old = base_logits(model, own)
+        losses = self._term.divergences(model, own, Layout.of(own), old).sum()
         return all_reduce_sum(losses.detach()) / count, self._term.weight * losses / count
 
-
-class _Base(nn.Module):
-    """A model in evaluation mode that holds the base model's values in place of what has been trained."""
-
-    def __init__(self, model: PreTrainedModel, compact: CompactParameters, values: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._model, self._holding = model, partial(compact.holding, values)
-
-    def forward(self, **inputs: Any) -> Any:
-        """The model's output; the model is then as it was."""
-        training = self._model.training
-        self._model.eval()
+    @contextmanager
+    def _as_base(self, model: PreTrainedModel) -> Iterator[None]:
+        """Put the model into evaluation mode with the base model's values in place of what has been trained."""
+        training = model.training
+        model.eval()
         try:
-            with self._holding():
-                return self._model(**inputs)
+            with self._compact.holding(self._base):
+                yield
         finally:
-            self._model.train(training)
+            model.train(training)

@@ -16,6 +16,8 @@ The layer's own backward is replaced, so that the weight gradient is not formed 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import Layout
+from dualsft.data.part import Part
 from dualsft.matrix.tap import Tap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import exchange
@@ -49,12 +52,14 @@ class LinearTap(Tap):
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """The output with the replaced backward."""
         (a,) = args or kwargs.values()
-        a, output = self.rows.layout.expand(a), self.rows.layout.expand(output)
+        layout = self.rows.layout
+        a, output = layout.expand(a), layout.expand(output)
         self.rows.check_shape(output.shape, self.where)
-        return exchange(self.module, a, output, self.rows.dummy_input, self, weight_too=True)
+        call = _Call(self, layout)
+        return exchange(self.module, a, output, self.rows.dummy_input, call, weight_too=True)
 
     def backward(
-        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], layout: Layout
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add to the rows, and return the gradients that are needed; see `LinearBackward`."""
         transposed = type(self.module) is Conv1D
@@ -65,37 +70,50 @@ class LinearTap(Tap):
         narrow = a.to(e.dtype)
         for k, u in enumerate(tangents):
             if "bias" in u:
-                self.rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where)
+                self.rows.add(k, e, u["bias"].to(e.dtype).expand_as(e), self.where, layout)
         gradient = None
         if needs_weight:
-            gradient = self._weight_gradient(e, narrow, us, weight.dtype)
+            gradient = self._weight_gradient(e, narrow, us, weight.dtype, layout)
             gradient = gradient.t() if transposed else gradient
         else:
-            self._add_products(e, narrow, us)
+            self._add_products(e, narrow, us, layout)
         return (e @ weight.to(e.dtype)).to(a.dtype) if needs_input else None, gradient, None
 
-    def _weight_gradient(self, e: Tensor, a: Tensor, us: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    def _weight_gradient(
+        self, e: Tensor, a: Tensor, us: list[Tensor], dtype: torch.dtype, layout: Layout
+    ) -> Float[Tensor, "out in"]:
         """Add <dW_i, U> to the rows by the cheaper way, and return the weight gradient Σ_i dW_i."""
-        layout = self.rows.layout
-        by_gradient = (
-            not self.rows.by_token
-            and e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
-            and by_gradient_pays(layout.mean_length, e.shape[-1] * a.shape[-1], e.device.type)
-        )
-        if by_gradient:
-            rows, gradient = example_gradients(e, a, us, layout, dtype)
-            for k, values in enumerate(rows):
-                self.rows.add_examples(k, values)
-            return gradient
-        self._add_products(e, a, us)
+        flat = e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
+        lengths_pay = partial(by_gradient_pays, weights=e.shape[-1] * a.shape[-1], device=e.device.type)
+        if not self.rows.by_token and flat and lengths_pay(self.rows.batch.mean_length):
+            whole, examples = layout.in_examples if isinstance(layout, Part) else (layout, None)
+            if lengths_pay(whole.mean_length):
+                rows, gradient = example_gradients(e, a, us, whole, dtype)
+                for k, values in enumerate(rows):
+                    self.rows.add_examples(k, values, examples)
+                return gradient
+        self._add_products(e, a, us, layout)
         return e.flatten(0, -2).t() @ a.flatten(0, -2)
 
-    def _add_products(self, e: Tensor, a: Tensor, us: list[Tensor]) -> None:
+    def _add_products(self, e: Tensor, a: Tensor, us: list[Tensor], layout: Layout) -> None:
         for k, direction in enumerate(us):
             u = direction.to(e.dtype)
             out_features, in_features = u.shape
             x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
-            self.rows.add(k, x, y, self.where)
+            self.rows.add(k, x, y, self.where, layout)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer, whose backward knows the layout of then."""
+
+    tap: LinearTap
+    layout: Layout
+
+    def backward(
+        self, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.tap.backward(e, a, weight, needs, self.layout)
 
 
 def example_gradients(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
+from dualsft.data.part import Part
 from dualsft.errors import UserError
 from dualsft.models.dtypes import accumulator_dtype
 
@@ -19,7 +20,7 @@ class Rows:
 
     Attributes:
         directions: Each u, by the model's names of the parameters.
-        layout: The current batch's.
+        batch: The current batch's layout.
         by_token: Whether contributions are kept by token.
         dummy_input: A scalar that requires a gradient; it is an input of every tap, so that autograd runs the tap's
             backward also where all weights before it are frozen.
@@ -36,10 +37,15 @@ class Rows:
 
     def begin(self, layout: Layout) -> None:
         """Forget the last batch; the next one has this layout."""
-        self.layout, self.complete = layout, False
+        self.batch, self.complete = layout, False
         self._examples: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self.refusals: list[AmbiguousShapeError | UserError] = []
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of what modules are called with just now: of the batch, or of a part of it."""
+        return self.batch.current
 
     def check(self) -> None:
         """Check, after the forward pass, that every output of a scored module could be tapped; raises the refusals."""
@@ -55,7 +61,7 @@ class Rows:
         self.check()
         if not (self.complete or self._examples or self._tokens):
             raise RuntimeError("no backward pass has run since begin()")
-        shape = (len(self.directions), len(self.layout.spans))
+        shape = (len(self.directions), len(self.batch.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)
         for k, values in self._examples.items():
             rows[k] += values
@@ -66,8 +72,8 @@ class Rows:
     def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
         """Each token's contribution to <u, g_i> of the k-th u, from all uses of weights at the token's position."""
         if (tokens := self._tokens.get(k)) is None:
-            tokens = torch.zeros(self.layout.rows, self.layout.tokens, device=self.dummy_input.device)
-        return self.layout.by_example(tokens)
+            tokens = torch.zeros(self.batch.rows, self.batch.tokens, device=self.dummy_input.device)
+        return self.batch.by_example(tokens)
 
     def check_shape(self, shape: torch.Size, where: str) -> None:
         """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
@@ -76,7 +82,7 @@ class Rows:
             AmbiguousShapeError: if the token axis is needed and is not known in a batch of this width.
             UserError: if the output cannot be split.
         """
-        if self._splits_rows:
+        if self._splits_rows(self.layout):
             self.layout.token_axis(shape, where)
         else:
             self.layout.check_rows(shape, where)
@@ -89,22 +95,34 @@ class Rows:
             if self.layout.rows == self.layout.tokens:
                 raise
 
-    @property
-    def _splits_rows(self) -> bool:
-        return self.by_token or not self.layout.one_per_row
+    def _splits_rows(self, layout: Layout) -> bool:
+        return self.by_token or not layout.one_per_row
 
-    def add(self, k: int, x: Tensor, y: Tensor, where: str) -> None:
-        """Add the products x · y of two tensors, shaped as a module's output or input, to the rows of the k-th u."""
+    def add(self, k: int, x: Tensor, y: Tensor, where: str, layout: Layout) -> None:
+        """Add the products x · y of two tensors, shaped as a module's output or input, to the rows of the k-th u.
+
+        The layout is the one that the module was called with, as `layout` was then.
+        """
         wide = accumulator_dtype(x)
-        if self._splits_rows:
-            x, y = self.layout.by_token(x, where), self.layout.by_token(y, where)
+        if self._splits_rows(layout) and not isinstance(layout, Part):
+            x, y = layout.by_token(x, where), layout.by_token(y, where)
             values = (x.to(wide) * y.to(wide)).sum(2).double()
             self._tokens[k] = self._tokens[k].add_(values) if k in self._tokens else values
+            return
+        x, y = (part.reshape(layout.rows, -1).to(wide) for part in (x, y))
+        values = (x * y).sum(1)
+        if isinstance(layout, Part):
+            if k not in self._tokens:
+                self._tokens[k] = values.new_zeros(self.batch.rows, self.batch.tokens, dtype=torch.float64)
+            self._tokens[k].view(-1)[layout.places] += values.double()
         else:
-            x, y = (part.reshape(self.layout.rows, -1).to(wide) for part in (x, y))
-            self.add_examples(k, (x * y).sum(1))
+            self.add_examples(k, values)
 
-    def add_examples(self, k: int, values: Float[Tensor, " example"]) -> None:
-        """Add one number per example to the rows of the k-th u, in float64."""
+    def add_examples(self, k: int, values: Float[Tensor, " example"], examples: Sequence[int] | None = None) -> None:
+        """Add one number per example, or for some of them, by their numbers, to the rows of the k-th u, in float64."""
         values = values.double()
+        if examples is not None:
+            values = values.new_zeros(len(self.batch.spans)).index_put(
+                (torch.tensor(examples, device=values.device),), values
+            )
         self._examples[k] = self._examples[k].add_(values) if k in self._examples else values

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from dualsft.data.layout import AmbiguousShapeError
+from dualsft.data.layout import AmbiguousShapeError, Layout
+from dualsft.data.part import Part
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.rows import Rows
 
@@ -84,9 +85,10 @@ class GeneralTap(Tap):
         others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         floating = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         for k in floating:
-            value = self.rows.layout.expand(outputs[k])
+            layout = self.rows.layout
+            value = layout.expand(outputs[k])
             self._check_shape(k, value.shape)
-            add = partial(self._add_to_rows, others, structure, k)
+            add = partial(self._add_to_rows, layout, others, structure, k)
             outputs[k] = _TapFunction.apply(value, add, self.rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
@@ -106,10 +108,11 @@ class GeneralTap(Tap):
             if k not in self._axes:
                 raise
 
-    def _add_to_rows(self, inputs: list[Any], structure: Any, k: int, ctx: Any, e: Tensor) -> None:
+    def _add_to_rows(self, layout: Layout, inputs: list[Any], structure: Any, k: int, ctx: Any, e: Tensor) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Args:
+            layout: The layout that the module was called with.
             inputs: The call's flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
             structure: Makes positional and keyword arguments of them.
             k: The leaf's number.
@@ -133,9 +136,9 @@ class GeneralTap(Tap):
             if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
                 # autograd gives the padding row no gradient, be what comes back to it NaN, as of the norm of zeros
                 y = e.masked_fill(x == 0, 0)
-            if k in self._axes:
-                x, y = (self.rows.layout.flat(part, self._axes[k]) for part in (x, y))
-            self.rows.add(direction, x, y, self.where)
+            if k in self._axes and not isinstance(layout, Part):
+                x, y = (layout.flat(part, self._axes[k]) for part in (x, y))
+            self.rows.add(direction, x, y, self.where, layout)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
         """The tensors among a call's arguments; under activation checkpointing they can be unpacked only once."""

@@ -1,7 +1,5 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,29 +7,7 @@ from torch.nn import functional as F
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """The arguments of a causal language model for a batch, padded or packed.
-
-    The first token of a packed example has no label, as no token before it is the example's own; without an attention
-    mask the position ids keep packed examples apart.
-    """
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-
-
-def supervised_logits(
-    logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
-) -> tuple[Float[Tensor, "supervised vocabulary"], Bool[Tensor, "row next"]]:
-    """The logits that predict supervised tokens, and which tokens after each row's first are supervised.
-
-    The logits are float32 at least, whatever the model's type, and of these positions alone: with a large vocabulary
-    they are the largest tensor of all, and prompts need none.
-    """
-    supervised = labels[:, 1:] != -100
-    scores = logits[:, :-1][supervised]
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)), supervised
+from dualsft.objectives.chunks import supervised_values, widened
 
 
 def mean_over_tokens(
@@ -47,20 +23,26 @@ def token_losses(
     logits: Float[Tensor, "row token vocabulary"], labels: Int[Tensor, "row token"]
 ) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels used."""
-    scores, supervised = supervised_logits(logits, labels)
-    nll = F.cross_entropy(scores, labels[:, 1:][supervised], reduction="none")
+    supervised = labels[:, 1:] != -100
+    nll = F.cross_entropy(widened(logits[:, :-1][supervised]), labels[:, 1:][supervised], reduction="none")
     spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
     return spread, labels[:, 1:]
 
 
-def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " supervised"]:
-    """Negative log-likelihood in nats of each supervised token of a padded or packed batch, row by row."""
-    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
-    return F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
+def supervised_losses(
+    model: PreTrainedModel, batch: Batch, layout: Layout | None = None
+) -> tuple[Float[Tensor, " supervised"], Bool[Tensor, "row next"]]:
+    """Negative log-likelihood in nats of each supervised token, row by row, and which tokens but the first are."""
+    targets = batch["labels"][:, 1:]
+    targets = targets[targets != -100]
+
+    def losses(logits: Tensor, where: slice) -> Tensor:
+        return F.cross_entropy(widened(logits), targets[where], reduction="none")
+
+    return supervised_values(model, batch, losses, layout)
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
     """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
-    scores, supervised = supervised_logits(model(**model_inputs(batch)).logits, batch["labels"])
-    nll = F.cross_entropy(scores, batch["labels"][:, 1:][supervised], reduction="none")
-    return mean_over_tokens(nll, supervised, layout or Layout.of(batch))
+    layout = layout or Layout.of(batch)
+    return mean_over_tokens(*supervised_losses(model, batch, layout), layout)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +22,8 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
-from dualsft.objectives.likelihood import mean_over_tokens, model_inputs, supervised_logits
+from dualsft.objectives.chunks import supervised_values, tokens_at_once, widened
+from dualsft.objectives.likelihood import mean_over_tokens
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -69,23 +70,45 @@ class SelfDistillation(Objective):
     ) -> Float[Tensor, " example"]:
         """τ² w_i KL_i of each example, in nats per supervised token."""
         assert teacher is not None
-        inputs = model_inputs(batch)
-        with torch.no_grad():
-            old, supervised = supervised_logits(teacher(**inputs).logits, batch["labels"])
-            p_old = F.softmax(old / self.temperature, dim=1)
-            weights = self._weights(old, supervised, layout)
-            entropy = torch.special.entr(p_old).sum(1)
-            del old
-        new, _ = supervised_logits(model(**inputs).logits, batch["labels"])
-        divergence = F.cross_entropy(new.div_(self.temperature), p_old, reduction="none") - entropy
-        return self.temperature**2 * weights * mean_over_tokens(divergence, supervised, layout)
+        return self.divergences(model, batch, layout, base_logits(teacher, batch))
 
-    def _weights(
-        self, logits: Float[Tensor, "supervised vocabulary"], supervised: Bool[Tensor, "row next"], layout: Layout
+    def divergences(
+        self, model: PreTrainedModel, batch: Batch, layout: Layout, old: Float[Tensor, "supervised vocabulary"]
     ) -> Float[Tensor, " example"]:
+        """The same, given the base model's logits at the supervised tokens, as `base_logits` has them."""
+
+        def divergence(logits: Tensor, where: slice) -> Tensor:
+            p_old = F.softmax(widened(old[where]) / self.temperature, dim=1)
+            crossed = F.cross_entropy(widened(logits) / self.temperature, p_old, reduction="none")
+            return crossed - torch.special.entr(p_old).sum(1)
+
+        found, supervised = supervised_values(model, batch, divergence, layout)
+        with torch.no_grad():
+            parts = [self._certainty(widened(part)) for part in old.split(tokens_at_once(model))]
+            weights = mean_over_tokens(torch.cat(parts), supervised, layout)
+        if self.confidence == "entropy_inv":
+            weights = 1 / (1 + weights)
+        return self.temperature**2 * weights * mean_over_tokens(found, supervised, layout)
+
+    def _certainty(self, logits: Float[Tensor, "token vocabulary"]) -> Float[Tensor, " token"]:
+        """What the mean over an example's tokens is taken of, for its confidence."""
         if self.confidence == "uniform":
-            return mean_over_tokens(torch.ones_like(logits[:, 0]), supervised, layout)
+            return torch.ones_like(logits[:, 0])
         logp = F.log_softmax(logits, dim=1)
-        if self.confidence == "max_prob":
-            return mean_over_tokens(logp.amax(1).exp(), supervised, layout)
-        return 1 / (1 + mean_over_tokens(torch.special.entr(logp.exp()).sum(1), supervised, layout))
+        return logp.amax(1).exp() if self.confidence == "max_prob" else torch.special.entr(logp.exp()).sum(1)
+
+
+@torch.no_grad()
+def base_logits(teacher: PreTrainedModel, batch: Batch) -> Float[Tensor, "supervised vocabulary"]:
+    """The base model's logits that predict the batch's supervised tokens, in its own type."""
+    found: list[Tensor] = []
+
+    def keep(logits: Tensor, where: slice) -> Tensor:
+        if not found:
+            found.append(logits.new_empty(count, logits.shape[1]))
+        found[0][where] = logits
+        return logits[:, 0]
+
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    supervised_values(teacher, batch, keep)
+    return found[0]

@@ -16,6 +16,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
+from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.scoring_checkpoint import second_moment_file
@@ -92,13 +93,16 @@ class SelectionModule(LightningModule):
         if self.settings.compile:
             with remedies_by_key():
                 check_compiler(compute_device(self.model))
+        settle_mask(self.model)
         if data.packing:
             few = data.pool_loader(batch_tokens=min(data.max_length, data.batch_tokens))
             check_packing(self.model, next(iter(few)), compute_dtype(self.model))
 
     def load_base(self) -> PreTrainedModel:
         """Load another copy of the base model."""
-        return self._load(self.model_name_or_path)
+        base = self._load(self.model_name_or_path)
+        settle_mask(base, like=self.model)
+        return base
 
     def _load(self, name_or_path: str) -> PreTrainedModel:
         model = load_for(self, name_or_path, self.dtype_name).eval()

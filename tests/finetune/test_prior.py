@@ -108,13 +108,8 @@ def test_the_base_model_is_not_trained(workspace: Workspace, folder: Path) -> No
     run.fit(module, datamodule=workspace.data(selection=None, validation=None))
     assert noted.found[0] == pytest.approx(0.0, abs=1e-6)
     assert noted.found[-1] > 1e-3
-    assert modes[:5] == [
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]  # a batch twice, the base model, the anchors twice
+    # two looks at padding, a batch twice, the base model, the anchors twice
+    assert modes[:7] == [False, False, True, True, False, True, True]
 
 
 def fitted(workspace: Workspace, folder: Path, checkpoint: Path | None) -> dict[str, Tensor]:

@@ -18,7 +18,19 @@ from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import example_losses
-from tests.cases import ARCHITECTURES, Gradients, collate, gemma3n, given, make, make_examples, pack, random_direction
+from dualsft.objectives.tail import body_path
+from tests.cases import (
+    ARCHITECTURES,
+    Gradients,
+    chunks_of,
+    collate,
+    gemma3n,
+    given,
+    make,
+    make_examples,
+    pack,
+    random_direction,
+)
 from tests.references import assert_rows, assert_same_gradients, float64_throughout, gradient_loop, total
 
 EXAMPLES = make_examples()
@@ -74,17 +86,21 @@ def test_scores_are_those_of_autograd(architecture: str) -> None:
     """Rows and columns of one batch are those of autograd over unpadded single examples, in float64.
 
     So are they where the batch is packed, for rows alone, from frozen weights, and for an example's own tokens, which
-    add up to its row; the same weights in float32 score the same but for rounding.
+    add up to its row; the same weights in float32 score the same but for rounding. All but the first have their losses
+    in chunks.
     """
     model, expected, padded = make(architecture), reference(architecture), collate(EXAMPLES)
     with float64_throughout():
-        for way in WAYS:
-            with by(way):
+        with by("by product"):
+            assert_scores(model, padded, expected, FLOAT64)
+        with chunks_of(4):
+            with by("by gradient"):
                 assert_scores(model, padded, expected, FLOAT64)
-        if architecture not in {*FORGETFUL, "falcon"}:
-            assert_scores(model, pack([[0, 3, 1], [2], [4]], EXAMPLES), expected, FLOAT64)
-        assert_scores(model, padded, expected, FLOAT64, columns=False)
-        (tokens,) = assert_scores(model, padded, expected, FLOAT64, by_token=True).tokens
+            if architecture not in {*FORGETFUL, "falcon"}:
+                assert_scores(model, pack([[0, 3, 1], [2], [4]], EXAMPLES), expected, FLOAT64)
+            assert_scores(model, padded, expected, FLOAT64, columns=False)
+            (tokens,) = assert_scores(model, padded, expected, FLOAT64, by_token=True).tokens
+    assert body_path(model)
     assert [len(tokens[k]) for k in range(len(EXAMPLES))] == [len(ids) for ids, _ in EXAMPLES]
     u = random_direction(model)
     assert_rows([float(tokens[k].sum()) for k in range(len(EXAMPLES))], u, expected, FLOAT64)
@@ -160,9 +176,9 @@ def test_rows_alone_form_no_weight_gradient(architecture: str, by_token: bool, m
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
     backward = LinearTap.backward
 
-    def watched(hook: LinearTap, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:
+    def watched(hook: LinearTap, e: Tensor, a: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], of: Any) -> Any:
         needed.append(needs[1])
-        return backward(hook, e, a, weight, needs)
+        return backward(hook, e, a, weight, needs, of)
 
     monkeypatch.setattr(LinearTap, "backward", watched)
     monkeypatch.setattr(gradients, "spot_check", lambda *_: None)  # whose reference is autograd's gradient

@@ -17,7 +17,7 @@ from dualsft.objectives import example_losses
 from dualsft.sharding.collectives import rank_slice
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, shard_of
-from tests.cases import ARCHITECTURES, collate, given, make, make_examples, pack, random_direction
+from tests.cases import ARCHITECTURES, chunks_of, collate, given, make, make_examples, pack, random_direction
 from tests.world.ranks import data_parallel_mesh, run_on_ranks
 
 pytestmark = pytest.mark.heavy
@@ -47,13 +47,14 @@ BATCHES = [
 
 
 def gathered_pass(architecture: str, batches: list[Batch], seeds: list[int], **options: Any) -> GradientPass:
-    """A pass of all ranks over these batches, dealt out, with its sums made whole."""
+    """A pass of all ranks over these batches, dealt out, its sums made whole; losses of the larger are in chunks."""
     model = make(architecture)
     directions = [random_direction(model, seed) for seed in seeds]
     shard_model(model, data_parallel_mesh())
     shards = dict(model.named_parameters())
     us = [{name: shard_of(u, shards[name]) for name, u in direction.items()} for direction in directions]
-    found = gradient_pass(model, lambda first: batches[rank_slice()][first:], directions=us, **options)
+    with chunks_of(8):
+        found = gradient_pass(model, lambda first: batches[rank_slice()][first:], directions=us, **options)
     found.sums = {name: full_tensor(total, shards[name]) for name, total in found.sums.items()}
     return found
 

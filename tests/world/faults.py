@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dualsft import SelectionModule
+from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import ParameterStatistics, Scorer
@@ -116,6 +117,7 @@ class Shortage:
         class Trapped(SelectionModule):
             def configure_model(self) -> None:
                 super().configure_model()
+                settle_mask(self.model)  # whose looks are no runs
                 attach(self.model)
 
         return Trapped

@@ -1,0 +1,117 @@
+"""Values of supervised tokens that come from their logits, without the logits of all tokens at once.
+
+    f(logits_t)  of each supervised token t,     logits_t = tail(h_t),     h = body(batch)
+
+With a large vocabulary logits are the largest tensors of a batch, in float32 several times over. So the tail is run on
+supervised tokens alone, as many at a time as have `LARGEST` bytes of logits, and each chunk is computed again in
+backward: no more than one is alive. Where the logits of all tokens are that small, the model is called as usual.
+
+Losses and gradients are the same sums, so that they differ by rounding alone. With bfloat16 weights the head's gradient
+is rounded after each chunk, which adds to its error: half as much again with 16 to 32 chunks.
+
+Fused kernels for this (Liger, cut cross-entropy) compute the head's gradient themselves, so that a tap would see none.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dualsft.data.layout import Batch, Layout
+from dualsft.data.part import Part
+from dualsft.models import PreTrainedModel
+from dualsft.objectives.inputs import model_inputs
+from dualsft.objectives.tail import Tail, body_path
+
+LARGEST = 2**28
+"""Bytes of float32 logits that are computed at a time; a loss takes three tensors of that size in backward."""
+
+Values = Callable[[Float[Tensor, "chunk vocabulary"], slice], Tensor]
+"""f: logits of some supervised tokens, in the model's type, and the place among all of these -> values of each."""
+
+
+def supervised_values(
+    model: PreTrainedModel, batch: Batch, values: Values, layout: Layout | None = None
+) -> tuple[Tensor, Bool[Tensor, "row next"]]:
+    """The values of each supervised token, row by row, and which tokens after a row's first are supervised.
+
+    Args:
+        model: The model.
+        batch: Padded or packed, on the model's device.
+        values: f; for gradients it is called twice for each chunk.
+        layout: The batch's, for taps on the head.
+    """
+    supervised, inputs = batch["labels"][:, 1:] != -100, model_inputs(model, batch)
+    chunk = tokens_at_once(model)
+    if supervised.numel() > chunk and body_path(model):
+        with _forward_replaced(model, _Chunked(model, supervised, values, layout, chunk).forward):
+            output = model(**inputs)
+        if isinstance(output, dict) and "values" in output:
+            return output["values"], supervised
+    else:
+        output = model(**inputs)
+    logits = output.logits[:, :-1][supervised]
+    del output  # with the logits of all tokens
+    return values(logits, slice(None)), supervised
+
+
+def tokens_at_once(model: PreTrainedModel) -> int:
+    """As many tokens as have `LARGEST` bytes of float32 logits."""
+    return max(1, LARGEST // (4 * int(model.config.get_text_config().vocab_size)))
+
+
+def widened(logits: Float[Tensor, "*token vocabulary"]) -> Float[Tensor, "*token vocabulary"]:
+    """The logits in float32 at least, whatever the model's type."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a model's forward within its hooks: those of FSDP2 gather the weights of body and tail around it."""
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@dataclass(frozen=True)
+class _Chunked:
+    """The forward of a model that returns values of supervised tokens; the arguments are `supervised_values`' own.
+
+    Attributes:
+        chunk: Tokens whose logits are computed at a time.
+    """
+
+    model: PreTrainedModel
+    supervised: Bool[Tensor, "row next"]
+    values: Values
+    layout: Layout | None
+    chunk: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The values by the name ``values``; what the model's own forward returns if it turns out to have no tail."""
+        tail = Tail(self.model, args, kwargs)
+        return {"values": self._in_chunks(tail)} if tail.run_body() else tail.whole()
+
+    def _in_chunks(self, tail: Tail) -> Tensor:
+        rows, tokens = tail.hidden.shape[:2]
+        hidden = tail.hidden[:, :-1][self.supervised]
+        places = torch.arange(rows * tokens, device=hidden.device).view(rows, tokens)[:, :-1][self.supervised]
+        recomputed = len(hidden) > self.chunk and torch.is_grad_enabled()
+        run = partial(checkpoint, self._of_chunk, use_reentrant=False) if recomputed else self._of_chunk
+        firsts = range(0, max(len(hidden), 1), self.chunk)
+        chunks = zip(hidden.split(self.chunk), places.split(self.chunk), firsts, strict=True)
+        return torch.cat([run(tail, *chunk) for chunk in chunks])
+
+    def _of_chunk(self, tail: Tail, hidden: Tensor, places: Int[Tensor, " token"], first: int) -> Tensor:
+        part = nullcontext() if self.layout is None else self.layout.holding(Part(self.layout, places))
+        with part:
+            logits = tail.logits(hidden)
+        return self.values(logits, slice(first, first + len(hidden)))
