@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from dualsft.data.layout import Batch
-from dualsft.data.packing import Lengths, Row, few_packed_batches, longest_first
+from dualsft.data.packing import Ids, Lengths, Row, few_packed_batches, longest_first
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 
@@ -38,7 +38,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
 
 
 def length_batches(
-    lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Sequence[int] | None = None
+    lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Ids | None = None
 ) -> list[list[int]]:
     """Cuts examples into batches by length, the longest first: a batch too large for memory fails at once.
 
@@ -106,7 +106,7 @@ class TrainingBatches(Sampler[BatchIds]):
     def __init__(
         self,
         lengths: Lengths,
-        ids: Sequence[int],
+        ids: Ids,
         batch_tokens: int,
         batch_size: int,
         seed: int = 0,

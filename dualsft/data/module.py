@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import collate_packed, packed_batches
+from dualsft.data.packing import Ids, collate_packed, packed_batches
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import Given, sources_of
@@ -53,6 +54,8 @@ class InstructionDataModule(LightningDataModule):
         selection: Directory of a finished selection: train on its selected examples alone.
         seed: Decides which examples meet in a training batch and the order of the batches.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
+        cache_dir: Folder in which encoded pools and validation sets are kept for later runs; by default ``dualsft`` in
+            the home of Hugging Face's caches (``HF_HOME``), and for those of 32 MiB and more alone.
 
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
@@ -81,6 +84,7 @@ class InstructionDataModule(LightningDataModule):
         selection: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         _at_least(2, max_length=max_length)
@@ -91,6 +95,7 @@ class InstructionDataModule(LightningDataModule):
         )
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
         self.packing, self.selection, self.seed, self.num_workers = packing, selection, seed, num_workers
+        self.cache_dir = cache_dir
         self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
@@ -174,7 +179,7 @@ class InstructionDataModule(LightningDataModule):
         ]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
 
-    def training_loader(self, ids: Sequence[int], seed: int, validation: str | None = None) -> ResumableLoader:
+    def training_loader(self, ids: Ids, seed: int, validation: str | None = None) -> ResumableLoader:
         """Shuffled training batches over some examples of the pool, or of a validation set of this name."""
         examples = self._encoded(TRAIN if validation is None else self._keys[validation])
         row_tokens = self.max_length if self.packing else None
@@ -182,7 +187,7 @@ class InstructionDataModule(LightningDataModule):
         return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
 
     def pool_loader(
-        self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
+        self, ids: Ids | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
@@ -200,7 +205,7 @@ class InstructionDataModule(LightningDataModule):
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
-        ids: Sequence[int] | None = None,
+        ids: Ids | None = None,
     ) -> DataLoader[Batch]:
         """Batches for scoring over a set in `validation_sets`, all that have labels or some; see `pool_loader`.
 
@@ -231,7 +236,7 @@ class InstructionDataModule(LightningDataModule):
             tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
                 self._examples[key] = encode_examples(
-                    read_records(given, split), tokenizer, self.options, self.max_length
+                    read_records(given, split), tokenizer, self.options, self.max_length, self.cache_dir
                 )
         return self._examples[key]
 
@@ -239,13 +244,13 @@ class InstructionDataModule(LightningDataModule):
         self,
         key: str,
         packing: bool,
-        ids: Sequence[int] | None = None,
+        ids: Ids | None = None,
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
     ) -> ScoringLoader:
         examples = self._encoded(key)
-        chosen = examples.ok_ids() if ids is None else ids
+        chosen = np.flatnonzero(examples.is_ok()) if ids is None else ids
         most = self.batch_tokens if batch_tokens is None else batch_tokens
         batches: Sequence[BatchIds]
         with _naming_set(key):
@@ -261,7 +266,7 @@ class InstructionDataModule(LightningDataModule):
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
         """The arguments of a `DataLoader` except its sampler."""
         # padding is masked, so that any id will do that has an embedding, as those of the data must
-        padding = max(0, min(pad_id(self.tokenizer), examples.largest_id()))
+        padding = max(0, min(pad_id(self.tokenizer), examples.largest_id))
         return {
             "dataset": (PackedRowLists if packing else RowLists)(examples.dataset),
             "batch_size": None,

@@ -49,6 +49,7 @@ class Records:
     Attributes:
         parts: The files, in the order of their records; those without a record are left out.
         fingerprint: SHA-256 (hex) over the lines: equal exactly when the lines are.
+        size: Bytes of the lines.
         left_out: Names of what lies in the sources' folders and was not read.
         remarks: A sentence on each source of which only a part was taken.
     """
@@ -56,6 +57,7 @@ class Records:
     parts: tuple[Part, ...]
     fingerprint: str
     _lines: tuple[SourceLine, ...]
+    size: int = 0
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -147,6 +149,7 @@ class _Gathered:
         self._digest = hashlib.sha256()
         self._lines: list[SourceLine] = []
         self._parts: list[Part] = []
+        self._size = 0
         self._left_out: tuple[str, ...] = ()
         self._remarks: list[str] = []
 
@@ -188,7 +191,9 @@ class _Gathered:
         start = len(self._lines)
         for line in lines:
             columns.update(dict.fromkeys(record_of(line, len(self._lines))))
-            self._digest.update(line.text.encode() + b"\n")
+            raw = line.text.encode() + b"\n"
+            self._digest.update(raw)
+            self._size += len(raw)
             self._lines.append(line)
         if len(self._lines) > start:
             file = self._lines[start].source
@@ -197,4 +202,4 @@ class _Gathered:
     def records(self) -> Records:
         """All of them."""
         fingerprint, lines = self._digest.hexdigest(), tuple(self._lines)
-        return Records(tuple(self._parts), fingerprint, lines, self._left_out, tuple(self._remarks))
+        return Records(tuple(self._parts), fingerprint, lines, self._size, self._left_out, tuple(self._remarks))
