@@ -108,7 +108,7 @@ def load_examples(
         UserError: If the records, the tokenizer or the options cannot be used.
     """
     options = FormatOptions(**format_options)
-    records = read_records(path, split, "path")
+    records = read_records(path, split, "path", cache_dir)
     if records.left_out:
         warnings.warn(f"{listed(paths_of(path))}: {listed(records.left_out)} is not read.", stacklevel=2)
     examples = encode_examples(records, load_tokenizer(tokenizer), options, max_length, cache_dir)

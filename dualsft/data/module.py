@@ -235,9 +235,8 @@ class InstructionDataModule(LightningDataModule):
                 raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
             tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
-                self._examples[key] = encode_examples(
-                    read_records(given, split), tokenizer, self.options, self.max_length, self.cache_dir
-                )
+                records = read_records(given, split, cache_dir=self.cache_dir)
+                self._examples[key] = encode_examples(records, tokenizer, self.options, self.max_length, self.cache_dir)
         return self._examples[key]
 
     def _scoring_loader(

@@ -68,7 +68,7 @@ def pack_rows(lengths: Lengths, ids: Ids, row_tokens: int, max_examples: int | N
     lengths = np.asarray(lengths, dtype=np.int64)
     rows: list[Row] = []
     open_rows = _OpenRows()
-    for example_id in longest_first(lengths, ids):
+    for example_id in longest_first(lengths, ids).tolist():
         length = int(lengths[example_id])
         if length > row_tokens:
             raise UserError(
@@ -84,11 +84,10 @@ def pack_rows(lengths: Lengths, ids: Ids, row_tokens: int, max_examples: int | N
     return rows
 
 
-def longest_first(lengths: Int[np.ndarray, "example"], ids: Ids) -> list[int]:
+def longest_first(lengths: Int[np.ndarray, "example"], ids: Ids) -> Int[np.ndarray, "chosen"]:
     """The ids by length, the longest first and ties in order of id."""
     chosen = np.asarray(ids, dtype=np.int64)
-    ordered: list[int] = chosen[np.lexsort((chosen, -lengths[chosen]))].tolist()
-    return ordered
+    return chosen[np.lexsort((chosen, -lengths[chosen]))]
 
 
 class _OpenRows:
@@ -182,7 +181,7 @@ def _balanced(
     """Distributes examples over at most ``count`` parts, the longest first, each to the part with the fewest tokens."""
     parts: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, place) for place in range(count)]
-    for example_id in longest_first(lengths, ids):
+    for example_id in longest_first(lengths, ids).tolist():
         tokens, place = heappop(heap)
         parts[place].append(example_id)
         if max_examples is None or len(parts[place]) < max_examples:

@@ -16,31 +16,19 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from dualsft.data import cache_folder
 from dualsft.data.encoded import Encoded, in_memory, read_encoded, write_encoded
 from dualsft.data.options import FormatOptions
 from dualsft.data.reading import readings
 from dualsft.data.records import Records
 from dualsft.data.supervision import Chunk
-from dualsft.errors import first_line
 from dualsft.models.loading import tokenizer_fingerprint
-from dualsft.storage.paths import expanded, named
 
 ENCODING = 1
 """Version of what is made of records: raise it with every change after which an encoded pool is another."""
-LARGE = 2**25
-"""Bytes of records from which on a pool is cached unasked: half a minute of encoding."""
 _PACKAGES = ("dualsft", "transformers", "tokenizers", "jinja2")
 REFUSALS = (OSError, NotImplementedError, pa.ArrowException)
 """What a folder that cannot be written raises; the second where a file system has no locks."""
-
-
-def cache_folder(given: str | None) -> Path:
-    """The folder of the cache: the one that is given, else ``dualsft`` in the home of Hugging Face's caches."""
-    if given is not None:
-        return Path(expanded(given))
-    from huggingface_hub import constants  # slow to import
-
-    return Path(constants.HF_HOME) / "dualsft"
 
 
 def encoded_pool(
@@ -54,21 +42,17 @@ def encoded_pool(
         size: Bytes of its records.
         cache_dir: The cache's folder; None for the default's, and for large pools only.
     """
-    if cache_dir is None and size < LARGE:
+    if cache_dir is None and size < cache_folder.LARGE:
         return in_memory(chunks())
-    folder = cache_folder(cache_dir)
+    folder = cache_folder.cache_folder(cache_dir)
     try:
         return _cached(folder, key(), chunks)
     except REFUSALS as error:
-        remark = refused(folder, error, "the encoded pool is kept in memory, and encoded anew in every run")
+        remark = cache_folder.refused(
+            folder, error, "the encoded pool is kept in memory, and encoded anew in every run"
+        )
     encoded = in_memory(chunks())
     return replace(encoded, remarks=(*encoded.remarks, remark))
-
-
-def refused(folder: Path, error: BaseException, so_that: str) -> str:
-    """A sentence on a cache that cannot be used, and what follows."""
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return f"{named(folder)} cannot be used as a cache ({reason}), so that {so_that}; give another data.cache_dir."
 
 
 def _cached(folder: Path, key: str, chunks: Callable[[], Iterable[Chunk]]) -> Encoded:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualsft.data.batches import length_batches
+from dualsft.data.batches import BatchIds, length_batches
 from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import TRAIN
@@ -44,7 +44,7 @@ class SampledDataModule(InstructionDataModule):
         return self._examples[key]
 
 
-def _sample(whole: Examples, ids: Sequence[int], batches: Sequence[Sequence[int]]) -> Examples:
+def _sample(whole: Examples, ids: Sequence[int], batches: Sequence[BatchIds]) -> Examples:
     """The examples with those alone ``ok`` that are in a few of the batches."""
     places = np.unique(np.linspace(0, max(0, len(batches) - 1), BATCHES).round().astype(int))
     names = (*whole.status_names, _LEFT_OUT, _NOT_SELECTED)

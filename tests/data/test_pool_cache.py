@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dualsft.data import encoded, pool_cache, rendering
+from dualsft.data import cache_folder, encoded, pool_cache, rendering
 from dualsft.data.encoding import encoded_chunks
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.options import FormatOptions
@@ -191,7 +191,7 @@ def test_large_pools_alone_are_cached_unasked(pool: str, tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     encode(pool, None)
     assert not (tmp_path / "home").exists()
-    monkeypatch.setattr(pool_cache, "LARGE", 100)
+    monkeypatch.setattr(cache_folder, "LARGE", 100)
     encode(pool, None)
     assert len(entries(tmp_path / "home" / "dualsft")) == 1
 
