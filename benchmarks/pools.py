@@ -34,7 +34,7 @@ from dualsft.data import cache_folder
 from dualsft.data.batches import length_batches
 from dualsft.data.encoded import in_memory
 from dualsft.data.encoding import encoded_chunks
-from dualsft.data.examples import Examples, encode_examples
+from dualsft.data.examples import encode_examples
 from dualsft.data.files import SourceLine
 from dualsft.data.finding import find_source
 from dualsft.data.options import FormatOptions
@@ -50,7 +50,7 @@ class Objects:
     """Lines as Python objects, with the interface of `dualsft.data.lines.Lines`."""
 
     def __init__(self, lines: tuple[SourceLine, ...]) -> None:
-        self._lines, self.size = lines, 0
+        self._lines = lines
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -103,7 +103,8 @@ def cached(pool: str, cache: str, clock: Callable[[], None]) -> tuple[Any, Any]:
     """The pool through the cache."""
     records = read_records(pool, cache_dir=cache)
     clock()
-    examples: Examples = encode_examples(records, load_tokenizer(str(MODEL)), FormatOptions(), MAX_LENGTH, cache)
+    tokenizer = load_tokenizer(str(MODEL))
+    examples = encode_examples(records, tokenizer, FormatOptions(), MAX_LENGTH, cache, processes=1)
     clock()
     batches = length_batches(examples.lengths, BATCH_TOKENS, ids=examples.is_ok().nonzero()[0])
     clock()
@@ -119,8 +120,9 @@ def measure(way: Callable[..., Any], pool: str, cache: str) -> Measured:
     gc.collect()
     after = anonymous()
     del held
-    seconds = [end - start for start, end in pairwise(marks)]
-    return Measured(after - before, *seconds, (fingerprint, batches() if callable(batches) else batches))
+    read, encode, cut = (end - start for start, end in pairwise(marks))
+    made = (fingerprint, batches() if callable(batches) else batches)
+    return Measured(after - before, read, encode, cut, made)
 
 
 def anonymous() -> int:

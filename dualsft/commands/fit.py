@@ -40,13 +40,15 @@ from dualsft.storage.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
+INDIFFERENT = ("cache_dir", "encoding_processes")
+"""Those of the data that are none."""
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share; where its data are cached is not one of them."""
+    """The settings that a resumed run must share; where and by how many its data are encoded is none of them."""
     found = {key: settings.get(key) for key in DECISIVE}
     if isinstance(data := found["data"], Mapping):
-        found["data"] = {key: value for key, value in data.items() if key != "cache_dir"}
+        found["data"] = {key: value for key, value in data.items() if key not in INDIFFERENT}
     return found
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.data.formats import Rendered
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
-from dualsft.data.rendering import rendered_chunks
+from dualsft.data.rendering import Rendering
 from dualsft.data.supervision import Chunk, encode_chunk
 
 _NO_END = (
@@ -29,6 +29,37 @@ _NO_THOUGHTS = (
 )
 
 
+class Encoding:
+    """Renders and tokenises records, a chunk at a time.
+
+    Args:
+        records: The records.
+        tokenizer: A fast tokenizer.
+        options: How records are read.
+        max_length: Tokens to keep of each.
+
+    Raises:
+        UserError: If no format fits.
+    """
+
+    def __init__(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions, max_length: int
+    ) -> None:
+        self._rendering = Rendering(records, tokenizer, options)
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self.chunks = self._rendering.chunks
+
+    def encoded(self, rows: range) -> Chunk:
+        """Encode the records of a chunk.
+
+        Raises:
+            UserError: If one does not fit the format; its place is named.
+        """
+        rendered = [self._rendering.rendered(row) for row in rows]
+        chunk = encode_chunk(rendered, self._tokenizer, self._max_length)
+        return replace(chunk, remarks=tuple(_remarks(rendered, self._tokenizer)))
+
+
 def encoded_chunks(
     records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions, max_length: int
 ) -> Iterator[Chunk]:
@@ -37,9 +68,8 @@ def encoded_chunks(
     Raises:
         UserError: If no format fits, or a record does not fit the format.
     """
-    for rendered in rendered_chunks(records, tokenizer, options):
-        chunk = encode_chunk(rendered, tokenizer, max_length)
-        yield replace(chunk, remarks=tuple(_remarks(rendered, tokenizer)))
+    encoding = Encoding(records, tokenizer, options, max_length)
+    return map(encoding.encoded, encoding.chunks())
 
 
 def _remarks(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

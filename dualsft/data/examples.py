@@ -1,6 +1,7 @@
 """Examples: the encoded pool that both selection and fine-tuning compute on."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,23 @@ from jaxtyping import Bool, Int, Int8
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.encoding import encoded_chunks
+from dualsft.data.encoding_processes import available_processors, encoded_in_processes
 from dualsft.data.folders import listed
 from dualsft.data.options import FormatOptions
 from dualsft.data.pool_cache import encoded_pool, pool_key
+from dualsft.data.progress import Progress, watched
 from dualsft.data.records import Records, read_records
 from dualsft.data.rendering import on_columns
 from dualsft.data.sources import Given, paths_of
-from dualsft.data.supervision import STATUSES
+from dualsft.data.supervision import STATUSES, Chunk
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+
+
+_MOST = 8  # processes that encode unasked: each takes some 300 MB
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,6 +129,8 @@ def encode_examples(
     options: FormatOptions,
     max_length: int,
     cache_dir: str | None = None,
+    processes: int | None = None,
+    progress: Progress | None = None,
 ) -> Examples:
     """Renders and tokenises every record, or finds them in the cache.
 
@@ -132,6 +140,8 @@ def encode_examples(
         options: How they are read.
         max_length: Tokens to keep of each.
         cache_dir: Folder of the cache; None for the default's, and for large pools only.
+        processes: How many encode; None for up to 8 where the pool is large, else this one.
+        progress: Shows the progress of large pools; None shows none.
 
     Raises:
         UserError: If ``max_length`` is below 2, no format fits, or a record does not fit the format.
@@ -140,8 +150,13 @@ def encode_examples(
         raise UserError(f"data.max_length={max_length} leaves nothing to predict: it must be at least 2.")
     remarks = (*records.remarks, *on_columns(records, options))
     made_from = (records, tokenizer, options, max_length)
-    key, chunks = partial(pool_key, *made_from), partial(encoded_chunks, *made_from)
-    encoded = encoded_pool(key, chunks, records.size, cache_dir)
+
+    def chunks() -> Iterator[Chunk]:
+        count = processes or (min(available_processors(), _MOST) if records.is_large else 1)
+        made = encoded_chunks(*made_from) if count == 1 else encoded_in_processes(*made_from, count)
+        return watched(made, len(records), progress) if progress and records.is_large else made
+
+    encoded = encoded_pool(partial(pool_key, *made_from), chunks, records.is_large, cache_dir)
     return Examples(
         dataset=encoded.dataset,
         status_codes=encoded.status,

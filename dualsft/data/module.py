@@ -17,6 +17,7 @@ from dualsft.data.layout import Batch
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
 from dualsft.data.packing import Ids, collate_packed, packed_batches
+from dualsft.data.progress import Progress
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import Given, sources_of
@@ -56,9 +57,12 @@ class InstructionDataModule(LightningDataModule):
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
         cache_dir: Folder in which encoded pools and validation sets are kept for later runs; by default ``dualsft`` in
             the home of Hugging Face's caches (``HF_HOME``), and for those of 32 MiB and more alone.
+        encoding_processes: Processes that tokenise; by default as many as there are processors, up to 8, for pools of
+            32 MiB and more, and the main process for others.
 
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
+        progress: Shows how far the encoding of a large pool is; None shows nothing.
 
     Raises:
         UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
@@ -85,6 +89,7 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        encoding_processes: int | None = None,
     ) -> None:
         super().__init__()
         _at_least(2, max_length=max_length)
@@ -95,7 +100,10 @@ class InstructionDataModule(LightningDataModule):
         )
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
         self.packing, self.selection, self.seed, self.num_workers = packing, selection, seed, num_workers
-        self.cache_dir = cache_dir
+        if encoding_processes is not None:
+            _at_least(1, encoding_processes=encoding_processes)
+        self.cache_dir, self.encoding_processes = cache_dir, encoding_processes
+        self.progress: Progress | None = None
         self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
@@ -236,7 +244,8 @@ class InstructionDataModule(LightningDataModule):
             tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
                 records = read_records(given, split, cache_dir=self.cache_dir)
-                self._examples[key] = encode_examples(records, tokenizer, self.options, self.max_length, self.cache_dir)
+                how = (self.options, self.max_length, self.cache_dir, self.encoding_processes, self.progress)
+                self._examples[key] = encode_examples(records, tokenizer, *how)
         return self._examples[key]
 
     def _scoring_loader(

@@ -32,17 +32,17 @@ REFUSALS = (OSError, NotImplementedError, pa.ArrowException)
 
 
 def encoded_pool(
-    key: Callable[[], str], chunks: Callable[[], Iterable[Chunk]], size: int, cache_dir: str | None
+    key: Callable[[], str], chunks: Callable[[], Iterable[Chunk]], is_large: bool, cache_dir: str | None
 ) -> Encoded:
     """The examples of a pool: from the cache, into it, or in memory alone where the pool is small or nothing else goes.
 
     Args:
         key: Computes the pool's key.
         chunks: Encodes it from its start.
-        size: Bytes of its records.
+        is_large: Whether it is cached unasked.
         cache_dir: The cache's folder; None for the default's, and for large pools only.
     """
-    if cache_dir is None and size < cache_folder.LARGE:
+    if cache_dir is None and not is_large:
         return in_memory(chunks())
     folder = cache_folder.cache_folder(cache_dir)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dualsft.data.cache_folder import cache_folder, refused
+from dualsft.data import cache_folder
 from dualsft.data.files import SourceLine, Unit, record_of
 from dualsft.data.finding import find_source
 from dualsft.data.labels import labelled, labelling
@@ -73,9 +73,9 @@ class Records:
         return (self[row] for row in range(len(self)))
 
     @property
-    def size(self) -> int:
-        """Bytes of the lines."""
-        return self._lines.size
+    def is_large(self) -> bool:
+        """Whether they are so many that they are cached, and encoded by several processes, unasked."""
+        return self._lines.size >= cache_folder.LARGE
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -220,5 +220,9 @@ class _Gathered:
         """All of them."""
         lines, refusal = self._lines.lines(), self._lines.refusal
         if refusal is not None:
-            self._remarks.append(refused(cache_folder(self._cache_dir), refusal, "the records are kept in memory"))
+            self._remarks.append(
+                cache_folder.refused(
+                    cache_folder.cache_folder(self._cache_dir), refusal, "the records are kept in memory"
+                )
+            )
         return Records(tuple(self._parts), self._digest.hexdigest(), lines, self._left_out, tuple(self._remarks))

@@ -31,7 +31,7 @@ def told(records: Records) -> list[Any]:
     """All that is known of records."""
     rows = range(len(records))
     of_rows = [(records.line(i), records[i], records.location(i), records.source_of(i)) for i in rows]
-    return [of_rows, list(records), records.parts, records.fingerprint, records.size]
+    return [of_rows, list(records), records.parts, records.fingerprint]
 
 
 def test_many_lines_are_in_a_file_without_a_name(

@@ -1,7 +1,9 @@
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,13 +188,30 @@ def test_a_full_disk(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [list(place.iterdir()) for place in entries(tmp_path / "cache")] == [[]]
 
 
-def test_large_pools_alone_are_cached_unasked(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default is a folder in the home of Hugging Face's caches, and small pools leave it as it is."""
+def test_what_is_done_for_large_pools_alone(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cached in the home of Hugging Face's caches, encoded by several processes, and watched, unasked."""
+    done: list[Any] = []
+
+    def in_processes(*given: Any) -> Any:
+        done.append(given[-1])
+        return encoded_chunks(*given[:-1])
+
+    @contextmanager
+    def progress(title: str, total: float) -> Iterator[Any]:
+        done.append((title, total))
+        yield SimpleNamespace(advance=done.append)
+
+    def examples() -> Examples:
+        return encode_examples(read_records(pool), byte_level(), FormatOptions(), 128, progress=progress)
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    encode(pool, None)
-    assert not (tmp_path / "home").exists()
+    monkeypatch.setattr("dualsft.data.examples.available_processors", lambda: 64)
+    monkeypatch.setattr("dualsft.data.examples.encoded_in_processes", in_processes)
+    small = told(examples())
+    assert (done, (tmp_path / "home").exists()) == ([], False)
     monkeypatch.setattr(cache_folder, "LARGE", 100)
-    encode(pool, None)
+    assert told(examples()) == small
+    assert done == [8, ("encoding records", 10), 4, 4, 2]
     assert len(entries(tmp_path / "home" / "dualsft")) == 1
 
 
