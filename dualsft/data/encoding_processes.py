@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -75,8 +75,7 @@ def encoded_in_processes(
         finally:
             for future in pending:
                 future.cancel()
-            for worker in workers:
-                worker.stop()  # which lets the threads end, too
+            _stop(workers)
 
 
 def available_processors() -> int:
@@ -98,13 +97,22 @@ def _workers(how: bytes, count: int) -> Iterator[list["_Worker"]]:
             for _ in range(count):
                 workers.append(_Worker(how))
         with ThreadPoolExecutor(max(1, count)) as threads:
-            ready = list(threads.map(_Worker.is_ready, workers))
+            try:
+                ready = list(threads.map(_Worker.is_ready, workers))
+            except BaseException:  # an interruption need not wait for what they import
+                _stop(workers)
+                raise
         yield [worker for worker, can in zip(workers, ready, strict=True) if can]
     finally:
-        for worker in workers:
-            worker.stop()
+        _stop(workers)
         for worker in workers:
             worker.close()
+
+
+def _stop(workers: Sequence["_Worker"]) -> None:
+    """End processes at once, and so what waits for them."""
+    for worker in workers:
+        worker.stop()
 
 
 class _LostError(Exception):

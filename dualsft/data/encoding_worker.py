@@ -6,6 +6,7 @@ It reads messages from its standard input, and answers each on its standard outp
 import os
 import pickle
 import sys
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from dualsft.data.encoding import Encoding
@@ -47,19 +48,17 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     messages: BinaryIO = sys.stdin.buffer
-    parts, size, kept, *how = pickle.load(messages)
-    lines: Any = ExcerptOfLines(size, kept)
-    encoding = Encoding(Records(parts, "", lines), *how)
-    _answer(answers, True)
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):  # whoever asks has ended
+        parts, size, kept, *how = pickle.load(messages)
+        lines: Any = ExcerptOfLines(size, kept)
+        encoding = Encoding(Records(parts, "", lines), *how)
+        _answer(answers, True)
+        while True:
             rows, lines.given = pickle.load(messages)
-        except EOFError:
-            return
-        try:
-            _answer(answers, encoding.encoded(rows))
-        except UserError as error:
-            _answer(answers, (error.problem, error.remedy))
+            try:
+                _answer(answers, encoding.encoded(rows))
+            except UserError as error:
+                _answer(answers, (error.problem, error.remedy))
 
 
 def _answer(stream: BinaryIO, answer: Any) -> None:
