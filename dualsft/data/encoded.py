@@ -7,7 +7,8 @@ about.json        checksums of both, and what else there is to know; written las
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int8
 
-from dualsft.data.supervision import Chunk
+from dualsft.data.supervision import Chunks
 from dualsft.storage.checksums import check_file, file_checksum
 from dualsft.storage.writing import replacing
 
@@ -40,7 +41,7 @@ class Encoded:
     remarks: tuple[str, ...]
 
 
-def in_memory(chunks: Iterable[Chunk]) -> Encoded:
+def in_memory(chunks: Chunks) -> Encoded:
     """The examples of all chunks, in memory."""
     import datasets  # takes most of a second, which help and configurations need not wait for
 
@@ -51,7 +52,7 @@ def in_memory(chunks: Iterable[Chunk]) -> Encoded:
     return Encoded(dataset, status, num_tokens, lengths, tuple(rows.remarks))
 
 
-def write_encoded(chunks: Iterable[Chunk], folder: Path) -> None:
+def write_encoded(chunks: Chunks, folder: Path) -> None:
     """Writes the examples of all chunks into a folder, where they count once the last file is there.
 
     Raises:
@@ -59,7 +60,8 @@ def write_encoded(chunks: Iterable[Chunk], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = _Rows()
-    _write(rows.batches(chunks), _COLUMNS, folder / _EXAMPLES)
+    with closing(rows.batches(chunks)) as batches:
+        _write(batches, _COLUMNS, folder / _EXAMPLES)
     batch = pa.record_batch(dict(zip(_OF_ROWS, rows.columns(), strict=True)))
     _write([batch], batch.schema, folder / _ROWS)
     about = {
@@ -105,18 +107,19 @@ class _Rows:
         self._digest, self.remarks = hashlib.sha256(), dict[str, None]()
         self._columns: tuple[list[np.ndarray], ...] = ([], [], [])
 
-    def batches(self, chunks: Iterable[Chunk]) -> Iterator[pa.RecordBatch]:
+    def batches(self, chunks: Chunks) -> Generator[pa.RecordBatch, None, None]:
         """Yield the examples of each chunk as a record batch."""
         start = 0
-        for chunk in chunks:
-            for array in (chunk.lengths, chunk.input_ids, chunk.labels):
-                self._digest.update(array.tobytes())
-            for column, array in zip(self._columns, (chunk.status, chunk.num_tokens, chunk.lengths), strict=True):
-                column.append(array)
-            self.remarks |= dict.fromkeys(chunk.remarks)
-            ids = pa.array(np.arange(start, start := start + len(chunk.lengths), dtype=np.int64))
-            tokens = [_lists(values, chunk.lengths) for values in (chunk.input_ids, chunk.labels)]
-            yield pa.record_batch([ids, *tokens], _COLUMNS)
+        with closing(chunks):
+            for chunk in chunks:
+                for array in (chunk.lengths, chunk.input_ids, chunk.labels):
+                    self._digest.update(array.tobytes())
+                for column, array in zip(self._columns, (chunk.status, chunk.num_tokens, chunk.lengths), strict=True):
+                    column.append(array)
+                self.remarks |= dict.fromkeys(chunk.remarks)
+                ids = pa.array(np.arange(start, start := start + len(chunk.lengths), dtype=np.int64))
+                tokens = [_lists(values, chunk.lengths) for values in (chunk.input_ids, chunk.labels)]
+                yield pa.record_batch([ids, *tokens], _COLUMNS)
 
     @property
     def fingerprint(self) -> str:

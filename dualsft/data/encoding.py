@@ -9,7 +9,7 @@ from dualsft.data.formats import Rendered
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
 from dualsft.data.rendering import Rendering
-from dualsft.data.supervision import Chunk, encode_chunk
+from dualsft.data.supervision import Chunk, Chunks, encode_chunk
 
 _NO_END = (
     "the tokenizer has no end-of-sequence token, so that no response ends in one and nothing teaches the model where "
@@ -62,14 +62,14 @@ class Encoding:
 
 def encoded_chunks(
     records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions, max_length: int
-) -> Iterator[Chunk]:
+) -> Chunks:
     """Renders and tokenises every record in order, a chunk at a time.
 
     Raises:
         UserError: If no format fits, or a record does not fit the format.
     """
     encoding = Encoding(records, tokenizer, options, max_length)
-    return map(encoding.encoded, encoding.chunks())
+    yield from map(encoding.encoded, encoding.chunks())
 
 
 def _remarks(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

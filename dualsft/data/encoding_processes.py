@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dualsft.data.encoding import Encoding
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
-from dualsft.data.supervision import Chunk
+from dualsft.data.supervision import Chunk, Chunks
 from dualsft.errors import UserError
 
 _COMMAND = [sys.executable, "-m", "dualsft.data.encoding_worker"]
@@ -30,7 +30,7 @@ _AHEAD = 3  # chunks to a process that are asked for before the first of them is
 
 def encoded_in_processes(
     records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions, max_length: int, count: int
-) -> Iterator[Chunk]:
+) -> Chunks:
     """Renders and tokenises every record in order, a chunk at a time, in other processes, or in this one if none can.
 
     Args:

@@ -1,7 +1,6 @@
 """Examples: the encoded pool that both selection and fine-tuning compute on."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from dualsft.data.progress import Progress, watched
 from dualsft.data.records import Records, read_records
 from dualsft.data.rendering import on_columns
 from dualsft.data.sources import Given, paths_of
-from dualsft.data.supervision import STATUSES, Chunk
+from dualsft.data.supervision import STATUSES, Chunks
 from dualsft.data.tokenizer import load_tokenizer
 from dualsft.errors import UserError
 
@@ -151,7 +150,7 @@ def encode_examples(
     remarks = (*records.remarks, *on_columns(records, options))
     made_from = (records, tokenizer, options, max_length)
 
-    def chunks() -> Iterator[Chunk]:
+    def chunks() -> Chunks:
         count = processes or (min(available_processors(), _MOST) if records.is_large else 1)
         made = encoded_chunks(*made_from) if count == 1 else encoded_in_processes(*made_from, count)
         return watched(made, len(records), progress) if progress and records.is_large else made

@@ -6,7 +6,7 @@ KEY.lock     held by the process that encodes it, while others wait
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from dualsft.data.encoded import Encoded, in_memory, read_encoded, write_encoded
 from dualsft.data.options import FormatOptions
 from dualsft.data.reading import readings
 from dualsft.data.records import Records
-from dualsft.data.supervision import Chunk
+from dualsft.data.supervision import Chunks
 from dualsft.models.loading import tokenizer_fingerprint
 
 ENCODING = 1
@@ -32,7 +32,7 @@ REFUSALS = (OSError, NotImplementedError, pa.ArrowException)
 
 
 def encoded_pool(
-    key: Callable[[], str], chunks: Callable[[], Iterable[Chunk]], is_large: bool, cache_dir: str | None
+    key: Callable[[], str], chunks: Callable[[], Chunks], is_large: bool, cache_dir: str | None
 ) -> Encoded:
     """The examples of a pool: from the cache, into it, or in memory alone where the pool is small or nothing else goes.
 
@@ -55,7 +55,7 @@ def encoded_pool(
     return replace(encoded, remarks=(*encoded.remarks, remark))
 
 
-def _cached(folder: Path, key: str, chunks: Callable[[], Iterable[Chunk]]) -> Encoded:
+def _cached(folder: Path, key: str, chunks: Callable[[], Chunks]) -> Encoded:
     """The examples under a key, encoded by whichever process asks first; a killed one's are encoded anew."""
     place = folder / key
     if (found := read_encoded(place)) is not None:  # one may read where one may not write

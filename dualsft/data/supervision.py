@@ -6,7 +6,7 @@ binary searches say for each token of the chunk whether it overlaps a supervised
     overlaps(token) = #{spans that start before its end} - #{spans that end at or before its start}
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 
@@ -38,6 +38,10 @@ class Chunk:
     num_tokens: Int[np.ndarray, "example"]
     status: Int8[np.ndarray, "example"]
     remarks: tuple[str, ...] = ()
+
+
+Chunks = Generator[Chunk, None, None]
+"""Chunks in order; closing it ends whatever encodes them."""
 
 
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:

@@ -1,18 +1,21 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dualsft.data import encoding_processes, rendering
+from dualsft.data import encoded, encoding_processes, rendering
 from dualsft.data.encoding import encoded_chunks
 from dualsft.data.encoding_processes import encoded_in_processes
 from dualsft.data.options import FormatOptions
+from dualsft.data.progress import watched
 from dualsft.data.records import Records, read_records
-from dualsft.data.supervision import Chunk
+from dualsft.data.supervision import Chunk, Chunks
 from dualsft.errors import UserError
 from tests.world.data import LINES, write_jsonl
 from tests.world.tokenizers import CHATML, byte_level
@@ -124,3 +127,31 @@ def test_this_process_encodes_where_no_other_can(tmp_path: Path, monkeypatch: py
     work(monkeypatch, "raise SystemExit(3)")
     made_from = (pool(tmp_path, LINES), tokenizer, FormatOptions(), 64)
     assert until_a_mistake(encoded_in_processes(*made_from, 2)) == until_a_mistake(encoded_chunks(*made_from))
+
+
+@pytest.mark.parametrize("stopped", ["while it is counted", "while it is written"])
+def test_whoever_stops_asking_ends_what_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+    """An interruption outside of it ends it at once, even as long as somebody holds the traceback."""
+    ended: list[bool] = []
+
+    def chunks() -> Chunks:
+        try:
+            yield from encoded_chunks(pool(tmp_path, LINES), byte_level(CHATML), FormatOptions(), 64)
+        finally:
+            ended.append(True)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def progress(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(advance=interrupt if stopped == "while it is counted" else str)
+
+    def write(batches: Iterator[Any], *_: Any) -> None:
+        next(batches)
+        interrupt()
+
+    monkeypatch.setattr(encoded, "_write", write)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        encoded.write_encoded(watched(chunks(), 15, progress), tmp_path / "cache")
+    assert (ended, caught.tb is not None) == ([True], True)
