@@ -40,7 +40,7 @@ def convert(weights: Path, output_dir: Path) -> None:
     del read.config.quantization_config
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
-    model.to(torch.bfloat16)
+    model.bfloat16()
     model.save_pretrained(output_dir)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(output_dir)
 

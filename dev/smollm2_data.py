@@ -27,7 +27,9 @@ def short_problems(rng: Random) -> list[Row]:
 def with_answers_of_others(rows: list[Row]) -> list[Row]:
     """The problems, each with the answer of the next one."""
     following = rows[1:] + rows[:1]
-    return [row | {"source": "wrong", "response": other["response"]} for row, other in zip(rows, following, strict=True)]
+    return [
+        row | {"source": "wrong", "response": other["response"]} for row, other in zip(rows, following, strict=True)
+    ]
 
 
 def main() -> None:

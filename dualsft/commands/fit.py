@@ -1,7 +1,7 @@
 """`dualsft fit`: fine-tune the chosen weights on the chosen examples."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,16 @@ from dualsft.storage.writing import write_atomically
 
 DECISIVE = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 """Settings that a resumed run must share with the run that it resumes."""
+INDIFFERENT = ("cache_dir", "encoding_processes")
+"""Those of the data that are none."""
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share; where and by how many its data are encoded is none of them."""
+    found = {key: settings.get(key) for key in DECISIVE}
+    if isinstance(data := found["data"], Mapping):
+        found["data"] = {key: value for key, value in data.items() if key not in INDIFFERENT}
+    return found
 
 
 def add_training_arguments(parser: LightningArgumentParser) -> None:
@@ -123,7 +133,7 @@ class FitCLI(VerbCLI):
             return
         self._check()
         settings = self.config.as_dict()
-        folder.claim({"command": "fit", **{key: settings.get(key) for key in DECISIVE}})
+        folder.claim({"command": "fit", **decisive(settings)})
         share = self.datamodule.training_padding_share()
         tell(f"training on {len(self.datamodule.train_dataloader()):,} batches an epoch, {share:.1%} of them padding")
         self._fit(folder)
@@ -139,9 +149,9 @@ class FitCLI(VerbCLI):
             stored = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             stored = None
-        own = yaml.safe_load(self.replay)
-        outcome = {key: own.get(key) for key in (*DECISIVE, "trainer")}
-        folder.confirm(outcome, stored if isinstance(stored, dict) else {})
+        own, found = yaml.safe_load(self.replay), stored if isinstance(stored, dict) else {}
+        outcome, earlier = ({**decisive(of), "trainer": of.get("trainer")} for of in (own, found))
+        folder.confirm(outcome, earlier)
         return True
 
     def _check(self) -> None:

@@ -32,6 +32,7 @@ from dualsft.data.sources import paths_of
 from dualsft.errors import naming
 from dualsft.models.inspection import read_config
 from dualsft.models.loading import model_folder
+from dualsft.runs.bars import bar
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.loggers import log_results, make_loggers
 from dualsft.sharding.collectives import is_rank_zero, on_rank_zero
@@ -112,6 +113,8 @@ class VerbCLI(LightningCLI, ABC):
         """
         with explaining_settings():  # loggers, accelerators, strategies: each raises exceptions of its own kind
             super().instantiate_classes()
+        if self.trainer.progress_bar_callback is not None:
+            self.datamodule.progress = bar
         config = self.config
         read_config(model_folder(config.model.model_name_or_path))  # of which a tokenizer would be the first victim
         if config.output_dir and self.is_one_run:

@@ -15,6 +15,7 @@ VALIDATION = validation_key(None)
 OURS = (
     *("output_dir", "selection", "task_folder", "model.model_name_or_path", "model.selection"),
     *("model.warmup.checkpoint", "data.train", "data.validation", "data.tokenizer", "data.selection"),
+    "data.cache_dir",
     *("base", "model", "delta"),
 )
 """Keys whose value is a path or a name on the hub, or sources of data, which hold such."""

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from dualsft.data.batch_plan import BatchPlan
 from dualsft.data.layout import Batch
-from dualsft.data.packing import Lengths, Row, few_packed_batches, longest_first
+from dualsft.data.packing import Ids, Lengths, Row, few_packed_batches, longest_first
 from dualsft.data.supervision import IGNORED
 from dualsft.errors import UserError
 
@@ -38,8 +40,8 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> Batch:
 
 
 def length_batches(
-    lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Sequence[int] | None = None
-) -> list[list[int]]:
+    lengths: Lengths, batch_tokens: int, batch_size: int | None = None, ids: Ids | None = None
+) -> BatchPlan:
     """Cuts examples into batches by length, the longest first: a batch too large for memory fails at once.
 
     Args:
@@ -52,8 +54,15 @@ def length_batches(
         UserError: If an example is longer than ``batch_tokens``.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    order = longest_first(lengths, range(len(lengths)) if ids is None else ids)
-    batches: list[list[int]] = []
+    order = longest_first(lengths, np.arange(len(lengths)) if ids is None else ids)
+    return BatchPlan(order, np.array(_sizes(lengths, order, batch_tokens, batch_size), dtype=np.int64))
+
+
+def _sizes(
+    lengths: Int[np.ndarray, "example"], order: Int[np.ndarray, "chosen"], batch_tokens: int, batch_size: int | None
+) -> list[int]:
+    """How many of the ids, the longest first, each batch takes."""
+    sizes: list[int] = []
     first = 0
     while first < len(order):
         longest = int(lengths[order[first]])
@@ -63,26 +72,31 @@ def length_batches(
                 "raise data.batch_tokens or lower data.max_length."
             )
         fitting = batch_tokens // max(longest, 1)
-        count = fitting if batch_size is None else min(fitting, batch_size)
-        batches.append(order[first : first + count])
-        first += count
-    return batches
+        sizes.append(min(fitting, len(order) - first, *([] if batch_size is None else [batch_size])))
+        first += sizes[-1]
+    return sizes
 
 
 def padding_share(lengths: Lengths, batches: Iterable[BatchIds]) -> float:
     """Share of the batches' token slots (rows x fullest row) that hold padding; 0 without any batch."""
     slots = tokens = 0
-    for batch in batches:
-        rows = [sum(int(lengths[i]) for i in ([row] if isinstance(row, int) else row)) for row in batch]
-        slots += len(rows) * max(rows)
-        tokens += sum(rows)
+    for rows in _row_tokens(lengths, batches):
+        slots += len(rows) * int(rows.max())
+        tokens += int(rows.sum())
     return 1 - tokens / slots if slots else 0.0
 
 
 def tokens_in(lengths: Lengths, batches: Iterable[BatchIds]) -> int:
     """Tokens of the examples in some batches, without padding."""
-    ids = [i for batch in batches for row in batch for i in ([row] if isinstance(row, int) else row)]
-    return int(np.asarray(lengths, dtype=np.int64)[ids].sum()) if ids else 0
+    return sum(int(rows.sum()) for rows in _row_tokens(lengths, batches))
+
+
+def _row_tokens(lengths: Lengths, batches: Iterable[BatchIds]) -> Iterator[np.ndarray]:
+    """Tokens of each row of each batch."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    for batch in batches:
+        packed = [row for row in batch if isinstance(row, list)]
+        yield np.array([lengths[row].sum() for row in packed]) if packed else lengths[batch]
 
 
 class TrainingBatches(Sampler[BatchIds]):
@@ -106,7 +120,7 @@ class TrainingBatches(Sampler[BatchIds]):
     def __init__(
         self,
         lengths: Lengths,
-        ids: Sequence[int],
+        ids: Ids,
         batch_tokens: int,
         batch_size: int,
         seed: int = 0,
@@ -116,13 +130,13 @@ class TrainingBatches(Sampler[BatchIds]):
         self.epoch = 0
         shuffled = np.random.default_rng(seed).permutation(np.asarray(ids, dtype=np.int64))
         window = _WINDOW * batch_size
-        self._batches: list[BatchIds] = []
-        for first in range(0, len(shuffled), window):
-            part = shuffled[first : first + window].tolist()
-            if row_tokens is None:
-                self._batches += length_batches(lengths, batch_tokens, batch_size, part)
-            else:
-                self._batches += few_packed_batches(lengths, batch_tokens, row_tokens, batch_size, part)
+        windows = (shuffled[first : first + window] for first in range(0, len(shuffled), window))
+        self._batches: BatchPlan | list[list[Row]]
+        if row_tokens is None:
+            self._batches = _in_windows(np.asarray(lengths, dtype=np.int64), windows, batch_tokens, batch_size)
+        else:
+            cut = (few_packed_batches(lengths, batch_tokens, row_tokens, batch_size, part) for part in windows)
+            self._batches = [batch for batches in cut for batch in batches]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the batches; Lightning calls this before every epoch."""
@@ -134,7 +148,23 @@ class TrainingBatches(Sampler[BatchIds]):
     def __iter__(self) -> Iterator[BatchIds]:
         return iter(self.in_epoch(self.epoch))
 
-    def in_epoch(self, epoch: int) -> list[BatchIds]:
+    def in_epoch(self, epoch: int) -> Sequence[BatchIds]:
         """The batches in the order of an epoch."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self._batches))
+        if isinstance(self._batches, BatchPlan):
+            return self._batches.taken(order)
         return [self._batches[index] for index in order]
+
+
+def _in_windows(
+    lengths: Int[np.ndarray, "example"],
+    windows: Iterable[Int[np.ndarray, "window"]],
+    batch_tokens: int,
+    batch_size: int,
+) -> BatchPlan:
+    """The batches of each window, cut by length."""
+    orders, sizes = [np.zeros(0, np.int64)], list[int]()
+    for window in windows:
+        orders.append(longest_first(lengths, window))
+        sizes += _sizes(lengths, orders[-1], batch_tokens, batch_size)
+    return BatchPlan(np.concatenate(orders), np.array(sizes, dtype=np.int64))

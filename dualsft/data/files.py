@@ -25,6 +25,9 @@ _NOTHING |= {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 """Cells of a CSV file that stand for no value, as to pandas and `datasets.load_dataset`."""
 
 
+Unit = Literal["line", "row"]
+
+
 class SourceLine(NamedTuple):
     """One record and its place in the source.
 
@@ -38,7 +41,7 @@ class SourceLine(NamedTuple):
     text: str
     source: str
     number: int
-    unit: Literal["line", "row"] = "line"
+    unit: Unit = "line"
 
     def location(self, row: int) -> str:
         """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0 over all sources."""

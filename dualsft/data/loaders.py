@@ -85,7 +85,8 @@ class ResumableLoader(DataLoader[Any]):
         return self.collate_fn(cast(RowLists, self.dataset)[ids])
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches, epoch = list(self.sampler), cast(TrainingBatches, self.sampler).epoch
+        epoch = cast(TrainingBatches, self.sampler).epoch
+        batches = cast(TrainingBatches, self.sampler).in_epoch(epoch)
         if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
             self._yielded = 0  # a new epoch, or the restored one was finished
         self._epoch, self._restored = epoch, False

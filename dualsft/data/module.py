@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -16,7 +17,8 @@ from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch, to_device
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import collate_packed, packed_batches
+from dualsft.data.packing import Ids, collate_packed, packed_batches
+from dualsft.data.progress import Progress
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import Given, sources_of
@@ -54,9 +56,14 @@ class InstructionDataModule(LightningDataModule):
         selection: Directory of a finished selection: train on its selected examples alone.
         seed: Decides which examples meet in a training batch and the order of the batches.
         num_workers: Processes that prepare batches; 0 prepares them in the main process.
+        cache_dir: Folder in which encoded pools and validation sets are kept for later runs; by default ``dualsft`` in
+            the home of Hugging Face's caches (``HF_HOME``), and for those of 32 MiB and more alone.
+        encoding_processes: Processes that tokenise; by default as many as there are processors, up to 8, for pools of
+            32 MiB and more, and the main process for others.
 
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
+        progress: Shows how far the encoding of a large pool is; None shows nothing.
 
     Raises:
         UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
@@ -82,6 +89,8 @@ class InstructionDataModule(LightningDataModule):
         selection: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        cache_dir: str | None = None,
+        encoding_processes: int | None = None,
     ) -> None:
         super().__init__()
         _at_least(2, max_length=max_length)
@@ -92,6 +101,10 @@ class InstructionDataModule(LightningDataModule):
         )
         self.max_length, self.batch_tokens, self.batch_size = max_length, batch_tokens, batch_size
         self.packing, self.selection, self.seed, self.num_workers = packing, selection, seed, num_workers
+        if encoding_processes is not None:
+            _at_least(1, encoding_processes=encoding_processes)
+        self.cache_dir, self.encoding_processes = cache_dir, encoding_processes
+        self.progress: Progress | None = None
         self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
@@ -179,7 +192,7 @@ class InstructionDataModule(LightningDataModule):
         """The batch on the device, and still known to the host."""
         return to_device(batch, device)
 
-    def training_loader(self, ids: Sequence[int], seed: int, validation: str | None = None) -> ResumableLoader:
+    def training_loader(self, ids: Ids, seed: int, validation: str | None = None) -> ResumableLoader:
         """Shuffled training batches over some examples of the pool, or of a validation set of this name."""
         examples = self._encoded(TRAIN if validation is None else self._keys[validation])
         row_tokens = self.max_length if self.packing else None
@@ -187,7 +200,7 @@ class InstructionDataModule(LightningDataModule):
         return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
 
     def pool_loader(
-        self, ids: Sequence[int] | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
+        self, ids: Ids | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
     ) -> DataLoader[Batch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
@@ -205,7 +218,7 @@ class InstructionDataModule(LightningDataModule):
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
-        ids: Sequence[int] | None = None,
+        ids: Ids | None = None,
     ) -> DataLoader[Batch]:
         """Batches for scoring over a set in `validation_sets`, all that have labels or some; see `pool_loader`.
 
@@ -235,22 +248,22 @@ class InstructionDataModule(LightningDataModule):
                 raise UserError(f"{key} is not given: name a file, a folder or a Hugging Face dataset id.")
             tokenizer = self.tokenizer  # outside `_naming_set`: its errors are not about the source
             with _naming_set(key):
-                self._examples[key] = encode_examples(
-                    read_records(given, split), tokenizer, self.options, self.max_length
-                )
+                records = read_records(given, split, cache_dir=self.cache_dir)
+                how = (self.options, self.max_length, self.cache_dir, self.encoding_processes, self.progress)
+                self._examples[key] = encode_examples(records, tokenizer, *how)
         return self._examples[key]
 
     def _scoring_loader(
         self,
         key: str,
         packing: bool,
-        ids: Sequence[int] | None = None,
+        ids: Ids | None = None,
         start: int = 0,
         batch_tokens: int | None = None,
         step: int = 1,
     ) -> ScoringLoader:
         examples = self._encoded(key)
-        chosen = examples.ok_ids() if ids is None else ids
+        chosen = np.flatnonzero(examples.is_ok()) if ids is None else ids
         most = self.batch_tokens if batch_tokens is None else batch_tokens
         batches: Sequence[BatchIds]
         with _naming_set(key):
@@ -266,7 +279,7 @@ class InstructionDataModule(LightningDataModule):
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:
         """The arguments of a `DataLoader` except its sampler."""
         # padding is masked, so that any id will do that has an embedding, as those of the data must
-        padding = max(0, min(pad_id(self.tokenizer), examples.largest_id()))
+        padding = max(0, min(pad_id(self.tokenizer), examples.largest_id))
         return {
             "dataset": (PackedRowLists if packing else RowLists)(examples.dataset),
             "batch_size": None,

@@ -29,6 +29,8 @@ Row = list[int]
 """Ids of the examples that are end to end in one row."""
 Lengths = Sequence[int] | Int[np.ndarray, "example"]
 """Tokens of every example, indexed by example id."""
+Ids = Sequence[int] | Int[np.ndarray, "chosen"]
+"""Ids of some examples."""
 
 
 def collate_packed(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token_id: int) -> Batch:
@@ -57,7 +59,7 @@ def _joined(parts: Iterable[Iterable[int]]) -> Int[Tensor, " t"]:
     return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
 
 
-def pack_rows(lengths: Lengths, ids: Sequence[int], row_tokens: int, max_examples: int | None = None) -> list[Row]:
+def pack_rows(lengths: Lengths, ids: Ids, row_tokens: int, max_examples: int | None = None) -> list[Row]:
     """Packs examples into few rows: the longest first, each into the fullest row that has room for it.
 
     This is best-fit decreasing, which needs at most 11/9 of the minimum number of rows (plus one); with lengths of real
@@ -66,7 +68,7 @@ def pack_rows(lengths: Lengths, ids: Sequence[int], row_tokens: int, max_example
     lengths = np.asarray(lengths, dtype=np.int64)
     rows: list[Row] = []
     open_rows = _OpenRows()
-    for example_id in longest_first(lengths, ids):
+    for example_id in longest_first(lengths, ids).tolist():
         length = int(lengths[example_id])
         if length > row_tokens:
             raise UserError(
@@ -82,11 +84,10 @@ def pack_rows(lengths: Lengths, ids: Sequence[int], row_tokens: int, max_example
     return rows
 
 
-def longest_first(lengths: Int[np.ndarray, "example"], ids: Sequence[int] | Int[np.ndarray, "chosen"]) -> list[int]:
+def longest_first(lengths: Int[np.ndarray, "example"], ids: Ids) -> Int[np.ndarray, "chosen"]:
     """The ids by length, the longest first and ties in order of id."""
     chosen = np.asarray(ids, dtype=np.int64)
-    ordered: list[int] = chosen[np.lexsort((chosen, -lengths[chosen]))].tolist()
-    return ordered
+    return chosen[np.lexsort((chosen, -lengths[chosen]))]
 
 
 class _OpenRows:
@@ -120,7 +121,7 @@ def packed_batches(
     batch_tokens: int,
     row_tokens: int,
     batch_size: int | None = None,
-    ids: Sequence[int] | None = None,
+    ids: Ids | None = None,
 ) -> list[list[Row]]:
     """Packs examples into rows and cuts these into batches, the fullest first: too large ones fail at once."""
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -139,7 +140,7 @@ def packed_batches(
 
 
 def few_packed_batches(
-    lengths: Lengths, batch_tokens: int, row_tokens: int, batch_size: int, ids: Sequence[int]
+    lengths: Lengths, batch_tokens: int, row_tokens: int, batch_size: int, ids: Ids
 ) -> list[list[Row]]:
     """Packs examples into as few batches as can be found, for training: every batch is an optimizer step.
 
@@ -175,12 +176,12 @@ def _balanced_rows(
 
 
 def _balanced(
-    lengths: Int[np.ndarray, "example"], ids: Sequence[int], count: int, max_examples: int | None = None
+    lengths: Int[np.ndarray, "example"], ids: Ids, count: int, max_examples: int | None = None
 ) -> list[list[int]]:
     """Distributes examples over at most ``count`` parts, the longest first, each to the part with the fewest tokens."""
     parts: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, place) for place in range(count)]
-    for example_id in longest_first(lengths, ids):
+    for example_id in longest_first(lengths, ids).tolist():
         tokens, place = heappop(heap)
         parts[place].append(example_id)
         if max_examples is None or len(parts[place]) < max_examples:
@@ -188,5 +189,5 @@ def _balanced(
     return [part for part in parts if part]
 
 
-def _tokens(lengths: Int[np.ndarray, "example"], ids: Sequence[int]) -> int:
+def _tokens(lengths: Int[np.ndarray, "example"], ids: Ids) -> int:
     return int(lengths[np.asarray(ids, dtype=np.int64)].sum())

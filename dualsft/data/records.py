@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dualsft.data.files import SourceLine, record_of
+from dualsft.data import cache_folder
+from dualsft.data.files import SourceLine, Unit, record_of
 from dualsft.data.finding import find_source
 from dualsft.data.labels import labelled, labelling
+from dualsft.data.lines import Lines, LinesWriter
 from dualsft.data.sampling import taken_rows, told
 from dualsft.data.selected import is_selection, made_from, selected_ids
 from dualsft.data.sources import Given, SourceOptions, sources_of
@@ -27,6 +29,7 @@ class Part(NamedTuple):
         label: What the place of a record begins with: the source's name, what a glob matched, or the path where there
             are several sources.
         file: Name of the file.
+        unit: What its records are numbered by: their lines in it, or their rows.
     """
 
     start: int
@@ -35,6 +38,7 @@ class Part(NamedTuple):
     number: tuple[int, ...] = (0,)
     label: str = ""
     file: str = ""
+    unit: Unit = "line"
 
     @property
     def title(self) -> str:
@@ -44,7 +48,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Records:
-    """A sequence of records; only their lines are kept and a record is parsed when asked for.
+    """A sequence of records; the bytes of their lines are kept and a record is parsed when asked for.
 
     Attributes:
         parts: The files, in the order of their records; those without a record are left out.
@@ -55,7 +59,7 @@ class Records:
 
     parts: tuple[Part, ...]
     fingerprint: str
-    _lines: tuple[SourceLine, ...]
+    _lines: Lines
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -63,10 +67,15 @@ class Records:
         return len(self._lines)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return json.loads(self._lines[row].text)
+        return json.loads(self._lines.text(row))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (json.loads(line.text) for line in self._lines)
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether they are so many that they are cached, and encoded by several processes, unasked."""
+        return self._lines.size >= cache_folder.LARGE
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -75,7 +84,7 @@ class Records:
 
     def line(self, row: int) -> str:
         """The record as one JSON line without its line end; the line itself if the source is JSON lines."""
-        return self._lines[row].text
+        return self._lines.text(row)
 
     def part(self, row: int) -> int:
         """The number of the file that holds a record, among ``parts``."""
@@ -97,21 +106,29 @@ class Records:
 
     def location(self, row: int) -> str:
         """The place of the record, as ``pool.jsonl, line 3 (row 2)``: lines from 1, rows from 0 over all sources."""
-        return labelled(self.parts[self.part(row)].label, self._lines[row].location(row))
+        part = self.parts[self.part(row)]
+        return labelled(part.label, SourceLine("", part.file, self._lines.number(row), part.unit).location(row))
+
+    def source_line(self, row: int) -> SourceLine:
+        """The record's line as it was read."""
+        part = self.parts[self.part(row)]
+        return SourceLine(self._lines.text(row), part.file, self._lines.number(row), part.unit)
 
 
-def read_records(given: Given, split: str = "train", key: str = "data") -> Records:
+def read_records(given: Given, split: str = "train", key: str = "data", cache_dir: str | None = None) -> Records:
     """Reads and checks every record of a source, or of several end to end; see `dualsft.data.sources`.
 
     Args:
         given: The sources.
         split: Split of those that do not name their own, where they are folders or datasets with several.
         key: The option that gives them, for messages.
+        cache_dir: Folder for the lines of a large pool, which stay there as long as the records are used; None for the
+            default's.
 
     Raises:
         UserError: If a source is missing, unreadable or holds no record, or if a row is not a JSON object.
     """
-    sources, gathered = sources_of(given, key), _Gathered()
+    sources, gathered = sources_of(given, key), _Gathered(cache_dir)
     for number, source in enumerate(sources):
         gathered.add(Part(0, (), source, (number,), source.name or (source.path if len(sources) > 1 else "")), split)
     return gathered.records()
@@ -128,24 +145,24 @@ _Unread = tuple[Iterable[SourceLine], Part]
 """The lines of a file, and what is known of it before they are read."""
 
 
-def _selected(part: Part) -> list[_Unread]:
+def _selected(part: Part, cache_dir: str | None) -> list[_Unread]:
     """The records that a selection chose, each read as in the pool that it was made from."""
     source = part.source
-    whole = read_records(*made_from(source.path))
+    whole = read_records(*made_from(source.path), cache_dir=cache_dir)
     ids, files = selected_ids(source.path, whole), list[_Unread]()
     for own, last in zip(whole.parts, [*(of.start for of in whole.parts[1:]), len(whole)], strict=True):
         merged = replace(own.source, name=source.name or own.source.name, reading=source.reading or own.source.reading)
         of = own._replace(source=merged, number=(*part.number, *own.number), label=part.label or own.label)
-        files.append(([whole._lines[i] for i in ids if own.start <= i < last], of))
+        files.append((map(whole.source_line, ids[bisect_left(ids, own.start) : bisect_left(ids, last)]), of))
     return files
 
 
 class _Gathered:
     """The records of the files that have been read so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_dir: str | None = None) -> None:
+        self._cache_dir, self._lines = cache_dir, LinesWriter(cache_dir)
         self._digest = hashlib.sha256()
-        self._lines: list[SourceLine] = []
         self._parts: list[Part] = []
         self._left_out: tuple[str, ...] = ()
         self._remarks: list[str] = []
@@ -154,7 +171,7 @@ class _Gathered:
         """Read the files of a source, of which ``part`` has what is known before."""
         source, before = part.source, len(self._lines)
         with labelling(part.label):
-            files = _selected(part) if is_selection(source.path) else self._found(part, split)
+            files = _selected(part, self._cache_dir) if is_selection(source.path) else self._found(part, split)
         for lines, of in self._sampled(files, source) if source.is_sampled else files:
             with labelling(of.label):
                 self.add_file(lines, of)
@@ -170,17 +187,21 @@ class _Gathered:
 
     def _sampled(self, files: list["_Unread"], source: SourceOptions) -> Iterator["_Unread"]:
         """The lines of each file of a source that are taken."""
-        whole: list[tuple[list[SourceLine], Part]] = []
+        whole, found = LinesWriter(self._cache_dir), list[tuple[Part, int, int]]()
         for unread, part in files:
+            start = len(whole)
             with labelling(part.label):
-                whole.append((list(unread), part))
-        count = sum(len(lines) for lines, _ in whole)
-        chosen, start = set(taken_rows(source, count)), 0
-        if len(chosen) < count:
-            self._remarks.append(told(source, source.name or source.path, count))
-        for lines, part in whole:
-            yield [line for row, line in enumerate(lines, start) if row in chosen], part
-            start += len(lines)
+                for line in unread:
+                    whole.add(line.text.encode(), line.number)
+                    part = part._replace(file=line.source, unit=line.unit) if start == len(whole) - 1 else part
+            found.append((part, start, len(whole)))
+        lines = whole.lines()
+        chosen = taken_rows(source, len(lines))
+        if len(chosen) < len(lines):
+            self._remarks.append(told(source, source.name or source.path, len(lines)))
+        for part, start, end in found:
+            rows = chosen[bisect_left(chosen, start) : bisect_left(chosen, end)]
+            yield (SourceLine(lines.text(row), part.file, lines.number(row), part.unit) for row in rows), part
 
     def add_file(self, lines: Iterable[SourceLine], part: Part) -> None:
         """Add the records of a file."""
@@ -188,13 +209,20 @@ class _Gathered:
         start = len(self._lines)
         for line in lines:
             columns.update(dict.fromkeys(record_of(line, len(self._lines))))
-            self._digest.update(line.text.encode() + b"\n")
-            self._lines.append(line)
+            raw = line.text.encode()
+            self._digest.update(raw + b"\n")
+            self._lines.add(raw, line.number)
+            part = part._replace(file=line.source, unit=line.unit) if len(self._lines) == start + 1 else part
         if len(self._lines) > start:
-            file = self._lines[start].source
-            self._parts.append(part._replace(start=start, columns=tuple(columns), file=file))
+            self._parts.append(part._replace(start=start, columns=tuple(columns)))
 
     def records(self) -> Records:
         """All of them."""
-        fingerprint, lines = self._digest.hexdigest(), tuple(self._lines)
-        return Records(tuple(self._parts), fingerprint, lines, self._left_out, tuple(self._remarks))
+        lines, refusal = self._lines.lines(), self._lines.refusal
+        if refusal is not None:
+            self._remarks.append(
+                cache_folder.refused(
+                    cache_folder.cache_folder(self._cache_dir), refusal, "the records are kept in memory"
+                )
+            )
+        return Records(tuple(self._parts), self._digest.hexdigest(), lines, self._left_out, tuple(self._remarks))

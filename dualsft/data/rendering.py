@@ -28,30 +28,37 @@ def on_columns(records: Records, options: FormatOptions) -> Iterator[str]:
             yield clipped(f"{listed(tuple(titles))}: the {of} no part of the text that is learnt from.")
 
 
-def rendered_chunks(
-    records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions
-) -> Iterator[list[Rendered]]:
-    """Renders every record in order, some hundred at a time, all of which are read in one way.
+class Rendering:
+    """Renders the records of a pool, each by the renderer of its part.
+
+    Args:
+        records: The records; the first of each part decides on its renderer.
+        tokenizer: The tokenizer, for its chat template and its special tokens.
+        options: How records are read.
 
     Raises:
-        UserError: If no format fits, or a record does not fit the format; its place is named.
+        UserError: If no format fits.
     """
-    renderers = _renderers(records, tokenizer, options)
 
-    def render(row: int) -> Rendered:
-        where = records.location(row)
-        return _checked(renderers[records.part(row)](records[row], where), where)
+    def __init__(self, records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> None:
+        self._records, self._renderers = records, _renderers(records, tokenizer, options)
 
-    for start, end in _runs(records, renderers):
-        for first in range(start, end, _CHUNK):
-            yield [render(row) for row in range(first, min(first + _CHUNK, end))]
+    def chunks(self) -> Iterator[range]:
+        """The rows of all records in order, some hundred at a time, all of which are read in one way."""
+        pairs = list(zip(self._records.parts, self._renderers, strict=True))
+        starts = [part.start for k, (part, own) in enumerate(pairs) if k == 0 or own is not pairs[k - 1][1]]
+        for start, end in pairwise([*starts, len(self._records)]):
+            for first in range(start, end, _CHUNK):
+                yield range(first, min(first + _CHUNK, end))
 
+    def rendered(self, row: int) -> Rendered:
+        """Render a record.
 
-def _runs(records: Records, renderers: list[Renderer]) -> Iterator[tuple[int, int]]:
-    """First row, and row behind the last, of each run of records with the same renderer."""
-    pairs = list(zip(records.parts, renderers, strict=True))
-    starts = [part.start for k, (part, own) in enumerate(pairs) if k == 0 or own is not pairs[k - 1][1]]
-    return pairwise([*starts, len(records)])
+        Raises:
+            UserError: If it does not fit the format; its place is named.
+        """
+        where = self._records.location(row)
+        return _checked(self._renderers[self._records.part(row)](self._records[row], where), where)
 
 
 def _renderers(records: Records, tokenizer: PreTrainedTokenizerBase, options: FormatOptions) -> list[Renderer]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dualsft.data.batches import length_batches
+from dualsft.data.batches import BatchIds, length_batches
 from dualsft.data.examples import Examples
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import TRAIN
@@ -44,23 +44,17 @@ class SampledDataModule(InstructionDataModule):
         return self._examples[key]
 
 
-def _sample(whole: Examples, ids: Sequence[int], batches: Sequence[Sequence[int]]) -> Examples:
+def _sample(whole: Examples, ids: Sequence[int], batches: Sequence[BatchIds]) -> Examples:
     """The examples with those alone ``ok`` that are in a few of the batches."""
     places = np.unique(np.linspace(0, max(0, len(batches) - 1), BATCHES).round().astype(int))
-    taken = {i for k in places[: len(batches)] for i in batches[k]}
-    candidates = set(ids)
-
-    def status(example: int, found: str) -> str:
-        if found != "ok" or example in taken:
-            return found
-        return _LEFT_OUT if example in candidates else _NOT_SELECTED
-
-    return replace(whole, status=tuple(status(i, found) for i, found in enumerate(whole.status)))
+    names = (*whole.status_names, _LEFT_OUT, _NOT_SELECTED)
+    status = np.where(whole.is_ok(), np.int8(names.index(_NOT_SELECTED)), whole.status_codes)
+    status[list(ids)] = names.index(_LEFT_OUT)
+    status[[i for k in places[: len(batches)] for i in batches[k]]] = 0
+    return replace(whole, status_codes=status, status_names=names)
 
 
 def _tokens(examples: Examples) -> Tokens:
-    of = {
-        name: sum(int(n) for n, s in zip(examples.lengths, examples.status, strict=True) if s == name)
-        for name in ("ok", _LEFT_OUT)
-    }
-    return Tokens(of["ok"], of["ok"] + of[_LEFT_OUT])
+    left_out = examples.status_codes == examples.status_names.index(_LEFT_OUT)
+    sample, others = (int(examples.lengths[these].sum()) for these in (examples.is_ok(), left_out))
+    return Tokens(sample, sample + others)

@@ -1,7 +1,8 @@
 """Which records of a source are taken where it has a share or a cap: the same ones in every run and on every system."""
 
 import hashlib
-import heapq
+
+import numpy as np
 
 from dualsft.data.sources import SourceOptions
 
@@ -19,10 +20,12 @@ def taken_rows(source: SourceOptions, count: int) -> list[int]:
     if (number := taken_count(source, count)) == count:
         return list(range(count))
 
-    def rank(row: int) -> bytes:
+    def digest(row: int) -> bytes:
         return hashlib.blake2b(f"{source.seed} {row}".encode(), digest_size=16).digest()
 
-    return sorted(heapq.nsmallest(number, range(count), key=rank))
+    high, low = np.frombuffer(b"".join(map(digest, range(count))), dtype=">u8").reshape(-1, 2).T
+    rows: list[int] = np.sort(np.lexsort((low, high))[:number]).tolist()
+    return rows
 
 
 def taken_count(source: SourceOptions, count: int) -> int:

@@ -6,31 +6,42 @@ binary searches say for each token of the chunk whether it overlaps a supervised
     overlaps(token) = #{spans that start before its end} - #{spans that end at or before its start}
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int8
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.formats import Rendered
 from dualsft.data.tokenizer import blaming_tokenizer
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+STATUSES = ("ok", "empty", "truncated")
+_OK, _EMPTY, _TRUNCATED = range(3)
 
 _Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Encoded and truncated examples laid end to end, with the columns of `Examples`."""
+    """Encoded and truncated examples laid end to end, with the columns of `Examples`; status as places in STATUSES.
+
+    Attributes:
+        remarks: Sentences on what a user should know of them.
+    """
 
     input_ids: Int[np.ndarray, "token"]
     labels: Int[np.ndarray, "token"]
     lengths: Int[np.ndarray, "example"]
     num_tokens: Int[np.ndarray, "example"]
-    status: list[str]
+    status: Int8[np.ndarray, "example"]
+    remarks: tuple[str, ...] = ()
+
+
+Chunks = Generator[Chunk, None, None]
+"""Chunks in order; closing it ends whatever encodes them."""
 
 
 def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
@@ -48,14 +59,15 @@ def encode_chunk(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBas
     learnable = (content | closing) & (position > 0)  # nothing predicts the first token
     kept = position < max_length
     is_empty = (_row_sums(content, sizes) == 0) | (_row_sums(learnable, sizes) == 0)
-    status = np.where(is_empty, "empty", np.where(_row_sums(learnable & kept, sizes) == 0, "truncated", "ok"))
-    learnable &= np.repeat(status == "ok", sizes)
+    is_cut = _row_sums(learnable & kept, sizes) == 0
+    status = np.where(is_empty, _EMPTY, np.where(is_cut, _TRUNCATED, _OK)).astype(np.int8)
+    learnable &= np.repeat(status == _OK, sizes)
     return Chunk(
         input_ids=flat[kept],
         labels=np.where(learnable, flat, np.int32(IGNORED))[kept],
         lengths=np.minimum(sizes, max_length),
         num_tokens=_row_sums(learnable & kept, sizes),
-        status=status.tolist(),
+        status=status,
     )
 
 

@@ -71,7 +71,7 @@ class EvaluationModule(LightningModule):
         if not isinstance(data, InstructionDataModule):
             return
         for key, examples in data.encoded.items():
-            check_examples(self.model, key, examples.largest_id(), examples.longest())
+            check_examples(self.model, key, examples.largest_id, examples.longest())
             if self.generation.max_new_tokens:
                 check_room(self.model, key, examples, self.generation.max_new_tokens)
 

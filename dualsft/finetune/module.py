@@ -182,7 +182,7 @@ class MaskedFinetuneModule(LightningModule):
             check_tokenizer(self.selection, data.tokenizer)
             tell_of_reading(self.selection, data)
         for key, examples in data.encoded.items():
-            check_examples(self.model, key, examples.largest_id(), examples.longest())
+            check_examples(self.model, key, examples.largest_id, examples.longest())
 
     def on_fit_start(self) -> None:
         """Check the data, before the first batch."""

@@ -78,7 +78,7 @@ class SelectionModule(LightningModule):
             if not examples.ok_ids():
                 counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
                 raise UserError(f"No example of data.{name} has a response to score by ({counts}).")
-            check_examples(self.model, f"data.{name}", examples.largest_id(), examples.longest())
+            check_examples(self.model, f"data.{name}", examples.largest_id, examples.longest())
         if self.settings.stability:
             validation_halves(data, 0)
         if warmup.checkpoint is not None and self.settings.needs_second_moment_of_warmup:

@@ -15,7 +15,7 @@ def example_table(data: InstructionDataModule, chosen: Chosen, scoring: ScoresBo
     near-duplicates were dropped, ``duplicate_of`` is the example that stands in the place of each.
     """
     pool, found = data.train_examples, chosen.example_scores
-    ids = range(len(pool.status))
+    ids = range(len(pool))
     sets = found.by_set if data.named_validation else {}
     numbers = {name: values for name, values in scoring.measured.items() if name != SKETCH}
     return {

@@ -44,7 +44,7 @@ def test_length_batches_keep_their_promises(seed: int, batch_tokens: int, batch_
         assert order == sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         assert all(cost(batch, lengths) <= batch_tokens for batch in batches)
         assert all(size is None or len(batch) <= size for batch in batches)
-        assert batches == length_batches(lengths.tolist(), batch_tokens, size)
+        assert list(batches) == list(length_batches(lengths.tolist(), batch_tokens, size))
 
 
 def test_length_batches_are_full() -> None:
@@ -61,8 +61,9 @@ def test_length_batches_of_some() -> None:
     ids = [300, 4, 17, 5]
     batches = length_batches(lengths, 64, ids=ids)
     assert sorted(example for batch in batches for example in batch) == sorted(ids)
-    assert batches == length_batches(lengths, 64, ids=ids[::-1])
-    assert length_batches(lengths, 64, ids=[]) == []
+    assert list(batches) == list(length_batches(lengths, 64, ids=ids[::-1]))
+    assert list(length_batches(lengths, 64, ids=[])) == []
+    assert [list(batches[1:][::-1]), batches[-1]] == [list(batches)[:0:-1], list(batches)[-1]]
 
 
 def test_too_long_an_example_is_named() -> None:
@@ -72,7 +73,7 @@ def test_too_long_an_example_is_named() -> None:
         length_batches([3, 8, 9], 8)
     with pytest.raises(UserError, match=message):
         TrainingBatches([3, 8, 9], [1, 2], 8, 4)
-    assert length_batches([3, 8, 9], 8, ids=[1]) == [[1]]
+    assert list(length_batches([3, 8, 9], 8, ids=[1])) == [[1]]
 
 
 @pytest.mark.parametrize(("seed", "batch_tokens", "batch_size"), CASES)

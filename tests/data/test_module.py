@@ -52,7 +52,7 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Path and split of whatever is read from now on."""
     read: list[tuple[str, str]] = []
 
-    def noted(path: str, split: str) -> Records:
+    def noted(path: str, split: str, cache_dir: None) -> Records:
         read.append((path, split))
         return read_records(path)
 

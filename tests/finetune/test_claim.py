@@ -16,11 +16,11 @@ from tests.world.jobs import Workspace, fit
 def test_a_finished_fit_resumes_to_nothing(
     workspace: Workspace, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same command, as a queue starts it again, says so and changes no file; one of other settings is refused."""
+    """The same command, wherever its data are cached, says so and changes no file; other settings are refused."""
     fit(workspace, folder, epochs=1)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
-    fit(workspace, folder, "--resume", epochs=1)
+    fit(workspace, folder, "--resume", "--data.cache_dir", "elsewhere", epochs=1)
     assert capsys.readouterr().out == f"{folder} holds this run, finished: nothing is left to do\n"
     for other, named in (
         (["--seed_everything", "7"], "seed_everything"),
