@@ -109,6 +109,7 @@ def base_logits(teacher: PreTrainedModel, batch: Batch) -> Float[Tensor, "superv
         found[0][where] = logits
         return logits[:, 0]
 
-    count = int((batch["labels"][:, 1:] != -100).sum())
+    labels = batch["labels"][:, 1:]
+    count = len(labels[labels != -100])
     supervised_values(teacher, batch, keep)
     return found[0]

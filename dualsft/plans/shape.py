@@ -16,6 +16,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype, direction_dtype, settled_dtype, stored_dtype
 from dualsft.models.inspection import check_files, explaining_load, read_config
 from dualsft.models.loading import Dtype
+from dualsft.objectives.tail import trust_tail
 from dualsft.sharding.shard_model import transformer_blocks
 from dualsft.storage.hub import OFFLINE, cache_alone_when_offline
 from dualsft.storage.paths import expanded
@@ -98,6 +99,7 @@ class ModelShape:
         config = self._config if layers is None else _shortened(self._config, layers)
         with explaining_load(self.folder), device:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        trust_tail(made)
         return made.eval()
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dualsft.errors import UserError, first_line
-from dualsft.objectives.tail import trust_tail
 from dualsft.plans.batch import BatchShape
 from dualsft.plans.live import LiveBytes, Peak
 from dualsft.plans.shape import ModelShape
@@ -90,7 +89,6 @@ def _trace(shape: ModelShape, batch: BatchShape, prepare: Prepare, depth: int) -
     with FakeTensorMode(), LiveBytes(batch.num_supervised, shape.vocabulary) as live:
         layers = None if depth == shape.layers else depth
         model = shape.model(torch.device("cpu"), layers)
-        trust_tail(model)
         work = prepare(model)
         first_block = transformer_blocks(model)[0] if transformer_blocks(model) else model
         work()
