@@ -17,7 +17,6 @@ The layer's own backward is replaced, so that the weight gradient is not formed 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,10 +83,10 @@ class LinearTap(Tap):
     ) -> Float[Tensor, "out in"]:
         """Add <dW_i, U> to the rows by the cheaper way, and return the weight gradient Σ_i dW_i."""
         flat = e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
-        lengths_pay = partial(by_gradient_pays, weights=e.shape[-1] * a.shape[-1], device=e.device.type)
-        if not self.rows.by_token and flat and lengths_pay(self.rows.batch.mean_length):
+        size, device = e.shape[-1] * a.shape[-1], e.device.type
+        if not self.rows.by_token and flat and by_gradient_pays(self.rows.batch.mean_length, size, device):
             whole, examples = layout.in_examples if isinstance(layout, Part) else (layout, None)
-            if lengths_pay(whole.mean_length):
+            if by_gradient_pays(whole.mean_length, size, device):
                 rows, gradient = example_gradients(e, a, us, whole, dtype)
                 for k, values in enumerate(rows):
                     self.rows.add_examples(k, values, examples)

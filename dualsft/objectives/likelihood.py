@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.chunks import supervised_values, widened
+from dualsft.objectives.chunks import Values, supervised_values, widened
 
 
 def mean_over_tokens(
@@ -33,16 +33,16 @@ def supervised_losses(
     model: PreTrainedModel, batch: Batch, layout: Layout | None = None
 ) -> tuple[Float[Tensor, " supervised"], Bool[Tensor, "row next"]]:
     """Negative log-likelihood in nats of each supervised token, row by row, and which tokens but the first are."""
-    targets = batch["labels"][:, 1:]
-    targets = targets[targets != -100]
-
-    def losses(logits: Tensor, where: slice) -> Tensor:
-        return F.cross_entropy(widened(logits), targets[where], reduction="none")
-
-    return supervised_values(model, batch, losses, layout)
+    return supervised_values(model, batch, _losses_of(batch), layout)
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
     """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
     layout = layout or Layout.of(batch)
-    return mean_over_tokens(*supervised_losses(model, batch, layout), layout)
+    return mean_over_tokens(*supervised_values(model, batch, _losses_of(batch), layout), layout)
+
+
+def _losses_of(batch: Batch) -> Values:
+    targets = batch["labels"][:, 1:]
+    targets = targets[targets != -100]
+    return lambda logits, where: F.cross_entropy(widened(logits), targets[where], reduction="none")
