@@ -207,7 +207,8 @@ def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int]) -> list
     options = {"kind": kind, "ranks": list(ranks), "folder": str(output.parent)}
     given = [part for k, v in options.items() for part in (f"--trainer.callbacks.{k}", str(v))]
     job = ["fit", "--config", str(alone / "job.yaml"), "--data.batch_size", "4", "--output_dir", str(output)]
-    return dualsft([*job, *ON_TWO, "--trainer.callbacks+", f"{__name__}.Trouble", *given])
+    unsaved = ["--model.save_minutes", "60"]  # a checkpoint would keep the folder
+    return dualsft([*job, *unsaved, *ON_TWO, "--trainer.callbacks+", f"{__name__}.Trouble", *given])
 
 
 @pytest.mark.parametrize(
