@@ -16,7 +16,7 @@ from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.chunks import supervised_values, widened
-from dualsft.objectives.likelihood import token_losses
+from dualsft.objectives.likelihood import spread, supervised_labels, token_losses
 from dualsft.sharding.local_batch import local_rows
 
 
@@ -37,8 +37,7 @@ class LanguageModelMetrics(torch.nn.Module):
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
         own = local_rows(batch)
-        targets = own["labels"][:, 1:]
-        targets = targets[targets != -100]
+        targets = supervised_labels(own["labels"])
 
         def found(logits: Tensor, where: slice) -> Tensor:
             nll = F.cross_entropy(widened(logits), targets[where], reduction="none")
@@ -62,8 +61,7 @@ class LanguageModelMetrics(torch.nn.Module):
         self.accuracy.update(hits)
         if self.example_loss is not None:
             counts = supervised.sum(1)
-            spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
-            self.example_loss.update((spread.sum(1) / counts)[counts > 0])
+            self.example_loss.update((spread(nll, supervised).sum(1) / counts)[counts > 0])
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]; ``example_loss``."""

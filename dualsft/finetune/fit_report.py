@@ -11,9 +11,9 @@ from typing import Any, SupportsFloat, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from dualsft.data.layout import on_host
+from dualsft.finetune.batch_losses import BatchLosses
 from dualsft.runs.progress import peak_memory
 from dualsft.runs.table import markdown_table
 from dualsft.sharding.collectives import all_reduce_max
@@ -81,8 +81,8 @@ class FitReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        losses = cast(Mapping[str, Tensor], pl_module.batch_losses)
-        progress, loss = self._progress, losses["train_loss"]
+        losses = cast(BatchLosses, pl_module.batch_losses)
+        progress, loss = self._progress, losses.latest["train_loss"]
         progress.training_seconds += time.perf_counter() - self._batch_start
         progress.batches += 1
         progress.examples += len(batch["example_id"])

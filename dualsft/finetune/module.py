@@ -4,7 +4,7 @@ import hashlib
 import json
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,12 +14,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from dualsft.data.layout import Batch, on_host, to_device
+from dualsft.data.layout import Batch, to_device
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
 from dualsft.finetune.accumulation import follow_accumulation_schedule, most_accumulated
 from dualsft.finetune.adapter import Adapter
+from dualsft.finetune.batch_losses import BatchLosses
 from dualsft.finetune.checkpoint_files import write_whole_checkpoints
 from dualsft.finetune.checkpointing import BestWeights, Ending, KeepEpochCount
 from dualsft.finetune.losses import Loss, StepLoss, clip_norm
@@ -35,7 +36,6 @@ from dualsft.finetune.trainer_checks import (
     metric_names,
 )
 from dualsft.matrix.passes import compute_dtype
-from dualsft.matrix.readout import read_together
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_examples
@@ -48,15 +48,6 @@ from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters
 from dualsft.training.compilation import check_compiler, compile_blocks
-
-
-class _Unread(NamedTuple):
-    """A loss that has not left the device: its name, what errors call it, its mean over a batch, and the batch."""
-
-    name: str
-    what: str
-    mean: Tensor
-    batch: Batch
 
 
 class MaskedFinetuneModule(LightningModule):
@@ -85,7 +76,7 @@ class MaskedFinetuneModule(LightningModule):
             trainer.callbacks has a ModelCheckpoint.
 
     Attributes:
-        batch_losses: ``train_loss`` of the latest training batch, and ``train_prior`` if there is one, on the device.
+        batch_losses: ``train_loss`` of the step's batches, and ``train_prior`` if there is one.
         adapter: An adapter to train in place of weights of the model, as experiments do; set before the model is
             loaded.
 
@@ -126,8 +117,7 @@ class MaskedFinetuneModule(LightningModule):
         self._configured = self._packing_checked = False
         self._resumed_gradients: dict[int, Tensor] = {}
         self._resumed_step: dict[str, int] = {}
-        self._unread: list[_Unread] = []
-        self.batch_losses: dict[str, Tensor] = {}
+        self.batch_losses = BatchLosses()
         self.register_state_dict_post_hook(_keep_the_masters)
         self.register_load_state_dict_post_hook(_miss_the_masters_alone)
 
@@ -224,11 +214,12 @@ class MaskedFinetuneModule(LightningModule):
                 check_packing(self.model, batch, compute_dtype(self.model))
             self._packing_checked = True
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self._unread = [] if is_first else self._unread
+        if is_first:
+            self.batch_losses.begin()
         self._weight = self._step_loss.begin(batch, is_first)
         self._batch = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         mean, share = self._step_loss.of(self.model, batch)
-        self._keep_loss("train_loss", "training loss", mean, batch)
+        self.batch_losses.keep("train_loss", "training loss", mean, batch)
         return share * self._weight
 
     def on_after_backward(self) -> None:
@@ -239,29 +230,9 @@ class MaskedFinetuneModule(LightningModule):
         with precision.train_step_context():
             anchors = to_device(self._prior.anchors(self._batch), self.device)
             mean, share = self._prior.of(self.model, anchors)
-        self._keep_loss("train_prior", "prior term", mean, anchors)
+        self.batch_losses.keep("train_prior", "prior term", mean, anchors)
         share = share * self._weight / self.trainer.accumulate_grad_batches
         precision.pre_backward(share, self).backward()  # scaled as the loss is, for float16
-
-    def _keep_loss(self, name: str, what: str, mean: Tensor, batch: Batch) -> None:
-        """Leave a loss on the device until the step is due."""
-        self.batch_losses[name] = mean
-        self._unread.append(_Unread(name, what, mean, batch))
-
-    def _read_losses(self) -> dict[str, Tensor]:
-        """Read the losses of the step's batches, with one wait for the device: of each kind the last, on the host.
-
-        Raises:
-            UserError: if one is not finite: the step would ruin the weights.
-        """
-        values = read_together([of.mean for of in self._unread]) if self._unread else []
-        for of, value in zip(self._unread, values, strict=True):
-            if not bool(value.isfinite()):
-                raise UserError(
-                    f"The {of.what} became {value.item()} in epoch {self.current_epoch}, at the examples "
-                    f"{on_host(of.batch)['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
-                )
-        return {of.name: value.float() for of, value in zip(self._unread, values, strict=True)}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the losses, and bring the accumulated gradient to that of the step's loss; Lightning clips it next.
@@ -269,7 +240,7 @@ class MaskedFinetuneModule(LightningModule):
         Raises:
             UserError: if a loss of the step is not finite.
         """
-        for name, value in self._read_losses().items():
+        for name, value in self.batch_losses.read(self.current_epoch).items():
             self.log(name, value, prog_bar=True)
         self._step_loss.finish(self.compact.masters, self.trainer.accumulate_grad_batches)
 
@@ -325,7 +296,7 @@ class MaskedFinetuneModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the origin of the masters, and the gradients of an unfinished accumulation, if they are finite."""
-        self._read_losses()
+        self.batch_losses.read(self.current_epoch)
         checkpoint["dualsft"] = {
             "origin": self._origin,
             "gradients": self.compact.pending_gradients(),

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import Layout
-from dualsft.data.part import Part
+from dualsft.data.partial_layout import PartialLayout
 from dualsft.matrix.tap import Tap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import exchange
@@ -85,7 +85,7 @@ class LinearTap(Tap):
         flat = e.shape[:-1] in ((layout.rows, layout.tokens), (layout.rows * layout.tokens,))
         size, device = e.shape[-1] * a.shape[-1], e.device.type
         if not self.rows.by_token and flat and by_gradient_pays(self.rows.batch.mean_length, size, device):
-            whole, examples = layout.in_examples if isinstance(layout, Part) else (layout, None)
+            whole, examples = layout.in_examples if isinstance(layout, PartialLayout) else (layout, None)
             if by_gradient_pays(whole.mean_length, size, device):
                 rows, gradient = example_gradients(e, a, us, whole, dtype)
                 for k, values in enumerate(rows):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
-from dualsft.data.part import Part
+from dualsft.data.partial_layout import PartialLayout
 from dualsft.errors import UserError
 from dualsft.models.dtypes import accumulator_dtype
 
@@ -104,14 +104,14 @@ class Rows:
         The layout is the one that the module was called with, as `layout` was then.
         """
         wide = accumulator_dtype(x)
-        if self._splits_rows(layout) and not isinstance(layout, Part):
+        if self._splits_rows(layout) and not isinstance(layout, PartialLayout):
             x, y = layout.by_token(x, where), layout.by_token(y, where)
             values = (x.to(wide) * y.to(wide)).sum(2).double()
             self._tokens[k] = self._tokens[k].add_(values) if k in self._tokens else values
             return
         x, y = (part.reshape(layout.rows, -1).to(wide) for part in (x, y))
         values = (x * y).sum(1)
-        if isinstance(layout, Part):
+        if isinstance(layout, PartialLayout):
             if k not in self._tokens:
                 self._tokens[k] = values.new_zeros(self.batch.rows, self.batch.tokens, dtype=torch.float64)
             self._tokens[k].view(-1)[layout.places] += values.double()

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
-from dualsft.data.part import Part
+from dualsft.data.partial_layout import PartialLayout
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.rows import Rows
 
@@ -136,7 +136,7 @@ class GeneralTap(Tap):
             if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
                 # autograd gives the padding row no gradient, be what comes back to it NaN, as of the norm of zeros
                 y = e.masked_fill(x == 0, 0)
-            if k in self._axes and not isinstance(layout, Part):
+            if k in self._axes and not isinstance(layout, PartialLayout):
                 x, y = (layout.flat(part, self._axes[k]) for part in (x, y))
             self.rows.add(direction, x, y, self.where, layout)
 

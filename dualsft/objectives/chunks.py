@@ -7,7 +7,7 @@ supervised tokens alone, as many at a time as have `LARGEST` bytes of logits, an
 backward: no more than one is alive. Where the logits of all tokens are that small, the model is called as usual.
 
 Losses and gradients are the same sums, so that they differ by rounding alone. With bfloat16 weights the head's gradient
-is rounded after each chunk, which adds to its error: half as much again with 16 to 32 chunks.
+is rounded after each chunk, which adds to its error.
 
 Fused kernels for this (Liger, cut cross-entropy) compute the head's gradient themselves, so that a tap would see none.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualsft.data.layout import Batch, Layout
-from dualsft.data.part import Part
+from dualsft.data.partial_layout import PartialLayout
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.inputs import model_inputs
 from dualsft.objectives.tail import Tail, body_path
@@ -111,7 +111,7 @@ class _Chunked:
         return torch.cat([run(tail, *chunk) for chunk in chunks])
 
     def _of_chunk(self, tail: Tail, hidden: Tensor, places: Int[Tensor, " token"], first: int) -> Tensor:
-        part = nullcontext() if self.layout is None else self.layout.holding(Part(self.layout, places))
+        part = nullcontext() if self.layout is None else self.layout.holding(PartialLayout(self.layout, places))
         with part:
             logits = tail.logits(hidden)
         return self.values(logits, slice(first, first + len(hidden)))

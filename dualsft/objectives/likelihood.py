@@ -10,12 +10,23 @@ from dualsft.models import PreTrainedModel
 from dualsft.objectives.chunks import Values, supervised_values, widened
 
 
+def supervised_labels(labels: Int[Tensor, "row token"]) -> Int[Tensor, " supervised"]:
+    """The labels of supervised tokens, row by row; a row's first token is none, as nothing predicts it."""
+    following = labels[:, 1:]
+    return following[following != -100]
+
+
+def spread(values: Float[Tensor, " supervised"], supervised: Bool[Tensor, "row next"]) -> Float[Tensor, "row next"]:
+    """Values of supervised tokens at their places; 0 elsewhere."""
+    return torch.zeros(supervised.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
+
+
 def mean_over_tokens(
     values: Float[Tensor, " supervised"], supervised: Bool[Tensor, "row next"], layout: Layout
 ) -> Float[Tensor, " example"]:
     """The mean of values of supervised tokens over each example; 0 for an example without supervised tokens."""
-    spread = torch.zeros(supervised.shape, dtype=values.dtype, device=values.device).masked_scatter(supervised, values)
-    total, counted = (layout.by_example(F.pad(part, (1, 0))) for part in (spread, supervised.to(values.dtype)))
+    parts = spread(values, supervised), supervised.to(values.dtype)
+    total, counted = (layout.by_example(F.pad(part, (1, 0))) for part in parts)
     return total.sum(1) / counted.sum(1).clamp(min=1)
 
 
@@ -24,9 +35,8 @@ def token_losses(
 ) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels used."""
     supervised = labels[:, 1:] != -100
-    nll = F.cross_entropy(widened(logits[:, :-1][supervised]), labels[:, 1:][supervised], reduction="none")
-    spread = torch.zeros(supervised.shape, dtype=nll.dtype, device=nll.device).masked_scatter(supervised, nll)
-    return spread, labels[:, 1:]
+    nll = F.cross_entropy(widened(logits[:, :-1][supervised]), supervised_labels(labels), reduction="none")
+    return spread(nll, supervised), labels[:, 1:]
 
 
 def supervised_losses(
@@ -43,6 +53,5 @@ def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None =
 
 
 def _losses_of(batch: Batch) -> Values:
-    targets = batch["labels"][:, 1:]
-    targets = targets[targets != -100]
+    targets = supervised_labels(batch["labels"])
     return lambda logits, where: F.cross_entropy(widened(logits), targets[where], reduction="none")

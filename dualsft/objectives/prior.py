@@ -23,7 +23,7 @@ from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
 from dualsft.objectives.chunks import supervised_values, tokens_at_once, widened
-from dualsft.objectives.likelihood import mean_over_tokens
+from dualsft.objectives.likelihood import mean_over_tokens, supervised_labels
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -109,7 +109,6 @@ def base_logits(teacher: PreTrainedModel, batch: Batch) -> Float[Tensor, "superv
         found[0][where] = logits
         return logits[:, 0]
 
-    labels = batch["labels"][:, 1:]
-    count = len(labels[labels != -100])
+    count = len(supervised_labels(batch["labels"]))
     supervised_values(teacher, batch, keep)
     return found[0]

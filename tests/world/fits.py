@@ -54,7 +54,7 @@ class Losses(Callback):
     def on_train_batch_end(
         self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.found.append(float(cast(MaskedFinetuneModule, pl_module).batch_losses[self._metric]))
+        self.found.append(float(cast(MaskedFinetuneModule, pl_module).batch_losses.latest[self._metric]))
 
 
 class SaveFirst(Callback):

@@ -1,4 +1,4 @@
-"""A part of a batch's tokens, when modules are called with these alone."""
+"""The layout of a part of a batch's tokens, when modules are called with these alone."""
 
 from functools import cached_property
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from dualsft.data.layout import Layout
 
 
-class Part(Layout):
+class PartialLayout(Layout):
     """Some tokens of a batch, each of which is a row of its own: outputs have the shape (token, 1, ...).
 
     Args:
