@@ -31,6 +31,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "warmup.checkpoint": ("checkpoint",),
     "prior.weight": ("prior", "lambda", "lambda_prior"),
     "gradient_checkpointing": ("checkpointing", "activation_checkpointing"),
+    "offload_optimizer": ("offload", "cpu_offload", "optimizer_offload"),
     "resume": ("resume_from_checkpoint", "continue"),
     "overwrite": ("force", "overwrite_output_dir"),
 }

@@ -75,7 +75,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     options = PlanOptions(**vars(parser.parse_args(own)))
     limit = parse_memory(options.memory) if options.memory else None
     tokens = options.pool_tokens, options.validation_tokens
-    job = make_job(options.verb, others, options.supervised, *tokens, to_be_chosen=not options.probe)
+    job = make_job(options.verb, others, options.supervised, *tokens, not options.probe, limit)
     # what cannot be planned can be tried
     plan = None if options.probe and not can_be_planned(job) else plan_job(job)
     print(heading(job) if plan is None else _text(job, plan, limit, options.throughput), flush=True)

@@ -34,6 +34,7 @@ def make_job(
     pool: float | None,
     validation: float | None,
     to_be_chosen: bool = True,
+    memory: int | None = None,
 ) -> Job:
     """The job of a verb's arguments.
 
@@ -45,6 +46,7 @@ def make_job(
         validation: Tokens of the validation sets, if known.
         to_be_chosen: Whether a fit without a finished selection trains what the configuration would have `select`
             choose, and not all weights.
+        memory: Bytes of a device, if known.
 
     Raises:
         UserError: on a mistake in the settings, or a model without a usable configuration.
@@ -59,7 +61,7 @@ def make_job(
     longest = min(data.max_length, shape.positions or data.max_length)
     sets = max(1, len(validation_sources(data.validation)))
     sizes = DataSizes(data.batch_tokens, longest, data.batch_size, supervised, pool, validation, sets)
-    common: dict[str, Any] = {"shape": shape, "machine": _machine(trainer), "data": sizes, "running": running}
+    common: dict[str, Any] = {"shape": shape, "machine": _machine(trainer, memory), "data": sizes, "running": running}
     if verb == "select":
         return SelectJob(**common, settings=_settings(config))
     chooses = to_be_chosen and any(a in CONFIG for a in arguments)
@@ -108,7 +110,7 @@ def _device(trainer: Namespace) -> str:
     return "cpu" if trainer.accelerator == "cpu" else "cuda"
 
 
-def _machine(trainer: Namespace) -> Machine:
+def _machine(trainer: Namespace, memory: int | None) -> Machine:
     """The machine that a trainer's settings ask for; that the accelerator is not there does not matter."""
     devices, strategy = trainer.devices, trainer.strategy
     count = len(devices) if isinstance(devices, list) else devices
@@ -124,7 +126,8 @@ def _machine(trainer: Namespace) -> Machine:
             "weights; set trainer.strategy to fsdp2."
         )
     init_args = {} if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
-    return Machine(_device(trainer), ranks, name.endswith("offload") or bool(init_args.get("cpu_offload", False)))
+    offload = name.endswith("offload") or bool(init_args.get("cpu_offload", False))
+    return Machine(_device(trainer), ranks, offload, memory)
 
 
 def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tuple[float, bool, float]:

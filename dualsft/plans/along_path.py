@@ -6,10 +6,10 @@ from functools import partial
 
 from dualsft.errors import UserError
 from dualsft.plans import passes
-from dualsft.plans.job import ADAM_STATE, SelectJob, Step, Trained
+from dualsft.plans.job import ADAM_STATE, SelectJob
 from dualsft.plans.phase import Phase
 from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
-from dualsft.plans.training import training_phase
+from dualsft.plans.training import dense_training, training_phase
 from dualsft.selection.paths.settings import EPOCHS
 from dualsft.selection.settings import SelectionSettings
 
@@ -49,9 +49,8 @@ def is_known_path(settings: SelectionSettings) -> bool:
 
 def _training(job: SelectJob) -> Phase:
     """The training that the path consists of, which leaves the weights at its points in files."""
-    step: Step = "single" if job.machine.device == "cpu" else "fused"
     state = ADAM_STATE if job.settings.path.optimizer == "adamw" else 0.0
-    phase = training_phase(job, "path", Trained(state=state, step=step))
+    phase = training_phase(job, "path", dense_training(job, state))
     phase.disk["points of the path"] = job.data.sets * (_pieces(job) + 1) * all_bytes(job, stored=True)
     return phase
 

@@ -23,11 +23,13 @@ class Machine:
         device: ``cuda`` or ``cpu``.
         ranks: How many processes share the weights.
         offload: Whether shards are stored on the host.
+        memory: Bytes of a device, if known.
     """
 
     device: str = "cuda"
     ranks: int = 1
     offload: bool = False
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Trained:
             one after the other, with copies of it (``single``), or in place (``fused``).
         accumulated: Batches of a step: from the second on the gradients of the earlier ones are held.
         prior: Whether a prior term keeps the model near the base model, whose values of the trained weights are held.
+        on_host: Whether masters, gradients and the optimizer's state are held on the host.
     """
 
     share: float = 1.0
@@ -73,6 +76,7 @@ class Trained:
     step: Step = "foreach"
     accumulated: int = 1
     prior: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def train(
     structured: bool,
     accumulated: bool,
     prior: bool = False,
+    on_host: bool = False,
 ) -> Work:
     """The gradient of a training step in compact form, of all weights or of a share of each tensor.
 
@@ -136,12 +137,16 @@ def train(
         structured: Whether these are rows, of which alone linear layers compute the gradient.
         accumulated: Whether earlier batches of the step have left a gradient.
         prior: Whether a batch of anchors comes after it, to keep the model near the base model.
+        on_host: Whether the gradients of all weights go to masters on the host.
     """
     model.train()
     if running.checkpointing:
         checkpoint_activations(model)
-    masters: list[nn.Parameter]
-    if share == 1:
+    masters: list[nn.Parameter] = []
+    if on_host:
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(_drop_gradient)
+    elif share == 1:
         compact = CompactParameters(model)
         compact.attach()
         masters = list(compact.masters)
@@ -179,6 +184,10 @@ def _attach(model: PreTrainedModel, share: float, structured: bool) -> list[nn.P
             hook = ChosenGradientHook(module, masters[layer.weight], [part])
             module.register_forward_hook(hook, with_kwargs=True)
     return list(masters.values())
+
+
+def _drop_gradient(weight: Tensor) -> None:
+    weight.grad = None
 
 
 def _add_gradient(master: nn.Parameter, index: Tensor, weight: Tensor) -> None:

@@ -85,6 +85,10 @@ def _of_selection(job: SelectJob) -> Iterator[tuple[str, str, Job]]:
         yield "model.stability false", "no measure of the scores' noise", but(stability=False)
     if not isinstance(settings.scorer, FirstOrder):
         yield "model.scorer first_order", "no curvature", but(scorer=FirstOrder(), step_size=2e-5)
+    trains = settings.path.along is not None or (settings.warmup.checkpoint is None and settings.warmup.fraction)
+    if trains and job.machine.device != "cpu" and not job.machine.offload:
+        cost = "each step of training all weights crosses the bus"
+        yield "model.offload_optimizer always", cost, but(offload_optimizer="always")
     if settings.warmup.checkpoint is None and settings.warmup.fraction and isinstance(settings.scorer, FirstOrder):
         cold = but(warmup=replace(settings.warmup, fraction=0.0, keep=False), preconditioner="none")
         yield "model.warmup.fraction 0 and model.preconditioner none", "scores of the base model, for plain SGD", cold

@@ -5,10 +5,10 @@ from functools import partial
 
 from dualsft.plans import passes
 from dualsft.plans.along_path import is_known_path, path_phases
-from dualsft.plans.job import Job, SelectJob, Trained
+from dualsft.plans.job import Job, SelectJob
 from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
-from dualsft.plans.training import training_phase
+from dualsft.plans.training import dense_training, training_phase
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.terms import HESSIAN
 
@@ -43,9 +43,10 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
     warmup = job.settings.warmup
     if warmup.checkpoint is not None or warmup.fraction == 0:
         return
-    phase = training_phase(job, "warm-up", Trained(step="single" if job.machine.device == "cpu" else "fused"))
+    trained = dense_training(job)
+    phase = training_phase(job, "warm-up", trained)
     phase.disk["warmed-up weights and second moment"] = all_bytes(job, True) + all_bytes(job)
-    if job.machine.device != "cpu":
+    if job.machine.device != "cpu" and not trained.on_host:
         phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
     yield phase.over(times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
 

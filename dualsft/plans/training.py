@@ -4,9 +4,10 @@ from functools import partial
 
 from dualsft.plans import passes
 from dualsft.plans.held import INDEX
-from dualsft.plans.job import FitJob, Job, Trained
+from dualsft.plans.job import ADAM_STATE, FitJob, Job, SelectJob, Trained
 from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.tracing import trace
+from dualsft.training.offload import COPIES, is_too_large
 
 _MASTER = 4
 _PLACE = 8
@@ -28,26 +29,53 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
         structured=trained.structured,
         accumulated=keeps,
         prior=trained.prior,
+        on_host=trained.on_host,
     )
     cost = trace(job.shape, batch, train)
     masters = round(trained.share * shards.sums)
-    held = {"weights": shards.weights, "masters": masters, "optimizer": round(masters / _MASTER * trained.state)}
-    if trained.share < 1:
-        held["indices"] = round(trained.share * shards.bytes_of(lambda _: INDEX))
-    if trained.prior:
-        held["base values"] = round(trained.share * shards.weights)
+    state = _state(job, trained)
     if keeps:
-        held["gradients"] = masters
+        state["gradients"] = masters
+    phase = partial(
+        Phase,
+        name,
+        batch=shards.with_units(cost.size, 0, True),
+        logits=cost.logits,
+        flops=cost.flops / batch.size,
+    )
+    weights = {"weights": shards.weights}
+    if machine.offload:
+        return phase({}, host=weights | state)
+    if trained.on_host:
+        return phase(weights, host={**state, "gradients": masters, "gradients on their way": shards.weights})
     passing = {"foreach": masters, "single": round(2 * trained.share * shards.widest), "fused": 0}
     step = passing[trained.step] + (0 if keeps else masters)
-    if machine.offload:
-        return Phase(
-            name, {}, shards.with_units(cost.size, 0, True), cost.logits, host=held, flops=cost.flops / batch.size
-        )
     loading = {} if machine.device == "cpu" else {"weights, while loaded": shards.weights}
-    return Phase(
-        name, held, shards.with_units(cost.size, 0, True), cost.logits, step, loading, flops=cost.flops / batch.size
+    return phase(weights | state, step=step, host=loading)
+
+
+def _state(job: Job, trained: Trained) -> dict[str, int]:
+    """The bytes that a training holds beside the weights, whatever its batches, by what they are."""
+    shards, share = job.shards, trained.share
+    masters = round(share * shards.sums)
+    state = {"masters": masters, "optimizer": round(masters / _MASTER * trained.state)}
+    if share < 1:
+        state["indices"] = round(share * shards.bytes_of(lambda _: INDEX))
+    if trained.prior:
+        state["base values"] = round(share * shards.weights)
+    return state
+
+
+def dense_training(job: SelectJob, state: float = ADAM_STATE) -> Trained:
+    """The training of all weights in a selection, by an optimizer that keeps so many bytes for each."""
+    machine, offload = job.machine, job.settings.offload_optimizer
+    if machine.device == "cpu":
+        return Trained(state=state, step="single")
+    sums, free = job.shards.sums, (machine.memory or 0) - job.shards.weights
+    on_host = offload == "always" or (
+        offload == "auto" and machine.memory is not None and is_too_large(COPIES * sums, free)
     )
+    return Trained(state=state, step="fused", on_host=on_host)
 
 
 def plan_fit(job: FitJob) -> Plan:

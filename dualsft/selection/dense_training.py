@@ -26,6 +26,7 @@ from dualsft.sharding.collectives import all_gather, any_rank, world_size
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
+from dualsft.training.offload import Offload, offloads
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -56,6 +57,7 @@ class DenseTraining:
         seed: Decides which activations dropout drops.
         names: The words of its messages.
         optimizer: ``adamw``, or ``sgd`` without momentum.
+        offload: Whether the float32 weights, their gradients and the optimizer's state are held on the host.
 
     Raises:
         UserError: from `steps`, if a loss or gradient stops being finite, or memory runs out for the second time.
@@ -68,14 +70,17 @@ class DenseTraining:
         seed: int,
         names: TrainingNames,
         optimizer: OptimizerName = "adamw",
+        offload: Offload = "auto",
     ) -> None:
         self._model, self._seed, self._names = model, seed, names
-        self._compact = CompactParameters(model)
+        on_host = offloads(offload, model, names.what)
+        self._compact = CompactParameters(model, on_host=on_host)
         masters = self._compact.parameters()
         self._optimizer: torch.optim.Optimizer
         if optimizer == "adamw":
-            # fused, as torch's default for CUDA holds the square roots of all second moments in passing
-            fused = _on_cuda(self._compact.masters)
+            # fused, as torch's default for CUDA holds the square roots of all second moments in passing, and the host's
+            # goes over each tensor several times
+            fused = on_host or _on_cuda(self._compact.masters)
             self._optimizer = AdamW(masters, learning_rate, BETAS, EPS, weight_decay=0.0, fused=fused)
         else:
             self._optimizer = SGD(masters, lr=learning_rate)
@@ -142,6 +147,7 @@ class DenseTraining:
             if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
                 return self._backward_without("loss", batch, suspects)
             (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean
+            self._compact.receive()
         if not self._finite_gradients():
             self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
 
@@ -163,6 +169,7 @@ class DenseTraining:
         if not bool(loss.isfinite()):
             return False
         loss.backward()
+        self._compact.receive()
         finite = self._finite_gradients()
         self._drop_gradients()
         return finite

@@ -60,7 +60,16 @@ def reach_scoring_checkpoint(
             advising("in the warm-up", ADVICE),
             log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
         ):
-            moments = warm_up(model, loader, warmup.epochs, warmup.learning_rate, keeper.meter, keeper, seed)
+            moments = warm_up(
+                model,
+                loader,
+                warmup.epochs,
+                warmup.learning_rate,
+                keeper.meter,
+                keeper,
+                seed,
+                settings.offload_optimizer,
+            )
         weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
         run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
         del moments

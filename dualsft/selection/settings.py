@@ -44,6 +44,7 @@ from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup
+from dualsft.training.offload import Offload
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ class SelectionSettings:
         dtype: Type that the weights are stored and computed in while scoring; sums are float32 regardless. auto is the
             checkpoint's, but float32 in place of bfloat16 on a CPU that cannot multiply it, which is said.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        offload_optimizer: Whether the warm-up, or a path's training, holds float32 copies, gradients and moments of all
+            weights on the host (always) or on the device (never); auto holds them on the host if they would take more
+            than three quarters of the device's free memory, and says so.
         compile: Compile the model's layers by torch.compile for all that is not scored: the warm-up, the training of a
             path, the validation gradient and plain losses. Passes that score run as they do without.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
@@ -150,6 +154,7 @@ class SelectionSettings:
     rounds: int = option(1, "objective", key="order.rounds")
     dtype: Dtype = option("auto", "running")
     gradient_checkpointing: bool = option(False, "running")
+    offload_optimizer: Offload = option("auto", "running")
     compile: bool = option(False, "running")
     token_scores: bool = option(False, "published")
     stability: bool = option(False, "published", later=True)

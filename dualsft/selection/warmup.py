@@ -15,11 +15,13 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import Keeper, Watch
 from dualsft.models import PreTrainedModel
 from dualsft.selection.dense_training import DenseTraining, TrainingNames
+from dualsft.training.offload import Offload
 
 ADVICE = (
-    "beside the model and a batch it takes 16 bytes for each weight: set model.gradient_checkpointing and go on with "
-    "--resume, or start anew (--overwrite) with a lower data.batch_tokens or data.batch_size, with "
-    "model.warmup.fraction 0, or with a ready model.warmup.checkpoint"
+    "beside the model and a batch it takes 16 bytes for each weight: set model.offload_optimizer to always, which "
+    "holds those on the host, or model.gradient_checkpointing, and go on with --resume, or start anew (--overwrite) "
+    "with a lower data.batch_tokens or data.batch_size, with model.warmup.fraction 0, or with a ready "
+    "model.warmup.checkpoint"
 )
 NAMES = TrainingNames(
     "warm-up",
@@ -82,6 +84,7 @@ def warm_up(
     watch: Watch = iter,
     keeper: Keeper | None = None,
     seed: int = 0,
+    offload: Offload = "auto",
 ) -> Mapping[str, Tensor]:
     """Fine-tune every weight in place with AdamW (no weight decay).
 
@@ -93,6 +96,7 @@ def warm_up(
         watch: Wraps the iteration, for progress.
         keeper: Saves the state of the warm-up from time to time, and loads the state of an earlier run.
         seed: Decides which activations dropout drops.
+        offload: Whether float32 weights, gradients and moments are held on the host.
 
     Returns:
         Parameter name -> ĉ, the bias-corrected second moment, float32, of the parameter's shape.
@@ -100,7 +104,7 @@ def warm_up(
     Raises:
         UserError: if a loss or gradient stops being finite, or memory runs out for the second time.
     """
-    training = DenseTraining(model, learning_rate, seed, NAMES)
+    training = DenseTraining(model, learning_rate, seed, NAMES, offload=offload)
     try:
         for _ in training.steps(batches, epochs, watch, keeper):
             pass

@@ -12,6 +12,7 @@ Where the selected weights of a linear layer form few rectangles, no other part 
 So any torch optimizer, gradient clipping, scheduler and weight decay acts on x as on w under a masked gradient; the
 other weights are never written. The cost is w itself plus, per selected weight, an index (4 bytes), x (4), its
 gradient (4, from backward to step) and the optimizer's state (8 for Adam), and one layer's dense gradient at a time.
+With the masters on the host that is the host's memory; the device holds w, the index and the dense gradient alone.
 Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits: 1,000 steps of 1e-5 on 0.02 are lost.
 
 In a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
@@ -39,6 +40,7 @@ from dualsft.sharding.shards import is_shard, local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.chosen_gradient import ChosenGradientHook, rectangles
 from dualsft.training.compilation import compiled_modules
+from dualsft.training.host_copies import copied_to_host, rounded_for, wait_for_copies
 
 Mask = Mapping[str, Bool[Tensor, "..."]]
 """Parameter name -> which entries are trained, of the parameter's shape."""
@@ -56,6 +58,8 @@ class CompactParameters(nn.Module):
             sharded, every rank constructs this, and every rank calls `state_dict`, `load_state_dict`,
             `pending_gradients` and `restore_gradients`.
         mask: Which entries to train; None trains every entry of every trainable parameter.
+        on_host: Whether the masters are held on the host, whatever device the weights are on. Gradients are complete
+            after `receive`.
 
     Attributes:
         names: Names of the parameters with a selected entry, in the model's order.
@@ -67,8 +71,10 @@ class CompactParameters(nn.Module):
         KeyError, ValueError: if the mask does not fit the model's parameters, or nothing is selected.
     """
 
-    def __init__(self, model: nn.Module, mask: Mask | None = None) -> None:
+    def __init__(self, model: nn.Module, mask: Mask | None = None, on_host: bool = False) -> None:
         super().__init__()
+        self._on_host = on_host
+        self._arriving: list[tuple[int, Tensor]] = []
         parameters = dict(model.named_parameters())
         if mask is not None and (unknown := [name for name in mask if name not in parameters]):
             raise KeyError(f"the mask names parameters that the model lacks: {', '.join(unknown[:5])}")
@@ -104,7 +110,9 @@ class CompactParameters(nn.Module):
         self.register_buffer(f"index_{len(self.names)}", index, persistent=False)
         self.names.append(name)
         self._weights.append(weight)
-        self.masters.append(nn.Parameter(_gather(shard, index).to(accumulator_dtype(weight), copy=True)))
+        values = _gather(shard, index)
+        values = values.cpu() if self._on_host else values
+        self.masters.append(nn.Parameter(values.to(accumulator_dtype(weight), copy=True)))
         return count
 
     def index(self, k: int) -> Int[Tensor, " selected"] | None:
@@ -147,13 +155,29 @@ class CompactParameters(nn.Module):
     def _add_gradient(self, k: int, weight: Tensor) -> None:
         if weight.grad is None:  # as of a compiled module that computes the chosen weights' gradient alone
             return
-        master = self.masters[k]
         shard = local_shard(weight.grad)
         if shard.is_pinned():  # offloaded: its copy must be complete, for which earlier releases of torch do not wait
             torch.accelerator.current_stream().synchronize()
-        gradient = _gather(shard, self.index(k)).to(master.dtype)
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        gradient = _gather(shard, self.index(k))
+        if self._on_host:
+            self._arriving.append((k, copied_to_host(gradient)))
+        else:
+            self._accumulate(k, gradient)
         weight.grad = None
+
+    def _accumulate(self, k: int, gradient: Tensor) -> None:
+        master = self.masters[k]
+        gradient = gradient.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def receive(self) -> None:
+        """Wait for the gradients that are on their way to the host, and add them to their masters'."""
+        if not self._arriving:
+            return
+        wait_for_copies()
+        for k, gradient in self._arriving:
+            self._accumulate(k, gradient)
+        self._arriving.clear()
 
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
@@ -163,11 +187,12 @@ class CompactParameters(nn.Module):
     def _store(self, values: Iterable[Tensor]) -> None:
         """Round values of the selected entries to the weights' type and store them in the model."""
         for k, (weight, value) in enumerate(zip(self._weights, values, strict=True)):
-            index, rounded, shard = self.index(k), value.to(weight.dtype), local_shard(weight.detach())
+            index, shard = self.index(k), local_shard(weight.detach())
+            rounded = rounded_for(shard.device, value, weight.dtype)
             if index is None:
-                shard.copy_(rounded.view_as(shard))
+                shard.copy_(rounded.view_as(shard), non_blocking=True)
             else:
-                set_entries(shard, index, rounded)
+                set_entries(shard, index, rounded.to(shard.device, non_blocking=True))
 
     def stored(self) -> list[Tensor]:
         """A copy of what the model holds in the selected entries, in the weights' type, one vector for each master."""

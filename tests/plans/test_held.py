@@ -16,6 +16,7 @@ from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import Warmup
 from dualsft.training.compact import CompactParameters
+from dualsft.training.offload import Offload
 from tests.plans.cases import tiny_shape
 from tests.world.models import tiny_llama
 
@@ -88,6 +89,24 @@ def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> Non
     training, export = plans[1].phases
     assert export.host == {"changes": round(1.5 * shape.count * (8 + 4))}
     assert export.held == {name: training.held[name] for name in ("weights", "masters", "optimizer")}
+
+
+@pytest.mark.parametrize(
+    ("offload", "share", "on_host"),
+    [("auto", 23, True), ("auto", 24, False), ("always", 99, True), ("never", 1, False)],
+)
+def test_a_warm_up_on_the_host_leaves_the_weights_on_the_card(
+    tmp_path: Path, offload: Offload, share: float, on_host: bool
+) -> None:
+    """By the same rule as the run: 16 bytes a weight are too many for three quarters of what the weights leave free."""
+    shape = tiny_shape(tmp_path, "bfloat16")
+    machine = Machine("cuda", memory=round(share * shape.count))
+    job = SelectJob(shape, machine, DataSizes(8, 4, 2), settings=SelectionSettings(offload_optimizer=offload))
+    warm_up = plan_select(job).phases[0]
+    assert set(warm_up.held) == ({"weights"} if on_host else {"weights", "masters", "optimizer"})
+    if on_host:
+        assert sum(warm_up.host.values()) == 18 * shape.count
+        assert not warm_up.step
 
 
 def test_directions_stay_through_the_choice(tmp_path: Path) -> None:

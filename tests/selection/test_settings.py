@@ -54,6 +54,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "rounds": {"rounds": 2},
     "dtype": {"dtype": "float64"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
+    "offload_optimizer": {"offload_optimizer": "always"},
     "compile": {"compile": True},
     "token_scores": {"token_scores": True},
     "stability": {"stability": True},
@@ -75,6 +76,7 @@ def test_every_option_has_a_role_and_a_place() -> None:
     assert {o.name for o in options()} - {o.name for o in recorded()} == {
         "dtype",
         "gradient_checkpointing",
+        "offload_optimizer",
         "compile",
         "save_minutes",
     }

@@ -10,6 +10,7 @@ from dualsft.objectives import example_losses
 from dualsft.selection import dense_training
 from dualsft.selection.dense_training import BETAS, EPS
 from dualsft.selection.warmup import Warmup, warm_up
+from dualsft.training.offload import Offload
 from tests.cases import Example, collate, make, make_examples, pack
 from tests.references import assert_same_gradients
 from tests.world.faults import SHORTAGES, Kind, Shortage, kill_at, poison
@@ -165,17 +166,17 @@ def test_a_warm_up_goes_on_from_any_step(step: int) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_fused_optimizer_takes_the_same_steps(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: weights and moments are torch's own AdamW's, resumed or not."""
+@pytest.mark.parametrize(("step", "offload"), [(1, "never"), (2, "always")])
+def test_a_fused_optimizer_takes_the_same_steps(step: int, offload: Offload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, and on the host: weights and moments are torch's own AdamW's, resumed or not."""
     plain, model, resumed, notebook = make("llama"), make("llama"), make("llama"), Notebook(due=True)
     expected = warm_up(plain, batches(), epochs=2, learning_rate=1e-3)
     monkeypatch.setattr(dense_training, "_on_cuda", lambda tensors: True)
-    moments = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook)
+    moments = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook, offload=offload)
     assert_same_gradients(moments, expected, 1e-12)
     for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-12)
-    again = warm_up(resumed, batches(), 2, 1e-3, keeper=Notebook(notebook.notes[step]))
+    again = warm_up(resumed, batches(), 2, 1e-3, keeper=Notebook(notebook.notes[step]), offload=offload)
     assert all(torch.equal(again[name], moment) for name, moment in moments.items())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 

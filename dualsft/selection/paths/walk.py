@@ -29,9 +29,9 @@ from dualsft.sharding.collectives import any_rank
 from dualsft.sharding.shards import local_shard
 
 ADVICE = (
-    "beside the model and a batch it takes 16 bytes for each weight: set model.gradient_checkpointing and go on with "
-    "--resume, or start anew (--overwrite) with a lower data.batch_tokens or data.batch_size, or with "
-    "model.path.optimizer sgd"
+    "beside the model and a batch it takes 16 bytes for each weight: set model.offload_optimizer to always, which "
+    "holds those on the host, or model.gradient_checkpointing, and go on with --resume, or start anew (--overwrite) "
+    "with a lower data.batch_tokens or data.batch_size, or with model.path.optimizer sgd"
 )
 
 
@@ -216,7 +216,9 @@ def _advance(
         trained.epochs,
         trained.steps,
         stretches=[b - a for a, b in zip([0, *ends], ends, strict=False)],
-        start=lambda: DenseTraining(model, trained.learning_rate, seed, names, settings.path.optimizer),
+        start=lambda: DenseTraining(
+            model, trained.learning_rate, seed, names, settings.path.optimizer, settings.offload_optimizer
+        ),
         take=lambda training: training.steps(trained.batches, trained.epochs, keeper.meter or iter, keeper),
         taken=keeper.earlier.get("taken", 0),
     )

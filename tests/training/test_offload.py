@@ -1,0 +1,59 @@
+"""Float32 weights, gradients and moments of all weights on the host, while the model is on an accelerator."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dualsft.selection.dense_training import DenseTraining
+from dualsft.selection.warmup import NAMES
+from dualsft.training import offload
+from dualsft.training.compact import CompactParameters
+from dualsft.training.offload import offloads
+from tests.cases import collate, make, make_examples
+from tests.world.meta import meta_as_accelerator
+
+
+def test_the_accelerator_holds_the_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes no operation on tensors of both devices, and leaves masters, moments and no gradient on the host."""
+    model: Any = make("llama", torch.bfloat16)
+    model = model.to("meta")
+    with meta_as_accelerator(monkeypatch):
+        training = DenseTraining(model, 1e-3, 0, NAMES, offload="always")
+        assert list(training.steps([collate(make_examples())], 2)) == [1, 2]
+        tensors, _ = training._state(0, 0, 0)
+        moments = training.second_moment()
+        assert {moment.device.type for moment in moments.values()} == {"cpu"}
+    assert len(tensors) == 4 * len(list(model.parameters()))
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+    assert all(weight.is_meta and weight.grad is None for weight in model.parameters())
+
+
+def test_gradients_are_complete_once_received() -> None:
+    """Those of two batches add up to what masters beside the weights have; until then nothing is there."""
+    found, expected = (CompactParameters(make("gpt2"), on_host=on_host) for on_host in (True, False))
+    for compact in (found, expected):
+        compact.attach()
+        for value in (1.0, 2.0):
+            sum((weight * value).sum() for weight in compact._weights).backward()  # type: ignore[union-attr]
+            assert (compact.masters[0].grad is None) == (compact is found and value == 1.0)
+            compact.receive()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(found.masters, expected.masters, strict=True))
+
+
+@pytest.mark.parametrize(("free", "expected"), [(16, True), (22, False)])
+def test_auto_goes_by_the_free_memory(
+    free: int, expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 bytes for each weight are too many where they are more than three quarters of it; what was done is told."""
+    model: Any = make("llama", torch.bfloat16)
+    size = sum(weight.numel() for weight in model.parameters())
+    monkeypatch.setattr(offload, "compute_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * size, 80 * size))
+    assert not offloads("auto", model, "warm-up")  # shards that are on the host already need no more of the device
+    model = model.to("meta")
+    assert offloads("auto", model, "warm-up") == expected
+    told = capsys.readouterr().err
+    assert ("the warm-up holds" in told) == ("model.offload_optimizer never" in told) == expected
+    assert offloads("always", model, "warm-up")
+    assert not offloads("never", model, "warm-up")
