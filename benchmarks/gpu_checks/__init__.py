@@ -30,6 +30,9 @@ SECTIONS = {
     "commands": Section(
         "`select` and `fit` on the embedded model, beside the CPU.", 60, "gpu_checks.commands:commands", miniature=False
     ),
+    "warm-up": Section(
+        "Steps on all weights, with their state on the device and on the host.", 60, "gpu_checks.warming:warm_up"
+    ),
     "step parts": Section("Where the time of a masked step goes.", 40, "gpu_checks.training:step_parts"),
     "phases": Section("A batch of each phase of a selection, beside a plain pass.", 40, "gpu_checks.speed:phases"),
     "kernels": Section("Where the device's time goes in a scoring pass.", 30, "gpu_checks.profiling:kernels"),
