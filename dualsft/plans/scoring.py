@@ -10,10 +10,13 @@ from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
 from dualsft.plans.training import dense_training, training_phase
 from dualsft.scorers import SecondOrderScorer
+from dualsft.selection.settings import KeptScores
 from dualsft.selection.terms import HESSIAN
 
 _SUMMED = 4
 """Bytes of an entry of a file of sums or scores."""
+_KEPT: dict[KeptScores, int] = {"full": 4, "bfloat16": 2, "none": 0}
+"""Bytes of a score in the selection."""
 _RANKING = 2**26
 """Bytes while weights are ranked, however many there are: a sample, and counts of the scores near the threshold."""
 
@@ -138,7 +141,10 @@ def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:
     held = {"weights": job.shards.weights, **directions}
     of_scores = "scores, in files" if job.shards.sharded else "scores"
     host = {of_scores: _SUMMED * count, "mask": count, "ranking": _RANKING}
-    disk = {"parameter_scores.safetensors": _SUMMED * count, "mask.safetensors": -(-count // 8)}
+    disk = {
+        "parameter_scores.safetensors": _KEPT[job.settings.parameter_scores] * count,
+        "mask.safetensors": -(-count // 8),
+    }
     if job.machine.device == "cpu":
         return Phase("choice", {**held, **host}, disk=disk)
     if job.machine.offload:

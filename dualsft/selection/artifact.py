@@ -22,6 +22,7 @@ from dualsft.selection.diagnostics import (
     Basis,
     Diagnostics,
     diagnose,
+    weight_figures,
 )
 from dualsft.selection.diagnostics.parameters import SCHEMA as PARAMETER_SCHEMA
 from dualsft.selection.json_values import Mismatch
@@ -126,7 +127,8 @@ class Selection:
 
     @cached_property
     def _diagnosed(self) -> tuple[Diagnostics, pa.Table]:
-        return diagnose(self.examples, self.stored_masks(), self.parameter_scores(), None, Basis())
+        weights = weight_figures(self.stored_masks(), self.parameter_scores())
+        return diagnose(self.examples, weights, None, Basis())
 
     @property
     def example_ids(self) -> list[int]:
@@ -155,11 +157,20 @@ class Selection:
         return stored_masks(self._intact(MASK))
 
     def parameter_scores(self) -> dict[str, Tensor]:
-        """Parameter name -> φ_j, float32, of the parameter's shape."""
+        """Parameter name -> φ_j, float32, of the parameter's shape; rounded to bfloat16 where it is kept so.
+
+        Raises:
+            UserError: if the selection keeps none, or a file is damaged.
+        """
+        if self.about.settings["parameter_scores"] == "none":
+            raise UserError(
+                f"{self.folder} was made with model.parameter_scores none and keeps no scores of weights; select again "
+                "with full or bfloat16."
+            )
         scores: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob(f"{WEIGHT_SCORES}*.safetensors")):
             with refusing_damage(path), safe_open(self._intact(path.name), framework="pt") as stored:
-                scores |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                scores |= {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
         return scores
 
     def sketches(self) -> dict[int, Tensor]:

@@ -20,11 +20,11 @@ from dualsft.errors import UserError
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.progress import PhaseLog
+from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, data_budget
 from dualsft.selection.describe import recounted
-from dualsft.selection.diagnostics import row_sources
+from dualsft.selection.diagnostics import WeightFigures, row_sources
 from dualsft.selection.near_duplicates import DUPLICATE_OF, duplicate_column
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
@@ -92,6 +92,7 @@ def reallocate(
         config=config,
         sources=row_sources(records, settings.data_allocator),
         basis=source.basis,
+        weights=None if _has_scores(source) else WeightFigures(source.parameters, source.diagnostics.parameters),
     )
     return load_selection(run.path)
 
@@ -180,7 +181,15 @@ def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int
     return found
 
 
+def _has_scores(source: Selection) -> bool:
+    return source.about.settings["parameter_scores"] != "none"
+
+
 def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor]:
+    if not _has_scores(source):
+        return _same_weights(source, settings)
+    if source.about.settings["parameter_scores"] == "bfloat16":
+        say(f"{source.folder} keeps scores of weights in bfloat16: near the cut, select may choose others.")
     scores = source.parameter_scores()
     counts = source.about.counts.parameters
     if not scores and source.about.path_walked and counts.selected == counts.scored:  # all were taken, none was scored
@@ -196,6 +205,18 @@ def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor
             f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
         )
     return choose_parameters(settings, scores, partial(_base_weights, source))
+
+
+def _same_weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor]:
+    """The mask of a selection without scores of weights; refused if other weights are asked for."""
+    described, before = describe_settings(settings), source.about.settings
+    asked = stored_settings({**source.manifest, **{key: described[key] for key in keys("parameters")}})
+    if changed := [o.name for o in recorded() if o.role == "parameters" and asked[o.name] != before[o.name]]:
+        raise UserError(
+            f"{source.folder} was made with model.parameter_scores none, so its weights stay as they are; drop "
+            f"{', '.join(f'model.{name}' for name in changed)}, or select again."
+        )
+    return source.mask()
 
 
 def _base_weights(source: Selection) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ def write_results(
             staged,
             examples=example_table(data, chosen, scoring),
             parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
+            kept=settings.parameter_scores,
             mask=chosen.mask,
             selected_lines=[records.line(i) for i in sorted(chosen.examples)],
             token_scores=token_table(data, chosen) if settings.token_scores else None,

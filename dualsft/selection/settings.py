@@ -59,6 +59,7 @@ else:
 
 
 Preconditioning = Literal["none", "adam"]
+KeptScores = Literal["full", "bfloat16", "none"]
 Role = Literal["objective", "direction", "published", "step", "parameters", "data", "running"]
 """What an option decides:
 
@@ -125,6 +126,9 @@ class SelectionSettings:
             than three quarters of the device's free memory, and says so.
         compile: Compile the model's layers by torch.compile for all that is not scored: the warm-up, the training of a
             path, the validation gradient and plain losses. Passes that score run as they do without.
+        parameter_scores: How the scores of weights are kept: full is 4 bytes each; bfloat16 takes 2, and what `dualsft
+            allocate` chooses by them may differ from what select would; none keeps the choice alone, and allocate can
+            change the examples only.
         token_scores: Keep the contribution of each token to its example's score too; takes longer.
         stability: Score everything by each half of the validation set too, and tell how far the halves agree on the
             order; takes two more directions in memory, and longer.
@@ -156,6 +160,7 @@ class SelectionSettings:
     gradient_checkpointing: bool = option(False, "running")
     offload_optimizer: Offload = option("auto", "running")
     compile: bool = option(False, "running")
+    parameter_scores: KeptScores = option("full", "published", later=True)
     token_scores: bool = option(False, "published")
     stability: bool = option(False, "published", later=True)
     save_minutes: float = option(10.0, "running")

@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,9 +24,18 @@ from dualsft.selection.artifact import (
     TOKENS,
     WEIGHT_SCORES,
 )
-from dualsft.selection.diagnostics import Basis, RowSources, diagnose, write_diagnostics
+from dualsft.selection.diagnostics import (
+    Basis,
+    RowSources,
+    WeightFigures,
+    diagnose,
+    weight_figures,
+    write_diagnostics,
+)
+from dualsft.selection.kept_scores import keep_scores
 from dualsft.selection.mask import write_masks
 from dualsft.selection.near_duplicates import DUPLICATE_OF
+from dualsft.selection.settings import KeptScores
 from dualsft.sharding.files import read_full_tensors
 from dualsft.storage.checksums import file_checksum
 from dualsft.storage.writing import writing_to
@@ -48,6 +56,8 @@ def write_selection(
     sketches: Mapping[int, Tensor] | None = None,
     sources: RowSources | None = None,
     basis: Basis | None = None,
+    kept: KeptScores = "full",
+    weights: WeightFigures | None = None,
 ) -> None:
     """Write the parts of a selection into an empty folder; see `publish` for the step that makes it visible.
 
@@ -64,15 +74,19 @@ def write_selection(
         sketches: Example id -> its gradient's sketch.
         sources: The sources of the rows, if there are several.
         basis: What the scores rest on, for the diagnostics.
+        kept: How the scores of weights are kept.
+        weights: The figures of these scores, where they are not there.
     """
     with writing_to(folder):
-        kept = {path.name for path in folder.iterdir()} & (manifest.get("checksums") or {}).keys()
-        _write_scores(folder, parameter_scores, token_scores, sketches)
+        known = {path.name for path in folder.iterdir()} & (manifest.get("checksums") or {}).keys()
+        _write_scores(folder, token_scores, sketches)
         table = _write_choice(folder, examples, mask, selected_lines)
         scores = parameter_scores or read_full_tensors(folder, WEIGHT_SCORES)
-        write_diagnostics(folder, *diagnose(table, mask, scores, sources, basis or Basis()))
+        figures = weights or weight_figures(mask, scores)
+        write_diagnostics(folder, *diagnose(table, figures, sources, basis or Basis()))
+        keep_scores(folder, scores, kept)
         checksums = {
-            p.name: manifest["checksums"][p.name] if p.name in kept else file_checksum(p)
+            p.name: manifest["checksums"][p.name] if p.name in known else file_checksum(p)
             for p in sorted(folder.iterdir())
         }
         (folder / "config.yaml").write_text(config, encoding="utf-8")
@@ -83,7 +97,6 @@ def write_selection(
 
 def _write_scores(
     folder: Path,
-    parameter_scores: Mapping[str, Tensor] | None,
     token_scores: Mapping[str, Sequence[Any]] | None,
     sketches: Mapping[int, Tensor] | None,
 ) -> None:
@@ -93,9 +106,6 @@ def _write_scores(
         save_file(stored, folder / SKETCHES)
     if token_scores is not None:
         pq.write_table(pa.table(dict(token_scores), schema=_ALL_OF_TOKENS), folder / TOKENS)
-    if parameter_scores is not None:
-        pattern = f"{WEIGHT_SCORES}{{suffix}}.safetensors"
-        save_torch_state_dict(dict(sorted(parameter_scores.items())), folder, filename_pattern=pattern)
 
 
 def _write_choice(

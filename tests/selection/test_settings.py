@@ -56,6 +56,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "offload_optimizer": {"offload_optimizer": "always"},
     "compile": {"compile": True},
+    "parameter_scores": {"parameter_scores": "none"},
     "token_scores": {"token_scores": True},
     "stability": {"stability": True},
     "save_minutes": {"save_minutes": 1.0},
@@ -162,7 +163,7 @@ def test_a_new_option_is_one_field() -> None:
     old = describe_settings(SelectionSettings())
     wide = describe_settings(Wider(novelty=0.7, token_budget=9))
     assert list(wide) == [*list(old)[:9], "novelty", *list(old)[9:]]
-    assert list(old)[8:10] == ["path", "token_scores"]
+    assert list(old)[8:10] == ["path", "parameter_scores"]
     assert wide["budgets"] == {"parameters": 0.1, "data": 0.1, "tokens": 9}
     assert {n: stored_settings(wide, Wider)[n] for n in ("novelty", "token_budget")} == {
         "novelty": 0.7,

@@ -76,7 +76,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "layers": {**SGD, "parameter_allocator": LayerQuota(), "data_allocator": TokenBudget(), "data_budget": 60},
     "each layer": {**SGD, "parameter_allocator": UniformPerLayer(), "data_allocator": PositiveOnly()},
     "proportional": {**SGD, "parameter_allocator": Proportional(), "data_allocator": Diverse()},
-    "sources": {**SGD, "data_allocator": PerSourceQuota("prompt"), "gradient_checkpointing": True, "stability": True},
+    "sources": {
+        **SGD,
+        "data_allocator": PerSourceQuota("prompt"),
+        "gradient_checkpointing": True,
+        "stability": True,
+        "parameter_scores": "bfloat16",
+    },
     "along the target": {"path": replace(WALK, columns="product"), "token_scores": True},
     "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath())},
 }

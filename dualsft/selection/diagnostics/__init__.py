@@ -18,6 +18,7 @@ from dualsft.selection.diagnostics.figures import (
     Target,
 )
 from dualsft.selection.diagnostics.levels import LEVELS
+from dualsft.selection.diagnostics.parameters import WeightFigures, weight_figures
 from dualsft.selection.diagnostics.places import ALL, PlaceCounts, by_place
 from dualsft.selection.diagnostics.rows import RowSources, describe_target, row_sources
 
@@ -38,9 +39,11 @@ __all__ = [
     "Sources",
     "Stability",
     "Target",
+    "WeightFigures",
     "by_place",
     "describe_target",
     "diagnose",
     "row_sources",
+    "weight_figures",
     "write_diagnostics",
 ]

@@ -131,7 +131,7 @@ def _scored(name: str, scores: Float[Tensor, " weight"], mask: Bool[Tensor, " we
 
 def _chunks(scores: Float[Tensor, " weight"], mask: Bool[Tensor, " weight"]) -> Iterator[tuple[Tensor, Tensor]]:
     for first in range(0, len(scores), CHUNK):
-        yield scores[first : first + CHUNK].cpu(), mask[first : first + CHUNK].cpu()
+        yield scores[first : first + CHUNK].cpu().float(), mask[first : first + CHUNK].cpu()
 
 
 def parameter_table(tensors: list[TensorFigures]) -> pa.Table:
@@ -144,6 +144,25 @@ def parameter_table(tensors: list[TensorFigures]) -> pa.Table:
             {**{k: v for k, v in vars(of).items() if k != "quantiles"}, "layer": layer, "kind": kind} | quantiles
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """The weights' side of the diagnostics.
+
+    Attributes:
+        table: One row for each tensor, with the columns of `SCHEMA`.
+        together: The figures of all weights; None where none was scored.
+    """
+
+    table: pa.Table
+    together: ScoreFigures | None
+
+
+def weight_figures(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> WeightFigures:
+    """The figures of masks and scores; the arguments are those of `parameter_figures`."""
+    tensors, together = parameter_figures(masks, scores)
+    return WeightFigures(parameter_table(tensors), together)
 
 
 def tensors_of(table: pa.Table) -> list[TensorFigures]:
