@@ -128,7 +128,7 @@ def parent(content: Any, path: tuple[str | int, ...]) -> Any:
     return content
 
 
-LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen", "stability")
+LATER = ("normalize", "path", "near_duplicates", "trainable", "frozen", "parameter_scores", "stability")
 DEFAULTED = (*LATER, "path_walked", "directory", "counts.examples.near_duplicates")
 NESTED = (
     "configuration",
