@@ -54,7 +54,12 @@ def plain_cost(cost: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreement_table(peers: Peers) -> list[dict[str, Any]]:
-    """One line for each setting, and one for the loss alone."""
+    """One line for each setting, and one for the loss alone; kept."""
+    return kept(peers.folder / "agreement.json", partial(agreements, peers))
+
+
+def agreements(peers: Peers) -> list[dict[str, Any]]:
+    """The lines of that table."""
     exact = ExactScores(peers.work.model, peers.work)
     mean, summed = exact.of("mean"), exact.of("sum")
     lines = [agreement_line(peers, setting, exact) for setting in peers.timed()]
@@ -88,14 +93,15 @@ def removal_table(peers: Peers) -> list[dict[str, Any]]:
 
 
 def removal_line(peers: Peers, name: str, scores: Tensor | None) -> dict[str, Any]:
-    """The rises of one setting, and how many rows of the largest share are clean rows of the target."""
+    """The rises of one setting, and which share of those rows is the target's, or spoilt."""
     rows, seeds = peers.options.rows, range(peers.options.seeds)
     line: dict[str, Any] = {"setting": name}
     for share, seed in product(SHARES, seeds):
         gone = drawn(rows, share, seed) if scores is None else highest(scores, share)
         loss = fitted(peers, f"{slug(name)}-{share}-{seed}", gone, seed)
         line.setdefault(f"rises, {share:.0%}", []).append(loss - fitted(peers, f"nothing-{seed}", set(), seed))
-        line.setdefault(f"clean target, {share:.0%}", []).append(clean(peers.work, gone) / len(gone))
+        for source in ("target", "spoilt"):
+            line.setdefault(f"{source}, {share:.0%}", []).append(count_of(source, peers.work, gone) / len(gone))
     print(name, flush=True)
     return line
 
@@ -106,10 +112,10 @@ def fitted(peers: Peers, name: str, gone: set[int], seed: int) -> float:
     return kept(peers.folder / "fits" / f"{name}.json", fit)
 
 
-def clean(work: Work, rows: set[int]) -> int:
-    """How many of these are rows of the target that nobody has spoilt."""
+def count_of(source: str, work: Work, rows: set[int]) -> int:
+    """How many of these rows are the target's own, or of its form and with wrong answers (``spoilt``)."""
     sources = [json.loads(line)["source"] for line in work.records("pool").read_text(encoding="utf-8").splitlines()]
-    return sum(sources[i] == "target" for i in rows)
+    return sum(sources[i] == source for i in rows)
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
@@ -128,7 +134,7 @@ def cell(column: str, value: Any) -> str:
     """A value as the tables write it."""
     if isinstance(value, list):
         middle, half = interval(value)
-        return f"{middle:.0%}" if column.startswith("clean") else f"{middle:+.3f} ± {half:.3f}"
+        return f"{middle:+.3f} ± {half:.3f}" if column.startswith("rises") else f"{middle:.0%}"
     if isinstance(value, float):
         return format(value, next((style for start, style in STYLES.items() if column.startswith(start)), ".1f"))
     return f"{value:,}" if isinstance(value, int) else str(value)

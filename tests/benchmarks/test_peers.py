@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,8 @@ def test_interval_is_students() -> None:
 
 def test_scores_as_bergson_writes_them(tmp_path: Path) -> None:
     """A table of records with their layout beside it; a tool whose scores are low for what helps is turned round."""
-    layout = {"names": ["score_0", "written_0"], "formats": ["float32", "bool"], "offsets": [0, 4], "itemsize": 8}
-    table = np.zeros(3, np.dtype(layout))  # type: ignore[call-overload]
-    table["score_0"] = [1.0, -2.0, 0.5]
+    layout: Any = {"names": ["score_0", "written_0"], "formats": ["float32", "bool"], "offsets": [0, 4], "itemsize": 8}
+    table = np.array([(1.0, True), (-2.0, True), (0.5, True)], np.dtype(layout))
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "info.json").write_text(json.dumps({"dtype": layout}))
     table.tofile(tmp_path / "scores" / "scores.bin")
