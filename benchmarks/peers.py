@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=640, help="of the pool")
     parser.add_argument("--few", type=int, default=64, help="rows of the runs that tell what a start costs")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-3)
