@@ -59,5 +59,5 @@ def test_products_of_stored_gradients(tmp_path: Path) -> None:
 
 def test_tables_have_the_columns_of_all_lines() -> None:
     """A line without a figure has an empty cell; lists of figures are means with intervals."""
-    found = markdown([{"setting": "a", "n": 1234}, {"setting": "b", "rise": [1.0, 2.0, 3.0]}])
+    found = markdown([{"setting": "a", "n": 1234}, {"setting": "b", "rises, 1%": [1.0, 2.0, 3.0]}])
     assert found.splitlines()[2:] == ["| a | 1,234 |  |", "| b |  | +2.000 ± 2.484 |"]
