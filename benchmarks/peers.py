@@ -4,7 +4,7 @@
     bergson/bin/pip install --no-deps bergson==2.5.1
     bergson/bin/pip install accelerate datasets jinja2 jaxtyping ml_dtypes natsort numpy scipy peft petname pyarrow \
         pyyaml simple-parsing torchopt "transformers>=5.0" "huggingface-hub>=1.13.0"
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --bergson_python bergson/bin/python    about 45 minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --bergson_python bergson/bin/python    about half an hour on one core
 
 bergson declares torchvision, torchaudio and bitsandbytes, which nothing here needs. The work is the quick start's: its
 model, the first rows of its pool, its validation rows as the target, the same tokens with the responses supervised.
