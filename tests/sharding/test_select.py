@@ -84,7 +84,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "parameter_scores": "bfloat16",
     },
     "along the target": {"path": replace(WALK, columns="product"), "token_scores": True},
-    "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath())},
+    "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath()), "offload_optimizer": "always"},
 }
 
 
