@@ -1,7 +1,8 @@
 """Write the rows on which SmolLM2 is compared: `python -m dev.smollm2_data [OUTPUT_DIR]`.
 
 Of the data that the quick start ships: the pool is an eighth short maths problems, an eighth such problems with the
-answer of another one, and general instructions. Short rows alone, as a token of this model costs two CPU cores some 10 ms.
+answer of another one, and general instructions. Short rows alone, as a token of this model costs two CPU cores some
+10 ms.
 """
 
 import argparse

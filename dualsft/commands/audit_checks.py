@@ -1,10 +1,13 @@
 """Whether a selection belongs to the model, the tokenizer and the validation records that an audit measures with."""
 
+from collections.abc import Sequence
+
 from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_sources
 from dualsft.data.records import read_records
 from dualsft.data.sources import described
 from dualsft.errors import UserError
+from dualsft.experiments.audit_plan import Side
 from dualsft.finetune import MaskedFinetuneModule
 from dualsft.finetune.selection_checks import check_base, check_tokenizer
 from dualsft.models.loading import model_fingerprint
@@ -35,4 +38,13 @@ def check_belongs(
             f"data.validation has other records than those that the selection in {selection.folder} was made for ("
             f"{', '.join(described(source.path) for source in made_for.values())}); give these, and others as "
             "audit.held_out."
+        )
+
+
+def check_scores(selection: Selection, sides: Sequence[Side]) -> None:
+    """Refuse to rank the weights of a selection that keeps no scores of them."""
+    if selection.about.settings["parameter_scores"] == "none" and {*sides} - {"data"}:
+        raise UserError(
+            f"{selection.folder} was made with model.parameter_scores none, so its weights cannot be ranked; give "
+            "--audit.sides [data], or select again."
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Trainer
 
-from dualsft.commands.audit_checks import check_belongs
+from dualsft.commands.audit_checks import check_belongs, check_scores
 from dualsft.commands.audit_scores import ScoreJobs, is_along_a_path, is_first_order, own_scorer
 from dualsft.commands.experiment_jobs import MODEL, TRAIN, VALIDATION, Jobs
 from dualsft.commands.resolved import at
@@ -66,6 +66,7 @@ class AuditJobs:
         self._jobs = Jobs(["--config", str(config)])
         self._own = self._jobs.settings("fit", {})
         check_belongs(self._audited, module, data, str(at(self._own, "data.validation_split")))
+        check_scores(self._audited, options.sides)
         self._drawn = variations(_sizes(self._audited), options)
         ordinary, self._examples_a_step = _steps(data, trainer)
         steps = options.steps or [ordinary]

@@ -46,7 +46,12 @@ class ScoreJobs:
                 )
             return
         self._make = Jobs(["--config", str(select_config(audited))])
-        self._common: dict[str, Any] = {"model.rounds": 1, "model.near_duplicates.threshold": None, **(read or {})}
+        self._common: dict[str, Any] = {
+            "model.rounds": 1,
+            "model.near_duplicates.threshold": None,
+            "model.parameter_scores": "full",
+            **(read or {}),
+        }
         if scorer is not None:
             path = class_path("dualsft.scorers", scorer)
             self._common |= {"model.scorer": {"class_path": path}, "model.step_size": step_size}

@@ -119,6 +119,16 @@ def test_the_selection_belongs_to_what_is_measured(job: Path, tmp_path: Path) ->
     assert not (tmp_path / "audit").exists()
 
 
+def test_weights_without_scores_cannot_be_ranked(job: Path, tmp_path: Path) -> None:
+    """Which is told before anything runs; their examples can be."""
+    copy = shutil.copytree(job / "selection", tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "parameter_scores": "none"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"weights cannot be ranked; give --audit.sides \[data\]"):
+        audit(job, tmp_path / "audit", "--model.selection", str(copy))
+    audit(job, tmp_path / "audit", "--model.selection", str(copy), "--audit.sides", "[data]", "--dry_run")
+
+
 def test_each_setting_has_its_step(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second-order scorer is asked for the step of each setting; the first order's scores are in proportion to it."""
     settings = ["--audit.steps", "[2, 4]", "--audit.scorers", "[first_order, hessian_vector]"]
