@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dualsft.models.loading import checkpoint_activations
 from dualsft.selection.dense_training import DenseTraining
+from dualsft.selection.offload import Offload
 from dualsft.selection.warmup import NAMES
-from dualsft.training.offload import Offload
 from gpu_checks.models import build, full_batches, release, timed
 from gpu_checks.section import Figure, Scale
 

@@ -7,7 +7,7 @@ from dualsft.plans.held import INDEX
 from dualsft.plans.job import ADAM_STATE, FitJob, Job, SelectJob, Trained
 from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.tracing import trace
-from dualsft.training.offload import COPIES, is_too_large
+from dualsft.selection.offload import COPIES, is_too_large
 
 _MASTER = 4
 _PLACE = 8

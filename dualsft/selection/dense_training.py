@@ -22,11 +22,11 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
+from dualsft.selection.offload import Offload, offloads
 from dualsft.sharding.collectives import all_gather, any_rank, world_size
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
-from dualsft.training.offload import Offload, offloads
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")

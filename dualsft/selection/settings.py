@@ -40,11 +40,11 @@ from dualsft.selection.directions import Combination
 from dualsft.selection.json_values import at, describe_part, typed
 from dualsft.selection.near_duplicates import NearDuplicates
 from dualsft.selection.normalization import Normalize
+from dualsft.selection.offload import Offload
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.selection.step import StepSize
 from dualsft.selection.warmup import Warmup
-from dualsft.training.offload import Offload
 
 T = TypeVar("T")
 if TYPE_CHECKING:

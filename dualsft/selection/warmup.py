@@ -15,7 +15,7 @@ from dualsft.errors import UserError
 from dualsft.matrix.passes import Keeper, Watch
 from dualsft.models import PreTrainedModel
 from dualsft.selection.dense_training import DenseTraining, TrainingNames
-from dualsft.training.offload import Offload
+from dualsft.selection.offload import Offload
 
 ADVICE = (
     "beside the model and a batch it takes 16 bytes for each weight: set model.offload_optimizer to always, which "

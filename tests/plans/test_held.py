@@ -12,11 +12,11 @@ from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.scoring import plan_select
 from dualsft.plans.training import plan_fit
 from dualsft.selection.held_direction import HeldDirection
+from dualsft.selection.offload import Offload
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import Warmup
 from dualsft.training.compact import CompactParameters
-from dualsft.training.offload import Offload
 from tests.plans.cases import tiny_shape
 from tests.world.models import tiny_llama
 

@@ -9,8 +9,8 @@ from dualsft.errors import UserError
 from dualsft.objectives import example_losses
 from dualsft.selection import dense_training
 from dualsft.selection.dense_training import BETAS, EPS
+from dualsft.selection.offload import Offload
 from dualsft.selection.warmup import Warmup, warm_up
-from dualsft.training.offload import Offload
 from tests.cases import Example, collate, make, make_examples, pack
 from tests.references import assert_same_gradients
 from tests.world.faults import SHORTAGES, Kind, Shortage, kill_at, poison

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from dualsft.selection import offload
 from dualsft.selection.dense_training import DenseTraining
+from dualsft.selection.offload import offloads
 from dualsft.selection.warmup import NAMES
-from dualsft.training import offload
 from dualsft.training.compact import CompactParameters
-from dualsft.training.offload import offloads
 from tests.cases import collate, make, make_examples
 from tests.world.meta import meta_as_accelerator
 
