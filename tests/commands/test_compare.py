@@ -35,10 +35,11 @@ SETS = {
 COSTS = {"seconds": 2.0, "peak_memory_bytes": 2**20, "bytes_on_disk": 2**21, "trained_weights": 30, "examples": 5}
 
 
-def test_the_shipped_comparison_has_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "masks"])
+def test_a_shipped_comparison_has_jobs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settings are known, its names are registered, and its data are there; run as its page says."""
     monkeypatch.chdir(ROOT)
-    grid = read_grid("configs/comparisons/quickstart.yaml")
+    grid = read_grid(f"configs/comparisons/{name}.yaml")
     jobs = CompareJobs(grid, Bank(tmp_path))
     assert {trial.recipe.method for trial in jobs.trials} == set(grid.methods)
 
