@@ -17,9 +17,9 @@ def rounded_for(device: torch.device, values: Tensor, dtype: torch.dtype) -> Ten
 
 
 def wait_for_copies() -> None:
-    """Wait until every copy that was begun is complete."""
+    """Wait until every copy that was begun is complete, on whichever stream: those of shards are not on the usual one."""
     if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.synchronize()
 
 
 def _pinned(like: Tensor, dtype: torch.dtype) -> Tensor:
