@@ -17,7 +17,7 @@ def rounded_for(device: torch.device, values: Tensor, dtype: torch.dtype) -> Ten
 
 
 def wait_for_copies() -> None:
-    """Wait until every copy that was begun is complete, on whichever stream: those of shards are not on the usual one."""
+    """Wait until every copy that was begun is complete, on whichever stream: shards have one of their own."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
