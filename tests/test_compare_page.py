@@ -45,10 +45,11 @@ def test_methods_of_the_page(here: Path) -> None:
 def test_commands_of_the_page(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What the page has a reader run gives the files that it names, through real workers, with every run in them.
 
-    Here it is one of its seeds. The same again, from what the comparison keeps of its settings, repeats no run.
+    Here it is one of its seeds, and fewer rows. The same again, from what the comparison keeps of its settings, repeats
+    no run.
     """
     (here / "grid.yaml").write_text(FILES["grid.yaml"].replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
-    for line in COMMANDS.splitlines():
+    for line in COMMANDS.replace("head -n 200", "head -n 80").splitlines():
         if line.startswith("dualsft "):
             run(shlex.split(line)[1:])
         else:
