@@ -146,6 +146,16 @@ def shorten(quickstart: Path) -> None:
         path.write_text("".join(rows[::every]), encoding="utf-8")
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository")
+def test_no_pickle_is_kept() -> None:
+    """Nor a wheel: what tests or builds leave behind is not committed."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "README.md" in listed
+    assert [name for name in listed if Path(name).suffix in (".ckpt", ".pt", ".pth", ".pkl", ".bin", ".whl")] == []
+
+
 @pytest.mark.heavy
 def test_quick_start_from_a_wheel(tmp_path: Path) -> None:
     """A wheel installed outside the repository runs the quick start, which shows the effect that it claims."""

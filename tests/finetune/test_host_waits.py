@@ -1,6 +1,7 @@
 """How often a fit makes the host wait for the accelerator."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ class SecondStep(Callback):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_step_makes_the_host_wait_once(packing: bool, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_makes_the_host_wait_once(
+    packing: bool, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For the losses of its batches, which must be finite; logging and the report wait for nothing more."""
     seen = HostWaits()
     monkeypatch.setattr(data_module, "to_device", seen.moved(data_module.to_device))
@@ -43,7 +46,7 @@ def test_a_step_makes_the_host_wait_once(packing: bool, workspace: Workspace, mo
         "gradient_clip_val": 1.0,
         "num_sanity_val_steps": 0,
     }
-    fitting = trainer(callbacks=[FitReport(), SecondStep(seen)], **options, limit_val_batches=0)
+    fitting = trainer(tmp_path, callbacks=[FitReport(), SecondStep(seen)], **options, limit_val_batches=0)
     fitting.fit(workspace.module(), workspace.data(packing=packing, batch_tokens=100))
     by_model = {("masking_utils.py", "_local_scalar_dense"): 2} if packing else {}
     assert seen.waits == {("readout.py", "cpu"): 1, **by_model}
