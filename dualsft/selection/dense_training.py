@@ -179,8 +179,9 @@ class DenseTraining:
         return not any_rank(bool(finite) and not bool(torch.stack(finite).all()))
 
     def _drop_gradients(self) -> None:
-        for parameter in (*self._model.parameters(), *self._compact.masters):
+        for parameter in self._model.parameters():
             parameter.grad = None
+        self._compact.drop_gradients()
 
     def _halve(self, reason: str) -> None:
         if self._parts > 1:

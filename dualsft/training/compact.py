@@ -179,6 +179,12 @@ class CompactParameters(nn.Module):
             self._accumulate(k, gradient)
         self._arriving.clear()
 
+    def drop_gradients(self) -> None:
+        """Forget the masters' gradients, those on their way to the host too: a backward that failed leaves some."""
+        self._arriving.clear()
+        for master in self.masters:
+            master.grad = None
+
     def write_back(self) -> None:
         """Round the masters to the weights' type and store them in the model."""
         self._store(self.masters)
@@ -234,8 +240,7 @@ class CompactParameters(nn.Module):
 
     def _finish_step(self, *_: Any) -> None:
         self.write_back()
-        for master in self.masters:
-            master.grad = None
+        self.drop_gradients()
 
     def pending_gradients(self) -> dict[int, Tensor]:
         """Number of a master -> its (full) gradient that no step has used yet; on rank zero alone."""

@@ -194,17 +194,20 @@ def test_dropout_goes_by_seed_epoch_and_step() -> None:
     assert not torch.equal(first[0], first[2])
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("backward", "offload"), [(False, "never"), (True, "never"), (True, "always")])
 @pytest.mark.parametrize("kind", SHORTAGES)
 def test_a_shortage_halves_the_batch_but_not_the_step(
-    kind: str, backward: bool, capsys: pytest.CaptureFixture[str]
+    kind: str, backward: bool, offload: Offload, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the step that failed on, each batch goes in two parts; weights and moments are the same up to rounding."""
+    """From the step that failed on, each batch goes in two parts; weights and moments are the same up to rounding.
+
+    Gradients that were on their way to the host when backward failed are not added to the retaken step's.
+    """
     plain, model, notebook = make("llama"), make("llama"), Notebook()
     expected = warm_up(plain, batches(), epochs=2, learning_rate=1e-3)
     trap = Shortage(SHORTAGES[kind], 2, backward=backward)
     trap.attach(model)
-    moments = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook)
+    moments = warm_up(model, batches(), epochs=2, learning_rate=1e-3, keeper=notebook, offload=offload)
     assert trap.runs == 1 + 1 + 3 * 2
     assert_same_gradients(moments, expected, 1e-12)
     for (name, found), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
