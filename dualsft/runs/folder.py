@@ -284,6 +284,10 @@ class RunFolder(PhaseStore):
 
         return on_rank_zero(make)
 
+    def state_folder(self, name: str) -> Path:
+        """The place of a folder that `staging` has made, in this run or before it was killed."""
+        return self._state / name
+
     def finish(self) -> None:
         """Declare the run complete, in one step, and delete its state."""
         barrier()  # no rank reads the state any more

@@ -5,13 +5,18 @@ it stays, so that the states that a killed run leaves are of the same moment on 
 
 A file holds a checksum of its contents. A state that an earlier run left and that is damaged is dropped, and with it
 those that were saved after it, which may rest on it: the run resumes from the states before.
+
+A state and the one that it replaces lie on the disk together while the new one is written. Where the disk has no room
+for both, the older one goes first: then a kill before the new one is complete costs the phase's work, and no result.
 """
 
 import json
 import os
+import shutil
+import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,12 @@ from torch import Tensor
 from dualsft.errors import UserError, first_line
 from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.progress import Meter, say
-from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
+from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, on_all_ranks, rank, world_size
 from dualsft.storage.writing import refusal, replacing
 
 _NOTES, _CHECKSUM = "notes", "crc32"
+_SPARE = 2**26
+"""Bytes that are left free on a disk, for what else is written there meanwhile."""
 
 
 class PhaseStore:
@@ -35,8 +42,16 @@ class PhaseStore:
         self._folder = folder
         self._sound: set[Path] = set()  # written or checked by this process
 
-    def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Save a phase's state; the state before it stays until this one is complete.
+    def save(
+        self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str] = ()
+    ) -> None:
+        """Save a phase's state; the states that it replaces stay until it is complete, if the disk has room for both.
+
+        Args:
+            phase: The phase's name; an earlier state of it is replaced.
+            tensors: Named tensors, of a sharded model this rank's shards.
+            notes: What JSON can hold.
+            replaces: Names of other phases whose states this one makes superfluous.
 
         Raises:
             UserError: on every rank, if one cannot write.
@@ -44,19 +59,31 @@ class PhaseStore:
         # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
-        # 2. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
-        on_all_ranks(lambda: self._write(path, tensors, notes))
-        # 3. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
-        if world_size() > 1:
-            for version in before:
-                self._file(phase, version).unlink(missing_ok=True)
+        held = on_all_ranks(lambda: {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+        older = [self._file(phase, version) for version in before]
+        older += [self._file(other, version) for other in replaces for version in self._versions(other)]
+        # 2. Where the disk has no room for both, the older ones go first.
+        self.make_room(sum(tensor.nbytes for tensor in held.values()), [phase, *replaces])
+        # 3. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
+        on_all_ranks(lambda: self._write(path, held, notes))
+        # 4. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
+        _remove(file for file in older if file != path)
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    def make_room(self, size: int, phases: Collection[str]) -> None:
+        """Drop the states of phases if the disk has no room for what all ranks will write, ``size`` bytes this one."""
+        try:
+            free = shutil.disk_usage(self._folder).free
+        except OSError:  # writing will tell
+            free = sys.maxsize
+        if any_rank(free < sum(all_gather(size)) + _SPARE):
+            for phase in phases:
+                self.drop(phase)
+
+    def _write(self, path: Path, contiguous: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         text = json.dumps(notes)
         try:
             with replacing(path) as partial:
-                save_file(contiguous, partial, {_NOTES: text, _CHECKSUM: _checksum(contiguous, text)})
+                save_file(dict(contiguous), partial, {_NOTES: text, _CHECKSUM: _checksum(contiguous, text)})
         except Exception as error:
             if (reason := refusal(error)) is None:
                 raise
@@ -105,25 +132,38 @@ class PhaseStore:
     def _drop_since(self, path: Path) -> None:
         """Delete a file of this rank, and those of its files that were written later."""
         moment = path.stat().st_mtime_ns
-        own = f"*.rank-{rank()}-of-{world_size()}.safetensors" if world_size() > 1 else "*.safetensors"
-        for other in [found for found in self._folder.glob(own) if found.stat().st_mtime_ns >= moment]:
-            other.unlink()
+        own = self._folder.glob(f"*{_suffix('*')}.safetensors")
+        _remove([found for found in own if found.stat().st_mtime_ns >= moment])
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
-        for version in self._versions(phase):
-            self._file(phase, version).unlink(missing_ok=True)
+        _remove(self._file(phase, version) for version in self._versions(phase))
+
+    def drop_all(self, but: Collection[str]) -> None:
+        """Delete the states of all phases but these: of phases under way too, and of those that a kill left over."""
+        own = f"*{_suffix('*')}.safetensors"
+        kept = {self._file(phase, version) for phase in but for version in self._versions(phase)}
+        _remove(path for path in self._folder.glob(own) if path not in kept)
 
     def _versions(self, phase: str) -> list[int]:
         """The numbers of the states of a phase that this rank has saved; a single process has number 0 at most."""
         if world_size() == 1:
             return [0] if self._file(phase, 0).is_file() else []
-        found = self._folder.glob(f"{phase}@*.rank-{rank()}-of-{world_size()}.safetensors")
+        found = self._folder.glob(f"{phase}{_suffix('*')}.safetensors")
         return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
 
     def _file(self, phase: str, version: int) -> Path:
-        suffix = f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
-        return self._folder / f"{phase}{suffix}.safetensors"
+        return self._folder / f"{phase}{_suffix(version)}.safetensors"
+
+
+def _suffix(version: int | str) -> str:
+    """What this rank's files have after the name of the phase."""
+    return f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -141,13 +181,14 @@ class PhaseKeeper:
     """Saves the state of a phase in progress at intervals of minutes; implements `dualsft.matrix.passes.Keeper`.
 
     Attributes:
+        name: The name of the state.
         earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
         meter: Measures the phase's cost, from its start.
     """
 
     def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
-        self._store, self._name, self._seconds = store, f"{phase}.under-way", 60 * minutes
-        self._loaded = store.load(self._name)
+        self._store, self.name, self._seconds = store, f"{phase}.under-way", 60 * minutes
+        self._loaded = store.load(self.name)
         self._last_save = time.monotonic()
         self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
         self.meter: Meter | None = None
@@ -164,7 +205,7 @@ class PhaseKeeper:
     def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Save the state, with the phase's cost so far."""
         assert self.meter is not None
-        self._store.save(self._name, tensors, {**notes, **self.meter.so_far()})
+        self._store.save(self.name, tensors, {**notes, **self.meter.so_far()})
         self._last_save = time.monotonic()
 
     def begin_again(self) -> None:
@@ -176,4 +217,4 @@ class PhaseKeeper:
     def drop(self) -> None:
         """Discard the saved state."""
         self._loaded = None
-        self._store.drop(self._name)
+        self._store.drop(self.name)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, check_
 from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.weight_scores import read_weight_scores
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.files import read_full_tensors, write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
 
 
@@ -42,24 +43,23 @@ class Budgets:
         check_records(settings, pool.records, pool.ok_ids())
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 
-    def mask(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Choose weights by φ_j: parameter name -> bool, of the full shape; ``scores`` are this rank's shards.
+    def mask(self, scores: Path | None) -> Mapping[str, Tensor]:
+        """Choose weights by the φ_j in a folder: parameter name -> bool, of the full shape.
 
         Without scores, where no weights are to be chosen, all are.
 
-        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator
-        gets all scores at once, so rank zero's host holds them in this step, like that of a single process.
+        An allocator gets all scores at once, so the host of a single process holds them in this step. Of a sharded
+        model rank zero reads each from its file when it is asked for, writes the masks, and all ranks read those.
         """
-        if not scores:  # nothing is chosen where all are taken
+        if scores is None:  # nothing is chosen where all are taken
             weights = self._model.named_parameters()
             return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights if p.requires_grad}
+        full = read_weight_scores(scores)
         if not is_sharded(self._model):
-            return choose_parameters(self._settings, scores, self._base)
+            return choose_parameters(self._settings, dict(full), self._base)
         folder = self._run.staging(f"choice-{next(self._round)}")
-        write_full_tensors(scores, dict(self._model.named_parameters()), folder, "scores")
 
         def choose() -> None:
-            full = read_full_tensors(folder, "scores")
             write_masks(folder / "mask.safetensors", choose_parameters(self._settings, full, self._base))
 
         on_rank_zero(choose)

@@ -17,7 +17,8 @@ from dualsft.matrix.passes import compute_dtype
 from dualsft.models.configuration import stored_configuration
 from dualsft.models.loading import Dtype, model_fingerprint, model_folder, special_tokens, tokenizer_fingerprint
 from dualsft.selection.manifest import DataSection, ExampleCounts, ModelSection, ParameterCounts, Source, TrainSource
-from dualsft.selection.order import Chosen, ScoresBothSides
+from dualsft.selection.order import Chosen
+from dualsft.selection.outcome import Outcome
 from dualsft.selection.scoring_checkpoint import describe_checkpoint
 from dualsft.selection.settings import describe_settings, keys
 
@@ -103,14 +104,12 @@ def _source(given: Given | None, examples: Examples) -> dict[str, Any]:
     }
 
 
-def describe_outcome(
-    model: nn.Module, data: InstructionDataModule, chosen: Chosen, scoring: ScoresBothSides
-) -> dict[str, Any]:
+def describe_outcome(model: nn.Module, data: InstructionDataModule, chosen: Chosen, outcome: Outcome) -> dict[str, Any]:
     """The results of a selection: counts, sum identity, predicted improvement, and versions of packages.
 
     The scores cover all of the model's weights but the frozen ones.
     """
-    weights, identity = _count_weights(chosen.mask), scoring.identity
+    weights, identity = _count_weights(chosen.mask), outcome.identity
     worst = max(identity.values(), key=lambda of: of["relative_difference"], default=None)
     examples = ExampleCounts(
         selected=len(chosen.examples),
@@ -121,8 +120,8 @@ def describe_outcome(
     return {
         "counts": {"examples": asdict(examples), "parameters": asdict(weights)},
         "sum_identity": {**worst, "sets": identity} if worst and data.named_validation else worst,
-        "prediction": scoring.prediction(),
-        "path_walked": scoring.describe(),
+        "prediction": outcome.prediction,
+        "path_walked": outcome.path,
         "rounds": chosen.rounds,
         "versions": {
             "python": platform.python_version(),

@@ -150,13 +150,13 @@ def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Column
 
 def parameter_scores(
     us: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], combination: Combination
-) -> dict[str, Tensor]:
-    """Compute φ_j = u_j Σ_i g_ij of every weight, the validation sets combined.
+) -> LazyTensors:
+    """φ_j = u_j Σ_i g_ij of every weight, the validation sets combined, computed when it is read.
 
     Returns:
         Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host.
     """
-    return {name: combined([_score(u, sums, name) for u in us], combination).float().cpu() for name in us[0]}
+    return LazyTensors(us[0], lambda name: combined([_score(u, sums, name) for u in us], combination).float().cpu())
 
 
 def _score(u: Mapping[str, Tensor], sums: Mapping[str, Tensor], name: str) -> Tensor:

@@ -22,6 +22,7 @@ from dualsft.matrix.curvature import (
     displaced,
     twice_differentiable,
 )
+from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
@@ -29,6 +30,7 @@ from dualsft.objectives.prior import SelfDistillation
 from dualsft.scorers import SecondOrderScorer
 from dualsft.selection.alignment import cosine
 from dualsft.selection.directions import Statistics, preconditioner
+from dualsft.selection.known_objective import KnownObjective
 from dualsft.selection.passes import Passes
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import HESSIAN, Term
@@ -37,8 +39,8 @@ WeightedSum = tuple[float, Mapping[str, Tensor]]
 """A weight c and a sum G by parameter name, on the host or in files; it means c G."""
 
 
-class ValidationObjective:
-    """V of each validation set at one scoring checkpoint.
+class ValidationObjective(KnownObjective):
+    """V of each validation set at one scoring checkpoint, with the gradient of each term in the run's files.
 
     Args:
         model: The model at the scoring checkpoint.
@@ -62,7 +64,6 @@ class ValidationObjective:
     ) -> None:
         self._model, self._passes = model, passes
         self._needs = frozenset(settings.scorer.needs)
-        self._second_order = isinstance(settings.scorer, SecondOrderScorer)
         self._validation, self._further, self._moments = validation, further, moments
         self._adam = settings.preconditions
         self.preconditioner = preconditioner(model, moments if self._adam else None)
@@ -70,16 +71,9 @@ class ValidationObjective:
         self._term_gradients: dict[Term, WeightedSum] = {}
         self._gradients: dict[str, Mapping[str, Tensor]] = {}
         self._fishers: dict[str, Mapping[str, Tensor]] = {}
-
-    @property
-    def sets(self) -> list[str]:
-        """The names of the validation sets."""
-        return list(self._validation)
-
-    @property
-    def needs_pool_gradient(self) -> bool:
-        """Whether the scorer's direction can be computed only once ḡ is known."""
-        return self._second_order or bool(self._needs & {"pool_gradient", *HESSIAN})
+        self.sets = list(validation)
+        second_order = isinstance(settings.scorer, SecondOrderScorer)
+        self.needs_pool_gradient = second_order or bool(self._needs & {"pool_gradient", *HESSIAN})
 
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples, under the preconditioner."""
@@ -205,15 +199,20 @@ class ValidationObjective:
         if (found := self._passes.finished(name)) is None:
             with around(), term.losses(displaced_weights) as losses:
                 found = self._passes.run(name, term.examples, term.loader, losses=losses, **options)
-        if not found.counted:
-            raise UserError(
-                f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data "
-                "and the weights."
-            )
-        return term.weight / found.counted, found.sums
+        return mean_weight(term, found), found.sums
 
     def _total(self, parts: Sequence[WeightedSum]) -> LazyTensors:
         return weighted_total(parts, self._model.device)
+
+
+def mean_weight(term: Term, found: GradientPass) -> float:
+    """λ over the number of the examples that a pass over a term has counted; refused if it is none."""
+    if not found.counted:
+        raise UserError(
+            f"No {term.phase('example')} has a finite loss and gradient at the scoring checkpoint; check the data "
+            "and the weights."
+        )
+    return term.weight / found.counted
 
 
 def weighted_total(parts: Sequence[WeightedSum], device: torch.device) -> LazyTensors:

@@ -8,8 +8,9 @@
 The last two may take more rounds, in which each side is re-scored with the latest choice of the other.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -34,11 +35,11 @@ class ScoresBothSides(Protocol):
     nonfinite: set[int]
     identity: dict[str, dict[str, float]]
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
-        """Score all weights over all examples, and all examples by all weights."""
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
+        """Score all weights over all examples, and all examples by all weights; see `weights`."""
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
-        """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
+        """Score all weights over these examples: parameter name -> φ_j, float32, on the host, made when it is read.
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
@@ -64,7 +65,7 @@ class Chosen:
     """Both sides: their latest scores, and the choices by them.
 
     Attributes:
-        parameter_scores: φ_j by parameter name, float32.
+        parameter_scores: The folder of the φ_j; None where no weight has a score.
         mask: Parameter name -> bool, of the parameter's full shape.
         example_scores: φ_i.
         examples: Ids of the chosen examples.
@@ -72,7 +73,7 @@ class Chosen:
         rounds: The choices of each round, and the share of the last round's choices that it kept.
     """
 
-    parameter_scores: dict[str, Tensor] = field(default_factory=dict)
+    parameter_scores: Path | None = None
     mask: Mapping[str, Tensor] = field(default_factory=dict)
     example_scores: ExampleScores = field(default_factory=ExampleScores)
     examples: set[int] = field(default_factory=set)
@@ -80,7 +81,13 @@ class Chosen:
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
-def choose_by_turns(order: Order, rounds: int, scoring: ScoresBothSides, budgets: Budgets, pool: list[int]) -> Chosen:
+Write = Callable[[Mapping[str, Tensor]], Path | None]
+"""Writes the φ_j into the files of the run, in the place of earlier ones."""
+
+
+def choose_by_turns(
+    order: Order, rounds: int, scoring: ScoresBothSides, budgets: Budgets, pool: list[int], write: Write
+) -> Chosen:
     """Score and choose one side after the other, for ``rounds`` rounds."""
     chosen = Chosen()
     for number in range(1, rounds + 1):
@@ -88,7 +95,7 @@ def choose_by_turns(order: Order, rounds: int, scoring: ScoresBothSides, budgets
         record: dict[str, Any] = {"round": number}
         for side in ("parameters", "data") if order == "parameters_then_data" else ("data", "parameters"):
             if side == "parameters":
-                record[side] = _choose_parameters(scoring, budgets, chosen, pool, occasion)
+                record[side] = _choose_parameters(scoring, budgets, chosen, pool, write, occasion)
             else:
                 record[side] = _choose_examples(scoring, budgets, chosen, occasion)
         chosen.rounds.append(record)
@@ -96,15 +103,16 @@ def choose_by_turns(order: Order, rounds: int, scoring: ScoresBothSides, budgets
 
 
 def _choose_parameters(
-    scoring: ScoresBothSides, budgets: Budgets, chosen: Chosen, pool: list[int], occasion: str
+    scoring: ScoresBothSides, budgets: Budgets, chosen: Chosen, pool: list[int], write: Write, occasion: str
 ) -> dict[str, Any]:
     """Score all weights over the chosen examples, and choose among them."""
-    chosen.parameter_scores = scoring.weights(chosen.examples or pool, occasion)
+    scores = scoring.weights(chosen.examples or pool, occasion)
     while late := chosen.examples & scoring.nonfinite:  # a gradient may not be finite although its row is
         chosen.example_scores = chosen.example_scores.without(late)
         chosen.examples, chosen.duplicate_of = budgets.examples(chosen.example_scores.scores, scoring.measured)
         occasion = f"{occasion}, again"
-        chosen.parameter_scores = scoring.weights(chosen.examples, occasion)
+        scores = scoring.weights(chosen.examples, occasion)
+    chosen.parameter_scores = write(scores)
     before, chosen.mask = chosen.mask, budgets.mask(chosen.parameter_scores)
     count = sum(int(m.count_nonzero()) for m in chosen.mask.values())
     kept = sum(int((m & before[name]).count_nonzero()) for name, m in chosen.mask.items()) if before else None

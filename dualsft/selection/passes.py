@@ -28,7 +28,8 @@ ADVICE = (
     "set model.gradient_checkpointing and go on with --resume, or start anew (--overwrite) with a lower "
     "data.batch_tokens or data.max_length, or with model.dtype bfloat16"
 )
-_HALVED = "halved"
+HALVED = "halved"
+"""The name of the state that says that the batches have been halved."""
 
 
 class Passes:
@@ -58,8 +59,9 @@ class Passes:
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
-        halved = run.load(_HALVED)
+        halved = run.load(HALVED)
         self._halved, self.place = halved is not None, ""
+        self._unsaved: list[PhaseKeeper] = []
         self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
@@ -73,6 +75,38 @@ class Passes:
         if (finished := self.finished(name)) is not None:
             return finished
         name = f"{name}{self.place}"
+        found, keeper = self._pass(name, examples, loader, options)
+        tensors, notes = found.state()
+        self._run.save(_key(name), tensors, {**notes, **self._log.latest()}, replaces=[keeper.name])
+        del found, tensors  # the sums leave the device, and the host's memory if need be
+        keeper.drop()
+        saved = self._run.load(_key(name))
+        assert saved is not None
+        return GradientPass.from_state(*saved)
+
+    def run_unsaved(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
+        """Run a pass like `run`, but leave its result in memory, for a caller that saves what it makes of it.
+
+        The state of the pass under way stays until `drop_unsaved`.
+        """
+        found, keeper = self._pass(f"{name}{self.place}", examples, loader, options)
+        self._unsaved.append(keeper)
+        return found
+
+    @property
+    def unsaved(self) -> list[str]:
+        """The names of the states that `drop_unsaved` deletes."""
+        return [keeper.name for keeper in self._unsaved]
+
+    def drop_unsaved(self) -> None:
+        """Delete the states of the passes under way whose results the caller has saved by now."""
+        while self._unsaved:
+            self._unsaved.pop().drop()
+
+    def _pass(
+        self, name: str, examples: int, loader: Loader, options: dict[str, Any]
+    ) -> tuple[GradientPass, PhaseKeeper]:
+        """One `gradient_pass`, and what keeps its state under way."""
         keeper = PhaseKeeper(self._run, _key(name), self._save_minutes)
         while True:
             try:
@@ -87,20 +121,13 @@ class Passes:
                         keeper=keeper,
                         **options,
                     )
-                break
+                return found, keeper
             except Exception as error:
                 if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the pass
                     raise
                 reason = shortage(error)
             # outside the handler, whose traceback holds on to the batch
             self._restart(name, reason, keeper)
-        tensors, notes = found.state()
-        self._run.save(_key(name), tensors, {**notes, **self._log.latest()})
-        del found, tensors  # the sums leave the device, and the host's memory if need be
-        keeper.drop()
-        saved = self._run.load(_key(name))
-        assert saved is not None
-        return GradientPass.from_state(*saved)
 
     def finished(self, name: str) -> GradientPass | None:
         """The pass of this name, if an earlier run finished it."""
@@ -130,7 +157,7 @@ class Passes:
         say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
         keeper.begin_again()
         # after the state of the larger batches is gone, as halved batches come in another order
-        self._run.save(_HALVED, {}, {"batch_tokens": half})
+        self._run.save(HALVED, {}, {"batch_tokens": half})
 
 
 def _key(name: str) -> str:

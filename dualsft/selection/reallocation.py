@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from dualsft.selection.near_duplicates import DUPLICATE_OF, duplicate_column
 from dualsft.selection.parameter_choice import choose_parameters
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
 from dualsft.selection.writing import publish, write_selection
-from dualsft.storage.paths import expanded, real
+from dualsft.storage.paths import expanded, link_or_copy, real
 from dualsft.storage.writing import writing_to
 
 
@@ -103,7 +102,7 @@ def _publish(run: RunFolder, source: Selection, **parts: Any) -> None:
         staged = run.staging()
         with writing_to(run.path):
             for file in source.score_files:
-                _link(file, staged / file.name)
+                link_or_copy(file, staged / file.name)
         write_selection(staged, **parts)
         publish(staged, run.path)
     except BaseException:  # nothing of seconds' work is worth resuming
@@ -246,10 +245,3 @@ def _with_choice(examples: pa.Table, chosen: ChosenExamples) -> pa.Table:
     for name, twins in duplicate_column(ids, chosen.duplicate_of).items():
         table = table.append_column(name, pa.array(twins, pa.int64()))
     return table.combine_chunks()  # otherwise its pages on disk would differ from a fresh table's
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(real(source), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

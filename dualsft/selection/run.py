@@ -14,6 +14,7 @@ other (`order.py`). Every pass over data is a phase: resumed where it was killed
 Source: arXiv 2605.06166.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dualsft.data.module import InstructionDataModule
@@ -21,8 +22,9 @@ from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
-from dualsft.selection.artifact import WEIGHT_SCORES, Selection, load_selection
+from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.budgets import Budgets
+from dualsft.selection.combined_objective import CombinedObjective, can_combine
 from dualsft.selection.describe import (
     describe_configuration,
     describe_inputs,
@@ -31,22 +33,25 @@ from dualsft.selection.describe import (
     working_directory,
 )
 from dualsft.selection.diagnostics import Basis, describe_target, row_sources
+from dualsft.selection.known_objective import KnownObjective
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.order import Chosen, ScoresBothSides, choose_by_turns
+from dualsft.selection.outcome import Outcome
 from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.run import walk_path
 from dualsft.selection.phase_plan import count_phases
+from dualsft.selection.scored import kept_scores, score_once
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
-from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint, warmup_steps
+from dualsft.selection.scoring_checkpoint import drop_second_moment, reach_scoring_checkpoint, warmup_steps
 from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_halves, validation_terms
+from dualsft.selection.weight_scores import link_weight_scores, write_weight_scores
 from dualsft.selection.writing import publish, write_selection
 from dualsft.sharding.collectives import on_rank_zero, world_size
-from dualsft.sharding.files import write_full_tensors
-from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import compute_device
+from dualsft.storage.writing import writing_to
 
 if TYPE_CHECKING:
     from dualsft.selection.module import SelectionModule
@@ -82,23 +87,30 @@ def run_selection(
     log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
 
-    # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.
-    along_path = settings.path.along is not None
-    scoring = (walk_path if along_path else score_at_checkpoint)(module, data, passes, run, log, seed)
+    def scoring() -> ScoresBothSides:
+        # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.
+        along_path = settings.path.along is not None
+        return (walk_path if along_path else score_at_checkpoint)(module, data, passes, run, log, seed)
 
     # 5. and 6. Rows and columns, budgets.
+    checksums: dict[str, str] = {}
     if "then" in settings.order:  # each side is scored by the choice of the other
-        chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids())
+        write = partial(write_weight_scores, run, model)
+        taking_turns = scoring()
+        chosen = choose_by_turns(settings.order, settings.rounds, taking_turns, budgets, pool.ok_ids(), write)
+        outcome = Outcome.of(taking_turns)
     else:
-        weights, examples = scoring.both()
-        mask = budgets.mask(weights)
-        chosen = Chosen(weights, mask, examples, *budgets.examples(examples.scores, scoring.measured))
+        scored = kept_scores(run, log, settings.step_size) or score_once(run, log, model, passes, scoring())
+        outcome, examples, checksums = scored.outcome, scored.examples, scored.checksums
+        mask = budgets.mask(scored.weights)
+        chosen = Chosen(scored.weights, mask, examples, *budgets.examples(examples.scores, outcome.measured))
 
     # 7. The selection directory.
     cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
     origin = {**configuration, "directory": working_directory()}
-    manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **origin}
-    write_results(module, data, run, chosen, scoring, seed, manifest=manifest, config=config)
+    known = {"checksums": checksums} if settings.parameter_scores == "full" else {}
+    manifest = {**inputs, **describe_outcome(model, data, chosen, outcome), **cost, **origin, **known}
+    write_results(module, data, run, chosen, outcome, seed, manifest=manifest, config=config)
     return load_selection(run.path)
 
 
@@ -107,30 +119,29 @@ def write_results(
     data: InstructionDataModule,
     run: RunFolder,
     chosen: Chosen,
-    scoring: ScoresBothSides,
+    outcome: Outcome,
     seed: int,
     **parts: Any,
 ) -> None:
     """Write the selection directory, its other ``parts`` as they are, and end the run."""
-    model, settings, records, staged = module.model, module.settings, data.train_examples.records, run.staging()
-    alignment, stability = scoring.alignment(), scoring.stability()  # sums over ranks
-    if is_sharded(model):  # all ranks at once
-        write_full_tensors(chosen.parameter_scores, dict(model.named_parameters()), staged, WEIGHT_SCORES)
+    settings, records, staged = module.settings, data.train_examples.records, run.staging()
 
     def write() -> None:
+        if chosen.parameter_scores is not None:
+            with writing_to(run.path):
+                link_weight_scores(chosen.parameter_scores, staged)
         sources = row_sources(records, settings.data_allocator)
         target = describe_target(data.validation_sets.values(), sources.column if sources else None)
         write_selection(
             staged,
-            examples=example_table(data, chosen, scoring),
-            parameter_scores=None if is_sharded(model) else chosen.parameter_scores,
+            examples=example_table(data, chosen, outcome),
             kept=settings.parameter_scores,
             mask=chosen.mask,
             selected_lines=[records.line(i) for i in sorted(chosen.examples)],
             token_scores=token_table(data, chosen) if settings.token_scores else None,
-            sketches=scoring.measured.get(SKETCH),
+            sketches=outcome.measured.get(SKETCH),
             sources=sources,
-            basis=Basis(target, alignment, warmup_steps(settings, data, seed), stability),
+            basis=Basis(target, outcome.alignment, warmup_steps(settings, data, seed), outcome.stability),
             **parts,
         )
         publish(staged, run.path)
@@ -147,10 +158,17 @@ def score_at_checkpoint(
     # 2. The scoring checkpoint.
     moments = reach_scoring_checkpoint(model, settings, data, run, log, seed)
     # 3. The validation objective.
-    further = make_further_terms(module, data, seed)
-    halves = validation_halves(data, seed) if settings.stability else {}
-    objective = ValidationObjective(model, settings, passes, validation_terms(data), further, moments, halves)
-    objective.take_gradients()
+    terms, further = validation_terms(data), make_further_terms(module, data, seed)
+    objective: KnownObjective
+    if can_combine(settings, len(terms)):
+        known = moments if settings.preconditions else None
+        objective = combined = CombinedObjective(model, passes, run, log, terms, further, known)
+        combined.take_gradients()
+        drop_second_moment(run)
+    else:
+        halves = validation_halves(data, seed) if settings.stability else {}
+        objective = full = ValidationObjective(model, settings, passes, terms, further, moments, halves)
+        full.take_gradients()
     # 4. The directions.
     rule = ScorerDirections(settings, objective, run, data.named_validation)
-    return Scoring(model, settings, rule, passes, data)
+    return Scoring(model, settings, rule, passes, data, unsaved="then" not in settings.order)

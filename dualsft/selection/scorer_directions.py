@@ -15,7 +15,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import say
 from dualsft.selection.directions import Statistics, scorer_direction
-from dualsft.selection.objective import ValidationObjective
+from dualsft.selection.known_objective import KnownObjective
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.step import Along, along_pool_step, bind, describe, is_bound, settle, warning
 
@@ -73,9 +73,7 @@ class ScorerDirections(DirectionRule):
         named: Whether the validation sets have names.
     """
 
-    def __init__(
-        self, settings: SelectionSettings, objective: ValidationObjective, run: RunFolder, named: bool
-    ) -> None:
+    def __init__(self, settings: SelectionSettings, objective: KnownObjective, run: RunFolder, named: bool) -> None:
         self._settings, self._objective, self._run, self._named = settings, objective, run, named
         self.sets, self.needs_pool_gradient = objective.sets, objective.needs_pool_gradient
         self._step: float | None = None if settings.step_size == "auto" else settings.step_size

@@ -95,6 +95,7 @@ class Scoring:
         rule: Gives the directions.
         passes: Runs the passes over the pool.
         data: The pool.
+        unsaved: Whether one pass for both sides leaves its result in memory, for a caller that saves the scores.
 
     Attributes:
         measured: Name of a statistic -> example id -> its value.
@@ -109,8 +110,10 @@ class Scoring:
         rule: DirectionRule,
         passes: Passes,
         data: InstructionDataModule,
+        unsaved: bool = False,
     ) -> None:
         self._model, self._settings, self._rule, self._passes = model, settings, rule, passes
+        self._pass_for_both = passes.run_unsaved if unsaved else passes.run
         self._data, self._pool = data, data.train_examples.ok_ids()
         self._latest = _Latest()
         self._num_examples = 0
@@ -122,7 +125,7 @@ class Scoring:
     def _finite(self) -> list[int]:
         return [i for i in self._pool if i not in self.nonfinite]
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
         if self._rule.needs_pool_gradient:
             self._sum_gradients(self._finite)
@@ -131,13 +134,13 @@ class Scoring:
             ids = self._finite
             self._make_directions(len(ids), None)
             us = self._latest.directions
-            found = self._passes.run("scores", **self._rows_of([*us, *self._latest.halves], columns=True))
+            found = self._pass_for_both("scores", **self._rows_of([*us, *self._latest.halves], columns=True))
             examples = self._take_rows(found, us)
             self._take_sums(found, ids)
         return self._weight_scores(), examples
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
-        """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
+        """Score all weights over these examples: parameter name -> φ_j, float32, on the host, made when it is read.
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
@@ -242,7 +245,7 @@ class Scoring:
         self._latest.directions = [HeldDirection(u, self._model) for u in us]
         self._latest.halves = [HeldDirection(u, self._model) for u in self._rule.half_directions()]
 
-    def _weight_scores(self) -> dict[str, Tensor]:
+    def _weight_scores(self) -> Mapping[str, Tensor]:
         return parameter_scores(
             [u.exact for u in self._latest.directions], self._latest.sums, self._settings.combination
         )

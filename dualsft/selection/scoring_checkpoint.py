@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -11,12 +12,13 @@ from torch import Tensor
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models import PreTrainedModel
-from dualsft.models.lazy import LazyTensors, under
+from dualsft.models.lazy import LazyTensors
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.models.tensor_file import OpenTensors, check_tensors
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
+from dualsft.selection.combined_objective import is_combined
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import ADVICE, warm_up
@@ -30,7 +32,9 @@ SECOND_MOMENT = "second_moment.safetensors"
 Moments = Mapping[str, Tensor]
 """Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard. Read at every use."""
 
-_PHASE, _KEPT = "warm-up", "warmup"
+_PHASE, _MOMENTS, _KEPT = "warm-up", "warm-up-second-moment", "warmup"
+_MOMENT = 4
+"""Bytes of an entry of ĉ."""
 
 
 def reach_scoring_checkpoint(
@@ -52,7 +56,8 @@ def reach_scoring_checkpoint(
     if warmup.fraction == 0:
         return {}
     keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)
-    if (saved := run.load(_PHASE)) is None:
+    keeps_moments = settings.needs_second_moment_of_warmup or warmup.keep
+    if (saved := _finished(run, keeps_moments and not is_combined(run))) is None:
         on_rank_zero(lambda: shutil.rmtree(run.path / _KEPT, ignore_errors=True))  # of a state that was dropped
         ids = warmup.draw(data.train_examples.ok_ids(), seed)
         loader = data.training_loader(ids, seed)
@@ -70,20 +75,36 @@ def reach_scoring_checkpoint(
                 seed,
                 settings.offload_optimizer,
             )
-        weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
-        run.save(_PHASE, {**weights, **{f"moment:{name}": moment for name, moment in moments.items()}}, log.latest())
+        weights = {name: local_shard(p.detach()) for name, p in model.named_parameters()}
+        run.make_room(sum(w.numel() * (w.element_size() + _MOMENT) for w in weights.values()), [keeper.name])
+        if keeps_moments:  # apart from the weights, which are used for longer
+            run.save(_MOMENTS, moments, {})
         del moments
-        saved = run.load(_PHASE)  # lazy: the moments stay in the file until they are used
-        assert saved is not None
+        run.save(_PHASE, weights, log.latest())
     else:
         for name, parameter in model.named_parameters():
-            local_shard(parameter.detach()).copy_(saved[0][f"weight:{name}"])
+            local_shard(parameter.detach()).copy_(saved[0][name])
         log.restore(saved[1])
     keeper.drop()
-    moments = under("moment", saved[0])
+    kept = run.load(_MOMENTS)
+    moments = kept[0] if kept else {}  # read from their file at every use
     if warmup.keep:
         _keep_checkpoint(model, moments, data, run)
     return moments
+
+
+def _finished(run: RunFolder, needs_moments: bool) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+    """The state of a warm-up that an earlier run finished; dropped where the second moment beside it is missing."""
+    saved, moments = run.load(_PHASE), run.load(_MOMENTS)
+    if saved is not None and moments is None and needs_moments:
+        run.drop(_PHASE)
+        return None
+    return saved
+
+
+def drop_second_moment(run: RunFolder) -> None:
+    """Drop ĉ of the warm-up from the run's files, where what was made of it is all that is used."""
+    run.drop(_MOMENTS)
 
 
 def warmup_steps(settings: SelectionSettings, data: InstructionDataModule, seed: int) -> int | None:

@@ -19,7 +19,8 @@ from dualsft.scorers import Scorer, SecondOrderScorer
 from dualsft.selection.directions import Statistics, check_vector, trainable_parameters
 
 StepSize = float | Literal["auto"]
-_PHASE = "step-size"
+BOUND = "step-size"
+"""The name of the state that says on which step size the run's scores depend."""
 NEGLIGIBLE = 1e-3
 """Share of the first-order term below which the second-order one is said to change next to nothing."""
 
@@ -94,14 +95,14 @@ def settle(setting: StepSize, along: Collection[Along], bound: bool = False) -> 
 
 def is_bound(run: RunFolder) -> bool:
     """Whether the run's scores depend on a step size already."""
-    return run.load(_PHASE) is not None
+    return run.load(BOUND) is not None
 
 
 def bind(run: RunFolder, setting: StepSize) -> None:
     """Record that the run's scores depend on this step size from here on; refuse it if they depend on another."""
-    kept = run.load(_PHASE)
+    kept = run.load(BOUND)
     if kept is None:
-        run.save(_PHASE, {}, {"step_size": setting})
+        run.save(BOUND, {}, {"step_size": setting})
     elif kept[1]["step_size"] != setting:
         raise UserError(
             f"{run.path} holds scores made with model.step_size {kept[1]['step_size']}, not {setting}; "

@@ -29,8 +29,13 @@ _MAX_FILE = 5 * 10**9
 """Bytes, the default of `huggingface_hub`."""
 
 
-def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors that are all-gathered to the host when read; every rank must read them, in the same order."""
+def lazy_full_tensors(
+    shards: Mapping[str, Tensor], like: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Full tensors that are all-gathered to the host when read; every rank must read them, in the same order.
+
+    With the ``dtype`` of all shards, none is read before.
+    """
 
     @lru_cache(maxsize=2)  # a model's file alternates slices of a layer's two stacks of experts
     def gather(name: str) -> Tensor:
@@ -39,24 +44,22 @@ def lazy_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor]) 
     def read(name: str, rows: Rows) -> Tensor:
         return gather(name)[rows]
 
-    meta = {n: torch.empty(like[n].shape, dtype=shard.dtype, device="meta") for n, shard in shards.items()}
+    meta = {n: torch.empty(like[n].shape, dtype=dtype or shards[n].dtype, device="meta") for n in shards}
     return {n: LazyTensor(meta[n], partial(read, n), "meta") for n in shards}
 
 
 def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
     """Write files of lazy tensors; every rank calls this, and rank r writes every file k with k ≡ r mod world size.
 
+    A single process holds one tensor at a time.
+
     Args:
         folder: The folder, which the ranks share.
         files: Name, tensors and metadata of each file; the same on every rank.
     """
-    own: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
+    own: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]] = {}
     for k, (file, lazy, metadata) in enumerate(files):
-        tensors = {}
-        for name in sorted(lazy):
-            tensor = rows_of(lazy[name], ...)
-            if k % world_size() == rank():
-                tensors[name] = tensor
+        tensors = lazy if world_size() == 1 else _gathered(lazy, keep=k % world_size() == rank())
         if tensors:
             own[file] = tensors, metadata
 
@@ -64,17 +67,39 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
         with writing_to(folder):
             for file, (tensors, metadata) in own.items():
                 specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-                write_tensors(folder / file, specs, tensors.__getitem__, metadata)
+                write_tensors(folder / file, specs, partial(_read, tensors), metadata)
 
     on_all_ranks(write)
 
 
-def write_full_tensors(shards: Mapping[str, Tensor], like: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+def _gathered(lazy: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors of a file, of which this rank keeps all or none."""
+    read = {}
+    for name in sorted(lazy):
+        tensor = _read(lazy, name)
+        if keep:
+            read[name] = tensor
+    return read
+
+
+def _read(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return rows_of(tensors[name], ...)
+
+
+def write_full_tensors(
+    shards: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    folder: Path,
+    stem: str,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write sharded tensors in the layout of Hugging Face's sharded checkpoints; each rank writes about as much.
+
+    With the ``dtype`` of all shards each is read when it is written.
 
     The files are ``STEM-0000N-of-0000M.safetensors``, with an index if there are several.
     """
-    lazy = lazy_full_tensors(dict(sorted(shards.items())), like)
+    lazy = dict(sorted(lazy_full_tensors(shards, like, dtype).items()))
     per_rank = -(-sum(tensor.nbytes for tensor in lazy.values()) // world_size())
     plan = split_torch_state_dict_into_shards(
         lazy, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max(1, min(_MAX_FILE, per_rank))

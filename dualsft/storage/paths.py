@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -55,6 +56,14 @@ def _written_out(path: str) -> str:
 def real(path: Path) -> Path:
     """The path without links; of links that lead in a circle, which cannot be followed, as far as they can."""
     return Path(os.path.realpath(path))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where there are no hard links, or the name is on another file system."""
+    try:
+        os.link(real(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def named(path: str | os.PathLike[str]) -> str:

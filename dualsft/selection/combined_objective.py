@@ -1,0 +1,144 @@
+"""P ⊙ v of a validation set at the scoring checkpoint, kept in the place of all that it is made of.
+
+    w = P ⊙ v,   v = Σ_t c_t G_t        u = (η/n) w        <v, P ⊙ ḡ> = <w, ḡ>
+
+with G_t the sum of a term's gradients and c_t = λ_t over the number of its examples. A first-order scorer uses P and v
+in this product alone: with w in the place of v, and 1 in that of P, it gives the same direction. So the run's files
+hold one sum for all terms, and once w is complete the second moment behind P is not needed any more.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from dualsft.matrix.sketches import Measurement
+from dualsft.models import PreTrainedModel
+from dualsft.models.lazy import under
+from dualsft.objectives.prior import SelfDistillation
+from dualsft.runs.folder import RunFolder
+from dualsft.runs.progress import PhaseLog
+from dualsft.scorers import FirstOrder
+from dualsft.selection.alignment import cosine
+from dualsft.selection.directions import Statistics, preconditioner
+from dualsft.selection.known_objective import KnownObjective
+from dualsft.selection.objective import mean_weight, weighted_total
+from dualsft.selection.passes import Passes
+from dualsft.selection.settings import SelectionSettings
+from dualsft.selection.terms import Term
+
+_PHASE = "validation-direction"
+
+
+def can_combine(settings: SelectionSettings, validation_sets: int) -> bool:
+    """Whether P ⊙ v is all that a run uses of both: one set without halves, and no statistics of examples under P."""
+    alone = validation_sets == 1 and not settings.stability
+    return isinstance(settings.scorer, FirstOrder) and alone and not (settings.preconditions and settings.statistics)
+
+
+def is_combined(run: RunFolder) -> bool:
+    """Whether an earlier run has kept P ⊙ v."""
+    saved = run.load(_PHASE)
+    return saved is not None and saved[1]["complete"]
+
+
+class CombinedObjective(KnownObjective):
+    """V of one validation set for a first-order scorer, see `can_combine`.
+
+    Args:
+        model: The model at the scoring checkpoint.
+        passes: Runs the passes over the terms.
+        run: Keeps their sum.
+        log: Records what they cost.
+        validation: The validation set -> its term.
+        further: The other terms.
+        moments: ĉ by parameter name, for P; None for P = 1. Read until w is complete.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        passes: Passes,
+        run: RunFolder,
+        log: PhaseLog,
+        validation: Mapping[str, Term],
+        further: Sequence[Term],
+        moments: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._model, self._passes, self._run, self._log = model, passes, run, log
+        self._terms, self._moments = [*validation.values(), *further], moments
+        self.sets, self.needs_pool_gradient = list(validation), False
+        self._direction: Mapping[str, Tensor] = {}
+        self._cosine: float | None = None
+
+    def take_gradients(self) -> None:
+        """Pass over every term that an earlier run has not added, one after the other."""
+        added, costs, before = 0, list[dict[str, Any]](), None
+        if (saved := self._run.load(_PHASE)) is not None:
+            tensors, notes = saved
+            added, costs, self._cosine = notes["added"], notes["costs"], notes["cosine"]
+            before = under("sum", tensors)
+            for cost in costs:
+                self._log.restore(cost)
+        for number, term in enumerate(self._terms[added:], added + 1):
+            known = len(self._log.phases)
+            sums = self._add(term, before)
+            costs += [asdict(phase) for phase in self._log.phases[known:]]
+            complete = number == len(self._terms)
+            # 1. The sum without this term goes first: a kill here costs the passes over the terms, which are few beside
+            #    those over the pool, and so the disk never holds both.
+            self._run.drop(_PHASE)
+            # 2. The sum with it; the last time its product with P.
+            notes = {"added": number, "costs": costs, "complete": complete, "cosine": self._cosine}
+            if complete:
+                self._precondition(sums)
+            self._run.save(_PHASE, {f"sum:{n}": s for n, s in sums.items()}, notes, replaces=self._passes.unsaved)
+            del sums  # the device, and the host's memory
+            self._passes.drop_unsaved()
+            saved = self._run.load(_PHASE)
+            assert saved is not None
+            before = under("sum", saved[0])
+        assert before is not None
+        self._direction = before
+
+    def _add(self, term: Term, before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The sum of the terms so far and this one, each tensor in the place of the term's own."""
+        with term.losses(False) as losses:
+            found = self._passes.run_unsaved(term.phase("gradient"), term.examples, term.loader, losses=losses)
+        weight, own = mean_weight(term, found), dict(found.sums)
+        found.sums = {}
+        if before is not None and term.kind == SelfDistillation.name:  # the first after the validation loss
+            self._cosine = cosine(before, own)
+        parts = [(weight, own)] if before is None else [(1.0, before), (weight, own)]
+        total = weighted_total(parts, self._model.device)
+        for name in own:
+            own[name] = total[name]
+        return own
+
+    def _precondition(self, sums: dict[str, Tensor]) -> None:
+        p = preconditioner(self._model, self._moments)
+        for name, total in sums.items():
+            total.mul_(p[name])
+
+    def measurement(self, names: Collection[str]) -> Measurement:
+        """The statistics to measure of single examples; without the preconditioner, as none uses it here."""
+        return Measurement(names, None)
+
+    def prior_cosines(self) -> dict[str, float | None]:
+        """The cosine of the validation loss's gradient with the prior's; None without a prior, or where zero."""
+        return dict.fromkeys(self.sets, self._cosine)
+
+    def half_gradients(self, name: str) -> list[Mapping[str, Tensor]]:
+        """There are no halves."""
+        return []
+
+    def statistics(
+        self, pool_sums: Mapping[str, Tensor] | None, num_examples: int, occasion: str = ""
+    ) -> dict[str, Statistics]:
+        """The set's statistics, with P ⊙ v in the place of v, and 1 in that of P."""
+        device = self._model.device
+        pool = None if pool_sums is None else weighted_total([(1 / num_examples, pool_sums)], device)
+        direction = weighted_total([(1.0, self._direction)], device)
+        (name,) = self.sets
+        return {name: Statistics(self._model, direction, preconditioner(self._model, None), num_examples, pool)}
