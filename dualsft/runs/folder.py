@@ -163,6 +163,7 @@ class RunFolder(PhaseStore):
                 self._check_again()
                 if not self._resumes(identity):
                     self._begin(identity)
+                self.drop_partial()
             except BaseException:
                 self._let_go()
                 raise

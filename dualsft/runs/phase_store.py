@@ -33,6 +33,8 @@ from dualsft.storage.writing import refusal, replacing
 _NOTES, _CHECKSUM = "notes", "crc32"
 _SPARE = 2**26
 """Bytes that are left free on a disk, for what else is written there meanwhile."""
+_PARTIAL = ("*.partial", ".tmp*")
+"""Patterns of the files that become states: those of `replacing`, and those of safetensors before them."""
 
 
 class PhaseStore:
@@ -69,15 +71,28 @@ class PhaseStore:
         # 4. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
         _remove(file for file in older if file != path)
 
-    def make_room(self, size: int, phases: Collection[str]) -> None:
-        """Drop the states of phases if the disk has no room for what all ranks will write, ``size`` bytes this one."""
+    def make_room(self, size: int, phases: Collection[str]) -> bool:
+        """Drop the states of phases if the disk has no room for what all ranks will write, ``size`` bytes this one.
+
+        Returns:
+            Whether it has room now.
+        """
+        if self._has_room(size):
+            return True
+        for phase in phases:
+            self.drop(phase)
+        return self._has_room(size)
+
+    def _has_room(self, size: int) -> bool:
         try:
             free = shutil.disk_usage(self._folder).free
         except OSError:  # writing will tell
             free = sys.maxsize
-        if any_rank(free < sum(all_gather(size)) + _SPARE):
-            for phase in phases:
-                self.drop(phase)
+        return not any_rank(free < sum(all_gather(size)) + _SPARE)
+
+    def drop_partial(self) -> None:
+        """Delete what a kill has left of files in the middle of being written, whichever rank's."""
+        _remove(path for pattern in _PARTIAL for path in self._folder.glob(pattern))
 
     def _write(self, path: Path, contiguous: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         text = json.dumps(notes)
@@ -203,9 +218,12 @@ class PhaseKeeper:
         return time.monotonic() - self._last_save >= self._seconds
 
     def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Save the state, with the phase's cost so far."""
+        """Save the state, with the phase's cost so far; where the disk has no room for it, say so and do without."""
         assert self.meter is not None
-        self._store.save(self.name, tensors, {**notes, **self.meter.so_far()})
+        if self._store.make_room(sum(tensor.nbytes for tensor in tensors.values()), [self.name]):
+            self._store.save(self.name, tensors, {**notes, **self.meter.so_far()})
+        else:
+            say(f"the disk has no room for the state of the {self.name}: after a kill this phase would start again.")
         self._last_save = time.monotonic()
 
     def begin_again(self) -> None:

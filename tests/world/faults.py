@@ -180,9 +180,9 @@ def kill_often(
     class Killed(BaseException):
         pass
 
-    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
+    def save_and_die(self: PhaseStore, *arguments: Any, **options: Any) -> None:
         nonlocal saves, kills
-        save(self, *arguments)
+        save(self, *arguments, **options)
         saves += 1
         if saves % every == 0:
             kills += 1

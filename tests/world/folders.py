@@ -1,0 +1,28 @@
+"""How much lies in a folder while something is written there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; one with several names counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            about = path.stat()
+            sizes[about.st_ino] = about.st_size
+    return sum(sizes.values())
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """The bytes in a folder each time that a file in it is complete, which is when the system is asked to sync it.
+
+    What a file replaces is still there then.
+    """
+    sizes: list[int] = []
+    with mock.patch.object(os, "fsync", lambda _: sizes.append(size_of(folder))):
+        yield sizes
