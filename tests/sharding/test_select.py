@@ -18,12 +18,14 @@ from dualsft.allocators import (
     TokenBudget,
     UniformPerLayer,
 )
+from dualsft.models.loading import parameter_shapes
 from dualsft.paths import Piece, PoolPath, ScoringPath, TargetPath
 from dualsft.scorers import DiagonalFisher, HessianVector, ParameterStatistics, Scorer
 from dualsft.selection import Selection, Warmup, load_selection
 from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from dualsft.sharding.strategy import FSDP2
+from tests.world.folders import watched
 from tests.world.jobs import ADAM, SGD, Inputs, select, write_inputs
 from tests.world.ranks import run_on_ranks
 
@@ -172,3 +174,21 @@ def test_a_selection_on_ranks_is_that_of_one_process(count: int, names: list[str
     for name, options in runs.items():
         expected = select(inputs, tmp_path / "alone" / name, options)
         assert_same(load_selection(tmp_path / "ranks" / name), expected)
+
+
+def peak_of(inputs: Inputs, folder: Path, options: dict[str, Any], count: int) -> int:
+    """The most bytes that lie in a folder while the ranks select."""
+    with watched(folder) as sizes:
+        select(inputs, folder, options, ranks={"strategy": FSDP2(), "devices": count})
+    return max(sizes)
+
+
+def test_ranks_take_no_more_on_the_disk_than_one_process(tmp_path: Path) -> None:
+    """Scores of weights are written once, and linked into the selection, in rounds too."""
+    inputs = write_inputs(tmp_path, dtype=torch.bfloat16, hidden_size=128, intermediate_size=256)
+    weights = sum(torch.Size(shape).numel() for shape in parameter_shapes(inputs.model).values())
+    once = {**ADAM, "prior": Prior(weight=0.5, fraction=0.5), "dtype": "bfloat16"}
+    turns = {**SGD, "order": "parameters_then_data", "rounds": 2, "dtype": "bfloat16"}  # P v, two sums, and scores
+    for name, options, most in (("once", once, 10), ("turns", turns, 16)):
+        peak = max(run_on_ranks(2, peak_of, inputs, tmp_path / name, options, 2))
+        assert most * weights * 0.95 < peak < (most + 0.7) * weights, name

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -11,9 +11,10 @@ def size_of(folder: Path) -> int:
     """Bytes of the files in a folder; one with several names counts once."""
     sizes = {}
     for path in folder.rglob("*"):
-        if path.is_file():
-            about = path.stat()
-            sizes[about.st_ino] = about.st_size
+        with suppress(FileNotFoundError):  # another rank may delete it at any moment
+            if path.is_file():
+                about = path.stat()
+                sizes[about.st_ino] = about.st_size
     return sum(sizes.values())
 
 
@@ -24,5 +25,9 @@ def watched(folder: Path) -> Iterator[list[int]]:
     What a file replaces is still there then.
     """
     sizes: list[int] = []
-    with mock.patch.object(os, "fsync", lambda _: sizes.append(size_of(folder))):
+
+    def look(_: int) -> None:
+        sizes.append(size_of(folder))
+
+    with mock.patch.object(os, "fsync", look):
         yield sizes
