@@ -14,7 +14,8 @@ class Phase:
         logits: Bytes of these in logits and tensors of their shape.
         step: Bytes of an optimizer step beyond what is held, in place of a batch.
         host: What -> bytes on the host, where the device is another.
-        disk: What -> bytes that the phase leaves in the output folder, of all ranks.
+        disk: What -> bytes that lie in the output folder in the phase, at the most, of all ranks.
+        state: What -> bytes there of its own state under way, while it is kept from time to time.
         flops: Floating-point operations for a token of this phase's batches, all ranks together.
         tokens: How many tokens it passes over; None if that is not known.
     """
@@ -26,6 +27,7 @@ class Phase:
     step: int = 0
     host: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
+    state: dict[str, int] = field(default_factory=dict)
     flops: float = 0.0
     tokens: float | None = None
 
@@ -56,6 +58,6 @@ class Plan:
         return max((sum(phase.host.values()) for phase in self.phases), default=0)
 
     @property
-    def disk(self) -> int:
-        """Bytes in the output folder in the end, with the states that a killed run would resume from."""
-        return sum(sum(phase.disk.values()) for phase in self.phases)
+    def fullest(self) -> Phase:
+        """The phase in which most lies in the output folder: what a killed run would resume from, and the result."""
+        return max(self.phases, key=lambda phase: sum(phase.disk.values()))

@@ -1,22 +1,19 @@
 """The phases of a selection: the warm-up, the gradients of V, the passes over the pool, and the choice."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from dualsft.plans import passes
 from dualsft.plans.along_path import is_known_path, path_phases
+from dualsft.plans.disk import SCORE, SCORES, with_disk
 from dualsft.plans.job import Job, SelectJob
 from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
 from dualsft.plans.training import dense_training, training_phase
 from dualsft.scorers import SecondOrderScorer
-from dualsft.selection.settings import KeptScores
 from dualsft.selection.terms import HESSIAN
 
-_SUMMED = 4
-"""Bytes of an entry of a file of sums or scores."""
-_KEPT: dict[KeptScores, int] = {"full": 4, "bfloat16": 2, "none": 0}
-"""Bytes of a score in the selection."""
 _RANKING = 2**26
 """Bytes while weights are ranked, however many there are: a sample, and counts of the scores near the threshold."""
 
@@ -28,8 +25,11 @@ def plan_select(job: SelectJob) -> Plan:
         UserError: if it goes along another path, of whose passes nothing is known.
     """
     if is_along_path(job):
-        return Plan([*_warm_up(job), *path_phases(job), _choice(job, directions={})])
-    return Plan([*_warm_up(job), *_objective(job), *_pool(job), _choice(job, _directions(job))])
+        phases = [*_warm_up(job), *path_phases(job), _choice(job, directions={})]
+    else:
+        held = _directions(job) if "then" in job.settings.order else {}  # by which the sides take turns
+        phases = [*_warm_up(job), *_objective(job), *_pool(job), _choice(job, held)]
+    return Plan([*with_disk(job, phases)])
 
 
 def is_along_path(job: Job) -> bool:
@@ -48,7 +48,10 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
         return
     trained = dense_training(job)
     phase = training_phase(job, "warm-up", trained)
-    phase.disk["warmed-up weights and second moment"] = all_bytes(job, True) + all_bytes(job)
+    phase.disk["warmed-up weights"] = all_bytes(job, stored=True)
+    if job.settings.needs_second_moment_of_warmup:
+        phase.disk["second moment"] = all_bytes(job)
+    phase.state["its state"] = 3 * all_bytes(job)  # masters and both moments
     if job.machine.device != "cpu" and not trained.on_host:
         phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
     yield phase.over(times(job.data.pool_tokens, warmup.fraction * warmup.epochs))
@@ -58,13 +61,18 @@ def _objective(job: SelectJob) -> Iterator[Phase]:
     """The passes for v, and for the empirical Fisher."""
     settings, seen, pool = job.settings, job.data.validation_tokens, job.data.pool_tokens
     gradient = partial(passes.gradient, batch=job.scoring, running=job.running)
-    yield scoring_phase(job, "validation gradient", gradient).over(seen)
+    yield _of_each_set(job, scoring_phase(job, "validation gradient", gradient)).over(seen)
     if settings.prior.weight:
         yield _prior(job).over(times(pool, settings.prior.fraction))
     if "empirical_fisher" in settings.scorer.needs:
         alone = job.scoring.alone()
         squared = partial(passes.gradient, batch=alone, running=job.running, squared=True)
-        yield scoring_phase(job, "validation squared gradient", squared, alone).over(seen)
+        yield _of_each_set(job, scoring_phase(job, "validation squared gradient", squared, alone)).over(seen)
+
+
+def _of_each_set(job: SelectJob, phase: Phase) -> Phase:
+    """A pass over each validation set, which leaves sums of its own."""
+    return replace(phase, disk={name: job.data.sets * size for name, size in phase.disk.items()})
 
 
 def _prior(job: SelectJob) -> Phase:
@@ -136,15 +144,14 @@ def _directions(job: SelectJob) -> dict[str, int]:
 
 
 def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:
-    """Ranking on the host of rank zero, and the artifact; the directions stay, as their cosines are told."""
+    """Ranking on the host of rank zero, and the artifact; the directions stay where the sides take turns."""
     count = job.shape.count
     held = {"weights": job.shards.weights, **directions}
     of_scores = "scores, in files" if job.shards.sharded else "scores"
-    host = {of_scores: _SUMMED * count, "mask": count, "ranking": _RANKING}
-    disk = {
-        "parameter_scores.safetensors": _KEPT[job.settings.parameter_scores] * count,
-        "mask.safetensors": -(-count // 8),
-    }
+    host = {of_scores: SCORE * count, "mask": count, "ranking": _RANKING}
+    disk = {SCORES: SCORE * count, "mask.safetensors": -(-count // 8)}
+    if job.settings.parameter_scores == "bfloat16":
+        disk["rounded scores"] = 2 * count
     if job.machine.device == "cpu":
         return Phase("choice", {**held, **host}, disk=disk)
     if job.machine.offload:

@@ -82,8 +82,9 @@ def elsewhere(plan: Plan) -> Iterator[str]:
     fullest = max(plan.phases, key=lambda phase: sum(phase.host.values()))
     if fullest.host:
         yield f"Host, each rank: {gib(plan.host)} GiB in the phase {fullest.name} ({_parts(fullest.host)})"
-    disk = {name: size for phase in plan.phases for name, size in phase.disk.items()}
-    yield f"Disk, in the output folder: {memory(plan.disk)} ({_parts(disk)})"
+    disk = plan.fullest.disk
+    total = memory(sum(disk.values()))
+    yield f"Disk, in the output folder: {total} in the phase {plan.fullest.name} ({_parts(disk)})"
 
 
 def _parts(sizes: dict[str, int]) -> str:

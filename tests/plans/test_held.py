@@ -1,5 +1,6 @@
 """Bytes that are held, against the bytes of real tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,14 @@ def test_a_warm_up_on_the_host_leaves_the_weights_on_the_card(
         assert not warm_up.step
 
 
-def test_directions_stay_through_the_choice(tmp_path: Path) -> None:
-    """One for each validation set, on the device, while weights are ranked on the host."""
-    job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2))
+def test_directions_stay_through_the_choice_where_sides_take_turns(tmp_path: Path) -> None:
+    """One for each validation set, on the device, while weights are ranked on the host; else the weights alone."""
+    settings = SelectionSettings(order="parameters_then_data")
+    job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2), settings=settings)
     choice = plan_select(job).phases[-1]
     assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.directions}
+    once = plan_select(replace(job, settings=SelectionSettings())).phases[-1]
+    assert once.held == {"weights": job.shards.weights}
 
 
 def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:
@@ -132,7 +136,9 @@ def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:
         "choice": None,
     }
     weights, sums = job.shards.weights, job.shards.sums
-    assert plan["path"].disk == {"points of the path": 5 * weights}
+    assert plan["path"].disk == {"points of the path": 5 * weights, "its state": 3 * sums}
+    assert plan["pool loss"].disk == {"points of the path": 5 * weights}
+    assert plan["choice"].disk == {"scores": sums, "mask.safetensors": -(-job.shape.count // 8)}
     assert plan["pool loss"].held == {"weights": weights}
     assert plan["validation"].held["sums of earlier points"] == plan["validation"].held["direction"] == sums
     assert plan["validation"].step == 2 * sums

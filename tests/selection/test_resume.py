@@ -265,7 +265,7 @@ def test_sigterm_ends_a_run(tmp_path: Path) -> None:
     pool.write_text(pool.read_text(encoding="utf-8") * 50, encoding="utf-8")
     process = child(inputs, tmp_path / "out", SGD, {})
     process.start()
-    while process.is_alive() and not list((tmp_path / "out").glob(".unfinished/validation-gradient.safetensors")):
+    while process.is_alive() and not list((tmp_path / "out").glob(".unfinished/validation-direction.safetensors")):
         time.sleep(0.002)
     process.terminate()
     process.join(60)
