@@ -52,7 +52,7 @@ def _training(job: SelectJob) -> Phase:
     state = ADAM_STATE if job.settings.path.optimizer == "adamw" else 0.0
     phase = training_phase(job, "path", dense_training(job, state))
     phase.disk["points of the path"] = job.data.sets * (_pieces(job) + 1) * all_bytes(job, stored=True)
-    phase.state.update({**phase.disk, "its state": round((4 + state) / 4 * all_bytes(job))})
+    phase.state.update({**phase.disk, "state under way": round((4 + state) / 4 * all_bytes(job))})
     return phase
 
 

@@ -51,7 +51,7 @@ def _warm_up(job: SelectJob) -> Iterator[Phase]:
     phase.disk["warmed-up weights"] = all_bytes(job, stored=True)
     if job.settings.needs_second_moment_of_warmup:
         phase.disk["second moment"] = all_bytes(job)
-    phase.state["its state"] = 3 * all_bytes(job)  # masters and both moments
+    phase.state["state under way"] = 3 * all_bytes(job)  # masters and both moments
     if job.machine.device != "cpu" and not trained.on_host:
         phase.host["its state, while written"] = 3 * job.shards.sums  # masters and both moments
     yield phase.over(times(job.data.pool_tokens, warmup.fraction * warmup.epochs))

@@ -75,7 +75,7 @@ def reach_scoring_checkpoint(
                 seed,
                 settings.offload_optimizer,
             )
-        weights = {name: local_shard(p.detach()) for name, p in model.named_parameters()}
+        weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
         run.make_room(sum(w.numel() * (w.element_size() + _MOMENT) for w in weights.values()), [keeper.name])
         if keeps_moments:  # apart from the weights, which are used for longer
             run.save(_MOMENTS, moments, {})
@@ -83,7 +83,7 @@ def reach_scoring_checkpoint(
         run.save(_PHASE, weights, log.latest())
     else:
         for name, parameter in model.named_parameters():
-            local_shard(parameter.detach()).copy_(saved[0][name])
+            local_shard(parameter.detach()).copy_(saved[0][f"weight:{name}"])
         log.restore(saved[1])
     keeper.drop()
     kept = run.load(_MOMENTS)

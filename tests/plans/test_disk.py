@@ -18,17 +18,17 @@ SCORED = {"warmed-up weights": WEIGHT, "direction": SUM, "scores": SCORE}
 CHOSEN = {"scores": SCORE, "mask.safetensors": BIT}
 BARE = {"preconditioner": "none", "warmup": Warmup(fraction=0.0)}
 CASES: dict[str, tuple[dict[str, Any], int, list[dict[str, float]]]] = {
-    "one set": ({}, 1, [{"its state": 12}, {**BOTH, "direction": SUM}, SCORED, CHOSEN]),
+    "one set": ({}, 1, [{"state under way": 12}, {**BOTH, "direction": SUM}, SCORED, CHOSEN]),
     "with the prior": (
         {"prior": Prior(weight=0.5)},
         1,
-        [{"its state": 12}, {**BOTH, "direction": SUM}, {**BOTH, "direction": SUM}, SCORED, CHOSEN],
+        [{"state under way": 12}, {**BOTH, "direction": SUM}, {**BOTH, "direction": SUM}, SCORED, CHOSEN],
     ),
     "two sets": (
         {"parameter_scores": "bfloat16"},
         2,
         [
-            {"its state": 12},
+            {"state under way": 12},
             {**BOTH, "sums of the validation gradient": 2 * SUM},
             {**BOTH, "sums of the validation gradient": 2 * SUM, "scores": SCORE},
             {**CHOSEN, "rounded scores": 2},

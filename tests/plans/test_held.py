@@ -136,7 +136,7 @@ def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:
         "choice": None,
     }
     weights, sums = job.shards.weights, job.shards.sums
-    assert plan["path"].disk == {"points of the path": 5 * weights, "its state": 3 * sums}
+    assert plan["path"].disk == {"points of the path": 5 * weights, "state under way": 3 * sums}
     assert plan["pool loss"].disk == {"points of the path": 5 * weights}
     assert plan["choice"].disk == {"scores": sums, "mask.safetensors": -(-job.shape.count // 8)}
     assert plan["pool loss"].held == {"weights": weights}
