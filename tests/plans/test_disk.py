@@ -12,7 +12,7 @@ from dualsft.selection.prior import Prior
 from dualsft.selection.settings import SelectionSettings
 from tests.plans.cases import tiny_shape
 
-WEIGHT, SUM, SCORE, BIT = 2, 4, 4, 0.125
+WEIGHT, SUM, SCORE, BIT = 2.0, 4.0, 4.0, 0.125
 BOTH = {"warmed-up weights": WEIGHT, "second moment": SUM}
 SCORED = {"warmed-up weights": WEIGHT, "direction": SUM, "scores": SCORE}
 CHOSEN = {"scores": SCORE, "mask.safetensors": BIT}

@@ -20,7 +20,7 @@ from tests.world.folders import size_of, watched
 from tests.world.jobs import ADAM, SGD, Inputs, contents, select, write_inputs
 
 PRIOR: dict[str, Any] = {**ADAM, "prior": Prior(weight=0.5, fraction=0.5)}
-SIZES = {"hidden_size": 128, "intermediate_size": 256}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
 Usage = namedtuple("Usage", "free")
 
 
