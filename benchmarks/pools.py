@@ -10,9 +10,11 @@ Each size is read, encoded and cut into scoring batches in three ways, each in a
     cached      the lines' bytes in a file, the examples written to the cache and mapped, the rest in arrays
     found       the same, where another process has written the cache before
 
+Then a tenth of the rows is chosen by random scores, with near-duplicates dropped, from the pool in the cache.
+
 Memory is what the process holds in the end beyond what it held at the start, without what is mapped from files, which
-the system drops when others need the room (Linux: RssAnon). Times are microseconds per row of the process. What the
-three make is the same, or the program ends.
+the system drops when others need the room (Linux: RssAnon); of the choice it is the peak, as seen every 20 ms. Times
+are microseconds per row of the process. What the three make is the same, or the program ends.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import os
 import random
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -34,13 +37,17 @@ from dualsft.data import cache_folder
 from dualsft.data.batches import length_batches
 from dualsft.data.encoded import in_memory
 from dualsft.data.encoding import encoded_chunks
-from dualsft.data.examples import encode_examples
+from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.files import SourceLine
 from dualsft.data.finding import find_source
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, build_records, read_records
 from dualsft.data.supervision import STATUSES
 from dualsft.data.tokenizer import load_tokenizer
+from dualsft.selection import Warmup
+from dualsft.selection.data_choice import Pool, choose_data
+from dualsft.selection.near_duplicates import NearDuplicates
+from dualsft.selection.settings import SelectionSettings
 
 MODEL = Path(dualsft.__file__).parent / "quickstart" / "assets" / "model"
 MAX_LENGTH, BATCH_TOKENS = 512, 8192
@@ -65,13 +72,15 @@ class Objects:
 
 
 class Measured(NamedTuple):
-    """What a way takes: bytes held, and seconds of reading, encoding and cutting; and what it makes."""
+    """What a way takes: bytes held, and seconds of reading, encoding and cutting; what it makes; and the choice."""
 
     held: int
     read: float
     encode: float
     cut: float
     made: Any
+    peak: int
+    choose: float
 
 
 def objects(pool: str, cache: str, clock: Callable[[], None]) -> tuple[Any, Any]:
@@ -111,18 +120,47 @@ def cached(pool: str, cache: str, clock: Callable[[], None]) -> tuple[Any, Any]:
     return (examples, batches), (examples.dataset._fingerprint, lambda: hash(tuple(map(tuple, batches))))
 
 
-def measure(way: Callable[..., Any], pool: str, cache: str) -> Measured:
-    """What a way takes in this process."""
+WAYS: dict[str, Callable[..., Any]] = {"objects": objects, "cached": cached, "found": cached}
+
+
+def measure(way: Callable[..., Any], pool: str, cache: str, choice: bool) -> Measured:
+    """What a way takes in this process, and the choice if it is asked for."""
     marks = [time.process_time()]
     gc.collect()
     before = anonymous()
     held, (fingerprint, batches) = way(pool, cache, lambda: marks.append(time.process_time()))
     gc.collect()
     after = anonymous()
-    del held
     read, encode, cut = (end - start for start, end in pairwise(marks))
     made = (fingerprint, batches() if callable(batches) else batches)
-    return Measured(after - before, read, encode, cut, made)
+    chosen = choose(held[0]) if isinstance(held[0], Examples) and choice else (0, 0.0)
+    return Measured(after - before, read, encode, cut, made, *chosen)
+
+
+def choose(examples: Examples) -> tuple[int, float]:
+    """The peak beyond what is held, and the seconds, of a choice by random scores, near-duplicates dropped."""
+    draw, ids = random.Random(0), examples.ok_ids()
+    scores = {i: draw.random() for i in ids}
+    settings = SelectionSettings(
+        preconditioner="none", warmup=Warmup(fraction=0), near_duplicates=NearDuplicates(0.8), data_budget=0.1
+    )
+    pool = Pool(examples.records, examples.num_tokens, FormatOptions())
+    gc.collect()
+    before, begun, over = anonymous(), time.process_time(), threading.Event()
+    seen = [before]
+
+    def look() -> None:
+        while not over.wait(0.02):
+            seen.append(anonymous())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        choose_data(settings, len(ids) // 10, scores, pool, {})
+    finally:
+        over.set()
+        watcher.join()
+    return max(seen) - before, time.process_time() - begun
 
 
 def anonymous() -> int:
@@ -133,10 +171,10 @@ def anonymous() -> int:
     return int(found[1]) * 1024
 
 
-def in_a_process(way: Callable[..., Any], pool: str, cache: str) -> Measured:
+def in_a_process(way: Callable[..., Any], pool: str, cache: str, choice: bool) -> Measured:
     """What a way takes in a process of its own, which shares with this one what is imported."""
     here, there = (context := multiprocessing.get_context("fork")).Pipe(duplex=False)
-    process = context.Process(target=lambda: there.send(measure(way, pool, cache)))
+    process = context.Process(target=lambda: there.send(measure(way, pool, cache, choice)))
     process.start()
     there.close()
     try:
@@ -160,6 +198,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="found after cached")
     parser.add_argument("--cache_dir", help="where the pools and the cache are, for as long as this runs")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # which forked processes would have to do without
@@ -167,18 +206,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.cache_dir) as folder:  # what is imported and allocated once
         write_pool(Path(folder) / "pool.jsonl", 600)
         for way in (objects, cached, cached):
-            measure(way, f"{folder}/pool.jsonl", f"{folder}/cache")
-    print(f"{'rows':>10}  {'way':8} {'held B/row':>11} {'read us':>9} {'encode us':>10} {'cut us':>8}")
+            measure(way, f"{folder}/pool.jsonl", f"{folder}/cache", choice=way is cached)
+    heads = ("read us", 9), ("encode us", 10), ("cut us", 8), ("choice B/row", 13), ("choice us", 10)
+    print(f"{'rows':>10}  {'way':8} {'held B/row':>11}", *(f"{head:>{width}}" for head, width in heads))
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.cache_dir) as folder:
             write_pool(Path(folder) / "pool.jsonl", rows)
             made: list[Any] = []
-            for name, way in {"objects": objects, "cached": cached, "found": cached}.items():
-                of = in_a_process(way, f"{folder}/pool.jsonl", f"{folder}/cache")
+            for name in options.ways:
+                of = in_a_process(WAYS[name], f"{folder}/pool.jsonl", f"{folder}/cache", choice=name == "found")
                 times = (
                     f"{1e6 * seconds / rows:{width}.2f}" for seconds, width in zip(of[1:4], (9, 10, 8), strict=True)
                 )
-                print(f"{rows:10,}  {name:8} {of.held / rows:11.1f}", *times, flush=True)
+                choice = f"{of.peak / rows:13.1f} {1e6 * of.choose / rows:10.2f}" if of.choose else ""
+                print(f"{rows:10,}  {name:8} {of.held / rows:11.1f}", *times, choice, flush=True)
                 made.append(of.made)
         if any(one != made[0] for one in made):
             raise SystemExit("The three ways make different pools.")

@@ -65,9 +65,10 @@ def choose_data(
         raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
     allocator = settings.data_allocator
     duplicate_of = collapse(settings.near_duplicates, scores, pool.records, pool.options)
-    ids = sorted(scores.keys() - duplicate_of.keys())
-    cost = {i: int(pool.num_tokens[i]) if allocator.unit == "tokens" else 1 for i in ids}
-    available = sum(cost.values())
+    ids = np.sort(np.fromiter((i for i in scores if i not in duplicate_of), np.int64))
+    tokens = np.asarray(pool.num_tokens, np.int64)[ids]
+    cost = tokens if allocator.unit == "tokens" else np.ones_like(tokens)
+    available = int(cost.sum())
     if isinstance(settings.data_budget, int) and due > available:
         what = "supervised tokens are in examples that" if allocator.unit == "tokens" else "examples"
         others = f" once {len(duplicate_of):,} near-duplicates are collapsed" if duplicate_of else ""
@@ -76,28 +77,38 @@ def choose_data(
         )
     budget = min(due, available)
     scored = ScoredExamples(
-        torch.tensor(ids),
-        torch.tensor([scores[i] for i in ids], dtype=torch.float64),
-        torch.tensor([int(pool.num_tokens[i]) for i in ids]),
+        torch.from_numpy(ids),
+        torch.from_numpy(np.fromiter((scores[i] for i in ids.tolist()), np.float64, len(ids))),
+        torch.from_numpy(tokens),
         _LazyRecords(pool.records, ids),
-        **{name: torch.stack([measured[name][i] for i in ids]) for name in sorted(allocator.needs)},
+        **{name: torch.stack([measured[name][i] for i in ids.tolist()]) for name in sorted(allocator.needs)},
     )
     options = f"model.data_allocator, with model.data_budget at {budget:,} {allocator.unit}"
     with naming(options):
         answer = ask(allocator, "allocate", scored, budget)
     chosen = integers(type(allocator).__name__, answer)
-    _check_chosen(allocator, chosen, cost, budget)
+    _check_chosen(allocator, chosen, ids, cost, budget)
     return ChosenExamples(set(chosen), duplicate_of)
 
 
-def _check_chosen(allocator: DataAllocator, chosen: Sequence[int], cost: Mapping[int, int], budget: int) -> None:
-    """Check that an allocator chose distinct examples of the pool, within its budget."""
-    ids = set(chosen) & set(cost)
-    total = sum(cost[i] for i in ids)
+def _check_chosen(
+    allocator: DataAllocator, chosen: Sequence[int], ids: np.ndarray, cost: np.ndarray, budget: int
+) -> None:
+    """Check that an allocator chose distinct examples of the pool, within its budget.
+
+    Args:
+        allocator: The allocator.
+        chosen: What it chose.
+        ids: The examples that there are, ascending.
+        cost: What each of them takes of the budget.
+        budget: How much that may be.
+    """
+    known = np.isin(ids, np.array([i for i in chosen if 0 <= i <= ids[-1]], np.int64))
+    found, total = int(known.sum()), int(cost[known].sum())
     fits = total == budget if allocator.exact and allocator.unit == "examples" else 0 < total <= budget
-    if not (len(chosen) == len(ids) and fits):
+    if not (len(chosen) == found and fits):
         raise UserError(
-            f"{type(allocator).__name__} chose {len(chosen):,} examples, {len(ids):,} different ones of the pool with "
+            f"{type(allocator).__name__} chose {len(chosen):,} examples, {found:,} different ones of the pool with "
             f"{total:,} {allocator.unit}, where {budget:,} were due; mend the allocator."
         )
 
@@ -128,11 +139,11 @@ class _RecordsByRow(Mapping[int, Mapping[str, Any]]):
 class _LazyRecords(Sequence[Mapping[str, Any]]):
     """Some of the records, read when they are asked for."""
 
-    def __init__(self, records: Records, ids: list[int]) -> None:
+    def __init__(self, records: Records, ids: np.ndarray) -> None:
         self._records, self._ids = records, ids
 
     def __getitem__(self, k: Any) -> Any:
-        return self._records.with_source(self._ids[k])
+        return self._records.with_source(int(self._ids[k]))
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -19,6 +19,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from dualsft.data.options import FormatOptions
 from dualsft.data.reading import text_reader
 from dualsft.data.records import Records
 from dualsft.errors import UserError
+from dualsft.selection.similar_places import SimilarPlaces
 
 DUPLICATE_OF = "duplicate_of"
 """The column of ``examples.parquet`` with the example that stands in the place of a near-duplicate."""
@@ -35,6 +37,8 @@ DUPLICATE_OF = "duplicate_of"
 _PERMUTATIONS, _SEED = 256, 0
 _MISSED = 1e-3
 _AT_ONCE = 2**12
+_REMEMBERED = 2**14
+"""Texts whose shingles are held for the next comparison."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +78,36 @@ def collapse(
         records: The pool.
         options: How its records are read; only the columns that the format reads count.
     """
-    if settings.threshold is None:
+    if settings.threshold is None or not scores:
         return {}
     text_of = text_reader(records, options)
-    stands_for: dict[bytes, int] = {}  # shingles -> the example that stays
-    kept: list[int] = []
-    twins, index = {}, SimilarTexts(settings.threshold)
-    for i in sorted(scores, key=lambda i: (-scores[i], i)):
-        shingles = hashed_shingles(text_of(i), settings.ngram)
-        text = shingles.tobytes()
-        if text in stands_for:
-            twins[i] = stands_for[text]
-        elif (place := index.add_unless_like_another(shingles)) is None:
-            kept.append(i)
-            stands_for[text] = i
-        else:
-            twins[i] = stands_for[text] = kept[place]
-    return twins
+    ids = np.fromiter(scores, np.int64, len(scores))
+    ids = ids[np.lexsort((ids, -np.fromiter(scores.values(), np.float64, len(scores))))]  # place -> example
+
+    @lru_cache(maxsize=_REMEMBERED)
+    def shingles_at(place: int) -> UInt64[np.ndarray, " shingle"]:
+        return hashed_shingles(text_of(int(ids[place])), settings.ngram)
+
+    # 1. All texts as hashes in arrays.
+    index, blank = SimilarPlaces(len(ids), *bands(settings.threshold)), blank_signature()
+    for place in range(len(ids)):
+        shingles = hashed_shingles(text_of(int(ids[place])), settings.ngram)
+        index.put(place, shingles, signature(blank, shingles).hashvalues.astype(np.uint64))
+    # 2. Among the first of equal texts, those that may be alike are compared, from the highest score on.
+    firsts = index.first_of_text()
+    stands = np.arange(len(ids))  # place -> the place that stays for it
+    staying: dict[int, list[int]] = {}  # number of a shared band -> places that stay
+    for place, shared in index.buckets(np.flatnonzero(firsts == stands)):
+        near = sorted({k for bucket in shared for k in staying.get(bucket, ())})
+        alike = (k for k in near if jaccard(shingles_at(place), shingles_at(k)) >= settings.threshold)
+        stands[place] = next(alike, place)
+        if stands[place] == place:
+            for bucket in shared:
+                staying.setdefault(bucket, []).append(place)
+    # 3. The others of equal texts go with the first.
+    stands = stands[firsts]
+    dropped = np.flatnonzero(stands != np.arange(len(ids)))
+    return dict(zip(ids[dropped].tolist(), ids[stands[dropped]].tolist(), strict=True))
 
 
 def duplicate_column(ids: Iterable[int], duplicate_of: Mapping[int, int]) -> dict[str, list[int | None]]:
@@ -131,39 +148,39 @@ def bands(threshold: float) -> tuple[int, int]:
     return _PERMUTATIONS, 1
 
 
+def blank_signature() -> Any:
+    """The signature of no shingle, from which `signature` starts."""
+    from datasketch import MinHash  # brings scipy, which nothing else needs
+
+    return MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # shingles are hashed already
+
+
+def signature(blank: Any, shingles: UInt64[np.ndarray, " shingle"]) -> Any:
+    """The MinHash of a text's shingles."""
+    made = blank.copy()
+    hashes = shingles & np.uint64(0xFFFFFFFF)
+    for first in range(0, len(hashes), _AT_ONCE):  # a batch takes memory for all of its permutations
+        made.update_batch(hashes[first : first + _AT_ONCE].tolist())
+    return made
+
+
 class SimilarTexts:
     """An index of texts by their shingles, which finds those at least as similar as a threshold."""
 
     def __init__(self, threshold: float) -> None:
-        from datasketch import MinHash, MinHashLSH  # brings scipy, which nothing else needs
+        from datasketch import MinHashLSH  # brings scipy, which nothing else needs
 
-        self._threshold = threshold
-        self._blank = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)  # shingles are hashed already
+        self._threshold, self._blank = threshold, blank_signature()
         self._lsh = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(threshold))
         self._sets: list[np.ndarray] = []
 
     def add(self, shingles: UInt64[np.ndarray, " shingle"]) -> None:
         """Add a text; texts are numbered from 0."""
-        self._add(shingles, self._signature(shingles))
+        self._add(shingles, signature(self._blank, shingles))
 
     def like(self, shingles: UInt64[np.ndarray, " shingle"]) -> list[int]:
         """The numbers of the texts that are like this one."""
-        return self._like(shingles, self._signature(shingles))
-
-    def add_unless_like_another(self, shingles: UInt64[np.ndarray, " shingle"]) -> int | None:
-        """Add a text, and return None, unless one that was added before is like it; return the first one's number."""
-        signature = self._signature(shingles)
-        if found := self._like(shingles, signature):
-            return found[0]
-        self._add(shingles, signature)
-        return None
-
-    def _signature(self, shingles: UInt64[np.ndarray, " shingle"]) -> Any:
-        signature = self._blank.copy()
-        hashes = shingles & np.uint64(0xFFFFFFFF)
-        for first in range(0, len(hashes), _AT_ONCE):  # a batch takes memory for all of its permutations
-            signature.update_batch(hashes[first : first + _AT_ONCE].tolist())
-        return signature
+        return self._like(shingles, signature(self._blank, shingles))
 
     def _add(self, shingles: np.ndarray, signature: Any) -> None:
         self._lsh.insert(len(self._sets), signature)

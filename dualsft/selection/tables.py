@@ -1,6 +1,10 @@
 """The tables of a selection, from the results of a run."""
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.matrix.sketches import SKETCH
@@ -9,26 +13,42 @@ from dualsft.selection.order import Chosen
 from dualsft.selection.outcome import Outcome
 
 
-def example_table(data: InstructionDataModule, chosen: Chosen, outcome: Outcome) -> dict[str, list[Any]]:
-    """The columns of ``examples.parquet``: name -> one value per record of ``data.train``.
+def example_table(data: InstructionDataModule, chosen: Chosen, outcome: Outcome) -> dict[str, Any]:
+    """The columns of ``examples.parquet``: name -> an array of one value per record of ``data.train``.
 
     Each named validation set has a column for its scores, and each measured statistic, except sketches, has one. Where
     near-duplicates were dropped, ``duplicate_of`` is the example that stands in the place of each.
     """
     pool, found = data.train_examples, chosen.example_scores
-    ids = range(len(pool))
+    count = len(pool)
     sets = found.by_set if data.named_validation else {}
     numbers = {name: values for name, values in outcome.measured.items() if name != SKETCH}
-    return {
-        "example_id": list(ids),
-        "score": [found.scores.get(i) for i in ids],
-        "num_tokens": [int(n) for n in pool.num_tokens],
-        "status": ["nonfinite" if i in outcome.nonfinite else status for i, status in enumerate(pool.status)],
-        "selected": [i in chosen.examples for i in ids],
-        **{f"score_{name}": [scores.get(i) for i in ids] for name, scores in sets.items()},
-        **{name: [float(values[i]) if i in found.scores else None for i in ids] for name, values in numbers.items()},
-        **duplicate_column(ids, chosen.duplicate_of),
+    selected = np.zeros(count, bool)
+    selected[list(chosen.examples)] = True
+    finite = {name: {i: float(values[i]) for i in found.scores} for name, values in numbers.items()}
+    columns = {
+        "example_id": pa.array(np.arange(count)),
+        "score": _column(found.scores, count),
+        "num_tokens": pa.array(np.asarray(pool.num_tokens, np.int64)),
+        "status": _statuses(pool.status, outcome.nonfinite),
+        "selected": pa.array(selected),
+        **{f"score_{name}": _column(scores, count) for name, scores in sets.items()},
+        **{name: _column(values, count) for name, values in finite.items()},
     }
+    return {**columns, **duplicate_column(range(count), chosen.duplicate_of)}
+
+
+def _column(values: Mapping[int, float], count: int) -> pa.Array:
+    """The values by example id as an array, null where there is none."""
+    column, missing = np.zeros(count), np.ones(count, bool)
+    ids = np.fromiter(values, np.int64, len(values))
+    column[ids], missing[ids] = np.fromiter(values.values(), np.float64, len(values)), False
+    return pa.array(column, mask=missing)
+
+
+def _statuses(statuses: Iterable[str], nonfinite: Collection[int]) -> pa.Array:
+    """The status of each example, with those found not to be finite."""
+    return pa.array("nonfinite" if i in nonfinite else status for i, status in enumerate(statuses))
 
 
 def token_table(data: InstructionDataModule, chosen: Chosen) -> dict[str, list[Any]]:
