@@ -115,6 +115,7 @@ def gradient_pass(
         scoring = _Pass(calls, LOSS in measurement.names)
         if keeper and (kept := keeper.load()):
             scoring.resume(*kept)
+            del kept  # an open file would stay on the disk when another replaces it
         for batch in scoring.batches(batches, watch, keeper):
             scoring.score(batch)
         result = scoring.result

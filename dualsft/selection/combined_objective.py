@@ -69,48 +69,57 @@ class CombinedObjective(KnownObjective):
         self._model, self._passes, self._run, self._log = model, passes, run, log
         self._terms, self._moments = [*validation.values(), *further], moments
         self.sets, self.needs_pool_gradient = list(validation), False
-        self._direction: Mapping[str, Tensor] = {}
+        self._sum: Mapping[str, Tensor] = {}  # of the terms so far; P ⊙ v once all are added
+        self._costs: list[dict[str, Any]] = []
         self._cosine: float | None = None
 
     def take_gradients(self) -> None:
         """Pass over every term that an earlier run has not added, one after the other."""
-        added, costs, before = 0, list[dict[str, Any]](), None
-        if (saved := self._run.load(_PHASE)) is not None:
-            tensors, notes = saved
-            added, costs, self._cosine = notes["added"], notes["costs"], notes["cosine"]
-            before = under("sum", tensors)
-            for cost in costs:
-                self._log.restore(cost)
+        added = self._resume()
         for number, term in enumerate(self._terms[added:], added + 1):
             known = len(self._log.phases)
-            sums = self._add(term, before)
-            costs += [asdict(phase) for phase in self._log.phases[known:]]
-            complete = number == len(self._terms)
-            # 1. The sum without this term goes first: a kill here costs the passes over the terms, which are few beside
-            #    those over the pool, and so the disk never holds both.
-            self._run.drop(_PHASE)
-            # 2. The sum with it; the last time its product with P.
-            notes = {"added": number, "costs": costs, "complete": complete, "cosine": self._cosine}
-            if complete:
+            sums = self._add(term)
+            self._costs += [asdict(phase) for phase in self._log.phases[known:]]
+            if number == len(self._terms):
                 self._precondition(sums)
-            self._run.save(_PHASE, {f"sum:{n}": s for n, s in sums.items()}, notes, replaces=self._passes.unsaved)
+            self._keep(sums, number)
             del sums  # the device, and the host's memory
-            self._passes.drop_unsaved()
-            saved = self._run.load(_PHASE)
-            assert saved is not None
-            before = under("sum", saved[0])
-        assert before is not None
-        self._direction = before
 
-    def _add(self, term: Term, before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _resume(self) -> int:
+        """Go on from the sum that an earlier run kept; return how many terms it has."""
+        if (saved := self._run.load(_PHASE)) is None:
+            return 0
+        tensors, notes = saved
+        self._sum, self._costs, self._cosine = under("sum", tensors), notes["costs"], notes["cosine"]
+        for cost in self._costs:
+            self._log.restore(cost)
+        added: int = notes["added"]
+        return added
+
+    def _keep(self, sums: Mapping[str, Tensor], added: int) -> None:
+        """Save the sum of so many terms."""
+        # 1. The sum without the latest term goes first, so that the disk never holds both: a kill here costs the passes
+        #    over the terms, which are short beside those over the pool. A file that is open would stay on the disk.
+        self._sum = {}
+        self._run.drop(_PHASE)
+        # 2. The sum with it.
+        complete = added == len(self._terms)
+        notes = {"added": added, "complete": complete, "costs": self._costs, "cosine": self._cosine}
+        self._run.save(_PHASE, {f"sum:{n}": s for n, s in sums.items()}, notes, replaces=self._passes.unsaved)
+        self._passes.drop_unsaved()
+        saved = self._run.load(_PHASE)
+        assert saved is not None
+        self._sum = under("sum", saved[0])
+
+    def _add(self, term: Term) -> dict[str, Tensor]:
         """The sum of the terms so far and this one, each tensor in the place of the term's own."""
         with term.losses(False) as losses:
             found = self._passes.run_unsaved(term.phase("gradient"), term.examples, term.loader, losses=losses)
         weight, own = mean_weight(term, found), dict(found.sums)
         found.sums = {}
-        if before is not None and term.kind == SelfDistillation.name:  # the first after the validation loss
-            self._cosine = cosine(before, own)
-        parts = [(weight, own)] if before is None else [(1.0, before), (weight, own)]
+        if term.kind == SelfDistillation.name:  # the first after the validation loss
+            self._cosine = cosine(self._sum, own)
+        parts = [(1.0, self._sum), (weight, own)] if self._sum else [(weight, own)]
         total = weighted_total(parts, self._model.device)
         for name in own:
             own[name] = total[name]
@@ -120,6 +129,7 @@ class CombinedObjective(KnownObjective):
         p = preconditioner(self._model, self._moments)
         for name, total in sums.items():
             total.mul_(p[name])
+        self._moments = None  # and its file can go
 
     def measurement(self, names: Collection[str]) -> Measurement:
         """The statistics to measure of single examples; without the preconditioner, as none uses it here."""
@@ -139,6 +149,6 @@ class CombinedObjective(KnownObjective):
         """The set's statistics, with P ⊙ v in the place of v, and 1 in that of P."""
         device = self._model.device
         pool = None if pool_sums is None else weighted_total([(1 / num_examples, pool_sums)], device)
-        direction = weighted_total([(1.0, self._direction)], device)
+        direction = weighted_total([(1.0, self._sum)], device)
         (name,) = self.sets
         return {name: Statistics(self._model, direction, preconditioner(self._model, None), num_examples, pool)}

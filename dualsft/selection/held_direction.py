@@ -5,6 +5,7 @@ the weights, u_j Σ_i g_ij, take u as it was before, one parameter at a time.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -31,22 +32,24 @@ class HeldDirection:
     """
 
     def __init__(self, u: Mapping[str, Tensor], model: nn.Module) -> None:
-        self._u = u
         self.held = {name: part.to(direction_dtype(model.get_parameter(name))) for name, part in u.items()}
-        self.exact = LazyTensors(self.held, self._exact)
+        # not a method of this object: a circle of references would hold it, and open files, for longer than it is used
+        self.exact = LazyTensors(self.held, partial(_exact, u, self.held))
 
-    def _exact(self, name: str) -> Tensor:
-        held = self.held[name]
-        wide = accumulator_dtype(held)
-        if held.dtype == wide:
-            return held
-        exact = self._u[name].to(wide)
-        if not bool((exact - held).abs_().sum() <= _REPEATED * exact.abs().sum()):
-            raise UserError(
-                f"The direction of {name} is another one when it is computed again; a scorer or a path must give the "
-                "same direction for the same statistics, so give its random numbers a seed."
-            )
-        return exact
+
+def _exact(u: Mapping[str, Tensor], rounded: Mapping[str, Tensor], name: str) -> Tensor:
+    """u of a parameter as it was before rounding."""
+    held = rounded[name]
+    wide = accumulator_dtype(held)
+    if held.dtype == wide:
+        return held
+    exact = u[name].to(wide)
+    if not bool((exact - held).abs_().sum() <= _REPEATED * exact.abs().sum()):
+        raise UserError(
+            f"The direction of {name} is another one when it is computed again; a scorer or a path must give the "
+            "same direction for the same statistics, so give its random numbers a seed."
+        )
+    return exact
 
 
 def masked(u: Mapping[str, Tensor], mask: Mapping[str, Tensor], model: nn.Module) -> LazyTensors:

@@ -10,7 +10,8 @@
 
 Along a path (`paths/`) steps 2 to 5 are taken at each of its points, and added up.
 Steps 4 to 6 are taken once for both sides, or for one side after the other, each scored by the latest choice of the
-other (`order.py`). Every pass over data is a phase: resumed where it was killed, never repeated (`passes.py`).
+other (`order.py`). Every pass over data is a phase: resumed where it was killed, never repeated (`passes.py`). What its
+result rests on is dropped once the result is kept (`combined_objective.py`, `scored.py`).
 Source: arXiv 2605.06166.
 """
 
@@ -87,20 +88,15 @@ def run_selection(
     log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
 
-    def scoring() -> ScoresBothSides:
-        # 2. to 4. The scoring checkpoint, or the points of a path, and the directions there.
-        along_path = settings.path.along is not None
-        return (walk_path if along_path else score_at_checkpoint)(module, data, passes, run, log, seed)
-
-    # 5. and 6. Rows and columns, budgets.
+    # 2. to 6. The scoring checkpoint, directions, rows and columns, budgets.
+    opened = partial(open_scoring, module, data, passes, run, log, seed)
     checksums: dict[str, str] = {}
     if "then" in settings.order:  # each side is scored by the choice of the other
-        write = partial(write_weight_scores, run, model)
-        taking_turns = scoring()
-        chosen = choose_by_turns(settings.order, settings.rounds, taking_turns, budgets, pool.ok_ids(), write)
-        outcome = Outcome.of(taking_turns)
-    else:
-        scored = kept_scores(run, log, settings.step_size) or score_once(run, log, model, passes, scoring())
+        scoring, write = opened(), partial(write_weight_scores, run, model)
+        chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids(), write)
+        outcome = Outcome.of(scoring)
+    else:  # nothing is computed once both sides have their scores
+        scored = kept_scores(run, log, settings.step_size) or score_once(run, log, model, passes, opened())
         outcome, examples, checksums = scored.outcome, scored.examples, scored.checksums
         mask = budgets.mask(scored.weights)
         chosen = Chosen(scored.weights, mask, examples, *budgets.examples(examples.scores, outcome.measured))
@@ -148,6 +144,14 @@ def write_results(
 
     on_rank_zero(write)
     run.finish()
+
+
+def open_scoring(
+    module: "SelectionModule", data: InstructionDataModule, passes: Passes, run: RunFolder, log: PhaseLog, seed: int
+) -> ScoresBothSides:
+    """Open what scores both sides: at one scoring checkpoint, or along a path."""
+    along_path = module.settings.path.along is not None
+    return (walk_path if along_path else score_at_checkpoint)(module, data, passes, run, log, seed)
 
 
 def score_at_checkpoint(

@@ -53,7 +53,7 @@ class SimilarPlaces:
         for keys in self._keys:
             own = keys[among]
             order = np.argsort(own, kind="stable")
-            new = np.concatenate([[True], own[order][1:] != own[order][:-1]])
+            new = np.append(True, own[order][1:] != own[order][:-1])[: len(own)]
             run = np.cumsum(new) - 1
             shared = np.bincount(run)[run] > 1
             of_places.append(order[shared].astype(np.int32))
