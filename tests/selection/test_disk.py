@@ -3,16 +3,21 @@
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dualsft.allocators import Diverse
 from dualsft.errors import UserError
 from dualsft.models.loading import parameter_shapes
+from dualsft.paths import PoolPath, TargetPath
 from dualsft.runs.phase_store import PhaseKeeper, PhaseStore
+from dualsft.scorers import DiagonalFisher
 from dualsft.selection import Warmup, load_selection, passes, scored
+from dualsft.selection.paths.settings import PathSettings
 from dualsft.selection.prior import Prior
 from tests.world.damage import damage_file
 from tests.world.faults import KilledError, kill_at, kill_often, killed_run
@@ -150,6 +155,31 @@ def test_scores_are_all_that_is_left_of_the_passes(
         for of in (load_selection(out), load_selection(tmp_path / "unbroken"))
     ]
     assert phases[0] == phases[1]
+
+
+WALK = PathSettings(along=TargetPath(), epochs=2, learning_rate=1e-3, pieces=2, held_out=0.0, tolerance=10.0)
+OTHERS: dict[str, dict[str, Any]] = {
+    "stability": {**SGD, "stability": True},
+    "sketches": {**ADAM, "data_allocator": Diverse(), "normalize": "gradient_norm"},
+    "second order": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher")},
+    "along the target": {"path": replace(WALK, columns="product"), "token_scores": True},
+    "along the pool": {**ADAM, "path": replace(WALK, along=PoolPath()), "parameter_scores": "bfloat16"},
+    "all weights": {"path": WALK, "parameter_budget": None},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_whatever_is_scored_once_goes_on_from_its_scores(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """All that a selection tells of its scores is kept with them: no model is looked at any more."""
+    select(inputs, tmp_path / "unbroken", OTHERS[case])
+    killed_run(inputs, tmp_path / "killed", OTHERS[case], scored, "drop_all_but_scores", 1, True)
+    calls = kill_at(monkeypatch, passes, "gradient_pass", call=99)
+    select(inputs, tmp_path / "killed", OTHERS[case], resume=True)
+    assert not calls
+    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("damaged", ["scored.safetensors", "scores/parameter_scores.safetensors"])
