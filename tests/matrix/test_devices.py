@@ -57,13 +57,14 @@ def test_the_logits_of_a_prior_are_kept_on_the_host(monkeypatch: pytest.MonkeyPa
     """Those of the base model, from where a chunk at a time is compared with; a small batch's stay where they are."""
     here = collate(make_examples())
     layout, batch = Layout.of(here), {name: tensor.to("meta") for name, tensor in here.items()}
-    models: list[Any] = [make("llama", torch.bfloat16, seed).to("meta") for seed in range(2)]
+    models: list[Any] = [make("llama", torch.bfloat16, seed) for seed in range(2)]
+    student, teacher = (model.to("meta") for model in models)
     with meta_as_accelerator(monkeypatch):
-        assert BaseLogits(models[1], batch).at(slice(2), torch.device("meta")).is_meta
+        assert BaseLogits(teacher, batch).at(slice(2), torch.device("meta")).is_meta
         with chunks_of(1):
-            kept = BaseLogits(models[1], batch)
+            kept = BaseLogits(teacher, batch)
             prior = SelfDistillation(1.0, 1.0, 2.0, "max_prob")
-            prior.divergences(models[0], batch, layout, kept).sum().backward()
+            prior.divergences(student, batch, layout, kept).sum().backward()
     assert kept._kept.device.type == "cpu"
 
 
