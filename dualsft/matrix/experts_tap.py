@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.data.layout import Layout
-from dualsft.matrix.tap import Tap, TapFunction
+from dualsft.matrix.tap import Tap, with_tap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.experts import Routes
 from dualsft.models.grouped import product
@@ -46,8 +46,7 @@ class ExpertsTap(Tap):
         if not {name, f"{name}_bias"} & self._names.keys():
             return y
         add = partial(self._add_to_rows, layout, name, routes.top_k)
-        tapped: Tensor = TapFunction.apply(y, add, self.rows.dummy_input, a, routes.experts, routes.places, routes.ends)
-        return tapped
+        return with_tap(y, add, self.rows.dummy_input, a, routes.experts, routes.places, routes.ends)
 
     def _add_to_rows(self, layout: Layout, name: str, top_k: int, ctx: Any, e: Tensor) -> None:
         """Add e · (U a + u) of one layer of one call to the rows."""

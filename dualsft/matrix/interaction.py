@@ -20,7 +20,8 @@ else `torch.func.jvp` of the module's own forward.
 is complete, so that one layer's dense gradient exists at a time.
 
 Read on in this order: `rows.py` (where the rows add up), `tap.py` (a module's share of them), `linear_tap.py` and
-`experts_tap.py` (the same for Linear and for experts, sooner), `placement.py` (which module uses which weight), `passes.py` (a pass over many batches).
+`experts_tap.py` (the same for Linear and for experts, sooner), `placement.py` (which module uses which weight),
+`passes.py` (a pass over many batches).
 """
 
 from collections.abc import Collection, Mapping, Sequence

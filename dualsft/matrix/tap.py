@@ -105,7 +105,7 @@ class GeneralTap(OutputTap):
             value = layout.expand(outputs[k])
             self._check_shape(k, value.shape)
             add = partial(self._add_to_rows, layout, others, structure, k)
-            outputs[k] = TapFunction.apply(value, add, self.rows.dummy_input, *tensors)
+            outputs[k] = with_tap(value, add, self.rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
@@ -173,10 +173,23 @@ class GeneralTap(OutputTap):
 _TENSOR = object()
 
 
-class TapFunction(torch.autograd.Function):
-    """The identity, whose backward adds (∂f/∂w)u · e to the rows; what it takes to compute that are arguments too.
+def with_tap(value: Tensor, add: Callable[[Any, Tensor], None], dummy_input: Tensor, *inputs: Tensor) -> Tensor:
+    """The same value, whose gradient e is given to ``add`` on its way back.
 
-    They go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    Args:
+        value: Any tensor.
+        add: Is called with autograd's context, whose ``saved_tensors`` are the inputs, and e.
+        dummy_input: As of `Rows`.
+        inputs: What it takes to add e's share to the rows.
+    """
+    tapped: Tensor = _TapFunction.apply(value, add, dummy_input, *inputs)
+    return tapped
+
+
+class _TapFunction(torch.autograd.Function):
+    """The identity, whose backward adds (∂f/∂w)u · e to the rows; what it takes to compute that is an argument too.
+
+    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
     longer than the module's own graph keeps it.
     """
 

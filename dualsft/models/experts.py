@@ -133,8 +133,8 @@ class _Permuted(torch.autograd.Function):
 
 
 Observe = Callable[[str, Tensor, Tensor, Routes], Tensor]
-"""Sees one of the two products: the name of the weights, one of `LAYERS`, the input a (row, in), the output y (row, out),
-and the routes. Returns y, possibly with an identity behind it."""
+"""Sees one of the two products: the name of its weights, one of `LAYERS`, the input (row, in), the output (row, out)
+and the routes. Returns the output, possibly with an identity behind it."""
 
 
 def _unobserved(layer: str, a: Tensor, y: Tensor, routes: Routes) -> Tensor:

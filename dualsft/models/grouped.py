@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _ALIGNMENT = 16
 """Bytes of which the kernel wants the widths of rows and matrices to be a multiple."""
 
-_KERNEL_ON_CPU = torch.__version__ >= (2, 11)
+_KERNEL_ON_CPU = torch.__version__ >= "2.11"
 """Earlier ones want aligned memory too, which weights mapped from a file lack."""
 
 
@@ -93,10 +94,13 @@ class _Outer(torch.autograd.Function):
 def _grouped(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """The product of (row, m) and (group, m, n), or of (m, row) and (row, n) for each group."""
     found: Tensor
-    if _has_kernel(x) and _has_kernel(y):
-        found = torch._grouped_mm(x, y, offs=ends)
-    else:
+    if not (_has_kernel(x) and _has_kernel(y)):
         found = torch.ops.dualsft.grouped_loop(x, y, ends)
+        return found
+    found = torch._grouped_mm(x, y, offs=ends)
+    if y.dim() == 2:  # some devices leave a group without rows as it was allocated (pytorch/pytorch#172439)
+        sizes = ends.diff(prepend=ends.new_zeros(1))
+        found.masked_fill_((sizes == 0).view(-1, 1, 1), 0)
     return found
 
 
@@ -128,3 +132,13 @@ def _loop(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 def _empty(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     groups = () if y.dim() == 3 else (len(ends),)
     return x.new_empty((*groups, x.shape[0], y.shape[-1]))
+
+
+def _flops(x: tuple[int, ...], y: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Multiplications and additions of `_grouped`, from the shapes, for torch's counter."""
+    return 2 * x[0] * x[1] * y[-1]
+
+
+for _operation in (torch.ops.dualsft.grouped_loop, torch.ops.aten._grouped_mm):
+    if _operation not in flop_registry:  # as the second may be in a release to come
+        register_flop_formula(_operation)(_flops)
