@@ -13,6 +13,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,21 +39,39 @@ WAYS: dict[str, tuple[str | None, bool | None]] = {
 """Name -> the implementation of experts, ours if None, and whether there are columns; None for no scoring."""
 
 
-def make_model(options: argparse.Namespace, experts: int) -> Any:
-    """A mixture with random weights."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        vocab_size=8192,
-        num_local_experts=experts,
-        num_experts_per_tok=options.top_k,
-    )
-    with torch.device(options.device):
-        return MixtralForCausalLM(config).to(getattr(torch, options.dtype)).eval()
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a mixture.
+
+    Attributes:
+        hidden: Width of the model.
+        width: Of each expert.
+        layers: How many blocks.
+        experts: In each block.
+        top_k: Experts of each token.
+    """
+
+    hidden: int
+    width: int
+    layers: int
+    experts: int
+    top_k: int
+
+    def model(self, device: str, dtype: str) -> Any:
+        """A mixture of this shape with random weights."""
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 64,
+            vocab_size=2048,
+            num_local_experts=self.experts,
+            num_experts_per_tok=self.top_k,
+        )
+        with torch.device(device):
+            return MixtralForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
 def run(model: Any, batches: list[Batch], way: str, watch: Callable[[Any], Any]) -> None:
@@ -120,14 +139,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch_tokens", type=int, default=2048)
-    parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_tokens", type=int, default=1024)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print(f"{options.dtype}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}", end=", ")
     print(f"{options.batch_tokens} tokens a batch, {options.length} an example")
     heading = "experts" + "".join(f"{way:>17}" for way in WAYS)
-    models = {experts: make_model(options, experts) for experts in options.experts}
+    sizes = (options.hidden, options.width, options.layers)
+    shapes = [Shape(*sizes, experts, options.top_k) for experts in options.experts]
+    models = {shape.experts: shape.model(options.device, options.dtype) for shape in shapes}
     print(f"seconds per plain batch, and ratios\n{heading}")
     for experts, model in models.items():
         batches = [make_batch(model, options.batch_tokens // options.length, options.length)] * options.batches

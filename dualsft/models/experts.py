@@ -92,7 +92,8 @@ class Routes:
     def of(cls, chosen: Int[Tensor, "token k"], num_experts: int) -> "Routes":
         """The routes of tokens to their chosen experts; does not wait for the device."""
         experts, order = chosen.flatten().sort(stable=True)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
         each = torch.arange(num_experts, dtype=experts.dtype, device=order.device)
         ends = torch.searchsorted(experts, each, right=True, out_int32=True)
         return cls(experts, order, places, ends, chosen.shape[-1])

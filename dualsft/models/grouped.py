@@ -7,7 +7,7 @@ The rows of group g are those from ends[g - 1] to ends[g]; a group may have none
 products again, so that both can be differentiated any number of times, and in forward mode.
 
 In bfloat16 torch has a kernel that takes one launch for all groups and does not tell the host their sizes. Any other
-type, and a width that the kernel refuses, takes a loop over the groups, for which the host reads the sizes once.
+type, and what the kernel refuses, takes a loop over the groups, for which the host reads the sizes once.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _ALIGNMENT = 16
-"""Bytes of which the kernel wants the widths of rows and matrices to be a multiple."""
+"""Bytes of which the kernel wants the widths of rows and matrices, and where they begin, to be a multiple."""
 
 _KERNEL_ON_CPU = torch.__version__ >= "2.11"
 """Earlier ones want aligned memory too, which weights mapped from a file lack."""
@@ -106,10 +106,17 @@ def _grouped(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 def _has_kernel(part: Tensor) -> bool:
     """Whether torch has a kernel for products with this tensor."""
-    if part.dtype != torch.bfloat16 or (part.device.type == "cpu" and not _KERNEL_ON_CPU):
+    if part.dtype != torch.bfloat16 or not _device_has_kernel(part.device):
         return False
-    across = [stride * part.element_size() for stride in part.stride()[-2:] if stride != 1]
-    return len(across) == 1 and across[0] % _ALIGNMENT == 0
+    across = [stride for stride in part.stride()[-2:] if stride != 1]
+    distances = [part.element_size() * entries for entries in (part.storage_offset(), *across)]
+    return len(across) == 1 and across[0] > 0 and not any(distance % _ALIGNMENT for distance in distances)
+
+
+def _device_has_kernel(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "meta" or (device.type == "cpu" and _KERNEL_ON_CPU)
 
 
 @torch.library.custom_op("dualsft::grouped_loop", mutates_args=())

@@ -92,6 +92,16 @@ def test_the_kernel_is_taken_where_it_can_be(width: int, has_kernel: bool, monke
     assert len(used) == 3 * has_kernel
 
 
+def test_the_kernel_is_given_aligned_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin elsewhere in a larger tensor, as slices may, and rows repeated without a copy, take the loop."""
+    monkeypatch.delattr(torch, "_grouped_mm")
+    sizes, weights = SIZES["mixed"], random(4, 16, 24).detach().bfloat16()
+    rows = random(8 * 16 + 4).detach().bfloat16()
+    for a in (rows[4:].view(8, 16), rows[:16].expand(8, 16)):
+        expected = slow_product(a.double(), weights.double(), sizes)
+        torch.testing.assert_close(product(a, weights, ends_of(sizes)).double(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 12])
 def test_products_can_be_traced(dtype: torch.dtype, width: int) -> None:
