@@ -3,14 +3,16 @@
     python benchmarks/experts.py                                          the tables of docs/scoring.md, on this CPU
     python benchmarks/experts.py --device cuda --dtype bfloat16 --hidden 2048 --width 768 --experts 128 --top_k 8
 
-A plain pass is forward and backward with transformers' own grouped products. The first table has its seconds per batch,
-and, as medians over rounds of the ratio to it in the same round, the one pass of first-order scoring (rows and columns)
-and the row pass (no weight gradients), with experts grouped and in a loop. The second has the operations that each
-launches for a batch in bfloat16, in which torch multiplies all groups in one.
+A plain pass is forward and backward with transformers' own grouped products. The first table has its seconds per batch
+(on a CPU, of processor time, whatever else runs there), and medians over rounds of the ratio to it in the same round:
+of the one pass of first-order scoring (rows and columns) and of the row pass (no weight gradients), with experts
+grouped and in a loop. The second has the operations that each launches for a batch in bfloat16, in which torch
+multiplies all groups in one.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -93,9 +95,10 @@ def run(model: Any, batches: list[Batch], way: str, watch: Callable[[Any], Any])
 def seconds(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
     """Seconds of a plain batch, and the other ways' ratios to it; the first batch of each pass is left out."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     for _ in range(rounds):
         for way, values in found.items():
-            run(model, batches, way, watch := Stopwatch(model.device.type))
+            run(model, batches, way, watch := Stopwatch(model.device.type, clock))
             mean = statistics.mean(watch.seconds[1:])
             values.append(mean if way == "plain" else mean / found["plain"][-1])
     return {way: statistics.median(values) for way, values in found.items()}

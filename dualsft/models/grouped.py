@@ -122,11 +122,9 @@ def _device_has_kernel(device: torch.device) -> bool:
 @torch.library.custom_op("dualsft::grouped_loop", mutates_args=())
 def _loop(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """`_grouped` by a loop; an operation of its own, so that one without values can stand in for it."""
-    found, first = _empty(x, y, ends).zero_(), 0
+    found, first = _empty(x, y, ends), 0
     for group, last in enumerate(ends.tolist()):
         rows = slice(first, last)
-        if first == last:
-            continue
         if y.dim() == 3:
             torch.mm(x[rows], y[group], out=found[rows])
         else:
