@@ -3,9 +3,10 @@
     y_t = Σ_k c_tk down_e(act(up_e(a_t))),     e = the k-th expert that token t is sent to, with weight c_tk
 
 The pairs of token and expert are sorted by expert, so that each of the two layers is one product of rows with the
-matrix of their group (`grouped.py`). The number of launches does not depend on the number of experts, and the host
-never learns how many tokens an expert has. Unlike the implementations of transformers, this one can be differentiated
-twice and in forward mode, and it shows the rows of each product to a caller who asks (`Observe`).
+matrix of their group (`grouped.py`). In bfloat16 the number of launches does not depend on the number of experts, and
+the host never learns how many tokens an expert has; in other types it does, once for a layer. Unlike the
+implementations of transformers, this one can be differentiated twice and in forward mode, and it shows the rows of each
+product to a caller who asks (`Observe`).
 
 It takes the place of the module's forward by way of transformers' ``ExpertsInterface``.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dualsft.models import PreTrainedModel
-from dualsft.models.grouped import product
+from dualsft.models.grouped import placed, product
 
 _NAME = "dualsft_grouped"
 """The implementation's name in the configuration of a model that uses it."""
@@ -89,14 +90,14 @@ class Routes:
     top_k: int
 
     @classmethod
-    def of(cls, chosen: Int[Tensor, "token k"], num_experts: int) -> "Routes":
-        """The routes of tokens to their chosen experts; does not wait for the device."""
+    def of(cls, chosen: Int[Tensor, "token k"], num_experts: int, dtype: torch.dtype) -> "Routes":
+        """The routes of tokens to their chosen experts, for products of this type; in bfloat16 the host never waits."""
         experts, order = chosen.flatten().sort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         each = torch.arange(num_experts, dtype=experts.dtype, device=order.device)
         ends = torch.searchsorted(experts, each, right=True, out_int32=True)
-        return cls(experts, order, places, ends, chosen.shape[-1])
+        return cls(experts, order, places, placed(ends, dtype), chosen.shape[-1])
 
     def sort(self, tokens: Float[Tensor, "token width"]) -> Float[Tensor, "row width"]:
         """The rows of these tokens."""
@@ -150,7 +151,7 @@ def grouped_experts(
     observe: Observe = _unobserved,
 ) -> Float[Tensor, "token width"]:
     """The forward of stacked experts, with the argument names of transformers, and ``observe`` beside them."""
-    routes = Routes.of(top_k_index, self.num_experts)
+    routes = Routes.of(top_k_index, self.num_experts, _compute_dtype(self.down_proj))
     up = "gate_up_proj" if self.has_gate else "up_proj"
     rows = _layer(self, up, routes.sort(hidden_states), routes, observe)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
@@ -161,13 +162,18 @@ def grouped_experts(
 
 def _layer(experts: Any, name: str, a: Tensor, routes: Routes, observe: Observe) -> Tensor:
     """The product of each row with its expert's weights, in autocast's type where that is on."""
-    weights, kind = getattr(experts, name), a.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+    weights = getattr(experts, name)
+    dtype = _compute_dtype(weights)
     a, weights = a.to(dtype), weights.to(dtype)
     y = product(a, weights if experts.is_transposed else weights.mT, routes.ends)
     if experts.has_bias:
         y = y + getattr(experts, f"{name}_bias")[routes.experts].to(dtype)
     return observe(name, a, y, routes)
+
+
+def _compute_dtype(weights: Tensor) -> torch.dtype:
+    kind = weights.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
 
 
 ALL_EXPERTS_FUNCTIONS.register(_NAME, grouped_experts)

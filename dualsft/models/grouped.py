@@ -7,7 +7,7 @@ The rows of group g are those from ends[g - 1] to ends[g]; a group may have none
 products again, so that both can be differentiated any number of times, and in forward mode.
 
 In bfloat16 torch has a kernel that takes one launch for all groups and does not tell the host their sizes. Any other
-type, and what the kernel refuses, takes a loop over the groups, for which the host reads the sizes once.
+type, and what the kernel refuses, takes a loop over the groups, for which the host reads their sizes.
 """
 
 from typing import Any
@@ -38,6 +38,11 @@ def outer(
     """S_g = Σ_r x_rᵀ y_r, zero of a group without rows, differentiable; both of one type. ``ends`` is int32."""
     found: Tensor = _Outer.apply(x, y, ends)
     return found
+
+
+def placed(ends: Int[Tensor, " group"], dtype: torch.dtype) -> Int[Tensor, " group"]:
+    """Where products of this type want ``ends``: on the host if they take the loop, so that it waits once for many."""
+    return ends if dtype == torch.bfloat16 else ends.cpu()
 
 
 class _Product(torch.autograd.Function):

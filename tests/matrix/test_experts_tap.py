@@ -196,3 +196,11 @@ def test_neither_launches_nor_waits_grow_with_the_experts(options: Any, monkeypa
     many.set_experts_implementation("eager")
     loop = seen_in_a_batch(many, monkeypatch, **options)
     assert loop.waits.total() > 3 * 16 < loop.launches.total() / 4  # what the counters would tell
+
+
+def test_another_type_waits_once_for_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the sizes of the experts, which its loops take; nor do these waits grow with the experts."""
+    model = mixture(16).float()
+    group_experts(model)
+    waits = seen_in_a_batch(model, monkeypatch).waits
+    assert waits == {("nonfinite.py", "cpu"): 1, ("readout.py", "cpu"): 1, ("grouped.py", "cpu"): 3}
