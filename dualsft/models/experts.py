@@ -58,8 +58,8 @@ class StackedExperts(Protocol):
 def group_experts(model: PreTrainedModel) -> None:
     """Have all stacked experts of a model computed by grouped products; else, by transformers' loop over experts.
 
-    The loop is taken if any of them has a norm behind its experts or holds a rank's experts only, and by experts that
-    transformers does not let choose an implementation.
+    The loop is taken if any of them has a norm behind its experts or holds a rank's experts only. Experts that let
+    nobody choose, and those of early releases, which do not tell their shape, are not among them.
     """
     stacked = [module for module in model.modules() if isinstance(module, StackedExperts)]
     grouped = not any(module.has_post_expert_norm or module._is_expert_parallel for module in stacked)
