@@ -29,9 +29,10 @@ class ExpertsTap(Tap):
 
     def register(self) -> RemovableHandle:
         """Hook on to the call, of which ``observe`` becomes an argument."""
-        return self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        return self.module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments of the module's call with the tap among them; None (they stay) if nothing can be tapped."""
         return self.tapped(partial(self._attach, args, kwargs))
 
     def _attach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -68,9 +68,10 @@ class OutputTap(Tap):
 
     def register(self) -> RemovableHandle:
         """Hook on to the output before any other hook, which may exchange it: it must still be the module's own."""
-        return self.module.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+        return self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module's output with the tap on it; None (the output stays) if nothing can be tapped."""
         return self.tapped(partial(self.attach, args, kwargs, output))
 
     @abstractmethod
