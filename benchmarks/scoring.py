@@ -79,10 +79,15 @@ def plain_pass(model: Any, batch: Batch) -> None:
 
 
 class Stopwatch:
-    """Passes batches on and times the work on each."""
+    """Passes batches on and times the work on each.
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    Args:
+        device: Where the work is done.
+        clock: The host's clock, in seconds.
+    """
+
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._clock = device, clock
         self.seconds: list[float] = []
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -95,7 +100,7 @@ class Stopwatch:
     def _now(self) -> float:
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self._clock()
 
 
 def compare(model: Any, batches: list[Batch], directions: list[dict[str, Tensor]], rounds: int) -> dict[str, float]:

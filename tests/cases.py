@@ -50,6 +50,7 @@ from transformers import (
 
 from dualsft.data.layout import Batch
 from dualsft.data.packing import collate_packed
+from dualsft.models.experts import group_experts
 
 VOCABULARY = 61
 _SIZES: dict[str, Any] = {
@@ -211,7 +212,7 @@ def make(architecture: str, dtype: torch.dtype = torch.float64, seed: int = 0) -
     """A model in evaluation mode whose norms and biases are random too, so that nothing is at a special point."""
     torch.manual_seed(seed)
     model: Any = ARCHITECTURES[architecture]()
-    model.set_experts_implementation("eager")
+    group_experts(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

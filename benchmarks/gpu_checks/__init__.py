@@ -20,6 +20,11 @@ SECTIONS = {
     "launches": Section(
         "Launches, waits and reads of a batch on 28 layers, beside a plain pass.", 40, "gpu_checks.profiling:launches"
     ),
+    "experts": Section(
+        "A mixture of experts: its scores beside autograd, its time, launches and reads beside a plain pass.",
+        60,
+        "gpu_checks.mixtures:experts",
+    ),
     "peaks": Section("Peaks of memory beside those that `dualsft plan` predicts.", 90, "gpu_checks.peaks:peaks"),
     "fsdp2": Section(
         "`select` with sharded weights on one rank, under torchrun.",

@@ -63,6 +63,14 @@ class Counts:
         total = sum(found.values()) or 1
         return Counter({kind: time / total for kind, time in found.items()})
 
+    def figures(self, name: str) -> Iterator[Figure]:
+        """Operators, launches, waits and reads of the work of this name."""
+        operators = sum(n for call, n in self.calls.items() if call.startswith("aten::"))
+        yield Figure(f"{name}: operators on the host", operators)
+        yield Figure(f"{name}: launches", self.of(_LAUNCHES))
+        yield Figure(f"{name}: waits for the device", self.of(_WAITS))
+        yield Figure(f"{name}: reads of single numbers", self.of(_READS))
+
 
 class Profiler:
     """Counts what happens between `start` and `stop`."""
@@ -127,11 +135,7 @@ def launches(scale: Scale) -> Iterator[Figure]:
     training = masked(model.train(), "scattered", 0.1)
     found["masked step"] = counted(scale.device, partial(training.step, batches[1]))
     for name, counts in found.items():
-        operators = sum(n for call, n in counts.calls.items() if call.startswith("aten::"))
-        yield Figure(f"{name}: operators on the host", operators)
-        yield Figure(f"{name}: launches", counts.of(_LAUNCHES))
-        yield Figure(f"{name}: waits for the device", counts.of(_WAITS))
-        yield Figure(f"{name}: reads of single numbers", counts.of(_READS))
+        yield from counts.figures(name)
 
 
 def kernels(scale: Scale) -> Iterator[Figure]:

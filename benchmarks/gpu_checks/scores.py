@@ -29,11 +29,11 @@ def correctness(scale: Scale) -> Iterator[Figure]:
         examples = ragged(model, [longest - k for k in range(4)])
         u = _gradient(model, [padded(model, ragged(model, [longest] * 2, first=100))])
         for layout, batch in {"padded": padded(model, examples), "packed": packed(model, examples, 2)}.items():
-            reference = autograd_pass(model, partial(_from, [batch]), directions=[u])
+            reference = autograd_pass(model, partial(from_batch, [batch]), directions=[u])
             for way, by_gradient in _WAYS.items():
                 with patch("dualsft.matrix.linear_tap.by_gradient_pays", return_value=by_gradient):
                     found = _scores(model, [batch], u)
-                yield Figure(f"rows, {dtype}, {layout}, {way}", relative_error([_rows(found, reference)]))
+                yield Figure(f"rows, {dtype}, {layout}, {way}", relative_error([rows_of(found, reference)]))
                 pairs = [(found.sums[name], total) for name, total in reference.sums.items()]
                 yield Figure(f"columns, {dtype}, {layout}, {way}", relative_error(pairs))
 
@@ -50,7 +50,7 @@ def precision(scale: Scale) -> Iterator[Figure]:
         mixed, u_mixed = _chain(model, pool, validation)
     reference, u_reference = _chain(model, pool, validation)
     for name, found, direction in (("bfloat16", narrow, u), ("bfloat16 autocast", mixed, u_mixed)):
-        one, other = _rows(found, reference)
+        one, other = rows_of(found, reference)
         yield Figure(f"{name}: Spearman of the examples' scores", float(spearman_corrcoef(one, other)))
         yield Figure(f"{name}: relative error of the examples' scores", relative_error([(one, other)]))
         error, size = 0.0, 0.0
@@ -68,20 +68,21 @@ def _chain(model: Any, pool: list[Batch], validation: list[Batch]) -> tuple[Grad
 
 def _gradient(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
     with scoring_mode(model, checkpointing=False):
-        return dict(gradient_pass(model, partial(_from, batches)).sums)
+        return dict(gradient_pass(model, partial(from_batch, batches)).sums)
 
 
 def _scores(model: Any, batches: list[Batch], u: dict[str, Tensor]) -> GradientPass:
     with scoring_mode(model, checkpointing=False):
-        return gradient_pass(model, partial(_from, batches), directions=[u])
+        return gradient_pass(model, partial(from_batch, batches), directions=[u])
 
 
-def _rows(found: GradientPass, reference: GradientPass) -> tuple[Tensor, Tensor]:
+def rows_of(found: GradientPass, reference: GradientPass) -> tuple[Tensor, Tensor]:
     """The scores of both by example, in the reference's order."""
     ids = list(reference.rows[0])
     one, other = (torch.tensor([of.rows[0][i] for i in ids], dtype=torch.float64) for of in (found, reference))
     return one, other
 
 
-def _from(batches: list[Batch], first: int) -> list[Batch]:
+def from_batch(batches: list[Batch], first: int) -> list[Batch]:
+    """The batches from this one on, as a pass takes them."""
     return batches[first:]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dualsft.errors import UserError
 from dualsft.experiments.jobs import Job, job_from_json
@@ -130,6 +130,15 @@ def do(place: Path, execute: Callable[[Job, Path], Result], explain: Callable[[E
         else:
             shutil.rmtree(work_folder(place), ignore_errors=True)
         write_result(place, result)
+
+
+def is_taken(place: Path) -> bool:
+    """Whether another process is at work on the job in a folder."""
+    try:
+        with FileLock(place / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def work_folder(place: Path) -> Path:

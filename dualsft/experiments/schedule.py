@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dualsft.errors import UserError
-from dualsft.experiments.bank import Bank, Result, log_file, read_result, write_result
+from dualsft.experiments.bank import Bank, Result, is_taken, log_file, read_result, write_result
 from dualsft.experiments.jobs import Job
 from dualsft.experiments.workers import Worker, do_all
 from dualsft.runs.bars import bar
@@ -71,7 +71,7 @@ def complete(bank: Bank, jobs: Sequence[Job], workers: Sequence[Worker], label: 
             if result is not None and result.error is not None:
                 say(f"{job.name} failed: {result.error}")
 
-        do_all(places, workers, done, lambda: shown.advance(0, told()))
+        do_all(places, workers, done, lambda: shown.advance(0, told()), is_taken)
     return {job.key: found for job in jobs if (found := bank.result(job)) is not None}
 
 

@@ -76,20 +76,29 @@ def _ended(process: "subprocess.Popen[str]") -> int:
 
 
 def do_all(
-    places: Sequence[Path], workers: Sequence[Worker], done: Done, waiting: Callable[[], None] = lambda: None
+    places: Sequence[Path],
+    workers: Sequence[Worker],
+    done: Done,
+    waiting: Callable[[], None] = lambda: None,
+    taken: Callable[[Path], bool] = lambda _: False,
 ) -> None:
     """Do the jobs in these folders, each by the next worker that is free; an interruption stops the workers.
 
-    While it waits it calls ``waiting`` every second.
+    While it waits it calls ``waiting`` every second. A job that is ``taken`` by another process is put off as long as
+    there are others, so that several commands share the work on one bank.
     """
     if not places:
         return
     free: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         free.put(worker)
+    left, choosing = list(places), threading.Lock()
 
-    def do_one(place: Path) -> tuple[Path, int | None]:
+    def do_one() -> tuple[Path, int | None]:
         worker = free.get()
+        with choosing:
+            place = next((place for place in left if not taken(place)), left[0])
+            left.remove(place)
         try:
             return place, worker.do(place)
         finally:
@@ -97,7 +106,7 @@ def do_all(
 
     with ThreadPoolExecutor(len(workers)) as threads:
         try:
-            pending = {threads.submit(do_one, place) for place in places}
+            pending = {threads.submit(do_one) for _ in places}
             while pending:
                 finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for job in finished:

@@ -23,7 +23,8 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.prior import Confidence, SelfDistillation, base_logits, check_prior
+from dualsft.objectives.base_logits import BaseLogits
+from dualsft.objectives.prior import Confidence, SelfDistillation, check_prior
 from dualsft.sharding.collectives import all_reduce_sum
 from dualsft.sharding.local_batch import local_rows
 from dualsft.training.compact import CompactParameters
@@ -81,7 +82,7 @@ class PriorLoss:
         """(the mean without λ, this rank's share of the term), the latter to be differentiated."""
         own, count = local_rows(anchors), len(anchors["example_id"])
         with self._as_base(model):
-            old = base_logits(model, own)
+            old = BaseLogits(model, own)
         losses = self._term.divergences(model, own, Layout.of(own), old).sum()
         return all_reduce_sum(losses.detach()) / count, self._term.weight * losses / count
 

@@ -13,17 +13,18 @@ ordinary backward pass over a batch of examples:
 *Rows.* Let f be a module whose own forward uses parameters w, y = f(w, a) its output and e = ∂(Σ_i l_i)/∂y the gradient
 of that output. The module's share of <u, g_i> is the local Jacobian-vector product (∂f/∂w) u_w dotted with e, over the
 outputs that belong to example i. Summed over all modules this is exact, and a tied weight counts once per use, as it
-must. For Linear the product is a Uᵀ, for Embedding U[id], and for anything else `torch.func.jvp` of the module's own
-forward.
+must. For Linear the product is a Uᵀ, so it is for each expert of a mixture, for Embedding it is U[id], and for anything
+else `torch.func.jvp` of the module's own forward.
 
 *Columns.* The weight gradients of Σ_i l_i are Σ_i g_i already. Each is added to a float32 sum and dropped as soon as it
 is complete, so that one layer's dense gradient exists at a time.
 
-Read on in this order: `rows.py` (where the rows add up), `tap.py` (a module's share of them), `linear_tap.py` (the same
-for Linear, sooner), `placement.py` (which module uses which weight), `passes.py` (a pass over many batches).
+Read on in this order: `rows.py` (where the rows add up), `tap.py` (a module's share of them), `linear_tap.py` and
+`experts_tap.py` (the same for Linear and for experts, sooner), `placement.py` (which module uses which weight),
+`passes.py` (a pass over many batches).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,11 +33,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.matrix.experts_tap import ExpertsTap
 from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.placement import Placement, find_placement
 from dualsft.matrix.rows import Rows
-from dualsft.matrix.tap import GeneralTap
+from dualsft.matrix.tap import GeneralTap, Tap
 from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.experts import EXPERT_WEIGHTS, is_grouped
 from dualsft.models.linear import is_linear
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import compute_device, local_shard
@@ -154,7 +157,12 @@ class RowSums:
         for module, scored in (self._placement or {}).items():
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in scored}
-            kind = LinearTap if is_linear(module) and "weight" in names else GeneralTap
-            tap = kind(self.rows, f"{paths[module]} ({type(module).__name__})", module, names)
-            # before any other hook, which may exchange the output: it must still be the module's own
-            self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=True))
+            tap = _kind(module, names)(self.rows, f"{paths[module]} ({type(module).__name__})", module, names)
+            self._handles.append(tap.register())
+
+
+def _kind(module: nn.Module, names: Collection[str]) -> type[Tap]:
+    """The tap that suits a module of which the parameters of these names, its own for them, are scored."""
+    if is_linear(module) and "weight" in names:
+        return LinearTap
+    return ExpertsTap if is_grouped(module) and EXPERT_WEIGHTS.issuperset(names) else GeneralTap

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dualsft.data.layout import Layout
 from dualsft.data.partial_layout import PartialLayout
-from dualsft.matrix.tap import Tap
+from dualsft.matrix.tap import OutputTap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.linear import exchange
 
@@ -45,7 +45,7 @@ def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bo
     return tokens_per_example >= tokens + calls / weights
 
 
-class LinearTap(Tap):
+class LinearTap(OutputTap):
     """A tap on a linear layer, whose backward is replaced by one that adds to the rows as well."""
 
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:

@@ -3,8 +3,8 @@
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
 with f a module, w the parameters scored there, and e the gradient of its output. The product (∂f/∂w) u_w comes from
-forward-mode differentiation of the module's own forward, whatever the module is; for Embedding it is U[id], and Linear,
-where nearly all the work is, has a file of its own (`linear_tap.py`).
+forward-mode differentiation of the module's own forward, whatever the module is; for Embedding it is U[id]. Linear and
+stacked experts, where nearly all the work is, have files of their own (`linear_tap.py`, `experts_tap.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +18,7 @@ from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.data.partial_layout import PartialLayout
@@ -26,7 +27,7 @@ from dualsft.matrix.rows import Rows
 
 
 class Tap(ABC):
-    """A forward hook on one module whose backward adds the module's share of <u, g_i> to the rows.
+    """A hook on one module whose backward adds the module's share of <u, g_i> to the rows.
 
     Args:
         rows: The accumulator that the tap adds to.
@@ -37,32 +38,48 @@ class Tap(ABC):
     def __init__(self, rows: Rows, where: str, module: nn.Module, names: Mapping[str, str]) -> None:
         self.rows, self.where, self.module, self._names = rows, where, module, names
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The module's output with the tap on it; None (the output stays) if nothing can be tapped.
+    @abstractmethod
+    def register(self) -> RemovableHandle:
+        """Hook on to the module."""
+
+    def tapped(self, attach: Callable[[], Any]) -> Any:
+        """What ``attach`` returns if it has put a tap on something; None if nothing can be tapped.
 
         A refusal is noted, and raised at the end of the model's forward, where all ranks meet.
         """
         if not torch.is_grad_enabled():  # as in the jvp of a module around this one
             return None
         try:
-            tapped = self.attach(args, kwargs, output)
+            found = attach()
         except (AmbiguousShapeError, UserError) as error:
             self.rows.refusals.append(error)
             return None
-        if tapped is not None:
+        if found is not None:
             self.rows.covered |= set(self._names.values())
-        return tapped
+        return found
 
     def tangents(self) -> Iterator[dict[str, Tensor]]:
         """Each u by the module's own names; for a sharded model, it is available only in backward."""
         return ({own: u[name] for own, name in self._names.items()} for u in self.rows.directions)
+
+
+class OutputTap(Tap):
+    """A tap on the module's output, put there by a forward hook."""
+
+    def register(self) -> RemovableHandle:
+        """Hook on to the output before any other hook, which may exchange it: it must still be the module's own."""
+        return self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module's output with the tap on it; None (the output stays) if nothing can be tapped."""
+        return self.tapped(partial(self.attach, args, kwargs, output))
 
     @abstractmethod
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the tap on it, or None; raises as `Rows.check_shape` does."""
 
 
-class GeneralTap(Tap):
+class GeneralTap(OutputTap):
     """A tap on every floating output of any module.
 
     Raises:
@@ -89,7 +106,7 @@ class GeneralTap(Tap):
             value = layout.expand(outputs[k])
             self._check_shape(k, value.shape)
             add = partial(self._add_to_rows, layout, others, structure, k)
-            outputs[k] = _TapFunction.apply(value, add, self.rows.dummy_input, *tensors)
+            outputs[k] = with_tap(value, add, self.rows.dummy_input, *tensors)
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
@@ -157,10 +174,23 @@ class GeneralTap(Tap):
 _TENSOR = object()
 
 
-class _TapFunction(torch.autograd.Function):
-    """The identity, whose backward adds (∂f/∂w)u · e to the rows; the module's inputs are arguments too.
+def with_tap(value: Tensor, add: Callable[[Any, Tensor], None], dummy_input: Tensor, *inputs: Tensor) -> Tensor:
+    """The same value, whose gradient e is given to ``add`` on its way back.
 
-    They go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
+    Args:
+        value: Any tensor.
+        add: Is called with autograd's context, whose ``saved_tensors`` are the inputs, and e.
+        dummy_input: As of `Rows`.
+        inputs: What it takes to add e's share to the rows.
+    """
+    tapped: Tensor = _TapFunction.apply(value, add, dummy_input, *inputs)
+    return tapped
+
+
+class _TapFunction(torch.autograd.Function):
+    """The identity, whose backward adds (∂f/∂w)u · e to the rows; what it takes to compute that is an argument too.
+
+    The inputs go through ``save_for_backward``, so that activation checkpointing recomputes them and none is kept
     longer than the module's own graph keeps it.
     """
 

@@ -22,8 +22,9 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
+from dualsft.objectives.base_logits import BaseLogits
 from dualsft.objectives.chunks import supervised_values, tokens_at_once, widened
-from dualsft.objectives.likelihood import mean_over_tokens, supervised_labels
+from dualsft.objectives.likelihood import mean_over_tokens
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -70,21 +71,23 @@ class SelfDistillation(Objective):
     ) -> Float[Tensor, " example"]:
         """τ² w_i KL_i of each example, in nats per supervised token."""
         assert teacher is not None
-        return self.divergences(model, batch, layout, base_logits(teacher, batch))
+        return self.divergences(model, batch, layout, BaseLogits(teacher, batch))
 
     def divergences(
-        self, model: PreTrainedModel, batch: Batch, layout: Layout, old: Float[Tensor, "supervised vocabulary"]
+        self, model: PreTrainedModel, batch: Batch, layout: Layout, old: BaseLogits
     ) -> Float[Tensor, " example"]:
-        """The same, given the base model's logits at the supervised tokens, as `base_logits` has them."""
+        """The same, given the base model's logits at the batch's supervised tokens."""
 
         def divergence(logits: Tensor, where: slice) -> Tensor:
-            p_old = F.softmax(widened(old[where]) / self.temperature, dim=1)
+            p_old = F.softmax(widened(old.at(where, logits.device)) / self.temperature, dim=1)
             crossed = F.cross_entropy(widened(logits) / self.temperature, p_old, reduction="none")
             return crossed - torch.special.entr(p_old).sum(1)
 
         found, supervised = supervised_values(model, batch, divergence, layout)
         with torch.no_grad():
-            parts = [self._certainty(widened(part)) for part in old.split(tokens_at_once(model))]
+            parts = [
+                self._certainty(widened(old.at(where, found.device))) for where in old.chunks(tokens_at_once(model))
+            ]
             weights = mean_over_tokens(torch.cat(parts), supervised, layout)
         if self.confidence == "entropy_inv":
             weights = 1 / (1 + weights)
@@ -96,19 +99,3 @@ class SelfDistillation(Objective):
             return torch.ones_like(logits[:, 0])
         logp = F.log_softmax(logits, dim=1)
         return logp.amax(1).exp() if self.confidence == "max_prob" else torch.special.entr(logp.exp()).sum(1)
-
-
-@torch.no_grad()
-def base_logits(teacher: PreTrainedModel, batch: Batch) -> Float[Tensor, "supervised vocabulary"]:
-    """The base model's logits that predict the batch's supervised tokens, in its own type."""
-    found: list[Tensor] = []
-
-    def keep(logits: Tensor, where: slice) -> Tensor:
-        if not found:
-            found.append(logits.new_empty(count, logits.shape[1]))
-        found[0][where] = logits
-        return logits[:, 0]
-
-    count = len(supervised_labels(batch["labels"]))
-    supervised_values(teacher, batch, keep)
-    return found[0]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dualsft.objectives.base_logits import is_on_host
 from dualsft.plans.batch import BatchShape, scoring_batch, training_batch
 from dualsft.plans.held import Shards
 from dualsft.plans.passes import Running
@@ -110,6 +111,12 @@ class Job:
         """A rank's part of the largest training batch."""
         of = self.data
         return training_batch(of.batch_tokens, of.max_length, of.batch_size, self.machine.ranks, of.supervised)
+
+    def logits_on_host(self, batch: BatchShape) -> dict[str, int]:
+        """The bytes of the base model's logits that a prior's pass over this batch keeps on the host, if it does."""
+        itemsize = 2 if self.running.autocast else self.shape.dtype.itemsize
+        size = batch.num_supervised * self.shape.vocabulary * itemsize
+        return {"base model's logits": size} if is_on_host(size, self.machine.device) else {}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualsft.data.layout import Layout
 from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.placement import requires_grad
@@ -17,6 +18,7 @@ from dualsft.models.dtypes import accumulator_dtype, direction_dtype
 from dualsft.models.linear import is_linear
 from dualsft.models.loading import checkpoint_activations
 from dualsft.objectives import SelfDistillation, example_losses
+from dualsft.objectives.base_logits import BaseLogits
 from dualsft.plans.batch import BatchShape
 from dualsft.plans.shape import ModelShape
 from dualsft.selection.passes import scoring_mode
@@ -90,7 +92,9 @@ def _opened(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
-def distilled(model: PreTrainedModel, batch: BatchShape, running: Running, base: ModelShape | None) -> Work:
+def distilled(
+    model: PreTrainedModel, batch: BatchShape, running: Running, base: ModelShape | None, logits_on_host: bool
+) -> Work:
     """The prior's gradient, with another model of this shape as the teacher; without one the model is its own."""
     sums = ColumnSums(model)
     teacher = base.model(torch.device("cpu"), len(transformer_blocks(model))).requires_grad_(False) if base else model
@@ -98,9 +102,27 @@ def distilled(model: PreTrainedModel, batch: BatchShape, running: Running, base:
     def work() -> None:
         layout = batch.layout()
         with sums, scoring_mode(model, running.checkpointing), running.precision():
-            _PRIOR.losses(model, batch.make(), layout, teacher).sum().backward()
+            _divergence(model, batch, layout, teacher, logits_on_host).backward()
 
     return work
+
+
+def _divergence(
+    model: PreTrainedModel, batch: BatchShape, layout: Layout, teacher: PreTrainedModel, logits_on_host: bool
+) -> Tensor:
+    old = (_HostLogits if logits_on_host else BaseLogits)(teacher, batch.make())
+    return _PRIOR.divergences(model, batch.make(), layout, old).sum()
+
+
+class _HostLogits(BaseLogits):
+    """Logits that are kept on another device than the traced one: here they take no room."""
+
+    def _keep(self, logits: Tensor, where: slice) -> Tensor:
+        self._kept = logits.new_empty(1, logits.shape[1])
+        return logits[:, 0].clone()
+
+    def at(self, where: slice, device: torch.device) -> Tensor:
+        return self._kept.expand(self._count, -1)[where].clone()
 
 
 def hessian_vector(model: PreTrainedModel, batch: BatchShape, running: Running) -> Work:
@@ -125,6 +147,7 @@ def train(
     structured: bool,
     accumulated: bool,
     prior: bool = False,
+    logits_on_host: bool = False,
     on_host: bool = False,
 ) -> Work:
     """The gradient of a training step in compact form, of all weights or of a share of each tensor.
@@ -137,6 +160,7 @@ def train(
         structured: Whether these are rows, of which alone linear layers compute the gradient.
         accumulated: Whether earlier batches of the step have left a gradient.
         prior: Whether a batch of anchors comes after it, to keep the model near the base model.
+        logits_on_host: Whether the base model's logits of the anchors are kept on the host.
         on_host: Whether the gradients of all weights go to masters on the host.
     """
     model.train()
@@ -157,7 +181,7 @@ def train(
         with running.precision():
             example_losses(model, batch.make(), batch.layout()).sum().backward()
             if prior:
-                _PRIOR.losses(model, batch.make(), batch.layout(), model).sum().backward()
+                _divergence(model, batch, batch.layout(), model, logits_on_host).backward()
         if not accumulated:
             for master in masters:
                 master.grad = None

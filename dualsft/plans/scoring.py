@@ -81,8 +81,10 @@ def _prior(job: SelectJob) -> Phase:
     untouched = warmup.checkpoint is None and warmup.fraction == 0
 
     base = None if untouched else job.shape
-    gradient = partial(passes.distilled, batch=job.scoring, running=job.running, base=base)
+    logits = job.logits_on_host(job.scoring)
+    gradient = partial(passes.distilled, batch=job.scoring, running=job.running, base=base, logits_on_host=bool(logits))
     phase = scoring_phase(job, "prior gradient", gradient)
+    phase.host.update(logits)
     if not untouched:
         (phase.host if job.machine.offload else phase.held)["teacher"] = job.shards.weights
     return phase

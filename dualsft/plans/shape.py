@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dualsft.errors import UserError, first_line
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype, direction_dtype, settled_dtype, stored_dtype
+from dualsft.models.experts import group_experts
 from dualsft.models.inspection import check_files, explaining_load, read_config
 from dualsft.models.loading import Dtype
 from dualsft.objectives.tail import trust_tail
@@ -99,6 +100,7 @@ class ModelShape:
         config = self._config if layers is None else _shortened(self._config, layers)
         with explaining_load(self.folder), device:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        group_experts(made)  # transformers' own products have no shapes in every type
         trust_tail(made)
         return made.eval()
 

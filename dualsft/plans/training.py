@@ -19,6 +19,7 @@ _STAY = ("weights", "masters", "optimizer", "indices", "base values")
 def training_phase(job: Job, name: str, trained: Trained) -> Phase:
     """The phase of this name in which a job trains."""
     shards, machine, batch = job.shards, job.machine, job.training
+    logits = job.logits_on_host(batch) if trained.prior else {}
     # a rank keeps its shards' alone, which no trace shows
     keeps = trained.accumulated > 1 or machine.ranks > 1 or trained.prior
     train = partial(
@@ -29,6 +30,7 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
         structured=trained.structured,
         accumulated=keeps,
         prior=trained.prior,
+        logits_on_host=bool(logits),
         on_host=trained.on_host,
     )
     cost = trace(job.shape, batch, train)
@@ -45,13 +47,13 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
     )
     weights = {"weights": shards.weights}
     if machine.offload:
-        return phase({}, host=weights | state)
+        return phase({}, host=weights | state | logits)
     if trained.on_host:
         return phase(weights, host={**state, "gradients": masters, "gradients on their way": shards.weights})
     passing = {"foreach": masters, "single": round(2 * trained.share * shards.widest), "fused": 0}
     step = passing[trained.step] + (0 if keeps else masters)
     loading = {} if machine.device == "cpu" else {"weights, while loaded": shards.weights}
-    return phase(weights | state, step=step, host=loading)
+    return phase(weights | state, step=step, host=loading | logits)
 
 
 def _state(job: Job, trained: Trained) -> dict[str, int]:

@@ -13,6 +13,7 @@ from dualsft.matrix.curvature import check_differences
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_packing
 from dualsft.models import PreTrainedModel
+from dualsft.models.experts import group_experts
 from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype, checkpoint_activations, parameter_shapes
 from dualsft.objectives import example_losses
@@ -106,7 +107,7 @@ class SelectionModule(LightningModule):
 
     def _load(self, name_or_path: str) -> PreTrainedModel:
         model = load_for(self, name_or_path, self.dtype_name).eval()
-        model.set_experts_implementation("eager")  # fused kernels for experts have no forward-mode derivative
+        group_experts(model)
         return model
 
     def forward(self, batch: Batch) -> Tensor:

@@ -61,7 +61,7 @@ def test_miniature(tmp_path: Path) -> None:
     """Without a GPU the sections run on the CPU, and say so; scores agree with autograd there. All can be loaded."""
     assert all(callable(section.load()) for section in SECTIONS.values())
     path = tmp_path / "gpu.json"
-    names = ["correctness", "launches", "warm-up", "step parts", "phases", "choosing"]
+    names = ["correctness", "launches", "experts", "warm-up", "step parts", "phases", "choosing"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(path), "--sections", *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -70,5 +70,7 @@ def test_miniature(tmp_path: Path) -> None:
     errors = {figure["name"]: figure["value"] for figure in found["correctness"]["figures"]}
     assert len(errors) == 24
     assert all(error < (1e-12 if "64" in name else 1e-5 if "32" in name else 0.02) for name, error in errors.items())
+    errors = {figure["name"]: figure["value"] for figure in found["experts"]["figures"][:6]}  # routers are in float32
+    assert all(error < (1e-8 if "64" in name else 1e-5 if "32" in name else 0.1) for name, error in errors.items())
     assert all(found[name]["figures"] for name in names)
     assert found["warm-up"]["figures"][-1]["value"] < 0.01  # of the weights are rounded otherwise

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from dualsft.experiments.bank import Bank, Result, do, log_file, read_result, work_folder
+from dualsft.experiments.bank import Bank, Result, do, is_taken, log_file, read_result, work_folder
 from dualsft.experiments.jobs import Job, job_from_json
 from dualsft.experiments.schedule import plan, readable, seconds_left
 from dualsft.experiments.workers import Worker, do_all
@@ -120,6 +121,26 @@ def test_a_job_that_kills_its_worker_stops_no_other(tmp_path: Path, monkeypatch:
     assert told == {"first": None, "kills": 7, "last": None}
     assert [place.name for place in places if (place / "done").exists()] == ["first", "last"]
     assert log_file(places[2]).read_text() == "at work on last\n"
+
+
+def test_what_another_command_is_at_is_put_off(tmp_path: Path) -> None:
+    """Of several commands on one bank each does what no other is at; a job that is given up comes last."""
+    (tmp_path / "serving.py").write_text(SERVER.format(root=str(Path(__file__).parents[2])))
+    places = [tmp_path / name for name in ("first", "second", "last")]
+    for place in places:
+        place.mkdir()
+    others, told = FileLock(places[0] / "lock"), []
+    others.acquire()
+
+    def done(place: Path, code: int | None) -> None:
+        told.append(place.name)
+        if place.name == "last":
+            others.release()
+
+    worker = Worker("serving", {"PYTHONPATH": str(tmp_path)})
+    do_all(places, [worker], done, taken=is_taken)
+    worker.stop()
+    assert told == ["second", "last", "first"]
 
 
 def test_workers_end_when_their_caller_stops(tmp_path: Path) -> None:

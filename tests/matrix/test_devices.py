@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualsft.data.layout import one_example
+from dualsft.data.layout import Layout, one_example
 from dualsft.matrix import linear_tap, passes, spot_check
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import LOSS, Measurement
+from dualsft.objectives import SelfDistillation
+from dualsft.objectives.base_logits import BaseLogits
 from dualsft.selection.passes import scoring_mode
-from tests.cases import collate, given, make, make_examples, pack, random_direction
+from tests.cases import chunks_of, collate, given, make, make_examples, pack, random_direction
 from tests.world.meta import meta_as_accelerator
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -49,6 +51,21 @@ def test_no_operation_takes_tensors_of_two_devices(
             spot_check._products_alone(model, [u], one_example(batch, 0))
     assert len(found.rows[0]) == len(examples)
     assert all(total.is_meta for total in found.sums.values())
+
+
+def test_the_logits_of_a_prior_are_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the base model, from where a chunk at a time is compared with; a small batch's stay where they are."""
+    here = collate(make_examples())
+    layout, batch = Layout.of(here), {name: tensor.to("meta") for name, tensor in here.items()}
+    models: list[Any] = [make("llama", torch.bfloat16, seed) for seed in range(2)]
+    student, teacher = (model.to("meta") for model in models)
+    with meta_as_accelerator(monkeypatch):
+        assert BaseLogits(teacher, batch).at(slice(2), torch.device("meta")).is_meta
+        with chunks_of(1):
+            kept = BaseLogits(teacher, batch)
+            prior = SelfDistillation(1.0, 1.0, 2.0, "max_prob")
+            prior.divergences(student, batch, layout, kept).sum().backward()
+    assert kept._kept.device.type == "cpu"
 
 
 def test_an_operation_on_two_devices_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

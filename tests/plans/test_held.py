@@ -15,11 +15,13 @@ from dualsft.plans.training import plan_fit
 from dualsft.selection.held_direction import HeldDirection
 from dualsft.selection.offload import Offload
 from dualsft.selection.paths.settings import PathSettings
+from dualsft.selection.prior import Prior
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import Warmup
 from dualsft.training.compact import CompactParameters
+from tests.cases import chunks_of
 from tests.plans.cases import tiny_shape
-from tests.world.models import tiny_llama
+from tests.world.models import VOCABULARY, tiny_llama
 
 
 def size_of(tensors: object) -> int:
@@ -108,6 +110,25 @@ def test_a_warm_up_on_the_host_leaves_the_weights_on_the_card(
     if on_host:
         assert sum(warm_up.host.values()) == 18 * shape.count
         assert not warm_up.step
+
+
+def test_a_prior_keeps_the_logits_of_a_large_batch_on_the_host(tmp_path: Path) -> None:
+    """Of selections and fits, on a GPU alone; there a batch takes that much less."""
+    shape, sizes = tiny_shape(tmp_path), DataSizes(32, 8, 4)
+    settings = SelectionSettings(prior=Prior(weight=0.5))
+    phases = {}
+    with chunks_of(2):
+        for device in ("cpu", "cuda"):
+            select = plan_select(SelectJob(shape, Machine(device), sizes, settings=settings))
+            phases[device] = [
+                next(phase for phase in select.phases if phase.name == "prior gradient"),
+                plan_fit(FitJob(shape, Machine(device), sizes, trained=Trained(share=0.5, prior=True))).phases[0],
+            ]
+    size = 4 * 7 * VOCABULARY * 4  # examples, supervised tokens of each, bytes of a float32
+    for here, there in zip(phases["cpu"], phases["cuda"], strict=True):
+        assert there.host["base model's logits"] == size
+        assert "base model's logits" not in here.host
+        assert here.batch - there.batch > size / 2
 
 
 def test_directions_stay_through_the_choice_where_sides_take_turns(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from dualsft.plans import passes, tracing
 from dualsft.plans.batch import BatchShape
 from dualsft.plans.live import LiveBytes
 from dualsft.plans.passes import Running
+from dualsft.plans.shape import ModelShape
 from dualsft.plans.tracing import trace
+from tests.cases import make
 from tests.plans.cases import tiny_shape
 from tests.world.models import VOCABULARY, tiny_llama
 
@@ -37,6 +39,24 @@ def test_shapes_take_what_tensors_take(tmp_path: Path, name: str) -> None:
         work()
         real = live.peaks[0].size - before
     assert real <= trace(tiny_shape(tmp_path), BATCH, WORK[name]).size <= 1.06 * real
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_of_experts_are_traced_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Their experts' products have shapes in every type; which tokens an expert has takes no part in the sizes."""
+    model = make("mixtral", dtype)
+    model.config.save_pretrained(tmp_path)
+    with LiveBytes(BATCH.num_supervised, model.config.vocab_size) as live:
+        work = WORK["scores"](make("mixtral", dtype))
+        work()
+        before = live.now
+        live.restart()
+        work()
+        real, flops = live.peaks[0].size - before, live.flops
+    traced = trace(ModelShape(tmp_path, str(dtype).removeprefix("torch.")), BATCH, WORK["scores"])  # type: ignore[arg-type]
+    assert real <= traced.size <= 1.06 * real
+    assert traced.flops == flops
 
 
 @pytest.mark.slow

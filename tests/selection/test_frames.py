@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import dualsft
-from dualsft.matrix.tap import Tap
+from dualsft.matrix.tap import OutputTap
 from dualsft.selection.passes import Passes
 from tests.world.jobs import SGD, select, write_inputs
 
@@ -17,7 +17,7 @@ MOST_FRAMES = 10
 
 def test_few_frames_between_select_and_the_first_tap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of our own code, in the pass that scores a tiny pool; both ends are counted."""
-    run, tap = Passes.run, Tap.__call__
+    run, tap = Passes.run, OutputTap.__call__
     stacks: list[list[str]] = []
     current = ""
 
@@ -26,14 +26,14 @@ def test_few_frames_between_select_and_the_first_tap(tmp_path: Path, monkeypatch
         current = name
         return run(self, name, *args, **options)
 
-    def noted_tap(self: Tap, module: nn.Module, *call: Any) -> Any:
+    def noted_tap(self: OutputTap, module: nn.Module, *call: Any) -> Any:
         if current == "scores" and not stacks:
             ours = [f for f in traceback.extract_stack() if Path(dualsft.__file__).parent in Path(f.filename).parents]
             stacks.append([f"{Path(frame.filename).name}: {frame.name}" for frame in ours])
         return tap(self, module, *call)
 
     monkeypatch.setattr(Passes, "run", noted_run)
-    monkeypatch.setattr(Tap, "__call__", noted_tap)
+    monkeypatch.setattr(OutputTap, "__call__", noted_tap)
     select(write_inputs(tmp_path / "inputs"), tmp_path / "out", SGD)
     (frames,) = stacks
     assert frames[0] == "trainer.py: select"

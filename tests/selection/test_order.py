@@ -17,7 +17,7 @@ from dualsft.errors import UserError
 from dualsft.matrix.curvature import twice_differentiable
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
-from dualsft.matrix.tap import Tap
+from dualsft.matrix.tap import OutputTap
 from dualsft.models.loading import load_model
 from dualsft.objectives import example_losses
 from dualsft.scorers import DiagonalFisher, FirstOrder, HessianVector, Scorer
@@ -377,13 +377,13 @@ def test_weights_of_no_account_have_no_tap(
 ) -> None:
     """With one weight chosen, the pass over the examples touches its own modules alone, and the scores are right."""
     touched: set[nn.Module] = set()
-    call = Tap.__call__
+    call = OutputTap.__call__
 
-    def watched(tap: Tap, module: nn.Module, *rest: Any) -> Any:
+    def watched(tap: OutputTap, module: nn.Module, *rest: Any) -> Any:
         touched.add(module)
         return call(tap, module, *rest)
 
-    monkeypatch.setattr(Tap, "__call__", watched)
+    monkeypatch.setattr(OutputTap, "__call__", watched)
     selection = run(inputs, tmp_path / "out", order=PD, parameter_budget=1)
     expected = slow.alternate("first order", PD, 1, weights=1)
     assert_found(selection, expected)

@@ -1,4 +1,4 @@
-"""An accelerator that this machine need not have: what would make the host wait for one, counted on the CPU.
+"""An accelerator that this machine need not have: what it is asked to do, and what makes the host wait, on the CPU.
 
 Every tensor is on the CPU. Those that an accelerator would hold are followed from the weights and the moved batches
 through all that is computed from them, forward and backward.
@@ -34,16 +34,19 @@ _READS = {
     "_unique2",
 }
 _COPIES = {Tensor.cpu, Tensor.tolist, Tensor.numpy}
+_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
 class HostWaits:
-    """What makes the host wait for the accelerator while `counted` is open.
+    """What the accelerator does, and what makes the host wait for it, while `counted` is open.
 
     Attributes:
+        launches: Operation -> how often it worked on the accelerator's tensors; views of them are no work.
         waits: (file, operation) -> how often it waited there; the file is the innermost that is not torch's.
     """
 
     def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
         self._held: dict[int, StorageWeakRef] = {}  # a weak reference keeps the number from being used again
 
@@ -105,6 +108,8 @@ class _Reads(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(map(self._seen.holds, tensors)):
             name = function._schema.name.split("::")[1]
+            if not function.is_view and name not in _NO_LAUNCH:
+                self._seen.launches[name] += 1
             indices = tree_leaves(args[1]) if name.startswith("index") and len(args) > 1 else []
             if name in _READS or any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
                 self._seen.note(name)

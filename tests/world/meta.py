@@ -53,6 +53,8 @@ def _of_values(name: str, args: Any, kwargs: Any) -> Any:
         return first.dtype == torch.bool or torch.ones((), dtype=first.dtype).item()
     if name == "_to_copy" and kwargs.get("device", first.device).type == "cpu":
         return torch.ones(first.shape, dtype=kwargs.get("dtype") or first.dtype)
+    if name == "copy_" and not first.is_meta:
+        return first.fill_(1)
     if name == "nonzero":
         return torch.zeros(_PICKED, first.dim(), dtype=torch.int64, device="meta")
     if name == "masked_select":
