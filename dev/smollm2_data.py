@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,8 +42,8 @@ def with_answers_of_others(rows: list[Row]) -> list[Row]:
 @torch.no_grad()
 def answered_by(model_dir: Path, rows: Sequence[Row], count: int) -> list[Row]:
     """The first rows that a model ends an answer to within `ANSWER_TOKENS`, each with that answer, decoded greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     found: list[Row] = []
     for row in rows:
         turns = [{"role": "user", "content": row["prompt"]}]
