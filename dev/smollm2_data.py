@@ -18,7 +18,7 @@ from dev.quickstart.make_data import DATA, Row, read_jsonl, write_jsonl
 
 MAX_CHARS = 300
 CLEAN, WRONG, GENERAL = 32, 32, 192
-VALIDATION, TEST_TARGET, TEST_GENERAL = 32, 64, 64
+VALIDATION, TEST_TARGET, TEST_GENERAL = 32, 32, 32
 ANSWER_TOKENS = 32
 
 
