@@ -22,7 +22,7 @@ from torch import Tensor
 from dualsft.data.layout import Batch, on_host
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses, supervised_losses
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import all_reduce_sum, sum_of_shards
 from dualsft.sharding.local_batch import local_rows
 
 Loss = Literal["example_mean", "token_mean"]
@@ -81,10 +81,10 @@ def _tokens(batch: Batch) -> int:
 
 @torch.no_grad()
 def clip_norm(parameters: list[Tensor], limit: float) -> None:
-    """Bring the gradients' norm over all ranks down to a limit, as `torch.nn.utils.clip_grad_norm_` does on one."""
+    """Bring the gradients' norm over all shards down to a limit, as `torch.nn.utils.clip_grad_norm_` does on one."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    norm = all_reduce_sum(torch.stack(norms).square().sum()).sqrt()
+    norm = sum_of_shards(torch.stack(norms).square().sum()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))

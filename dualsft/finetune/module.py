@@ -235,13 +235,14 @@ class MaskedFinetuneModule(LightningModule):
         precision.pre_backward(share, self).backward()  # scaled as the loss is, for float16
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the losses, and bring the accumulated gradient to that of the step's loss; Lightning clips it next.
+        """Log the losses, and bring the accumulated gradients to that of the step's loss; Lightning clips it next.
 
         Raises:
             UserError: if a loss of the step is not finite.
         """
         for name, value in self.batch_losses.read(self.current_epoch).items():
             self.log(name, value, prog_bar=True)
+        self.compact.add_up_gradients()
         self._step_loss.finish(self.compact.masters, self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(

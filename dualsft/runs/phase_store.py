@@ -1,7 +1,10 @@
 """The state of a run's phases, in files: each state is saved completely or not at all, by one process or by all ranks.
 
-Every rank saves its own part in a file. A state counts once all ranks have saved theirs. Until then the state before
-it stays, so that the states that a killed run leaves are of the same moment on all ranks.
+Ranks that hold shards save each its own part in a file. A state counts once all ranks have saved theirs. Until then the
+state before it stays, so that the states that a killed run leaves are of the same moment on all ranks.
+
+Replicas have the same state once a phase is finished: rank zero saves it, as a single process does, and all read it. In
+a pass each replica has a state of its own, which it saves and loads without the others.
 
 A file holds a checksum of its contents. A state that an earlier run left and that is damaged is dropped, and with it
 those that were saved after it, which may rest on it: the run resumes from the states before.
@@ -22,17 +25,30 @@ from torch import Tensor
 from dualsft.errors import UserError, first_line
 from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.progress import Meter, say
-from dualsft.sharding.collectives import all_gather, all_reduce_max, on_all_ranks, rank, world_size
+from dualsft.sharding.collectives import (
+    all_gather,
+    all_reduce_max,
+    has_replicas,
+    on_all_ranks,
+    on_rank_zero,
+    rank,
+    world_size,
+)
 from dualsft.storage.writing import refusal, replacing
 
 _NOTES, _CHECKSUM = "notes", "crc32"
 
 
 class PhaseStore:
-    """Saves and loads the states of phases in a folder that the ranks share."""
+    """Saves and loads the states of phases in a folder that the ranks share.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: The folder.
+        of_rank: Whether the states are this rank's alone, which other ranks know nothing of.
+    """
+
+    def __init__(self, folder: Path, of_rank: bool = False) -> None:
+        self._folder, self._of_rank = folder, of_rank
         self._sound: set[Path] = set()  # written or checked by this process
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -41,15 +57,27 @@ class PhaseStore:
         Raises:
             UserError: on every rank, if one cannot write.
         """
+        if self._of_rank:
+            self._write(self._file(phase), tensors, notes)
+        elif not self._in_parts:
+            on_rank_zero(lambda: self._write(self._file(phase), tensors, notes))
+        else:
+            self._save_part(phase, tensors, notes)
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether each rank saves a part of every state."""
+        return world_size() > 1 and not has_replicas()
+
+    def _save_part(self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
-        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
+        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1)
         # 2. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
         on_all_ranks(lambda: self._write(path, tensors, notes))
-        # 3. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
-        if world_size() > 1:
-            for version in before:
-                self._file(phase, version).unlink(missing_ok=True)
+        # 3. Only a complete state makes the earlier ones superfluous.
+        for version in before:
+            self._file(phase, version).unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -71,19 +99,46 @@ class PhaseStore:
 
         The tensors stay those of this state, even when it is dropped or another is saved.
         """
+        if self._of_rank:
+            stored = self._opened(self._whole(phase))
+        elif not self._in_parts:
+            path = on_rank_zero(lambda: self._whole(phase))
+            stored = on_all_ranks(lambda: self._opened(path))  # before rank zero, which is ahead, drops it
+        else:
+            stored = self._opened(self._whole_part(phase))
+        if stored is None:
+            return None
+        # on Windows an open file can be neither replaced nor deleted
+        tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
+        return tensors, json.loads(stored.metadata[_NOTES])
+
+    def _opened(self, path: Path | None) -> OpenTensors | None:
+        return None if path is None else OpenTensors(path)
+
+    def _whole(self, phase: str) -> Path | None:
+        """The file of a phase's state, if there is one and it is not damaged."""
+        path = self._file(phase)
+        if not path.is_file():
+            return None
+        if (reason := self._damage(path)) is None:
+            return path
+        self._drop_damaged(path, reason)
+        return None
+
+    def _whole_part(self, phase: str) -> Path | None:
+        """The file of this rank's part of a phase's latest state that is whole on all ranks."""
         found = all_gather({version: self._damage(self._file(phase, version)) for version in self._versions(phase)})
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
         if damaged:
-            reason = next(of_rank[v] for of_rank in found for v in damaged if of_rank[v])
-            say(f"{reason}: this state and those saved after it are dropped, and computed again.")
-            self._drop_since(self._file(phase, min(damaged)))
-        if not (whole := common - damaged):
-            return None
-        stored = OpenTensors(self._file(phase, max(whole)))
-        # on Windows an open file can be neither replaced nor deleted
-        tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
-        return tensors, json.loads(stored.metadata[_NOTES])
+            reason = next(told for of_rank in found for v in damaged if (told := of_rank[v]))
+            self._drop_damaged(self._file(phase, min(damaged)), reason)
+        whole = common - damaged
+        return self._file(phase, max(whole)) if whole else None
+
+    def _drop_damaged(self, path: Path, reason: str) -> None:
+        say(f"{reason}: this state and those saved after it are dropped, and computed again.", of_rank=self._of_rank)
+        self._drop_since(path)
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a file, in a sentence; None if it is as it was written."""
@@ -103,27 +158,33 @@ class PhaseStore:
         return None
 
     def _drop_since(self, path: Path) -> None:
-        """Delete a file of this rank, and those of its files that were written later."""
+        """Delete a file of this rank, or of all replicas, and those of its files that were written later."""
         moment = path.stat().st_mtime_ns
-        own = f"*.rank-{rank()}-of-{world_size()}.safetensors" if world_size() > 1 else "*.safetensors"
+        own = f"*{self._suffix}.safetensors"
         for other in [found for found in self._folder.glob(own) if found.stat().st_mtime_ns >= moment]:
             other.unlink()
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
-        for version in self._versions(phase):
-            self._file(phase, version).unlink(missing_ok=True)
+        if self._in_parts:
+            for version in self._versions(phase):
+                self._file(phase, version).unlink(missing_ok=True)
+        elif self._of_rank or rank() == 0:
+            self._file(phase).unlink(missing_ok=True)
 
     def _versions(self, phase: str) -> list[int]:
-        """The numbers of the states of a phase that this rank has saved; a single process has number 0 at most."""
-        if world_size() == 1:
-            return [0] if self._file(phase, 0).is_file() else []
-        found = self._folder.glob(f"{phase}@*.rank-{rank()}-of-{world_size()}.safetensors")
+        """The numbers of the states of a phase of which this rank has saved its part."""
+        found = self._folder.glob(f"{phase}@*{self._suffix}.safetensors")
         return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
 
-    def _file(self, phase: str, version: int) -> Path:
-        suffix = f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
-        return self._folder / f"{phase}{suffix}.safetensors"
+    @property
+    def _suffix(self) -> str:
+        """What the names of this rank's files end with."""
+        return f".rank-{rank()}-of-{world_size()}" if self._of_rank or self._in_parts else ""
+
+    def _file(self, phase: str, version: int | None = None) -> Path:
+        number = "" if version is None else f"@{version}"
+        return self._folder / f"{phase}{number}{self._suffix}.safetensors"
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

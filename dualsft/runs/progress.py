@@ -15,7 +15,7 @@ from dualsft.data.layout import Batch, num_tokens
 from dualsft.data.loaders import ScoringLoader
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import bar, numbered
-from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
+from dualsft.sharding.collectives import all_gather, is_rank_zero, rank, world_size
 
 
 @dataclass
@@ -123,10 +123,14 @@ class Meter:
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 
 
-def say(message: str) -> None:
-    """Print a message to stderr on rank zero, on a line of its own above the progress bar."""
-    if is_rank_zero():
-        print(f"dualsft: {message}", file=sys.stderr, flush=True)  # an open bar makes room for it
+def say(message: str, of_rank: bool = False) -> None:
+    """Print a message to stderr, on a line of its own above the progress bar.
+
+    Rank zero prints it, or, where it is ``of_rank``, each rank for itself.
+    """
+    if of_rank or is_rank_zero():
+        place = "" if is_rank_zero() else f" (rank {rank()})"
+        print(f"dualsft{place}: {message}", file=sys.stderr, flush=True)  # an open bar makes room for it
 
 
 def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:

@@ -13,7 +13,7 @@ from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, check_
 from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import has_replicas, on_rank_zero
 from dualsft.sharding.files import read_full_tensors, write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
 
@@ -47,19 +47,22 @@ class Budgets:
 
         Without scores, where no weights are to be chosen, all are.
 
-        The ranks of a sharded model write the scores, rank zero chooses, and all ranks read the masks. An allocator
-        gets all scores at once, so rank zero's host holds them in this step, like that of a single process.
+        The ranks of a sharded model write the scores; replicas need not. Rank zero chooses, and all ranks read the
+        masks. An allocator gets all scores at once, so rank zero's host holds them in this step, like that of a single
+        process.
         """
         if not scores:  # nothing is chosen where all are taken
             weights = self._model.named_parameters()
             return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights if p.requires_grad}
-        if not is_sharded(self._model):
+        sharded = is_sharded(self._model)
+        if not sharded and not has_replicas():
             return choose_parameters(self._settings, scores, self._base)
         folder = self._run.staging(f"choice-{next(self._round)}")
-        write_full_tensors(scores, dict(self._model.named_parameters()), folder, "scores")
+        if sharded:
+            write_full_tensors(scores, dict(self._model.named_parameters()), folder, "scores")
 
         def choose() -> None:
-            full = read_full_tensors(folder, "scores")
+            full = read_full_tensors(folder, "scores") if sharded else scores
             write_masks(folder / "mask.safetensors", choose_parameters(self._settings, full, self._base))
 
         on_rank_zero(choose)

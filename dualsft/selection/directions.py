@@ -19,7 +19,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.needs import ask
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.dense_training import EPS
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import has_replicas, rank, sum_of_shards
 from dualsft.sharding.shards import full_tensor, local_shard, shard_copy
 
 Combination = Literal["mean", "max", "min"]
@@ -145,18 +145,24 @@ def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Column
         totals.append(float(score.sum(dtype=torch.float64)))
         sizes.append(float(score.abs().sum(dtype=torch.float64)))
     total, size = math.fsum(totals), math.fsum(sizes)
-    return ColumnTotals(*all_reduce_sum(torch.tensor([total, size], dtype=torch.float64)).tolist())
+    return ColumnTotals(*sum_of_shards(torch.tensor([total, size], dtype=torch.float64)).tolist())
 
 
 def parameter_scores(
     us: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], combination: Combination
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Compute φ_j = u_j Σ_i g_ij of every weight, the validation sets combined.
 
     Returns:
-        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host.
+        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host. Rank zero of replicas
+        chooses by them, and holds them; on the others each is computed when it is read.
     """
-    return {name: combined([_score(u, sums, name) for u in us], combination).float().cpu() for name in us[0]}
+
+    def make(name: str) -> Tensor:
+        return combined([_score(u, sums, name) for u in us], combination).float().cpu()
+
+    scores = LazyTensors(us[0], make)
+    return scores if has_replicas() and rank() else dict(scores)
 
 
 def _score(u: Mapping[str, Tensor], sums: Mapping[str, Tensor], name: str) -> Tensor:

@@ -34,10 +34,10 @@ class ScoresBothSides(Protocol):
     nonfinite: set[int]
     identity: dict[str, dict[str, float]]
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights."""
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
         """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
@@ -72,7 +72,7 @@ class Chosen:
         rounds: The choices of each round, and the share of the last round's choices that it kept.
     """
 
-    parameter_scores: dict[str, Tensor] = field(default_factory=dict)
+    parameter_scores: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Mapping[str, Tensor] = field(default_factory=dict)
     example_scores: ExampleScores = field(default_factory=ExampleScores)
     examples: set[int] = field(default_factory=set)

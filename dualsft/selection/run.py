@@ -43,7 +43,7 @@ from dualsft.selection.scoring_checkpoint import reach_scoring_checkpoint, warmu
 from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_halves, validation_terms
 from dualsft.selection.writing import publish, write_selection
-from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.collectives import all_gather, on_rank_zero, world_size
 from dualsft.sharding.files import write_full_tensors
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import compute_device
@@ -76,9 +76,10 @@ def run_selection(
         finished = load_selection(run.path)
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
         return finished
-    ranks = {"ranks": world_size()} if world_size() > 1 else {}  # each rank stores its own states
+    # of each state a rank keeps its shard's part; replicas, like one process, all of it
+    shards = {"shards": world_size()} if world_size() > 1 and is_sharded(model) else {}
     configuration = on_rank_zero(lambda: describe_configuration(module, data))
-    run.claim({**what_scores_rest_on(module, inputs), **configuration, **ranks})
+    run.claim({**what_scores_rest_on(module, inputs), **configuration, **shards})
     log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
 
@@ -95,7 +96,7 @@ def run_selection(
         chosen = Chosen(weights, mask, examples, *budgets.examples(examples.scores, scoring.measured))
 
     # 7. The selection directory.
-    cost = {"scoring_batch_tokens": passes.batch_tokens, "phases": log.as_json()}
+    cost = {"scoring_batch_tokens": min(all_gather(passes.batch_tokens)), "phases": log.as_json()}
     origin = {**configuration, "directory": working_directory()}
     manifest = {**inputs, **describe_outcome(model, data, chosen, scoring), **cost, **origin}
     write_results(module, data, run, chosen, scoring, seed, manifest=manifest, config=config)

@@ -38,7 +38,7 @@ from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.stability import agreement
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 
 T = TypeVar("T")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -122,7 +122,7 @@ class Scoring:
     def _finite(self) -> list[int]:
         return [i for i in self._pool if i not in self.nonfinite]
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
         if self._rule.needs_pool_gradient:
             self._sum_gradients(self._finite)
@@ -136,7 +136,7 @@ class Scoring:
             self._take_sums(found, ids)
         return self._weight_scores(), examples
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
         """Score all weights over these examples: parameter name -> φ_j, float32, on the host.
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
@@ -242,7 +242,7 @@ class Scoring:
         self._latest.directions = [HeldDirection(u, self._model) for u in us]
         self._latest.halves = [HeldDirection(u, self._model) for u in self._rule.half_directions()]
 
-    def _weight_scores(self) -> dict[str, Tensor]:
+    def _weight_scores(self) -> Mapping[str, Tensor]:
         return parameter_scores(
             [u.exact for u in self._latest.directions], self._latest.sums, self._settings.combination
         )
@@ -256,7 +256,7 @@ class Scoring:
         if not latest.rows or not latest.sums:
             return
         names = list(latest.row_directions[0].held)
-        moves = all_reduce_sum(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
+        moves = sum_of_shards(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._rule.sets, latest.rows, latest.row_directions, strict=True):
             summed = {i: value for i, value in rows.items() if i in latest.summed}

@@ -20,7 +20,7 @@ from dualsft.runs.progress import PhaseLog
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import ADVICE, warm_up
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import on_rank_zero, world_size
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import local_shard, shard_of
@@ -101,7 +101,7 @@ def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: Instruction
     if on_rank_zero(folder.exists):  # complete, as it was moved here in one step
         return
     staged = run.staging()
-    if is_sharded(model):
+    if is_sharded(model) or world_size() > 1:
         save_sharded(model, staged)
     else:
         with writing_to(folder):
