@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def watched(inputs: Inputs, folder: Path, batch_tokens: int) -> tuple[list[tuple
     def counting(name: str) -> Callable[..., Any]:
         function = getattr(distributed, name)
 
-        def counted(first: Any, *args: Any, **kwargs: Any) -> Any:
-            calls.append((name, first.numel() if isinstance(first, torch.Tensor) else 0))
-            return function(first, *args, **kwargs)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, sum(of.numel() for of in args if isinstance(of, torch.Tensor))))
+            return function(*args, **kwargs)
 
         return counted
 
@@ -130,47 +131,70 @@ def test_a_batch_takes_no_communication_and_is_read_by_one_rank(tmp_path: Path) 
     assert read == sorted([*range(24), *range(6)])
 
 
-def killed(inputs: Inputs, folder: Path, options: dict[str, Any], of_rank: int, saves: int) -> None:
-    """A selection in which a rank dies as soon as it has kept so many states."""
-    save, count = PhaseStore._write, 0
+OFTEN: dict[str, Any] = {**WARMED, "save_minutes": 1e-9}
+SMALL: dict[str, Any] = {"batch_tokens": 60}
 
-    def save_and_die(self: PhaseStore, *arguments: Any) -> None:
+
+def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1) -> int:
+    """A selection on all replicas that there are, from whatever an earlier one left; how many states this rank keeps.
+
+    One of the ranks may die when it has kept its last state.
+    """
+    write, count = PhaseStore._write, 0
+
+    def write_and_die(self: PhaseStore, *arguments: Any) -> None:
         nonlocal count
-        save(self, *arguments)
+        write(self, *arguments)
         count += 1
-        if rank() == of_rank and count == saves:
+        if (rank(), count) == (of_rank, last):
             os._exit(1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PhaseStore, "_write", save_and_die)
-        go_on(inputs, folder, options)
-
-
-def go_on(inputs: Inputs, folder: Path, options: dict[str, Any]) -> None:
-    """A selection on all replicas that there are, from whatever an earlier one left."""
     on_all: dict[str, Any] = {"strategy": "ddp", "devices": distributed.get_world_size()}
-    select(inputs, folder, options, ranks=on_all, resume=(folder / ".unfinished").exists())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseStore, "_write", write_and_die)
+        select(inputs, folder, OFTEN, SMALL, ranks=on_all, resume=(folder / ".unfinished").exists())
+    return count
 
 
-@pytest.mark.parametrize(("of_rank", "saves"), [(1, 1), (1, 5), (0, 3), (0, 6), (0, 12), (0, 13), (0, 14), (0, 15)])
-def test_a_killed_run_goes_on(tmp_path: Path, of_rank: int, saves: int) -> None:
+@dataclass(frozen=True)
+class Unbroken:
+    """What a selection is made from, where two ranks have made it, and how many states each has kept for it."""
+
+    inputs: Inputs
+    folder: Path
+    states: list[int]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """A selection that nobody has killed."""
+    folder, rows = tmp_path_factory.mktemp("unbroken"), sums(30)
+    inputs = write_inputs(folder, rows, rows[-8:])
+    return Unbroken(inputs, folder / "out", run_on_ranks(2, kept, inputs, folder / "out"))
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "share", "count"),
+    [(0, 0.1, 2), (0, 0.4, 2), (0, 0.7, 2), (0, 1.0, 2), (1, 0.3, 2), (1, 0.9, 2), (0, 0.6, 3), (1, 0.8, 1)],
+)
+def test_a_killed_run_goes_on(unbroken: Unbroken, tmp_path: Path, of_rank: int, share: float, count: int) -> None:
     """From states that each rank has kept by itself: to the same bytes, and on other numbers of ranks to the same.
 
-    A state is kept before every batch; rank zero's others are those of steps of the warm-up and of finished phases.
+    A state is kept before every batch; rank zero's others are those of the warm-up's steps and of finished phases.
     """
-    inputs, options = write_inputs(tmp_path), {**WARMED, "save_minutes": 1e-9}
-    run_on_ranks(2, go_on, inputs, tmp_path / "unbroken", options)
-    for name, count in (("two", 2), ("three", 3), ("one", 1)):
-        with pytest.raises(AssertionError, match="died without a word"):
-            run_on_ranks(2, killed, inputs, tmp_path / name, options, of_rank, saves)
-        assert not (tmp_path / name / "manifest.json").exists()
-        if count == 1:
-            select(inputs, tmp_path / name, options, resume=True)
-        else:
-            run_on_ranks(count, go_on, inputs, tmp_path / name, options)
-    assert contents(tmp_path / "two") == contents(tmp_path / "unbroken")
-    for name in ("three", "one"):
-        assert_same(load_selection(tmp_path / name), load_selection(tmp_path / "unbroken"), EXACT)
+    last = round(share * unbroken.states[of_rank])
+    with pytest.raises(AssertionError, match=r"rank . (died without a word|failed)"):
+        run_on_ranks(2, kept, unbroken.inputs, tmp_path / "out", of_rank, last)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    if count == 1:
+        select(unbroken.inputs, tmp_path / "out", OFTEN, SMALL, resume=True)
+    else:
+        again = run_on_ranks(count, kept, unbroken.inputs, tmp_path / "out")
+        assert again[of_rank] < unbroken.states[of_rank]
+    if count == 2:
+        assert contents(tmp_path / "out") == contents(unbroken.folder)
+    else:
+        assert_same(load_selection(tmp_path / "out"), load_selection(unbroken.folder), EXACT)
 
 
 def short_of_memory(inputs: Inputs, folder: Path, times: tuple[int, ...], backward: bool) -> int:
