@@ -1,11 +1,13 @@
 """Validation on ranks, each with shards of the weights, gives what one process finds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, distributed
 
 from dualsft.data.layout import Layout, split_rows
@@ -13,7 +15,7 @@ from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
 from dualsft.sharding.local_batch import local_rows
-from dualsft.sharding.strategy import FSDP2
+from dualsft.sharding.strategy import DDP, FSDP2
 from tests.cases import make_examples, pack
 from tests.world.data import random_batch, write_jsonl
 from tests.world.fits import Case, fitted
@@ -33,10 +35,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return made
 
 
-def validated(workspace: Workspace, folder: Path, sets: dict[str, str], **options: Any) -> dict[str, float]:
+def validated(
+    workspace: Workspace, folder: Path, sets: dict[str, str], strategy: Callable[..., Strategy] = FSDP2, **options: Any
+) -> dict[str, float]:
     """The metrics of the base model on named sets, on all ranks that there are."""
     if distributed.is_initialized():
-        options |= {"strategy": FSDP2(), "devices": distributed.get_world_size()}
+        options |= {"strategy": strategy(), "devices": distributed.get_world_size()}
     module = EvaluationModule(workspace.model, Generation(6))
     run = trainer(folder, **options)
     run.validate(module, datamodule=workspace.data(train=None, selection=None, validation=sets), verbose=False)
@@ -60,13 +64,15 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_metrics_are_those_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "strategy"), [(1, FSDP2), (4, FSDP2), (2, DDP)])
+def test_metrics_are_those_of_one_process(
+    workspace: Workspace, tmp_path: Path, count: int, strategy: Callable[..., Strategy]
+) -> None:
     """Of each set and their mean, with batches of fewer rows than ranks, and generated answers."""
     sets = sets_of(workspace, tmp_path)
     expected = validated(workspace, tmp_path, sets)
     assert 0 < expected["exact_match/right"] < 1
-    for found in run_on_ranks(count, validated, workspace, tmp_path, sets):
+    for found in run_on_ranks(count, validated, workspace, tmp_path, sets, strategy):
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, rel=1e-5)
 
