@@ -65,8 +65,17 @@ def test_whatever_is_chosen_by_is_chosen_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_a_warmed_up_selection_on_two_ranks(tmp_path: Path) -> None:
-    """The warm-up's batches are shared out; its second moment, and a teacher beside the model."""
+    """The warm-up's batches are shared out; its second moment, a teacher beside the model, and what it has kept."""
     check(tmp_path, in_float64(WARM), 2)
+    kept = {"again": {"warmup": Warmup(checkpoint=str(tmp_path / "ranks" / "adam" / "warmup")), "dtype": "float64"}}
+    inputs = write_inputs(tmp_path)
+    run_on_ranks(2, select_all, inputs, tmp_path / "ranks", kept, 2, None, replicas)
+    assert_same(load_selection(tmp_path / "ranks" / "again"), load_selection(tmp_path / "alone" / "adam"), EXACT)
+
+
+def test_a_single_rank_is_a_single_process(tmp_path: Path) -> None:
+    """Under the strategy too."""
+    check(tmp_path, {"first order": PLAIN["first order"]}, 1)
 
 
 def passed() -> dict[str, Any]:
