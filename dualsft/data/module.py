@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share, tokens_in
+from dualsft.data.dealing import Deal
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch, to_device
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
@@ -66,6 +67,7 @@ class InstructionDataModule(LightningDataModule):
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
         progress: Shows how far the encoding of a large pool is; None shows nothing.
+        part: Which rows of each of the training batches are read, as a slice; None for all, where no others share them.
 
     Raises:
         UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
@@ -107,6 +109,7 @@ class InstructionDataModule(LightningDataModule):
             _at_least(1, encoding_processes=encoding_processes)
         self.cache_dir, self.encoding_processes = cache_dir, encoding_processes
         self.progress: Progress | None = None
+        self.part: slice | None = None
         self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
@@ -176,7 +179,7 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Training batches over the examples of `training_ids`."""
-        return self.training_loader(self.training_ids(), self.seed)
+        return self.training_loader(self.training_ids(), self.seed, part=self.part)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches, never packed.
@@ -194,12 +197,19 @@ class InstructionDataModule(LightningDataModule):
         """The batch on the device, and still known to the host."""
         return to_device(batch, device)
 
-    def training_loader(self, ids: Ids, seed: int, validation: str | None = None) -> ResumableLoader:
-        """Shuffled training batches over some examples of the pool, or of a validation set of this name."""
+    def training_loader(
+        self, ids: Ids, seed: int, validation: str | None = None, part: slice | None = None
+    ) -> ResumableLoader:
+        """Shuffled training batches over some examples of the pool, or of a validation set of this name.
+
+        Of each batch all rows are read, or a part of them, if others share it (`DealtBatch`).
+        """
         examples = self._encoded(TRAIN if validation is None else self._keys[validation])
         row_tokens = self.max_length if self.packing else None
         batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
-        return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
+        loader = ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
+        loader.deal = None if part is None else Deal(part, examples.lengths, examples.num_tokens)
+        return loader
 
     def pool_loader(
         self, ids: Ids | None = None, start: int = 0, batch_tokens: int | None = None, part: slice = ALL

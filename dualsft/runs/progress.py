@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dualsft.data.layout import Batch, num_tokens
+from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ScoringLoader
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import bar, numbered
@@ -110,12 +111,12 @@ class Meter:
             self._bar.set(0, self._bar.total)
         for batch in batches:
             yield batch
-            self._phase.examples += len(batch["example_id"])
-            self._phase.tokens += int((batch["labels"] != -100).sum())
-            tokens = num_tokens(batch)
-            self._tokens += tokens
+            extent = extent_of(batch)
+            self._phase.examples += len(extent.ids)
+            self._phase.tokens += extent.supervised
+            self._tokens += extent.tokens
             rate = self._tokens / (time.perf_counter() - self._begun)
-            self._bar.advance(tokens if by_tokens else len(batch["example_id"]), f"{rate:,.0f} tok/s")
+            self._bar.advance(extent.tokens if by_tokens else len(extent.ids), f"{rate:,.0f} tok/s")
 
     def so_far(self) -> dict[str, Any]:
         """The cost of the phase so far, including that of an earlier run."""

@@ -39,7 +39,7 @@ from dualsft.sharding.vectors import gather_vectors, split_vectors
 class FSDP2(ModelParallelStrategy):
     """Shards every weight, with its gradient and optimizer state, over the ranks; each rank has its own examples.
 
-    The data loader gives all batches to every rank, in the order of a single process, and each takes its rows of them.
+    The training batches are those of a single process, in its order, and each rank reads its rows of them.
 
     Args:
         cpu_offload: Store the shards on the host, and move a block to the accelerator while it computes.

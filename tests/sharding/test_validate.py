@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, distributed
 
+from dualsft.data.dealing import extent_of
 from dualsft.data.layout import Layout, split_rows
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
-from dualsft.sharding.local_batch import local_rows
+from dualsft.sharding.local_batch import local_rows, rows_to_read
 from dualsft.sharding.strategy import DDP, FSDP2
 from tests.cases import make_examples, pack
 from tests.world.data import random_batch, write_jsonl
@@ -122,3 +124,25 @@ def test_rows_are_dealt_out_once() -> None:
             assert part["input_ids"].shape[1] == max(first + length for _, first, length in Layout.of(part).spans)
     assert supervised(answers[2][1]) == {}
     assert len(answers[2][1]["input_ids"]) == 1
+
+
+def read_apart(workspace: Workspace, **options: Any) -> list[tuple[dict[str, Tensor], dict[str, Tensor], bool]]:
+    """Of each training batch this rank's rows as they are read alone, and cut out; whether the same is known of it."""
+    data = workspace.data(selection=None, **options)
+    ids = data.training_ids()
+    parts, batches = data.training_loader(ids, 1, part=rows_to_read()), data.training_loader(ids, 1)
+    return [
+        (dict(part), local_rows(batch), extent_of(part) == extent_of(batch))
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"batch_size": 2}], ids=["padded", "packed", "few rows"])
+def test_rows_that_are_read_alone_are_those_of_the_batch(workspace: Workspace, options: dict[str, Any]) -> None:
+    """To the bit, in the same order, and with its counts; a rank without a row stands in with the same one."""
+    for answer in run_on_ranks(3, partial(read_apart, **options), workspace):
+        assert len(answer) > 3
+        for part, expected, same_extent in answer:
+            assert same_extent
+            assert part.keys() == expected.keys()
+            assert all(part[name].equal(expected[name]) for name in part)
