@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dualsft.data.layout import Batch, one_example
+from dualsft.errors import advising
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import BatchValues, Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
@@ -120,8 +121,9 @@ def gradient_pass(
             scoring.score(batch)
         # 3. What the ranks have found together, and the sums of those that each held the full model.
         result = scoring.result
-        result.share()
-        add_up_replicas(result.sums.values())
+        with advising("when the ranks gathered what they had found", "run fewer of them on a host"):
+            result.share()
+            add_up_replicas(result.sums.values())
         if shards:
             result.sums = {name: shard_copy(all_reduce_sum(s), shards[name]) for name, s in result.sums.items()}
         return result

@@ -196,7 +196,8 @@ class CompactParameters(nn.Module):
         if not has_replicas():
             return own
         anywhere = all_reduce_sum(torch.tensor([int(k in own) for k in range(len(self.masters))])).tolist()
-        return {k: own.get(k, torch.zeros_like(m)) for k, m in enumerate(self.masters) if anywhere[k]}
+        masters = enumerate(self.masters)
+        return {k: own[k] if k in own else torch.zeros_like(master) for k, master in masters if anywhere[k]}
 
     def drop_gradients(self) -> None:
         """Forget the masters' gradients, those on their way to the host too: a backward that failed leaves some."""

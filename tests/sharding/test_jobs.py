@@ -219,27 +219,28 @@ class Trouble(Callback):
             raise (RuntimeError if self._kind == "fault" else UserError)(REASON)
 
 
-def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int]) -> list[str]:
+def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int], strategy: str = "fsdp2") -> list[str]:
     """A fit on two ranks that comes to grief."""
     options = {"kind": kind, "ranks": list(ranks), "folder": str(output.parent)}
     given = [part for k, v in options.items() for part in (f"--trainer.callbacks.{k}", str(v))]
     job = ["fit", "--config", str(alone / "job.yaml"), "--data.batch_size", "4", "--output_dir", str(output)]
     unsaved = ["--model.save_minutes", "60"]  # a checkpoint would keep the folder
-    return dualsft([*job, *unsaved, *on_two("fsdp2"), "--trainer.callbacks+", f"{__name__}.Trouble", *given])
+    return dualsft([*job, *unsaved, *on_two(strategy), "--trainer.callbacks+", f"{__name__}.Trouble", *given])
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "told"),
+    ("kind", "ranks", "told", "strategy"),
     [
-        ("mistake", (0, 1), rf"^dualsft: error( \(rank 1\))?: {REASON}"),
-        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}"),
+        ("mistake", (0, 1), rf"^dualsft: error( \(rank 1\))?: {REASON}", "fsdp2"),
+        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}", "fsdp2"),
+        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}", "ddp"),
     ],
 )
 def test_a_failure_is_told_once_by_the_rank_that_failed(
-    alone: Path, tmp_path: Path, kind: str, ranks: tuple[int, ...], told: str
+    alone: Path, tmp_path: Path, kind: str, ranks: tuple[int, ...], told: str, strategy: str
 ) -> None:
     """Whether the others wait for it or fail alike, they add nothing, and all end; the folder is free."""
-    with started(troubled(alone, tmp_path / "out", kind, ranks), tmp_path / "log") as process:
+    with started(troubled(alone, tmp_path / "out", kind, ranks, strategy), tmp_path / "log") as process:
         assert process.wait(PATIENCE) not in (0, None)
         wait_for(lambda: not members(process.pid), 30, "end of all ranks")
     lines = (tmp_path / "log").read_text().splitlines()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from dualsft.data.layout import Batch
 from dualsft.data.loaders import RowLists
@@ -16,6 +16,7 @@ from dualsft.matrix.passes import gradient_pass
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Warmup, load_selection
 from dualsft.sharding.collectives import hold_replicas, rank, rank_slice
+from dualsft.training.compact import CompactParameters
 from tests.cases import given, make, random_direction
 from tests.sharding.test_passes import CASES
 from tests.sharding.test_passes import assert_same as assert_same_pass
@@ -96,6 +97,29 @@ def test_whatever_a_pass_does_replicas_do() -> None:
             batches, seeds, options = CASES[name]
             us = [random_direction(make("llama"), seed) for seed in seeds]
             assert_same_pass(found, gradient_pass(make("llama"), given(batches), directions=us, **options), 1e-9)
+
+
+def gradients_of_two() -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
+    """Gradients, and pending ones, of three layers: the second is used by rank one alone, the third by none."""
+    hold_replicas(True)
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 3, bias=False, dtype=torch.float64) for _ in range(3))
+    compact = CompactParameters(layers)
+    compact.attach()
+    for _ in range(2):
+        torch.stack(
+            [layers[k](torch.ones(3, dtype=torch.float64) + rank()).sum() for k in range(rank() + 1)]
+        ).sum().backward()
+    pending = compact.pending_gradients()
+    compact.add_up_gradients()
+    return [master.grad for master in compact.masters], pending
+
+
+def test_gradients_are_added_up_wherever_one_has_any() -> None:
+    """Those that a rank lacks count as zero, and what no rank has stays away; a checkpoint would hold the same sums."""
+    for gradients, pending in run_on_ranks(2, gradients_of_two):
+        assert [None if of is None else of.unique().tolist() for of in gradients] == [[6.0], [4.0], None]
+        assert {k: of.unique().tolist() for k, of in pending.items()} == {0: [6.0], 1: [4.0]}
 
 
 def watched(inputs: Inputs, folder: Path, batch_tokens: int) -> tuple[list[tuple[str, int]], list[list[int]]]:
