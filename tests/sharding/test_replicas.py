@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dualsft.training.compact import CompactParameters
 from tests.cases import given, make, random_direction
 from tests.sharding.test_passes import CASES
 from tests.sharding.test_passes import assert_same as assert_same_pass
-from tests.sharding.test_select import OTHERS, PLAIN, WARM, Runs, assert_same, select_all
+from tests.sharding.test_select import OTHERS, PLAIN, WALK, WARM, Runs, assert_same, select_all
 from tests.world.data import sums
 from tests.world.faults import SHORTAGES, Shortage, poisoned_by
 from tests.world.jobs import SGD, Inputs, contents, select, trainer, write_inputs
@@ -168,7 +168,7 @@ OFTEN: dict[str, Any] = {**WARMED, "save_minutes": 1e-9}
 SMALL: dict[str, Any] = {"batch_tokens": 60}
 
 
-def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1) -> int:
+def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1, options: dict[str, Any] | None = None) -> int:
     """A selection on all replicas that there are, from whatever an earlier one left; how many states this rank keeps.
 
     One of the ranks may die when it has kept its last state.
@@ -185,7 +185,7 @@ def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1) -> int
     on_all: dict[str, Any] = {"strategy": "ddp", "devices": distributed.get_world_size()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseStore, "_write", write_and_die)
-        select(inputs, folder, OFTEN, SMALL, ranks=on_all, resume=(folder / ".unfinished").exists())
+        select(inputs, folder, options or OFTEN, SMALL, ranks=on_all, resume=(folder / ".unfinished").exists())
     return count
 
 
@@ -228,6 +228,21 @@ def test_a_killed_run_goes_on(unbroken: Unbroken, tmp_path: Path, of_rank: int, 
         assert contents(tmp_path / "out") == contents(unbroken.folder)
     else:
         assert_same(load_selection(tmp_path / "out"), load_selection(unbroken.folder), EXACT)
+
+
+ALONG = {**IN_FLOAT64, "path": replace(WALK, columns="product"), "token_scores": True, "save_minutes": 1e-9}
+
+
+@pytest.mark.parametrize(("of_rank", "share"), [(0, 0.3), (0, 0.8), (1, 0.6)])
+def test_a_killed_path_goes_on(tmp_path: Path, of_rank: int, share: float) -> None:
+    """Its points and the sums over them are rank zero's states, which all read."""
+    rows = sums(14)
+    inputs = write_inputs(tmp_path, rows, rows[-6:])
+    states = run_on_ranks(2, kept, inputs, tmp_path / "unbroken", -1, -1, ALONG)
+    with pytest.raises(AssertionError, match=r"rank . (died without a word|failed)"):
+        run_on_ranks(2, kept, inputs, tmp_path / "out", of_rank, round(share * states[of_rank]), ALONG)
+    run_on_ranks(2, kept, inputs, tmp_path / "out", -1, -1, ALONG)
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def short_of_memory(inputs: Inputs, folder: Path, times: tuple[int, ...], backward: bool) -> int:
