@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import dualsft
@@ -73,7 +74,7 @@ def select(folder: Path, options: argparse.Namespace) -> None:
     module = SelectionModule(
         MODEL, warmup=Warmup(fraction=0.5), prior=prior, dtype=options.dtype, save_minutes=options.save_minutes
     )
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet)
     trainer.select(module, data, str(folder / "out"))
 

@@ -86,7 +86,7 @@ class Experiment:
 
     def select(self, name: str, options: dict[str, Any]) -> Selection:
         """A selection of a tenth of the examples and, unless the options say otherwise, of the weights."""
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
         module = SelectionModule(MODEL, dtype="float32", data_budget=0.1, **options)
         folder = self.folder / re.sub(r"[^\w-]", "", name.replace(" ", "-"))

@@ -58,7 +58,7 @@ def compare(pool: str, validation: str, adam: bool, folder: Path) -> None:
     warmup = Warmup(fraction=0.5, learning_rate=1e-4, keep=True) if adam else Warmup(fraction=0.0)
     settings: dict[str, Any] = {"preconditioner": "adam" if adam else "none", "warmup": warmup, "dtype": "float32"}
     data = InstructionDataModule(pool, validation, tokenizer=MODEL, max_length=256, batch_tokens=2048)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
     module = SelectionModule(MODEL, scorer=HessianVector(), step_size="auto", **settings)
     told = trainer.select(module, data, str(folder)).about.prediction

@@ -12,7 +12,7 @@ import torch
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
@@ -27,24 +27,29 @@ from dualsft.selection.example_tokens import TokenScores, score_tokens
 from dualsft.selection.module import SelectionModule
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.selection.run import run_selection
-from dualsft.sharding.strategy import FSDP2
+from dualsft.sharding.strategy import DDP, RANKS
 
 
 class Trainer(LightningTrainer):
     """Lightning's Trainer, which can also select; it takes the arguments of `lightning.Trainer`.
 
     Args:
+        strategy: As Lightning's; ``ddp`` is `dualsft.sharding.strategy.DDP`, ``fsdp2`` is `FSDP2` there.
         logger: A logger of Lightning's, or a short name of one that writes under the output folder: csv, tensorboard or
             wandb; several of either in a list; false for none.
     """
 
     def __init__(
-        self, *args: Any, logger: Logger | Iterable[Logger | str] | bool | str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        strategy: str | Strategy = "auto",
+        logger: Logger | Iterable[Logger | str] | bool | str | None = None,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(logger, bool | None):
             place = kwargs.get("default_root_dir")
             logger = make_loggers(logger, Path(place) if place else None)
-        super().__init__(*args, logger=logger, **kwargs)
+        super().__init__(*args, strategy=DDP() if strategy == "ddp" else strategy, logger=logger, **kwargs)
 
     def select(
         self,
@@ -95,10 +100,11 @@ class Trainer(LightningTrainer):
         self, model: SelectionModule, datamodule: InstructionDataModule, run: RunFolder, work: Callable[[bool], Any]
     ) -> Iterator[None]:
         """Have this trainer run a work of scoring in its devices, precision and strategy."""
-        if not isinstance(self.strategy, (SingleDeviceStrategy, FSDP2)):
+        if not isinstance(self.strategy, (SingleDeviceStrategy, *RANKS)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
-                "trainer.strategy to fsdp2, or trainer.devices to 1 and leave trainer.strategy at auto."
+                "trainer.strategy to ddp, which holds the whole model on each, or to fsdp2, which shards it, or "
+                "trainer.devices to 1 and leave trainer.strategy at auto."
             )
         loop = _SelectionLoop(self, work)
         # Lightning sets up devices, precision and strategy per verb; selection borrows predict's place, which comes

@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dualsft import InstructionDataModule, SelectionModule
 from dualsft.errors import UserError
+from dualsft.sharding.strategy import DDP
 from dualsft.trainer import Trainer, _fresh_casts
 from tests.world.data import sums, write_jsonl
 
@@ -40,3 +42,12 @@ def test_nothing_is_cast_where_autocast_is_off() -> None:
     """Without autocast the context changes nothing."""
     with _fresh_casts(torch.device("cpu")):
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_the_name_ddp_is_our_own_strategy() -> None:
+    """Lightning's, which auto takes for several devices, is refused."""
+    quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
+    assert isinstance(Trainer(strategy="ddp", **quiet).strategy, DDP)
+    run = Trainer(**quiet)
+    with pytest.raises(UserError, match=r"set trainer\.strategy to ddp, which holds the whole model .* or to fsdp2"):
+        run.select(SelectionModule("x"), InstructionDataModule("x", "y", tokenizer="x"), "out")

@@ -21,6 +21,7 @@ from dualsft.plans.passes import Running
 from dualsft.plans.shape import named_shape
 from dualsft.selection import load_selection
 from dualsft.selection.settings import SelectionSettings
+from dualsft.sharding.strategy import DDP
 
 _HALF = ("bf16", "bf16-mixed")
 _PROBE = 1024
@@ -120,14 +121,16 @@ def _machine(trainer: Namespace, memory: int | None) -> Machine:
         raise UserError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8.")
     ranks = count * int(trainer.num_nodes)
     name = strategy if isinstance(strategy, str) else ""
-    if ranks > 1 and not (name.startswith("fsdp2") or getattr(strategy, "class_path", "").endswith("FSDP2")):
+    kind = getattr(strategy, "class_path", "")
+    replicas = name == "ddp" or kind == f"{DDP.__module__}.{DDP.__name__}"
+    if ranks > 1 and not (replicas or name.startswith("fsdp2") or kind.endswith("FSDP2")):
         raise UserError(
-            f"The trainer has {ranks} devices and the strategy {name or strategy!r}, under which each would hold all "
-            "weights; set trainer.strategy to fsdp2."
+            f"The trainer has {ranks} devices and the strategy {name or strategy!r}; set trainer.strategy to ddp, "
+            "under which each holds all weights, or to fsdp2, which shards them."
         )
     init_args = {} if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
     offload = name.endswith("offload") or bool(init_args.get("cpu_offload", False))
-    return Machine(_device(trainer), ranks, offload, memory)
+    return Machine(_device(trainer), ranks, offload, memory, replicas)
 
 
 def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tuple[float, bool, float]:

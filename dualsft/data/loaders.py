@@ -1,12 +1,14 @@
 """Batches of ids -> examples, and a loader that can resume in the middle of an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
 from dualsft.data.batches import BatchIds, TrainingBatches
+from dualsft.data.dealing import Deal, DealtRowLists, collate_dealt
 from dualsft.data.packing import Row
 from dualsft.errors import UserError
 
@@ -57,8 +59,12 @@ class ResumableLoader(DataLoader[Any]):
     Lightning saves and restores the state of a loader that has ``state_dict`` and ``load_state_dict``. It restores
     before it tells the sampler the epoch, hence the iterator decides where to start only when its first batch is
     asked for.
+
+    Attributes:
+        deal: Which rows of each batch are this process's, where several share it; None for all.
     """
 
+    deal: Deal | None = None
     _epoch = 0
     _yielded = 0
     _restored = False
@@ -81,8 +87,19 @@ class ResumableLoader(DataLoader[Any]):
         self._epoch, self._yielded, self._restored = state["epoch"], state["yielded"], True
 
     def batch(self, ids: BatchIds) -> Any:
-        """The batch of these ids, whichever the loader would give next."""
+        """The whole batch of these ids, whichever the loader would give next."""
         return self.collate_fn(cast(RowLists, self.dataset)[ids])
+
+    def own_part(self, ids: BatchIds) -> Any:
+        """The same, or this process's rows of it where batches are dealt."""
+        dataset, collate = self._dealing()
+        return collate(cast(RowLists, dataset)[ids])
+
+    def _dealing(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
+        """The data set and the function to collate with, of whole batches or of this process's rows."""
+        if self.deal is None:
+            return self.dataset, self.collate_fn
+        return DealtRowLists(self.dataset, self.deal), partial(collate_dealt, collate=self.collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = cast(TrainingBatches, self.sampler).epoch
@@ -90,11 +107,12 @@ class ResumableLoader(DataLoader[Any]):
         if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
             self._yielded = 0  # a new epoch, or the restored one was finished
         self._epoch, self._restored = epoch, False
+        dataset, collate = self._dealing()
         remaining = DataLoader(  # a plain loader: the batches already seen are not even read
-            self.dataset,
+            dataset,
             batch_size=None,
             sampler=batches[self._yielded :],
-            collate_fn=self.collate_fn,
+            collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=self.worker_init_fn,
         )

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share, tokens_in
+from dualsft.data.dealing import Deal
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch, to_device
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
 from dualsft.data.options import TRAIN, Format, FormatOptions, validation_key, validation_sources
-from dualsft.data.packing import Ids, collate_packed, packed_batches
+from dualsft.data.packing import Ids, collate_packed, longest_first, packed_batches
 from dualsft.data.progress import Progress
 from dualsft.data.records import read_records
 from dualsft.data.selected import selected_ids
@@ -25,6 +26,8 @@ from dualsft.data.sources import Given, sources_of
 from dualsft.data.tokenizer import load_tokenizer, pad_id
 from dualsft.errors import UserError, naming
 
+ALL = slice(None)
+"""All of a sequence."""
 _VALIDATION = validation_key(None)
 
 
@@ -64,6 +67,7 @@ class InstructionDataModule(LightningDataModule):
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
         progress: Shows how far the encoding of a large pool is; None shows nothing.
+        part: Which rows of each of the training batches are read, as a slice; None for all, where no others share them.
 
     Raises:
         UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
@@ -105,6 +109,7 @@ class InstructionDataModule(LightningDataModule):
             _at_least(1, encoding_processes=encoding_processes)
         self.cache_dir, self.encoding_processes = cache_dir, encoding_processes
         self.progress: Progress | None = None
+        self.part: slice | None = None
         self.train, self.train_split, self.validation = train, train_split, validation
         self.named_validation = isinstance(validation, dict)
         paths = validation_sources(validation)
@@ -174,7 +179,7 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Training batches over the examples of `training_ids`."""
-        return self.training_loader(self.training_ids(), self.seed)
+        return self.training_loader(self.training_ids(), self.seed, part=self.part)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches, never packed.
@@ -192,15 +197,22 @@ class InstructionDataModule(LightningDataModule):
         """The batch on the device, and still known to the host."""
         return to_device(batch, device)
 
-    def training_loader(self, ids: Ids, seed: int, validation: str | None = None) -> ResumableLoader:
-        """Shuffled training batches over some examples of the pool, or of a validation set of this name."""
+    def training_loader(
+        self, ids: Ids, seed: int, validation: str | None = None, part: slice | None = None
+    ) -> ResumableLoader:
+        """Shuffled training batches over some examples of the pool, or of a validation set of this name.
+
+        Of each batch all rows are read, or a part of them, if others share it (`DealtBatch`).
+        """
         examples = self._encoded(TRAIN if validation is None else self._keys[validation])
         row_tokens = self.max_length if self.packing else None
         batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
-        return ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
+        loader = ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
+        loader.deal = None if part is None else Deal(part, examples.lengths, examples.num_tokens)
+        return loader
 
     def pool_loader(
-        self, ids: Ids | None = None, start: int = 0, batch_tokens: int | None = None, step: int = 1
+        self, ids: Ids | None = None, start: int = 0, batch_tokens: int | None = None, part: slice = ALL
     ) -> DataLoader[Batch]:
         """Batches for scoring over some examples of the pool, the longest first.
 
@@ -208,16 +220,16 @@ class InstructionDataModule(LightningDataModule):
             ids: The examples; by default all that have labels.
             start: Number of batches to skip at the start; they are not read.
             batch_tokens: Largest batch in tokens, if not ``data.batch_tokens``.
-            step: Takes every ``step``-th batch from there on, starting with the first.
+            part: Which of the examples, in the order of their lengths, to take; the others are not read.
         """
-        return self._scoring_loader(TRAIN, self.packing, ids, start, batch_tokens, step)
+        return self._scoring_loader(TRAIN, self.packing, ids, start, batch_tokens, part)
 
     def validation_loader(
         self,
         name: str = "validation",
         start: int = 0,
         batch_tokens: int | None = None,
-        step: int = 1,
+        part: slice = ALL,
         ids: Ids | None = None,
     ) -> DataLoader[Batch]:
         """Batches for scoring over a set in `validation_sets`, all that have labels or some; see `pool_loader`.
@@ -226,10 +238,10 @@ class InstructionDataModule(LightningDataModule):
             name: The set's.
             start: As that of `pool_loader`, and so the next two.
             batch_tokens: Largest batch in tokens.
-            step: Takes every ``step``-th batch.
+            part: Which of the examples to take.
             ids: The examples.
         """
-        return self._scoring_loader(self._keys[name], self.packing, ids, start, batch_tokens, step)
+        return self._scoring_loader(self._keys[name], self.packing, ids, start, batch_tokens, part)
 
     def padding_share(self) -> float:
         """Share of the token slots of the pool's scoring batches that hold padding; no batch is made for it."""
@@ -260,10 +272,10 @@ class InstructionDataModule(LightningDataModule):
         ids: Ids | None = None,
         start: int = 0,
         batch_tokens: int | None = None,
-        step: int = 1,
+        part: slice = ALL,
     ) -> ScoringLoader:
         examples = self._encoded(key)
-        chosen = np.flatnonzero(examples.is_ok()) if ids is None else ids
+        chosen = longest_first(examples.lengths, np.flatnonzero(examples.is_ok()) if ids is None else ids)[part]
         most = self.batch_tokens if batch_tokens is None else batch_tokens
         batches: Sequence[BatchIds]
         with _naming_set(key):
@@ -271,9 +283,9 @@ class InstructionDataModule(LightningDataModule):
                 batches = packed_batches(examples.lengths, most, self.max_length, ids=chosen)
             else:
                 batches = length_batches(examples.lengths, most, ids=chosen)
-        loader = ScoringLoader(sampler=batches[start::step], **self._loader_options(examples, packing))
-        loader.skipped_tokens = tokens_in(examples.lengths, batches[start % step : start : step])
-        loader.all_tokens = loader.skipped_tokens + tokens_in(examples.lengths, batches[start::step])
+        loader = ScoringLoader(sampler=batches[start:], **self._loader_options(examples, packing))
+        loader.skipped_tokens = tokens_in(examples.lengths, batches[:start])
+        loader.all_tokens = loader.skipped_tokens + tokens_in(examples.lengths, batches[start:])
         return loader
 
     def _loader_options(self, examples: Examples, packing: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import embedding_rows, learned_positions
 from dualsft.models.rope import has_separate_frequencies
-from dualsft.sharding.collectives import all_gather, rank_slice, world_size
+from dualsft.sharding.collectives import all_gather, calls_alone, rank_slice, world_size
 from dualsft.training.compilation import uncompiled
 
 
@@ -150,7 +150,7 @@ def _continuations(
     )
     generate: Any = model.generate  # not part of the base class's type
     with uncompiled(model):  # every block and every length of its cache would be compiled by itself
-        tokens = generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=world_size() > 1)
+        tokens = generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=not calls_alone())
     made = tokens[:, ids.shape[1] :]
     known = [] if config.eos_token_id is None else config.eos_token_id
     ends = torch.tensor(known, dtype=made.dtype, device=made.device)

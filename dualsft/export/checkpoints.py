@@ -34,6 +34,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
 from dualsft.models.stored import Weights, has_own_names, loaded_weights, parameter_weights, stored_weights
 from dualsft.models.tensor_file import write_tensors
+from dualsft.sharding.collectives import world_size
 from dualsft.sharding.save import save_sharded
 from dualsft.sharding.shard_model import is_sharded
 
@@ -195,11 +196,11 @@ def _check_rest(base: str, model: str) -> None:
 def save_weights(model: PreTrainedModel, folder: Path, whole: Whole | None = None) -> None:
     """Write a model as a Hugging Face folder, with what its base has beside it if that is given.
 
-    Every rank must call this for a sharded model.
+    Every rank must call this.
     """
     if whole is not None:
         whole.write(model, folder)
-    elif is_sharded(model):
+    elif is_sharded(model) or world_size() > 1:
         save_sharded(model, folder)
     else:
         model.save_pretrained(folder)

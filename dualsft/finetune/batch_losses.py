@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dualsft.data.layout import Batch, on_host
+from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix.readout import read_together
 
@@ -49,6 +50,6 @@ class BatchLosses:
             if not bool(value.isfinite()):
                 raise UserError(
                     f"The {of.what} became {value.item()} in epoch {epoch}, at the examples "
-                    f"{on_host(of.batch)['example_id'].tolist()}; remove the bad ones, or lower the learning rate."
+                    f"{extent_of(of.batch).ids}; remove the bad ones, or lower the learning rate."
                 )
         return {of.name: value.float() for of, value in zip(self._kept, values, strict=True)}

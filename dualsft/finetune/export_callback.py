@@ -19,7 +19,7 @@ from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero
+from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero, rank
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import first_row, local_shard
@@ -44,7 +44,7 @@ class ExportModel(Callback):
             raise UserError(f"ExportModel exports a MaskedFinetuneModule, not a {type(pl_module).__name__}.")
         if any_rank(not all(bool(master.isfinite().all()) for master in pl_module.compact.masters)):
             raise UserError("The trained weights are not finite, so nothing is exported; lower the learning rate.")
-        changed = _changes(pl_module)
+        changed = _changes(pl_module) if is_sharded(pl_module.model) or rank() == 0 else None
         partial = self._folder / "model.partial"
         on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
         try:
@@ -55,8 +55,9 @@ class ExportModel(Callback):
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _complete(self, trainer: Trainer, module: MaskedFinetuneModule, changed: Changes, partial: Path) -> None:
+    def _complete(self, trainer: Trainer, module: MaskedFinetuneModule, changed: Changes | None, partial: Path) -> None:
         """Write everything that goes with the weights, and move model and delta into place, all of it synced."""
+        assert changed is not None  # rank zero knows
         about, delta = _record(trainer, module, changed), self._folder / "delta.safetensors"
         with writing_to(self._folder / "model"):
             copy_companions(module.model_name_or_path, partial)

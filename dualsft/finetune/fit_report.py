@@ -1,7 +1,7 @@
 """The report of a fit, interruptions included, as figures and as a table.
 
-On several ranks the figures are those of the job, as every rank iterates over all batches; peak memory is that of the
-rank with the most.
+On several ranks the figures are those of the job, as every rank knows what a batch holds on all ranks; peak memory is
+that of the rank with the most.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from dualsft.data.layout import on_host
+from dualsft.data.dealing import extent_of
 from dualsft.finetune.batch_losses import BatchLosses
 from dualsft.runs.progress import peak_memory
 from dualsft.runs.table import markdown_table
@@ -85,8 +85,9 @@ class FitReport(Callback):
         progress, loss = self._progress, losses.latest["train_loss"]
         progress.training_seconds += time.perf_counter() - self._batch_start
         progress.batches += 1
-        progress.examples += len(batch["example_id"])
-        progress.tokens += int((on_host(batch)["labels"] != -100).sum())
+        extent = extent_of(batch)
+        progress.examples += len(extent.ids)
+        progress.tokens += extent.supervised
         progress.first = [*progress.first, loss][:_BATCHES]
         progress.last = [*progress.last, loss][-_BATCHES:]
 

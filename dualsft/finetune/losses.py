@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dualsft.data.layout import Batch, on_host
+from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses, supervised_losses
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import all_reduce_sum, sum_of_shards
 from dualsft.sharding.local_batch import local_rows
 
 Loss = Literal["example_mean", "token_mean"]
@@ -41,7 +42,7 @@ class StepLoss:
         The first batch of a step begins anew: gradients that no step has used, as of an epoch that was broken off, have
         been dropped.
         """
-        weight = 1 if self._kind == "example_mean" else _tokens(batch)
+        weight = 1 if self._kind == "example_mean" else extent_of(batch).supervised
         if is_first:
             self._first = self._total = 0
         self._first = self._first or weight
@@ -52,9 +53,9 @@ class StepLoss:
         """(a batch's own mean, this rank's share of it), the latter to be differentiated by the batch's weight."""
         own = local_rows(batch)
         if self._kind == "example_mean":
-            losses, count = example_losses(model, own).sum(), len(batch["example_id"])
+            losses, count = example_losses(model, own).sum(), len(extent_of(batch).ids)
         else:
-            losses, count = supervised_losses(model, own)[0].sum(), _tokens(batch)
+            losses, count = supervised_losses(model, own)[0].sum(), extent_of(batch).supervised
         return all_reduce_sum(losses.detach()) / count, losses / count
 
     @torch.no_grad()
@@ -75,16 +76,12 @@ class StepLoss:
         self._first, self._total = state["first"], state["total"]
 
 
-def _tokens(batch: Batch) -> int:
-    return int((on_host(batch)["labels"][:, 1:] != -100).sum())
-
-
 @torch.no_grad()
 def clip_norm(parameters: list[Tensor], limit: float) -> None:
-    """Bring the gradients' norm over all ranks down to a limit, as `torch.nn.utils.clip_grad_norm_` does on one."""
+    """Bring the gradients' norm over all shards down to a limit, as `torch.nn.utils.clip_grad_norm_` does on one."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    norm = all_reduce_sum(torch.stack(norms).square().sum()).sqrt()
+    norm = sum_of_shards(torch.stack(norms).square().sum()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.to(gradients[0].dtype))

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from dualsft.data.layout import Batch, to_device
+from dualsft.data.dealing import DealtBatch
+from dualsft.data.layout import Batch, on_host, to_device
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.evaluation import ValidationMetrics, check_validation_data, validation_names
@@ -45,6 +46,7 @@ from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
 from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters
 from dualsft.training.compilation import check_compiler, compile_blocks
@@ -129,6 +131,8 @@ class MaskedFinetuneModule(LightningModule):
                 check_compiler(self.trainer.strategy.root_device)
         write_whole_checkpoints(self.trainer)
         check_validation_data(self.trainer)
+        if isinstance(data := self.trainer.datamodule, InstructionDataModule):  # type: ignore[attr-defined]
+            data.part = rows_to_read()
         sets = validation_names(self.trainer)
         self.metrics = ValidationMetrics(sets)
         self._logged = metric_names(self.trainer, sets, prior=bool(self.training_prior.weight))
@@ -211,7 +215,7 @@ class MaskedFinetuneModule(LightningModule):
         if not self._packing_checked:
             settle_mask(self.model)
             with remedies_by_key():
-                check_packing(self.model, batch, compute_dtype(self.model))
+                check_packing(self.model, self._whole(batch), compute_dtype(self.model))
             self._packing_checked = True
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if is_first:
@@ -221,6 +225,11 @@ class MaskedFinetuneModule(LightningModule):
         mean, share = self._step_loss.of(self.model, batch)
         self.batch_losses.keep("train_loss", "training loss", mean, batch)
         return share * self._weight
+
+    def _whole(self, batch: Batch) -> Batch:
+        """All rows of a training batch, read again if it has this rank's alone."""
+        dealt, loader = on_host(batch), self.trainer.train_dataloader
+        return loader.batch(dealt.rows) if isinstance(dealt, DealtBatch) else batch  # type: ignore[union-attr]
 
     def on_after_backward(self) -> None:
         """Add the prior's gradient to a training batch's, whose activations are gone by now."""
@@ -235,13 +244,14 @@ class MaskedFinetuneModule(LightningModule):
         precision.pre_backward(share, self).backward()  # scaled as the loss is, for float16
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the losses, and bring the accumulated gradient to that of the step's loss; Lightning clips it next.
+        """Log the losses, and bring the accumulated gradients to that of the step's loss; Lightning clips it next.
 
         Raises:
             UserError: if a loss of the step is not finite.
         """
         for name, value in self.batch_losses.read(self.current_epoch).items():
             self.log(name, value, prog_bar=True)
+        self.compact.add_up_gradients()
         self._step_loss.finish(self.compact.masters, self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dualsft.data.batches import TrainingBatches
+from dualsft.data.dealing import extent_of
 from dualsft.data.layout import Batch, Layout
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
@@ -70,17 +71,17 @@ class PriorLoss:
         if not isinstance(data, InstructionDataModule):
             raise UserError("model.training_prior needs an InstructionDataModule, whose pool the anchors come from.")
         ids, trained = data.train_examples.ok_ids(), set(data.training_ids())
-        self._loader = data.training_loader([i for i in ids if i not in trained] or ids, data.seed + 1)
+        self._loader = data.training_loader([i for i in ids if i not in trained] or ids, data.seed + 1, part=data.part)
         self._epoch = lru_cache(1)(cast(TrainingBatches, self._loader.sampler).in_epoch)
 
     def anchors(self, number: int) -> Batch:
         """The anchors beside the training batch of this number, counted over all epochs; so a resumed fit goes on."""
         epoch, position = divmod(number, len(self._loader))
-        return cast(Batch, self._loader.batch(self._epoch(epoch)[position]))
+        return cast(Batch, self._loader.own_part(self._epoch(epoch)[position]))
 
     def of(self, model: PreTrainedModel, anchors: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """(the mean without λ, this rank's share of the term), the latter to be differentiated."""
-        own, count = local_rows(anchors), len(anchors["example_id"])
+        own, count = local_rows(anchors), len(extent_of(anchors).ids)
         with self._as_base(model):
             old = BaseLogits(model, own)
         losses = self._term.divergences(model, own, Layout.of(own), old).sum()

@@ -9,30 +9,31 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from dualsft.errors import UserError
-from dualsft.sharding.strategy import FSDP2
+from dualsft.sharding.strategy import RANKS
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-_SHARDED_PRECISIONS = _PRECISIONS[:2]  # ranks would not agree on how to scale the loss
+_PRECISIONS_ON_RANKS = _PRECISIONS[:2]  # ranks would not agree on how to scale the loss
 _METRICS = ("loss", "perplexity", "token_accuracy")
 
 
 def check_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that this fine-tune cannot run under.
 
-    Its precision would convert the masters, it has several processes that do not share the weights, it trains on
+    Its precision would convert the masters, it has several processes that do not add up their gradients, it trains on
     nothing, or a callback would choose other weights or mix them up.
     """
-    precisions = _SHARDED_PRECISIONS if isinstance(trainer.strategy, FSDP2) else _PRECISIONS
+    precisions = _PRECISIONS_ON_RANKS if isinstance(trainer.strategy, RANKS) else _PRECISIONS
     if trainer.precision not in precisions:
         raise UserError(
             f"trainer.precision is {trainer.precision}, which would convert the trained weights' float32 copies too; "
             f"give one of {', '.join(precisions)}, and set the weights' type with model.dtype."
         )
     _check_numbers(trainer)
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, FSDP2)):
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, *RANKS)):
         raise UserError(
-            f"fit runs on one process or with weights in shards, but the trainer has {trainer.world_size} under "
-            f"{type(trainer.strategy).__name__}; set trainer.strategy to fsdp2, or trainer.devices to 1."
+            f"fit cannot run on {trainer.world_size} processes under {type(trainer.strategy).__name__}; set "
+            "trainer.strategy to ddp, which holds the whole model on each, or to fsdp2, which shards it, or "
+            "trainer.devices to 1."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.passes import compute_dtype
 from dualsft.models import PreTrainedModel
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 from dualsft.sharding.shards import full_tensor, is_shard, local_shard
 from dualsft.sharding.unit_gather import unsharded
 
@@ -99,9 +99,9 @@ def difference_step(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    """The norm of all ranks' tensors together."""
+    """The norm of all shards together."""
     local = math.fsum(float(local_shard(tensor.detach()).double().square().sum()) for tensor in tensors)
-    return math.sqrt(float(all_reduce_sum(torch.tensor(local, dtype=torch.float64))))
+    return math.sqrt(float(sum_of_shards(torch.tensor(local, dtype=torch.float64))))
 
 
 def check_smooth(

@@ -22,7 +22,7 @@ from dualsft.matrix.rows import Rows
 from dualsft.matrix.sketches import ExampleStatistics
 from dualsft.matrix.spot_check import watched_gradients
 from dualsft.models import PreTrainedModel
-from dualsft.sharding.collectives import any_rank
+from dualsft.sharding.collectives import any_shard
 from dualsft.sharding.lockstep import CallKind, wait_for_turn
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.unit_gather import UnitGather
@@ -101,10 +101,10 @@ class ModelCalls:
             self._probe(_DUMMY)
         else:
             losses = self.losses(self.model, *self.begin(_DUMMY))
-            if any_rank(False):  # the losses of another rank are not finite: nothing is differentiated
+            if any_shard(False):  # the losses of another rank are not finite: nothing is differentiated
                 return
             self.backward(0 * losses)  # weight zero: it adds nothing to sums or rows
-            if any_rank(not self.finite):
+            if any_shard(not self.finite):
                 self.find_nonfinite(None)  # dummy probes, until the other ranks have found their examples
 
     def begin(self, batch: Batch) -> tuple[Batch, Layout]:
@@ -181,7 +181,7 @@ class ModelCalls:
         ids = batch["example_id"].tolist() if batch is not None else []
         found = nonfinite_examples(batch, self._has_finite_gradient, ids) if batch is not None else []
         self.wait(CallKind.NOTHING)
-        if not any_rank(bool(found)):
+        if not any_shard(bool(found)):
             raise UserError(
                 f"The gradients of the examples {ids} overflow {self.model.dtype} when added, though each is finite.",
                 SMALLER_BATCHES,

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dualsft.data.layout import Batch, Layout, keep_examples, one_example, widen
-from dualsft.sharding.collectives import any_rank
+from dualsft.sharding.collectives import any_shard
 
 
 def all_finite(values: Tensor) -> Bool[Tensor, ""]:
@@ -73,7 +73,7 @@ class FiniteLosses:
         finite = values.isfinite()
         sound = losses is not None and bool(finite.all())
         # 1. A forward pass counts only if it is sound on each rank.
-        if not any_rank(not sound):
+        if not any_shard(not sound):
             self.losses, self.values = losses, values
         # 2. In a wider batch it will be.
         elif losses is None:

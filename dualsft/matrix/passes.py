@@ -8,7 +8,8 @@ that is not finite shows only when parts of it have been added to the sums: the 
 and is repeated without them.
 
 A killed run's pass resumes from the state that was kept between two batches. Each rank of a sharded model passes over
-batches of its own (`model_calls.py`); the examples' results are gathered in the end, and the sums stay shards.
+batches of its own (`model_calls.py`); the examples' results are gathered in the end, and the sums stay shards. Replicas
+of a model need nothing of each other until then: their sums are added up once, when all have passed over their batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dualsft.data.layout import Batch, one_example
+from dualsft.errors import advising
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import BatchValues, Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
@@ -29,7 +31,7 @@ from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch
 from dualsft.matrix.spot_check import spot_check
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import all_reduce_sum, any_rank
+from dualsft.sharding.collectives import add_up_replicas, all_reduce_sum, any_shard
 from dualsft.sharding.lockstep import CallKind
 from dualsft.sharding.shards import compute_device, shard_copy
 from dualsft.sharding.unit_gather import UnitGather
@@ -118,8 +120,11 @@ def gradient_pass(
             del kept  # an open file would stay on the disk when another replaces it
         for batch in scoring.batches(batches, watch, keeper):
             scoring.score(batch)
+        # 3. What the ranks have found together, and the sums of those that each held the full model.
         result = scoring.result
-        # 3. The sums of ranks that each held the full model.
+        with advising("when the ranks gathered what they had found", "run fewer of them on a host"):
+            result.share()
+            add_up_replicas(result.sums.values())
         if shards:
             result.sums = {name: shard_copy(all_reduce_sum(s), shards[name]) for name, s in result.sums.items()}
         return result
@@ -154,8 +159,8 @@ class _Pass:
         single = calls.statistics or (calls.columns and calls.columns.squared)
         while True:
             own = iter(watch(batches(self._done)))
-            while any_rank((batch := next(own, None)) is not None):  # None for as long as other ranks have some left
-                if keeper and any_rank(keeper.due()):
+            while any_shard((batch := next(own, None)) is not None):  # None for as long as other ranks have some left
+                if keeper and any_shard(keeper.due()):
                     tensors, notes = self.result.state()
                     attempt = {"done": self._done, "void": calls.void, "excluded": sorted(self._excluded)}
                     keeper.save(tensors, {**notes, **attempt})
@@ -167,7 +172,6 @@ class _Pass:
                 self._done += 1
                 if calls.rows:
                     self.result.covered |= calls.rows.covered
-            self.result.share()
             if not calls.void:
                 return
             if calls.columns:
@@ -190,7 +194,7 @@ class _Pass:
             calls.backward(found.losses)
             # 3. Count the examples, or find those whose gradient is not finite.
             values = calls.read()
-            if any_rank(not values.finite):
+            if any_shard(not values.finite):
                 result.nonfinite |= calls.find_nonfinite(found.batch)
             elif not calls.void:
                 self._count(found.batch, found.values, values)

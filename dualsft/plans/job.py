@@ -22,15 +22,17 @@ class Machine:
 
     Attributes:
         device: ``cuda`` or ``cpu``.
-        ranks: How many processes share the weights.
+        ranks: How many processes share the weights, or the work.
         offload: Whether shards are stored on the host.
         memory: Bytes of a device, if known.
+        replicas: Whether each process holds all weights.
     """
 
     device: str = "cuda"
     ranks: int = 1
     offload: bool = False
     memory: int | None = None
+    replicas: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Job:
     @property
     def shards(self) -> Shards:
         """What a rank holds of the weights."""
-        return Shards(self.shape, self.machine.ranks, self.machine.ranks > 1 or self.machine.offload)
+        ranks = 1 if self.machine.replicas else self.machine.ranks
+        return Shards(self.shape, ranks, ranks > 1 or self.machine.offload)
 
     @property
     def scoring(self) -> BatchShape:

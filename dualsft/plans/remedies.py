@@ -71,7 +71,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         half = replace(data, max_length=shorter, batch_tokens=min(data.batch_tokens, shorter))
         yield f"data.max_length and data.batch_tokens {shorter}", "longer examples are cut", replace(job, data=half)
     if not job.machine.offload and job.machine.device != "cpu":
-        offloaded = replace(job, machine=replace(job.machine, offload=True))
+        offloaded = replace(job, machine=replace(job.machine, offload=True, replicas=False))
         yield "trainer.strategy fsdp2_cpu_offload", "weights and sums cross the bus for each batch", offloaded
 
 
@@ -95,8 +95,8 @@ def _of_selection(job: SelectJob) -> Iterator[tuple[str, str, Job]]:
 
 
 def _by_ranks(job: Job, memory: int) -> Iterator[Remedy]:
-    """The fewest ranks that fit, in powers of two."""
-    ranks = 2 * job.machine.ranks
+    """The fewest ranks that fit with the weights in shards, in powers of two times those that there are."""
+    ranks = job.machine.ranks * (1 if job.machine.replicas and job.machine.ranks > 1 else 2)
     while ranks <= _MOST_RANKS:
         remedy = _after(*_on(job, ranks))
         if remedy.peak <= memory or ranks == _MOST_RANKS:
@@ -106,5 +106,6 @@ def _by_ranks(job: Job, memory: int) -> Iterator[Remedy]:
 
 
 def _on(job: Job, ranks: int) -> tuple[str, str, Job]:
-    spread = replace(job, machine=replace(job.machine, ranks=ranks, offload=False))
-    return f"trainer.devices {ranks} and trainer.strategy fsdp2", "more cards", spread
+    spread = replace(job, machine=replace(job.machine, ranks=ranks, offload=False, replicas=False))
+    cost = "each batch crosses the network" if ranks == job.machine.ranks else "more cards"
+    return f"trainer.devices {ranks} and trainer.strategy fsdp2", cost, spread

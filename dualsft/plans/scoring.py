@@ -112,7 +112,7 @@ def _product(job: SelectJob, exact: bool) -> Phase:
         return scoring_phase(job, "validation gradient a step", work, more=held)
     work = partial(passes.hessian_vector, batch=job.scoring, running=job.running)
     phase = scoring_phase(job, "validation Hessian-vector product", work, more={"direction": weights})
-    if job.machine.ranks > 1:  # the model is unsharded for it, with the direction and the sums
+    if job.shards.ranks > 1:  # the model is unsharded for it, with the direction and the sums
         whole = job.shape
         phase.held["full weights, direction and sums"] = sum(w.size * (2 * w.itemsize + w.wide) for w in whole.weights)
     return phase

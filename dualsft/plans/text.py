@@ -25,7 +25,9 @@ def heading(job: Job) -> str:
     kind = "card" if machine.device == "cuda" else "process on the CPU"
     what, batch = ("fit", job.training) if isinstance(job, FitJob) else ("select", job.scoring)
     where = counted(machine.ranks, kind) if machine.ranks == 1 or machine.device == "cuda" else f"{machine.ranks} CPUs"
-    shared = ", weights stored on the host" if machine.offload else ", weights shared" if machine.ranks > 1 else ""
+    shared = ", weights stored on the host" if machine.offload else ""
+    if machine.ranks > 1 and not machine.offload:
+        shared = ", all weights on each" if machine.replicas else ", weights shared"
     return (
         f"{what} of {shape.name}: {short(shape.count)} weights in {dtype}, on {where}{shared}\n"
         f"Largest batch of a rank: {_batch(batch, job)}{_trained(job)}"

@@ -21,7 +21,7 @@ def training_phase(job: Job, name: str, trained: Trained) -> Phase:
     shards, machine, batch = job.shards, job.machine, job.training
     logits = job.logits_on_host(batch) if trained.prior else {}
     # a rank keeps its shards' alone, which no trace shows
-    keeps = trained.accumulated > 1 or machine.ranks > 1 or trained.prior
+    keeps = trained.accumulated > 1 or shards.ranks > 1 or trained.prior
     train = partial(
         passes.train,
         batch=batch,

@@ -1,7 +1,10 @@
 """The state of a run's phases, in files: each state is saved completely or not at all, by one process or by all ranks.
 
-Every rank saves its own part in a file. A state counts once all ranks have saved theirs. Until then the state before
-it stays, so that the states that a killed run leaves are of the same moment on all ranks.
+Ranks that hold shards save each its own part in a file. A state counts once all ranks have saved theirs. Until then the
+state before it stays, so that the states that a killed run leaves are of the same moment on all ranks.
+
+Replicas have the same state once a phase is finished: rank zero saves it, as a single process does, and all read it. In
+a pass each replica has a state of its own, which it saves and loads without the others.
 
 A file holds a checksum of its contents. A state that an earlier run left and that is damaged is dropped, and with it
 those that were saved after it, which may rest on it: the run resumes from the states before.
@@ -12,8 +15,8 @@ for both, the older one goes first: then a kill before the new one is complete c
 
 import json
 import os
+import re
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -27,7 +30,16 @@ from torch import Tensor
 from dualsft.errors import UserError, first_line
 from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.progress import Meter, say
-from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, on_all_ranks, rank, world_size
+from dualsft.sharding.collectives import (
+    all_gather,
+    all_reduce_max,
+    any_rank,
+    has_replicas,
+    on_all_ranks,
+    on_rank_zero,
+    rank,
+    world_size,
+)
 from dualsft.storage.writing import refusal, replacing
 
 _NOTES, _CHECKSUM = "notes", "crc32"
@@ -38,10 +50,15 @@ _PARTIAL = ("*.partial", ".tmp*")
 
 
 class PhaseStore:
-    """Saves and loads the states of phases in a folder that the ranks share."""
+    """Saves and loads the states of phases in a folder that the ranks share.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: The folder.
+        of_rank: Whether the states are this rank's alone, which other ranks know nothing of.
+    """
+
+    def __init__(self, folder: Path, of_rank: bool = False) -> None:
+        self._folder, self._of_rank = folder, of_rank
         self._sound: set[Path] = set()  # written or checked by this process
 
     def save(
@@ -58,21 +75,51 @@ class PhaseStore:
         Raises:
             UserError: on every rank, if one cannot write.
         """
+        if self._in_parts:
+            self._save_part(phase, tensors, notes, replaces)
+        elif self._of_rank:
+            self._save_whole(phase, tensors, notes, replaces)
+        else:
+            on_rank_zero(lambda: self._save_whole(phase, tensors, notes, replaces))
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether each rank saves a part of every state."""
+        return world_size() > 1 and not has_replicas()
+
+    def _save_part(
+        self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str]
+    ) -> None:
         # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
-        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1 if world_size() > 1 else 0)
-        held = on_all_ranks(lambda: {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1)
+        held = on_all_ranks(lambda: _on_host(tensors))
         older = [self._file(phase, version) for version in before]
         older += [self._file(other, version) for other in replaces for version in self._versions(other)]
         # 2. Where the disk has no room for both, the older ones go first.
-        self.make_room(sum(tensor.nbytes for tensor in held.values()), [phase, *replaces])
+        self.make_room(_size(held), [phase, *replaces])
         # 3. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
         on_all_ranks(lambda: self._write(path, held, notes))
-        # 4. Only a complete state makes the earlier ones superfluous; a single process has overwritten its file.
-        _remove(file for file in older if file != path)
+        # 4. Only a complete state makes the earlier ones superfluous.
+        _remove(older)
+
+    def _save_whole(
+        self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str]
+    ) -> None:
+        """Save a state that no other rank has a part of, in the place of an earlier one."""
+        held, path = _on_host(tensors), self._file(phase)
+        older = [self._file(other) for other in replaces]
+        if not self._has_room_here(_size(held)):
+            _remove([path, *older])
+        self._write(path, held, notes)
+        _remove(older)
 
     def make_room(self, size: int, phases: Collection[str]) -> bool:
-        """Drop the states of phases if the disk has no room for what all ranks will write, ``size`` bytes this one.
+        """Drop the states of phases if the disk has no room for what is to be written.
+
+        Args:
+            size: The bytes that this rank will write; of replicas' common states, all.
+            phases: The phases' names.
 
         Returns:
             Whether it has room now.
@@ -84,11 +131,16 @@ class PhaseStore:
         return self._has_room(size)
 
     def _has_room(self, size: int) -> bool:
+        if self._in_parts:
+            total = sum(all_gather(size))
+            return not any_rank(not self._has_room_here(total))
+        return self._has_room_here(size) if self._of_rank else on_rank_zero(lambda: self._has_room_here(size))
+
+    def _has_room_here(self, size: int) -> bool:
         try:
-            free = shutil.disk_usage(self._folder).free
+            return shutil.disk_usage(self._folder).free >= size + _SPARE
         except OSError:  # writing will tell
-            free = sys.maxsize
-        return not any_rank(free < sum(all_gather(size)) + _SPARE)
+            return True
 
     def drop_partial(self) -> None:
         """Delete what a kill has left of files in the middle of being written, whichever rank's."""
@@ -113,19 +165,46 @@ class PhaseStore:
 
         The tensors stay those of this state, even when it is dropped or another is saved.
         """
+        if self._of_rank:
+            stored = self._opened(self._whole(phase))
+        elif not self._in_parts:
+            path = on_rank_zero(lambda: self._whole(phase))
+            stored = on_all_ranks(lambda: self._opened(path))  # before rank zero, which is ahead, drops it
+        else:
+            stored = self._opened(self._whole_part(phase))
+        if stored is None:
+            return None
+        # on Windows an open file can be neither replaced nor deleted
+        tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
+        return tensors, json.loads(stored.metadata[_NOTES])
+
+    def _opened(self, path: Path | None) -> OpenTensors | None:
+        return None if path is None else OpenTensors(path)
+
+    def _whole(self, phase: str) -> Path | None:
+        """The file of a phase's state, if there is one and it is not damaged."""
+        path = self._file(phase)
+        if not path.is_file():
+            return None
+        if (reason := self._damage(path)) is None:
+            return path
+        self._drop_damaged(path, reason)
+        return None
+
+    def _whole_part(self, phase: str) -> Path | None:
+        """The file of this rank's part of a phase's latest state that is whole on all ranks."""
         found = all_gather({version: self._damage(self._file(phase, version)) for version in self._versions(phase)})
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
         if damaged:
-            reason = next(of_rank[v] for of_rank in found for v in damaged if of_rank[v])
-            say(f"{reason}: this state and those saved after it are dropped, and computed again.")
-            self._drop_since(self._file(phase, min(damaged)))
-        if not (whole := common - damaged):
-            return None
-        stored = OpenTensors(self._file(phase, max(whole)))
-        # on Windows an open file can be neither replaced nor deleted
-        tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
-        return tensors, json.loads(stored.metadata[_NOTES])
+            reason = next(told for of_rank in found for v in damaged if (told := of_rank[v]))
+            self._drop_damaged(self._file(phase, min(damaged)), reason)
+        whole = common - damaged
+        return self._file(phase, max(whole)) if whole else None
+
+    def _drop_damaged(self, path: Path, reason: str) -> None:
+        say(f"{reason}: this state and those saved after it are dropped, and computed again.", of_rank=self._of_rank)
+        self._drop_since(path)
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a file, in a sentence; None if it is as it was written."""
@@ -145,35 +224,53 @@ class PhaseStore:
         return None
 
     def _drop_since(self, path: Path) -> None:
-        """Delete a file of this rank, and those of its files that were written later."""
+        """Delete a file of this rank, or of all replicas, and those of its files that were written later."""
         moment = path.stat().st_mtime_ns
-        own = self._folder.glob(f"*{_suffix('*')}.safetensors")
-        _remove([found for found in own if found.stat().st_mtime_ns >= moment])
+        own = f"*{self._suffix}.safetensors"
+        _remove([found for found in self._folder.glob(own) if found.stat().st_mtime_ns >= moment])
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
-        _remove(self._file(phase, version) for version in self._versions(phase))
+        if self._in_parts:
+            _remove(self._file(phase, version) for version in self._versions(phase))
+        elif self._of_rank or rank() == 0:
+            _remove([self._file(phase)])
 
     def drop_all(self, but: Collection[str]) -> None:
-        """Delete the states of all phases but these: of phases under way too, and of those that a kill left over."""
-        own = f"*{_suffix('*')}.safetensors"
-        kept = {self._file(phase, version) for phase in but for version in self._versions(phase)}
-        _remove(path for path in self._folder.glob(own) if path not in kept)
+        """Delete the states of all phases but these: of phases under way too, and of those that a kill left over.
+
+        Rank zero of replicas deletes those of all.
+        """
+        if self._in_parts or self._of_rank or rank() == 0:
+            own = self._folder.glob(f"*{self._suffix}.safetensors")
+            _remove([path for path in own if _phase_of(path) not in but])
 
     def _versions(self, phase: str) -> list[int]:
-        """The numbers of the states of a phase that this rank has saved; a single process has number 0 at most."""
-        if world_size() == 1:
-            return [0] if self._file(phase, 0).is_file() else []
-        found = self._folder.glob(f"{phase}{_suffix('*')}.safetensors")
+        """The numbers of the states of a phase of which this rank has saved its part."""
+        found = self._folder.glob(f"{phase}@*{self._suffix}.safetensors")
         return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
 
-    def _file(self, phase: str, version: int) -> Path:
-        return self._folder / f"{phase}{_suffix(version)}.safetensors"
+    @property
+    def _suffix(self) -> str:
+        """What the names of this rank's files end with."""
+        return f".rank-{rank()}-of-{world_size()}" if self._of_rank or self._in_parts else ""
+
+    def _file(self, phase: str, version: int | None = None) -> Path:
+        number = "" if version is None else f"@{version}"
+        return self._folder / f"{phase}{number}{self._suffix}.safetensors"
 
 
-def _suffix(version: int | str) -> str:
-    """What this rank's files have after the name of the phase."""
-    return f"@{version}.rank-{rank()}-of-{world_size()}" if world_size() > 1 else ""
+def _phase_of(path: Path) -> str:
+    """The phase whose state a file holds, or this rank's part of it."""
+    return re.sub(r"(@\d+)?(\.rank-\d+-of-\d+)?\.safetensors$", "", path.name)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _remove(paths: Iterable[Path]) -> None:

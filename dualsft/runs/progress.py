@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dualsft.data.layout import Batch, num_tokens
+from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ScoringLoader
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import bar, numbered
-from dualsft.sharding.collectives import all_gather, is_rank_zero, world_size
+from dualsft.sharding.collectives import all_gather, is_rank_zero, rank, world_size
 
 
 @dataclass
@@ -110,12 +111,12 @@ class Meter:
             self._bar.set(0, self._bar.total)
         for batch in batches:
             yield batch
-            self._phase.examples += len(batch["example_id"])
-            self._phase.tokens += int((batch["labels"] != -100).sum())
-            tokens = num_tokens(batch)
-            self._tokens += tokens
+            extent = extent_of(batch)
+            self._phase.examples += len(extent.ids)
+            self._phase.tokens += extent.supervised
+            self._tokens += extent.tokens
             rate = self._tokens / (time.perf_counter() - self._begun)
-            self._bar.advance(tokens if by_tokens else len(batch["example_id"]), f"{rate:,.0f} tok/s")
+            self._bar.advance(extent.tokens if by_tokens else len(extent.ids), f"{rate:,.0f} tok/s")
 
     def so_far(self) -> dict[str, Any]:
         """The cost of the phase so far, including that of an earlier run."""
@@ -123,10 +124,14 @@ class Meter:
         return {**asdict(self._phase), "seconds": time.perf_counter() - self._start, "peak_memory_bytes": peak}
 
 
-def say(message: str) -> None:
-    """Print a message to stderr on rank zero, on a line of its own above the progress bar."""
-    if is_rank_zero():
-        print(f"dualsft: {message}", file=sys.stderr, flush=True)  # an open bar makes room for it
+def say(message: str, of_rank: bool = False) -> None:
+    """Print a message to stderr, on a line of its own above the progress bar.
+
+    Rank zero prints it, or, where it is ``of_rank``, each rank for itself.
+    """
+    if of_rank or is_rank_zero():
+        place = "" if is_rank_zero() else f" (rank {rank()})"
+        print(f"dualsft{place}: {message}", file=sys.stderr, flush=True)  # an open bar makes room for it
 
 
 def _of_all_ranks(phase: Phase, dealt: bool) -> Phase:

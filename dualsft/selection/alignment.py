@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 
 _CHUNK = 2**20
 """Entries that are looked at together; they take 24 MiB in float64."""
@@ -29,7 +29,7 @@ def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | No
     sums = torch.zeros(3, dtype=torch.float64)
     for name in one:
         sums += _products(one[name].flatten(), other[name].flatten())
-    product, square, other_square = all_reduce_sum(sums).tolist()
+    product, square, other_square = sum_of_shards(sums).tolist()
     length = math.sqrt(square) * math.sqrt(other_square)
     return max(-1.0, min(1.0, product / length)) if length > 0 else None
 

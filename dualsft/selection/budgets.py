@@ -15,7 +15,7 @@ from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.weight_scores import read_weight_scores
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import has_replicas, on_rank_zero
 from dualsft.sharding.shard_model import is_sharded
 
 
@@ -48,14 +48,14 @@ class Budgets:
 
         Without scores, where no weights are to be chosen, all are.
 
-        An allocator gets all scores at once, so the host of a single process holds them in this step. Of a sharded
-        model rank zero reads each from its file when it is asked for, writes the masks, and all ranks read those.
+        An allocator gets all scores at once, so the host of a single process holds them in this step. On several ranks
+        rank zero reads each from its file when it is asked for, writes the masks, and all ranks read those.
         """
         if scores is None:  # nothing is chosen where all are taken
             weights = self._model.named_parameters()
             return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights if p.requires_grad}
         full = read_weight_scores(scores)
-        if not is_sharded(self._model):
+        if not is_sharded(self._model) and not has_replicas():
             return choose_parameters(self._settings, dict(full), self._base)
         folder = self._run.staging(f"choice-{next(self._round)}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
+from dualsft.data.dealing import DealtBatch, extent_of
 from dualsft.data.layout import Batch, split_rows, to_device
 from dualsft.data.loaders import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
@@ -23,7 +24,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.offload import Offload, offloads
-from dualsft.sharding.collectives import all_gather, any_rank, world_size
+from dualsft.sharding.collectives import all_gather, any_rank, has_replicas, world_size
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
@@ -87,6 +88,7 @@ class DenseTraining:
         self._compact.write_back_after(self._optimizer)
         self._compact.attach()
         self._parts = 1
+        self._batches: Iterable[Batch] = ()
 
     def steps(
         self, batches: Iterable[Batch], epochs: int, watch: Watch = iter, keeper: Keeper | None = None
@@ -99,6 +101,7 @@ class DenseTraining:
             watch: Wraps the iteration, for progress.
             keeper: Saves the state from time to time, and loads the state of an earlier run.
         """
+        self._batches = batches
         first, done, taken = self._resume(keeper.load() if keeper else None)
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
@@ -140,20 +143,41 @@ class DenseTraining:
 
     def _backward(self, batch: Batch) -> None:
         """Compute the gradient of the mean loss over the batch's finite examples; each rank takes a share of them."""
-        count = len(batch["example_id"])
-        for part in split_rows(local_rows(batch), self._parts):
+        ids = extent_of(batch).ids
+        bad = self._backward_own(local_rows(batch), len(ids))
+        if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
+            return self._backward_without("loss", batch, suspects)
+        self._compact.add_up_gradients()
+        if not self._finite_gradients():
+            self._backward_without("gradient", batch, set(ids))
+
+    def _backward_own(self, rows: Batch, count: int) -> list[int]:
+        """Add this rank's share of the gradient of a mean over ``count`` examples; return ids whose loss is not finite.
+
+        A replica out of memory takes its rows again, in halves, while the others wait for its gradient.
+        """
+        try:
+            return self._backward_in_parts(rows, count)
+        except Exception as error:
+            if not is_out_of_memory(error) or not has_replicas():
+                raise
+            reason = shortage(error)
+        self._halve(reason)  # outside the handler, whose traceback holds on to the batch
+        return self._backward_own(rows, count)
+
+    def _backward_in_parts(self, rows: Batch, count: int) -> list[int]:
+        bad: list[int] = []
+        for part in split_rows(rows, self._parts):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
-            bad = part["example_id"][~losses.detach().isfinite().cpu()].tolist()
-            if suspects := {i for of_rank in all_gather(bad) for i in of_rank}:  # the same on all ranks
-                return self._backward_without("loss", batch, suspects)
+            bad += part["example_id"][~losses.detach().isfinite().cpu()].tolist()
             (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean
             self._compact.receive()
-        if not self._finite_gradients():
-            self._backward_without("gradient", batch, set(batch["example_id"].tolist()))
+        return bad
 
     def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
         """Begin the step again without the suspects that are not finite alone; refused if none or all are so."""
         self._drop_gradients()
+        batch = self._whole(batch)
         ids = batch["example_id"].tolist()
         bad = nonfinite_examples(batch, self._finite_alone, suspects)
         if not bad or len(bad) == len(ids) > 1:
@@ -163,6 +187,14 @@ class DenseTraining:
         say(f"the {self._names.what} leaves out the examples {bad}: their {what} is not finite.")
         if len(bad) < len(ids):
             self._backward(drop_examples(batch, bad))
+
+    def _whole(self, batch: Batch) -> Batch:
+        """All rows of a batch, read again if it has this rank's alone."""
+        if not isinstance(batch, DealtBatch):
+            return batch
+        assert isinstance(self._batches, ResumableLoader)
+        whole: Batch = self._batches.batch(batch.rows)
+        return whole
 
     def _finite_alone(self, example: Batch) -> bool:
         loss = example_losses(self._model, to_device(example, compute_device(self._model))).sum()
@@ -187,7 +219,8 @@ class DenseTraining:
         if self._parts > 1:
             what, advice = self._names.what, self._names.advice
             raise UserError(f"Memory ran out in the {what} ({reason}) with half batches already; {advice}.")
-        say(f"memory ran out in the {self._names.what} ({reason}); it goes on in half batches.")
+        told = f"memory ran out in the {self._names.what} ({reason}); it goes on in half batches."
+        say(told, of_rank=has_replicas())
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use

@@ -19,7 +19,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.needs import ask
 from dualsft.scorers import ParameterStatistics, Scorer
 from dualsft.selection.dense_training import EPS
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 from dualsft.sharding.shards import full_tensor, local_shard, shard_copy
 
 Combination = Literal["mean", "max", "min"]
@@ -145,7 +145,7 @@ def column_totals(u: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Column
         totals.append(float(score.sum(dtype=torch.float64)))
         sizes.append(float(score.abs().sum(dtype=torch.float64)))
     total, size = math.fsum(totals), math.fsum(sizes)
-    return ColumnTotals(*all_reduce_sum(torch.tensor([total, size], dtype=torch.float64)).tolist())
+    return ColumnTotals(*sum_of_shards(torch.tensor([total, size], dtype=torch.float64)).tolist())
 
 
 def parameter_scores(
@@ -154,7 +154,8 @@ def parameter_scores(
     """φ_j = u_j Σ_i g_ij of every weight, the validation sets combined, computed when it is read.
 
     Returns:
-        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host.
+        Parameter name -> φ_j, float32, of the parameter's (shard's) shape, on the host. Rank zero of replicas
+        chooses by them, and holds them; on the others each is computed when it is read.
     """
     return LazyTensors(us[0], lambda name: combined([_score(u, sums, name) for u in us], combination).float().cpu())
 

@@ -1,4 +1,9 @@
-"""Gradient passes as phases of a run: resumed after a kill, restarted once with half the batch if memory runs out."""
+"""Gradient passes as phases of a run: resumed after a kill, restarted once with half the batch if memory runs out.
+
+On several ranks each takes a part of the examples, before there are batches: every world-size-th one of those sorted by
+length, so that all have about as much to do. A replica passes over them by itself: it saves the state of its work, and
+halves its batches, without the others.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +24,11 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import rank, world_size
+from dualsft.sharding.collectives import calls_alone, rank_slice
 
-Loader = Callable[[int, int, int], Iterable[Batch]]
-"""(start, batch_tokens, step) -> batches start, start + step, start + 2 step, ... of at most so many tokens each."""
+Loader = Callable[[int, int, slice], Iterable[Batch]]
+"""(start, batch_tokens, part) -> the batches from a number on, of at most so many tokens each, over a part of the
+examples, which are in the order of their lengths."""
 
 ADVICE = (
     "set model.gradient_checkpointing and go on with --resume, or start anew (--overwrite) with a lower "
@@ -43,7 +49,8 @@ class Passes:
         data: The pool and the validation sets, whose longest example must fit a batch.
 
     Attributes:
-        batch_tokens: Tokens in the largest batch; halved once if memory runs out, in this run or before it was killed.
+        batch_tokens: Tokens in the largest batch; halved once if memory runs out, in this run or before it was killed;
+            of replicas each has its own.
         place: Suffix of the passes' names, where several points of weight space have passes of the same name.
     """
 
@@ -59,7 +66,8 @@ class Passes:
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
-        halved = run.load(HALVED)
+        self._of_rank = run.of_rank()
+        halved = self._of_rank.load(HALVED)
         self._halved, self.place = halved is not None, ""
         self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []
@@ -109,7 +117,7 @@ class Passes:
         self, name: str, examples: int, loader: Loader, options: dict[str, Any]
     ) -> tuple[GradientPass, PhaseKeeper]:
         """One `gradient_pass`, and what keeps its state under way."""
-        keeper = PhaseKeeper(self._run, _key(name), self._save_minutes)
+        keeper = self._keeper(name)
         while True:
             try:
                 with (
@@ -118,14 +126,14 @@ class Passes:
                 ):
                     found = gradient_pass(
                         self._model,
-                        lambda start: loader(start * world_size() + rank(), self.batch_tokens, world_size()),
+                        lambda start: loader(start, self.batch_tokens, rank_slice()),
                         keeper.meter,
                         keeper=keeper,
                         **options,
                     )
                 return found, keeper
             except Exception as error:
-                if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the pass
+                if not is_out_of_memory(error) or not calls_alone():  # the other ranks are in the middle of the pass
                     raise
                 reason = shortage(error)
             # outside the handler, whose traceback holds on to the batch
@@ -138,8 +146,12 @@ class Passes:
             return None
         self._log.restore(saved[1])
         self._saved.append(_key(name))
-        PhaseKeeper(self._run, _key(name), self._save_minutes).drop()
+        self._keeper(name).drop()
         return GradientPass.from_state(*saved)
+
+    def _keeper(self, name: str) -> PhaseKeeper:
+        """Keeps the state of this rank's work in the pass of a name."""
+        return PhaseKeeper(self._of_rank, _key(name), self._save_minutes)
 
     def forget(self, name: str) -> None:
         """Delete the state of a finished pass, whose results are kept elsewhere; what it cost stays in the log."""
@@ -162,10 +174,11 @@ class Passes:
                 f"Memory ran out in the {name} ({reason}) with batches of {before} tokens, {why}; {ADVICE}."
             )
         self.batch_tokens, self._halved = half, True
-        say(f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}.")
+        told = f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}."
+        say(told, of_rank=True)
         keeper.begin_again()
         # after the state of the larger batches is gone, as halved batches come in another order
-        self._run.save(HALVED, {}, {"batch_tokens": half})
+        self._of_rank.save(HALVED, {}, {"batch_tokens": half})
 
 
 def _key(name: str) -> str:

@@ -38,7 +38,7 @@ from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.stability import agreement
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 
 T = TypeVar("T")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -259,7 +259,7 @@ class Scoring:
         if not latest.rows or not latest.sums:
             return
         names = list(latest.row_directions[0].held)
-        moves = all_reduce_sum(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
+        moves = sum_of_shards(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._rule.sets, latest.rows, latest.row_directions, strict=True):
             summed = {i: value for i, value in rows.items() if i in latest.summed}

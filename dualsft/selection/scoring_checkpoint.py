@@ -22,7 +22,8 @@ from dualsft.selection.combined_objective import is_combined
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import ADVICE, warm_up
-from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import local_shard, shard_of
@@ -60,7 +61,7 @@ def reach_scoring_checkpoint(
     if (saved := _finished(run, keeps_moments and not is_combined(run))) is None:
         on_rank_zero(lambda: shutil.rmtree(run.path / _KEPT, ignore_errors=True))  # of a state that was dropped
         ids = warmup.draw(data.train_examples.ok_ids(), seed)
-        loader = data.training_loader(ids, seed)
+        loader = data.training_loader(ids, seed, part=rows_to_read())
         with (
             advising("in the warm-up", ADVICE),
             log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
@@ -122,7 +123,7 @@ def _keep_checkpoint(model: PreTrainedModel, moments: Moments, data: Instruction
     if on_rank_zero(folder.exists):  # complete, as it was moved here in one step
         return
     staged = run.staging()
-    if is_sharded(model):
+    if is_sharded(model) or world_size() > 1:
         save_sharded(model, staged)
     else:
         with writing_to(folder):

@@ -15,11 +15,11 @@ from torch import Tensor
 from dualsft.selection.diagnostics import Stability
 from dualsft.selection.diagnostics.examples import rank_correlation
 from dualsft.selection.directions import Combination, combined, combined_rows
-from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.collectives import gather_shards
 
 T = TypeVar("T")
 _SAMPLED = 2**20
-"""About so many weights are compared on each rank, evenly spread over all."""
+"""About so many weights are compared of each shard, evenly spread over all."""
 
 
 def agreement(
@@ -53,7 +53,7 @@ def _sample(
     """φ_j of some weights of all ranks, the validation sets combined."""
     step = max(1, sum(total.numel() for total in sums.values()) // _SAMPLED)
     own = [combined([_every(u[name], sums[name], step) for u in us], combination) for name in us[0]]
-    return np.concatenate([part.numpy() for part in all_gather(torch.cat(own))])
+    return np.concatenate([part.numpy() for part in gather_shards(torch.cat(own))])
 
 
 def _every(u: Float[Tensor, "*shape"], sums: Float[Tensor, "*shape"], step: int) -> Float[Tensor, " weight"]:

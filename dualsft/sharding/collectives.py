@@ -1,7 +1,11 @@
-"""Collectives between the ranks of a job; in a single process each returns its own argument."""
+"""Collectives between the ranks of a job; in a single process each returns its own argument.
+
+The ranks of a job hold one model together, each a shard of it, or each holds a replica of its own. What is shared out
+among shards is added up, and agreed on, only where there are shards (`sum_of_shards`, `any_shard`).
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor, distributed
 from dualsft.errors import UserError
 
 T = TypeVar("T")
+_replicas = False  # like torch's default process group, a state of the process
 
 
 def rank() -> int:
@@ -20,6 +25,22 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes in the job."""
     return distributed.get_world_size() if is_distributed() else 1
+
+
+def hold_replicas(replicas: bool) -> None:
+    """Say, once the ranks have found each other, whether each is to hold the full model, and none a shard."""
+    global _replicas
+    _replicas = replicas
+
+
+def has_replicas() -> bool:
+    """Whether there are several ranks, of which each holds the full model."""
+    return _replicas and is_distributed()
+
+
+def calls_alone() -> bool:
+    """Whether this process calls its model by itself, as one process and a replica do, and not in step with others."""
+    return world_size() == 1 or has_replicas()
 
 
 def is_rank_zero() -> bool:
@@ -51,6 +72,27 @@ def all_reduce_sum(values: Tensor) -> Tensor:
         values = values.clone()
         distributed.all_reduce(values)
     return values
+
+
+def any_shard(flag: bool) -> bool:
+    """Whether the flag is set on any rank that calls the model together with this one: on this one, of replicas."""
+    return flag if has_replicas() else any_rank(flag)
+
+
+def sum_of_shards(values: Tensor) -> Tensor:
+    """The elementwise sum over the ranks' shards of one model; of a replica the values themselves."""
+    return values if has_replicas() else all_reduce_sum(values)
+
+
+def gather_shards(value: T) -> list[T]:
+    """The values of all ranks that hold shards of one model; of a replica its own."""
+    return [value] if has_replicas() else all_gather(value)
+
+
+def add_up_replicas(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the replicas, in place; nothing where there are none."""
+    for tensor in tensors if has_replicas() else ():
+        distributed.all_reduce(tensor)
 
 
 def all_gather(value: T) -> list[T]:
@@ -99,7 +141,10 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def rank_slice() -> slice:
-    """The slice of a list that takes this rank's entries: one in `world_size`, from `rank` on."""
+    """The slice of a list that takes this rank's entries: one in `world_size`, from `rank` on.
+
+    Of things that are sorted by size each rank then takes about as much.
+    """
     return slice(rank(), None, world_size())
 
 

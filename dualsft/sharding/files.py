@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualsft.models.lazy import LazyTensors
 from dualsft.models.tensor_file import TensorSpec, write_tensors
-from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank, world_size
+from dualsft.sharding.collectives import calls_alone, on_all_ranks, on_rank_zero, rank, world_size
 from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
 from dualsft.sharding.shards import full_tensor
 from dualsft.storage.writing import write_atomically, writing_to
@@ -51,7 +51,7 @@ def lazy_full_tensors(
 def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], Mapping[str, str]]]) -> None:
     """Write files of lazy tensors; every rank calls this, and rank r writes every file k with k ≡ r mod world size.
 
-    A single process holds one tensor at a time.
+    A single process, or a replica, holds one tensor at a time.
 
     Args:
         folder: The folder, which the ranks share.
@@ -59,7 +59,8 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor], M
     """
     own: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]] = {}
     for k, (file, lazy, metadata) in enumerate(files):
-        tensors = lazy if world_size() == 1 else _gathered(lazy, keep=k % world_size() == rank())
+        keep = k % world_size() == rank()
+        tensors = (lazy if keep else {}) if calls_alone() else _gathered(lazy, keep)
         if tensors:
             own[file] = tensors, metadata
 

@@ -4,13 +4,13 @@ A unit of a sharded model is gathered only while all ranks take part in its forw
 differs: they have other batches, more or fewer of them, and re-examine batches that are not finite. So before each call
 of the model every rank states what kind of call it wants. The largest kind that any rank wants is made next, and ranks
 that want another make a dummy call of that kind, over an example of weight zero. A rank that has run out of work makes
-dummy calls until all ranks have.
+dummy calls until all ranks have. Replicas call their models each for itself, and never wait.
 """
 
 from collections.abc import Callable
 from enum import IntEnum
 
-from dualsft.sharding.collectives import all_reduce_max, world_size
+from dualsft.sharding.collectives import all_reduce_max, calls_alone
 
 
 class CallKind(IntEnum):
@@ -30,7 +30,7 @@ def wait_for_turn(kind: CallKind, dummy_call: Callable[[CallKind], None]) -> Non
 
     ``NOTHING`` waits until no rank has a call left to make.
     """
-    if world_size() == 1:
+    if calls_alone():
         return
     while (next_kind := CallKind(all_reduce_max(kind))) != kind:  # another rank wants a larger kind
         dummy_call(next_kind)

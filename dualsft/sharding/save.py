@@ -23,7 +23,7 @@ _MAX_FILE, _MIN_FILE = 50 * 10**9, 10**9
 
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
-    """Write a sharded model as a Hugging Face folder, which the ranks share; every rank calls this.
+    """Write a model, of which the ranks hold shards or replicas, as a Hugging Face folder; every rank calls this.
 
     Each rank writes about as much, and holds no more of the model at a time than the files that it writes.
     """

@@ -1,7 +1,8 @@
-"""``--trainer.strategy fsdp2``: Lightning's ModelParallelStrategy with all ranks in one data-parallel group.
+"""``--trainer.strategy fsdp2`` or ``ddp``: all ranks in one data-parallel group, each with a shard or a replica.
 
-Checkpoints are those of a single process, one file with full tensors, so that a run can resume on another number of
-ranks. The trained parameters are vectors split over the ranks (`dualsft.sharding.vectors`). The module's state dict
+`FSDP2` is Lightning's ModelParallelStrategy, `DDP` its DDPStrategy without the wrapper around the module. Checkpoints
+are those of a single process, one file with full tensors, so that a run can resume on another number of ranks. Under
+`FSDP2` the trained parameters are vectors split over the ranks (`dualsft.sharding.vectors`). The module's state dict
 gathers and splits them, and the strategy does the same for the optimizers' state of each.
 """
 
@@ -10,17 +11,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_causal
 from dualsft.models.loading import Dtype, load_model
+from dualsft.sharding.collectives import hold_replicas
 from dualsft.sharding.last_words import end_with_parent
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shards import compute_device
@@ -30,7 +39,7 @@ from dualsft.sharding.vectors import gather_vectors, split_vectors
 class FSDP2(ModelParallelStrategy):
     """Shards every weight, with its gradient and optimizer state, over the ranks; each rank has its own examples.
 
-    The data loader gives all batches to every rank, in the order of a single process, and each takes its rows of them.
+    The training batches are those of a single process, in its order, and each rank reads its rows of them.
 
     Args:
         cpu_offload: Store the shards on the host, and move a block to the accelerator while it computes.
@@ -46,13 +55,11 @@ class FSDP2(ModelParallelStrategy):
         if self._device_mesh is None:
             self._data_parallel_size = self.num_nodes * self.num_processes
             super().setup_environment()
-            if isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0:
-                end_with_parent()
+            _begin(self, replicas=False)
         module = self.lightning_module
         assert module is not None
         module._device_mesh = self._device_mesh
-        # otherwise Lightning would divide the batches between the ranks
-        module.trainer._accelerator_connector.use_distributed_sampler = False
+        _deal_batches_ourselves(module)
 
     def model_to_device(self) -> None:
         """Move the module to the accelerator, except submodules with weights if these are offloaded to the host."""
@@ -90,10 +97,60 @@ class FSDP2(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, self.broadcast(checkpoint_path), weights_only)
 
     def _get_process_group_backend(self) -> str:
-        # gloo exchanges tensors on the host, such as scores
-        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else super()._get_process_group_backend()
+        return _backends(self.root_device) or super()._get_process_group_backend()
 
 
+class DDP(DDPStrategy):
+    """Holds the whole model on every rank, each with its own examples.
+
+    A pass over data communicates at its end alone, when the ranks' sums are added up. A step of a training adds up the
+    gradients of the trained weights (`dualsft.training.compact`), where DistributedDataParallel would exchange those of
+    all weights.
+
+    Args:
+        timeout: How long a rank waits for the others before it fails. It is long, as ranks meet only when the slowest
+            has finished its pass; a rank whose process has ended is found out at once.
+    """
+
+    def __init__(self, timeout: timedelta | None = timedelta(days=1)) -> None:
+        super().__init__(timeout=timeout)
+        self._begun = False
+
+    def setup_environment(self) -> None:
+        """Create the process group of all ranks, once."""
+        if not self._begun:
+            super().setup_environment()
+            _begin(self, replicas=True)
+            self._begun = True
+        assert self.lightning_module is not None
+        _deal_batches_ourselves(self.lightning_module)
+
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
+
+    def _get_process_group_backend(self) -> str:
+        return _backends(self.root_device) or super()._get_process_group_backend()
+
+
+def _begin(strategy: ParallelStrategy, replicas: bool) -> None:
+    """Set up what the ranks need once they have found each other."""
+    hold_replicas(replicas)
+    if isinstance(strategy.cluster_environment, LightningEnvironment) and strategy.local_rank > 0:
+        end_with_parent()
+
+
+def _deal_batches_ourselves(module: LightningModule) -> None:
+    """Keep Lightning from dividing the batches between the ranks."""
+    module.trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def _backends(device: torch.device) -> str | None:
+    """The backends of a job on accelerators: gloo exchanges tensors on the host, such as scores."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else None
+
+
+RANKS = (DDP, FSDP2)
+"""The strategies of several ranks."""
 StrategyRegistry.register("fsdp2", FSDP2, "Fully sharded weights (FSDP2)")
 StrategyRegistry.register("fsdp2_cpu_offload", FSDP2, "Fully sharded weights (FSDP2) on the host", cpu_offload=True)
 
@@ -127,9 +184,9 @@ def _replaced(state: dict[str, Any], tensors: Iterable[tuple[_Key, Tensor]]) -> 
 
 
 def launch_ranks(trainer: Trainer, module: LightningModule) -> None:
-    """Under `FSDP2`, launch the missing ranks, and create the process group before the trainer runs."""
+    """On several ranks, launch the missing ones, and create the process group before the trainer runs."""
     strategy = trainer.strategy
-    if not isinstance(strategy, FSDP2):
+    if not isinstance(strategy, RANKS):
         return
     module.trainer = trainer
     if strategy.launcher is not None:

@@ -17,7 +17,8 @@ Masters are float32 (float64 for float64 weights) because bfloat16 keeps 8 bits:
 
 In a sharded model each rank has the masters of its own shards; concatenated in the order of ranks they are the masters
 of one process (`dualsft.sharding.vectors`). A state dict holds the full masters, on rank zero, and each rank loads its
-own part of them, so a state can be loaded on another number of ranks.
+own part of them, so a state can be loaded on another number of ranks. Replicas of a model each have all masters; before
+a step the gradients of their selected entries, and no others, are added up (`add_up_gradients`).
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.entries import set_entries
 from dualsft.models.linear import is_linear
+from dualsft.sharding.collectives import add_up_replicas, all_reduce_sum, has_replicas, rank
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import is_shard, local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors, split_vectors
@@ -56,7 +58,7 @@ class CompactParameters(nn.Module):
     Args:
         model: The model whose weights are trained; its values are changed in place, by `write_back` alone. If it is
             sharded, every rank constructs this, and every rank calls `state_dict`, `load_state_dict`,
-            `pending_gradients` and `restore_gradients`.
+            `pending_gradients` and `restore_gradients`; of replicas `add_up_gradients` and `pending_gradients`.
         mask: Which entries to train; None trains every entry of every trainable parameter.
         on_host: Whether the masters are held on the host, whatever device the weights are on. Gradients are complete
             after `receive`.
@@ -179,6 +181,24 @@ class CompactParameters(nn.Module):
             self._accumulate(k, gradient)
         self._arriving.clear()
 
+    def add_up_gradients(self) -> None:
+        """Replace the masters' gradients by their sums over replicas; every rank calls this before a step.
+
+        A gradient that only other replicas have, as of an expert that no token of this one's used, counts as zero here.
+        """
+        for k, gradient in self._with_those_of_others().items():
+            self.masters[k].grad = gradient
+        add_up_replicas(master.grad for master in self.masters if master.grad is not None)
+
+    def _with_those_of_others(self) -> dict[int, Tensor]:
+        """Number of a master -> its gradient, zero where only other replicas have one."""
+        own = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
+        if not has_replicas():
+            return own
+        anywhere = all_reduce_sum(torch.tensor([int(k in own) for k in range(len(self.masters))])).tolist()
+        masters = enumerate(self.masters)
+        return {k: own[k] if k in own else torch.zeros_like(master) for k, master in masters if anywhere[k]}
+
     def drop_gradients(self) -> None:
         """Forget the masters' gradients, those on their way to the host too: a backward that failed leaves some."""
         self._arriving.clear()
@@ -244,11 +264,18 @@ class CompactParameters(nn.Module):
 
     def pending_gradients(self) -> dict[int, Tensor]:
         """Number of a master -> its (full) gradient that no step has used yet; on rank zero alone."""
-        pending = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
-        return dict(zip(pending, gather_vectors([*pending.values()]), strict=True)) if self._sharded else pending
+        pending = self._with_those_of_others()
+        if self._sharded:
+            return dict(zip(pending, gather_vectors([*pending.values()]), strict=True))
+        if has_replicas():
+            pending = {k: gradient.clone() for k, gradient in pending.items()}
+            add_up_replicas(pending.values())
+        return pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
         """Set the masters' gradients to earlier `pending_gradients`, to continue that accumulation."""
+        if has_replicas() and rank():  # they count once when the replicas' gradients are added up
+            return
         values = [*gradients.values()]
         if self._sharded:
             values = split_vectors(values, [len(self.masters[k]) for k in gradients])

@@ -716,8 +716,8 @@ ACCUMULATE = ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.c
 CYCLE = ["--lr_scheduler.base_lr=0.1", "--lr_scheduler.max_lr=0.2", "--lr_scheduler.step_size_up=0"]
 FIT_MISTAKES = {
     "half-precision trainer": (["--trainer.precision", "bf16-true"], 1, "trainer.precision is bf16-true"),
-    "several processes": (["--trainer.devices", "2"], 1, "fit runs on one process"),
-    "strategy": (["--trainer.strategy", "ddp"], 1, "DDPStrategy"),
+    "several processes": (["--trainer.devices", "2"], 1, "fit cannot run on 2 processes"),
+    "strategy": (["--trainer.strategy", "ddp_spawn"], 1, "DDPStrategy"),
     "no validation set": (["--data.validation", "{}"], 1, "data.validation is an empty mapping"),
     "name of a set": (["--data.validation.a.b", "x"], 1, "data.validation names a set 'a.b'"),
     "missing set": (["--data.validation.a", "nowhere.jsonl"], 1, "data.validation.a: nowhere.jsonl does not exist"),

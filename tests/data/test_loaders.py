@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from dualsft.data.loaders import ResumableLoader
+from dualsft.data.dealing import extent_of
+from dualsft.data.loaders import ResumableLoader, RowLists
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
 from dualsft.finetune.checkpointing import KeepEpochCount
@@ -195,3 +196,31 @@ def test_state_of_another_epoch_or_other_data(pool: str) -> None:
     assert len(list(loader)) == len(loader)
     with pytest.raises(UserError, match=r"checkpoint was made with 99 batches per epoch but the data now give 13"):
         loader.load_state_dict({**state, "batches": 99})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_part_of_each_batch_is_read_alone(
+    pool: str, packing: bool, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of three that share it, who knows what all have; the last row stands in for none, without labels."""
+    read: list[int] = []
+    data = InstructionDataModule(
+        train=pool, tokenizer=byte_level(), packing=packing, batch_size=5, batch_tokens=80, num_workers=num_workers
+    )
+    plain = RowLists.__getitem__
+
+    def noted(self: RowLists, ids: list[int]) -> Any:
+        read.extend(ids)
+        return plain(self, ids)
+
+    whole = list(data.training_loader(data.training_ids(), 3))
+    monkeypatch.setattr(RowLists, "__getitem__", noted)
+    parts = [list(data.training_loader(data.training_ids(), 3, part=slice(k, None, 3))) for k in range(3)]
+    for batch, *of_batch in zip(whole, *parts, strict=True):
+        assert [extent_of(part) for part in of_batch] == [extent_of(batch)] * 3
+        learnt = [part for part in of_batch if bool((part["labels"] != -100).any())]
+        ids = [i for part in learnt for i in part["example_id"].tolist()]
+        assert sorted(ids) == sorted(batch["example_id"].tolist())
+    if num_workers == 0:
+        assert read == [i for of_rank in parts for part in of_rank for i in part["example_id"].tolist()]

@@ -145,6 +145,34 @@ def test_start_leaves_batches_out_unread(pool: str, packing: bool, monkeypatch: 
 
 
 @pytest.mark.parametrize("packing", [False, True])
+def test_parts_are_read_apart_and_are_all(pool: str, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example is in one of several parts, of which each has about as many tokens; no part reads another's."""
+    read: list[int] = []
+    data = module(pool, packing=packing, batch_tokens=20)
+    plain = RowLists.__getitem__
+
+    def noted(self: RowLists, ids: list[int]) -> Any:
+        read.extend(ids)
+        return plain(self, ids)
+
+    monkeypatch.setattr(RowLists, "__getitem__", noted)
+    lengths, parts, ids = (
+        data.train_examples.lengths,
+        [slice(k, None, 3) for k in range(3)],
+        data.train_examples.ok_ids(),
+    )
+    found = []
+    for part in parts:
+        read.clear()
+        found.append([i for batch in data.pool_loader(part=part) for i in batch["example_id"].tolist()])
+        assert read == found[-1]
+    assert sorted(i for of_part in found for i in of_part) == ids
+    tokens = [int(lengths[of_part].sum()) for of_part in found]
+    assert max(tokens) - min(tokens) <= int(lengths[ids].max())
+    assert [*data.pool_loader([ids[0]], part=slice(1, None, 2))] == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
 def test_another_budget_for_scoring(pool: str, packing: bool) -> None:
     """A smaller budget than the module's gives the batches that a module of that budget has, over some ids too."""
     data, small = (module(pool, validation=pool, packing=packing, batch_tokens=tokens) for tokens in (400, 20))

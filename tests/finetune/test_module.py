@@ -278,7 +278,7 @@ def test_several_processes_are_refused(workspace: Workspace, folder: Path) -> No
     """The hooks know nothing of other processes' gradients, unless the weights are in shards."""
     module = workspace.module()
     module.trainer = trainer(folder, devices=2, strategy="ddp_spawn")
-    with pytest.raises(UserError, match=r"the trainer has 2 under DDPStrategy; set trainer\.strategy to fsdp2"):
+    with pytest.raises(UserError, match=r"2 processes under DDPStrategy; set trainer\.strategy to ddp"):
         module.setup("fit")
 
 

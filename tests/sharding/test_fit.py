@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from dualsft.errors import UserError
@@ -17,7 +18,7 @@ from dualsft.finetune.prior import TrainingPrior
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import world_size
-from dualsft.sharding.strategy import FSDP2, launch_ranks
+from dualsft.sharding.strategy import DDP, FSDP2, launch_ranks
 from tests.finetune.test_losses import LOSSES, STEPS, halving, plain_loop, sgd
 from tests.sharding.test_save import assert_same_files
 from tests.world.data import random_mask
@@ -100,6 +101,17 @@ def test_other_numbers_of_ranks(workspace: Workspace, tmp_path: Path, count: int
     check(workspace, tmp_path, {name: CASES[name] for name in names}, count)
 
 
+def by_replicas(cases: dict[str, Case]) -> dict[str, Case]:
+    """The same fits, with all of the model on every rank."""
+    return {name: replace(case, ranks=DDP) for name, case in cases.items() if not case.strategy}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_fits_by_replicas(workspace: Workspace, tmp_path: Path, count: int) -> None:
+    """Fits of all kinds are those of one process too where each rank holds the whole model."""
+    check(workspace, tmp_path, by_replicas(CASES | MORE_CASES if count == 3 else CASES), count)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_bfloat16(tmp_path: Path, precision: str) -> None:
     """Weights stored in bfloat16, and computing in it, are within its rounding; what is not selected keeps its bits."""
@@ -171,21 +183,24 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def goes_on(workspace: Workspace, folder: Path, names: list[str]) -> dict[str, Fitted]:
+def goes_on(
+    workspace: Workspace, folder: Path, names: list[str], strategy: Callable[..., Strategy] = FSDP2
+) -> dict[str, Fitted]:
     """Goes on from each of these checkpoints, after saving what it goes on from."""
-    cases = {n: Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveFirst], folder / f"{n}.ckpt") for n in names}
+    common = Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveFirst], ranks=strategy)
+    cases = {name: replace(common, resume=folder / f"{name}.ckpt") for name in names}
     return all_fitted(workspace, folder / "resumed", cases)
 
 
-@pytest.mark.parametrize(("saving", "going_on"), [(2, 1), (2, 3)])
+@pytest.mark.parametrize(("saving", "going_on", "strategy"), [(2, 1, FSDP2), (2, 3, FSDP2), (2, 1, DDP), (2, 3, DDP)])
 def test_checkpoints_move_between_numbers_of_ranks(
-    workspace: Workspace, tmp_path: Path, saving: int, going_on: int
+    workspace: Workspace, tmp_path: Path, saving: int, going_on: int, strategy: Callable[..., Strategy]
 ) -> None:
     """In mid-accumulation and in mid-epoch: masters, averages, optimizer and gradients to the bit, and then the end.
 
     The file is that of one process, tensor by tensor.
     """
-    case = Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveOften])
+    case = Case({}, {"batch_size": 3}, ACCUMULATED, [average, SaveOften], ranks=strategy)
     one = fitted(workspace, tmp_path / "one", case)
     many = run_on_ranks(saving, fitted, workspace, tmp_path / "many", case)[0]
     assert_same_fit(many, one)
@@ -198,7 +213,7 @@ def test_checkpoints_move_between_numbers_of_ranks(
     if going_on == 1:
         found = goes_on(workspace, tmp_path / "many", names)
     else:
-        found = run_on_ranks(going_on, goes_on, workspace, tmp_path / "many", names)[0]
+        found = run_on_ranks(going_on, goes_on, workspace, tmp_path / "many", names, strategy)[0]
     for name in names:
         before = read(tmp_path / "many" / f"{name}.ckpt")
         after = read(tmp_path / "many" / "resumed" / name / "restored.ckpt")
@@ -234,19 +249,20 @@ REFUSED = {
 }
 
 
-def refusals(workspace: Workspace, folder: Path) -> list[str]:
+def refusals(workspace: Workspace, folder: Path, strategy: Callable[..., Strategy]) -> list[str]:
     """What each of the fits that cannot be done fails with."""
     found = []
     for case in REFUSED.values():
         with pytest.raises(UserError) as error:
-            fitted(workspace, folder, case)
+            fitted(workspace, folder, replace(case, ranks=strategy))
         found.append(str(error.value))
     return found
 
 
-def test_what_fails_fails_on_all_ranks(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [FSDP2, DDP])
+def test_what_fails_fails_on_all_ranks(workspace: Workspace, tmp_path: Path, strategy: Callable[..., Strategy]) -> None:
     """In the same sentence, and no rank waits for another."""
-    for found in run_on_ranks(2, refusals, workspace, tmp_path):
+    for found in run_on_ranks(2, refusals, workspace, tmp_path, strategy):
         for words, message in zip(REFUSED, found, strict=True):
             assert words in message
 
@@ -272,12 +288,24 @@ BASES: dict[str, Callable[[Path], Workspace]] = {
 }
 
 
-@pytest.mark.parametrize(("base", "count"), [("float32", 3), ("bfloat16", 1), ("unprefixed", 2)])
-def test_export_is_that_of_one_process(tmp_path: Path, base: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("base", "count", "strategy"),
+    [
+        ("float32", 3, FSDP2),
+        ("bfloat16", 1, FSDP2),
+        ("unprefixed", 2, FSDP2),
+        ("float32", 2, DDP),
+        ("bfloat16", 3, DDP),
+    ],
+)
+def test_export_is_that_of_one_process(
+    tmp_path: Path, base: str, count: int, strategy: Callable[..., Strategy]
+) -> None:
     """From the same masters: every file of ``model/`` and the delta have the same bytes, on any number of ranks."""
     workspace, module = BASES[base](tmp_path), {"dtype": "bfloat16" if base == "bfloat16" else "float32"}
     fitted(workspace, tmp_path / "saved", Case(module, trainer=saved, callbacks=[SaveOften]))
     case = Case(module, trainer=saved, callbacks=[ending, export], resume=tmp_path / "saved" / "1-4.ckpt")
+    case = replace(case, ranks=strategy)
     fitted(workspace, tmp_path / "expected", case)
     found, expected = tmp_path / "found", tmp_path / "expected"
     run_on_ranks(count, fitted, workspace, found, case)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 CHOSEN = ("mask.safetensors", "selected.jsonl")
 PATIENCE = 300
 """Seconds in which a job has started and come to its first batches, on a busy machine too."""
-ON_TWO = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2"]
+STRATEGIES = ("fsdp2", "ddp")
 SRUN = """#!/usr/bin/env bash
 # what srun does, on one machine
 while [[ $1 == --* ]]; do shift; done
@@ -45,6 +45,11 @@ def job_of(folder: Path, examples: int) -> Path:
     model = {**plain, "parameter_budget": 0.1, "data_budget": 0.1, "save_minutes": 0.005}
     data = {"max_length": 64, "batch_tokens": 400}
     return write_job(folder, write_inputs(folder, rows, rows[-20:]), model=model, data=data)
+
+
+def on_two(strategy: str) -> list[str]:
+    """The options of a job on two ranks."""
+    return ["--trainer.strategy", strategy, "--trainer.devices", "2"]
 
 
 def select(job: Path, output: Path) -> list[str]:
@@ -115,10 +120,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_nodes_started_with_torchrun_select_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_nodes_started_with_torchrun_select_what_one_process_does(
+    alone: Path, tmp_path: Path, strategy: str
+) -> None:
     """Two nodes of two ranks on loopback, by the shipped script: the same mask and subset to the byte."""
     script = [str(CONFIGS / "torchrun.sh"), *select(alone / "job.yaml", tmp_path / "nodes")]
     nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": str(free_port()), "GPUS_PER_NODE": "2"}
+    nodes["STRATEGY"] = strategy
     with started(script, tmp_path / "1.log", **nodes, NODE_RANK="1") as other:
         run(script, tmp_path / "0.log", **nodes, NODE_RANK="0")
         assert other.wait(60) == 0, (tmp_path / "1.log").read_text()
@@ -140,24 +149,31 @@ def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a job that takes a while, and what two ranks select unless they are killed."""
+    """A folder with a job that takes a while, and what two ranks select under each strategy unless they are killed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run_on_ranks(2, cli.run, [*select(job_of(folder, 600), folder / "selection"), *ON_TWO])
+    job = job_of(folder, 600)
+    for strategy in STRATEGIES:
+        run_on_ranks(2, cli.run, [*select(job, folder / strategy), *on_two(strategy)])
     return folder
 
 
 def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool) -> None:
     """Kill one of two ranks in the scores pass: no rank lives on, and the other says why in a sentence."""
-    known = {*output.glob(".unfinished/scores.under-way@*")}
+
+    def states() -> set[int]:
+        """The times of the states of the pass that rank 1 has kept last; a replica replaces its file."""
+        found = set()
+        for path in output.glob(".unfinished/scores.under-way*.rank-1-of-2.safetensors"):
+            with suppress(FileNotFoundError):  # it has just been replaced
+                found.add(path.stat().st_mtime_ns)
+        return found
+
+    known = states()
     with started(command, log) as process:
-
-        def states() -> set[Path]:
-            return {*output.glob(".unfinished/scores.under-way@*.rank-1-of-2.safetensors")} - known
-
-        # the second state is kept once all ranks have the first
-        wait_for(states, PATIENCE, "state of the pass")
+        # the second state is kept once all shards have the first
+        wait_for(lambda: states() - known, PATIENCE, "state of the pass")
         known |= states()
-        wait_for(states, PATIENCE, "second state of the pass")
+        wait_for(lambda: states() - known, PATIENCE, "second state of the pass")
         (other,) = set(members(process.pid)) - {process.pid}
         os.kill(other if started_rank else process.pid, signal.SIGKILL)
         wait_for(lambda: process.poll() is not None and not members(process.pid), 60, "end of all ranks")
@@ -171,16 +187,17 @@ def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool
     assert all("another process of this job has stopped" in line for line in told)
 
 
-def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_is_killed_ends_the_job_which_then_goes_on(unbroken: Path, tmp_path: Path, strategy: str) -> None:
     """The started rank is killed, then, in the resumed job, the starting one; resumed once more, the job ends alike."""
     output = tmp_path / "selection"
-    arguments = [*select(unbroken / "job.yaml", output), *ON_TWO]
+    arguments = [*select(unbroken / "job.yaml", output), *on_two(strategy)]
     run_and_kill(dualsft(arguments), output, tmp_path / "1.log", started_rank=True)
     run_and_kill(dualsft([*arguments, "--resume"]), output, tmp_path / "2.log", started_rank=False)
     run_on_ranks(2, cli.run, [*arguments, "--resume"])
-    scores = sorted(path.name for path in (unbroken / "selection").glob("parameter_scores*"))
+    scores = sorted(path.name for path in (unbroken / strategy).glob("parameter_scores*"))
     assert scores == sorted(path.name for path in output.glob("parameter_scores*"))
-    assert_same(output, unbroken / "selection", (*CHOSEN, *scores, "examples.parquet"))
+    assert_same(output, unbroken / strategy, (*CHOSEN, *scores, "examples.parquet"))
 
 
 REASON = "the file of this rank is bad"
@@ -202,27 +219,28 @@ class Trouble(Callback):
             raise (RuntimeError if self._kind == "fault" else UserError)(REASON)
 
 
-def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int]) -> list[str]:
+def troubled(alone: Path, output: Path, kind: str, ranks: Sequence[int], strategy: str = "fsdp2") -> list[str]:
     """A fit on two ranks that comes to grief."""
     options = {"kind": kind, "ranks": list(ranks), "folder": str(output.parent)}
     given = [part for k, v in options.items() for part in (f"--trainer.callbacks.{k}", str(v))]
     job = ["fit", "--config", str(alone / "job.yaml"), "--data.batch_size", "4", "--output_dir", str(output)]
     unsaved = ["--model.save_minutes", "60"]  # a checkpoint would keep the folder
-    return dualsft([*job, *unsaved, *ON_TWO, "--trainer.callbacks+", f"{__name__}.Trouble", *given])
+    return dualsft([*job, *unsaved, *on_two(strategy), "--trainer.callbacks+", f"{__name__}.Trouble", *given])
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "told"),
+    ("kind", "ranks", "told", "strategy"),
     [
-        ("mistake", (0, 1), rf"^dualsft: error( \(rank 1\))?: {REASON}"),
-        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}"),
+        ("mistake", (0, 1), rf"^dualsft: error( \(rank 1\))?: {REASON}", "fsdp2"),
+        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}", "fsdp2"),
+        ("fault", (1,), rf"^\[rank1\]: RuntimeError: {REASON}", "ddp"),
     ],
 )
 def test_a_failure_is_told_once_by_the_rank_that_failed(
-    alone: Path, tmp_path: Path, kind: str, ranks: tuple[int, ...], told: str
+    alone: Path, tmp_path: Path, kind: str, ranks: tuple[int, ...], told: str, strategy: str
 ) -> None:
     """Whether the others wait for it or fail alike, they add nothing, and all end; the folder is free."""
-    with started(troubled(alone, tmp_path / "out", kind, ranks), tmp_path / "log") as process:
+    with started(troubled(alone, tmp_path / "out", kind, ranks, strategy), tmp_path / "log") as process:
         assert process.wait(PATIENCE) not in (0, None)
         wait_for(lambda: not members(process.pid), 30, "end of all ranks")
     lines = (tmp_path / "log").read_text().splitlines()

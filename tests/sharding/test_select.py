@@ -1,11 +1,13 @@
 """A selection on several ranks is the one that a single process makes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from dualsft.allocators import (
@@ -31,6 +33,8 @@ from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
+# at the base model the prior's gradient is zero: in float32 its cosine would be that of rounding
+PRIOR: dict[str, Any] = {"prior": Prior(weight=0.5, fraction=0.5), "dtype": "float64"}
 PLAIN: dict[str, dict[str, Any]] = {
     "first order": {**SGD, "token_scores": True},
     "re-scored examples": {**SGD, "order": "parameters_then_data", "rounds": 2},
@@ -40,9 +44,9 @@ PLAIN: dict[str, dict[str, Any]] = {
         **SGD,
         "scorer": HessianVector(),
         "step_size": 0.01,
-        "prior": Prior(weight=0.5, fraction=0.5),
+        **PRIOR,
     },
-    "squares": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher"), "prior": Prior(weight=0.5, fraction=0.5)},
+    "squares": {**SGD, "scorer": DiagonalFisher(source="empirical_fisher"), **PRIOR},
 }
 WARM: dict[str, dict[str, Any]] = {
     "adam": {"warmup": Warmup(fraction=0.5, epochs=2, learning_rate=1e-3, keep=True)},
@@ -93,27 +97,34 @@ OTHERS: dict[str, dict[str, Any]] = {
 Runs = dict[str, dict[str, Any]]
 
 
-def select_all(inputs: Inputs, folder: Path, runs: Runs, count: int, data: dict[str, Any] | None = None) -> None:
+def select_all(
+    inputs: Inputs,
+    folder: Path,
+    runs: Runs,
+    count: int,
+    data: dict[str, Any] | None = None,
+    strategy: Callable[[], Strategy | str] = FSDP2,
+) -> None:
     """Each of these selections, in a folder of its name; data options may be given."""
     for name, options in runs.items():
-        select(inputs, folder / name, options, data, ranks={"strategy": FSDP2(), "devices": count})
+        select(inputs, folder / name, options, data, ranks={"strategy": strategy(), "devices": count})
 
 
-def assert_same(found: Selection, expected: Selection) -> None:
-    """The same scores within float32 rounding, and the same choice."""
+def assert_same(found: Selection, expected: Selection, relative: float = 1e-5) -> None:
+    """The same scores within a share of the largest, by default float32 rounding, and the same choice."""
     for name in expected.examples.column_names:
         values, right = found.examples[name].to_pylist(), expected.examples[name].to_pylist()
         if any(isinstance(value, float) for value in right):
             assert [value is None for value in values] == [value is None for value in right]
             right = [value for value in right if value is not None]
             size = max(map(abs, right))
-            assert [value for value in values if value is not None] == pytest.approx(right, abs=1e-5 * size), name
+            assert [value for value in values if value is not None] == pytest.approx(right, abs=relative * size), name
         else:
             assert values == right, name
     ours, right_scores = found.parameter_scores(), expected.parameter_scores()
     for name, (score, right_score) in pairs(ours, right_scores).items():
         size = float(right_score.abs().max())
-        torch.testing.assert_close(score, right_score, rtol=0, atol=1e-5 * size, msg=name)
+        torch.testing.assert_close(score, right_score, rtol=0, atol=max(relative, 1e-7) * size, msg=name)
     assert all(torch.equal(mask, right_mask) for mask, right_mask in pairs(found.mask(), expected.mask()).values())
     assert found.records == expected.records
     for part in ("counts", "rounds", "budgets"):
@@ -126,7 +137,15 @@ def assert_same_diagnostics(found: Selection, expected: Selection) -> None:
     for name in ("name", "size", "selected"):
         assert found.parameters[name].to_pylist() == expected.parameters[name].to_pylist()
     ours, right = found.diagnostics, expected.diagnostics
-    assert (ours.sources, ours.basis.target) == (right.sources, right.basis.target)
+    assert ours.basis.target == right.basis.target
+    assert (ours.sources is None) == (right.sources is None)
+    if ours.sources and right.sources:
+        assert ours.sources.column == right.sources.column
+        for group, expected_group in zip(ours.sources.groups, right.sources.groups, strict=True):
+            assert vars(group) == {
+                **vars(expected_group),
+                "score_sum": pytest.approx(expected_group.score_sum, rel=1e-4),
+            }
     assert ours.examples.captured == pytest.approx(right.examples.captured, rel=1e-3)
     assert ours.basis.alignment.keys() == right.basis.alignment.keys()
     for name, of in right.basis.alignment.items():

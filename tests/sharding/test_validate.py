@@ -1,19 +1,23 @@
 """Validation on ranks, each with shards of the weights, gives what one process finds."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, distributed
 
+from dualsft.data.dealing import extent_of
 from dualsft.data.layout import Layout, split_rows
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
-from dualsft.sharding.local_batch import local_rows
-from dualsft.sharding.strategy import FSDP2
+from dualsft.sharding.local_batch import local_rows, rows_to_read
+from dualsft.sharding.strategy import DDP, FSDP2
 from tests.cases import make_examples, pack
 from tests.world.data import random_batch, write_jsonl
 from tests.world.fits import Case, fitted
@@ -33,10 +37,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return made
 
 
-def validated(workspace: Workspace, folder: Path, sets: dict[str, str], **options: Any) -> dict[str, float]:
+def validated(
+    workspace: Workspace, folder: Path, sets: dict[str, str], strategy: Callable[..., Strategy] = FSDP2, **options: Any
+) -> dict[str, float]:
     """The metrics of the base model on named sets, on all ranks that there are."""
     if distributed.is_initialized():
-        options |= {"strategy": FSDP2(), "devices": distributed.get_world_size()}
+        options |= {"strategy": strategy(), "devices": distributed.get_world_size()}
     module = EvaluationModule(workspace.model, Generation(6))
     run = trainer(folder, **options)
     run.validate(module, datamodule=workspace.data(train=None, selection=None, validation=sets), verbose=False)
@@ -60,13 +66,15 @@ def sets_of(workspace: Workspace, folder: Path) -> dict[str, str]:
     return {"sums": workspace.validation, "right": write_jsonl(folder / "right.jsonl", right)}
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_metrics_are_those_of_one_process(workspace: Workspace, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "strategy"), [(1, FSDP2), (4, FSDP2), (2, DDP)])
+def test_metrics_are_those_of_one_process(
+    workspace: Workspace, tmp_path: Path, count: int, strategy: Callable[..., Strategy]
+) -> None:
     """Of each set and their mean, with batches of fewer rows than ranks, and generated answers."""
     sets = sets_of(workspace, tmp_path)
     expected = validated(workspace, tmp_path, sets)
     assert 0 < expected["exact_match/right"] < 1
-    for found in run_on_ranks(count, validated, workspace, tmp_path, sets):
+    for found in run_on_ranks(count, validated, workspace, tmp_path, sets, strategy):
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -116,3 +124,25 @@ def test_rows_are_dealt_out_once() -> None:
             assert part["input_ids"].shape[1] == max(first + length for _, first, length in Layout.of(part).spans)
     assert supervised(answers[2][1]) == {}
     assert len(answers[2][1]["input_ids"]) == 1
+
+
+def read_apart(workspace: Workspace, **options: Any) -> list[tuple[dict[str, Tensor], dict[str, Tensor], bool]]:
+    """Of each training batch this rank's rows as they are read alone, and cut out; whether the same is known of it."""
+    data = workspace.data(selection=None, **options)
+    ids = data.training_ids()
+    parts, batches = data.training_loader(ids, 1, part=rows_to_read()), data.training_loader(ids, 1)
+    return [
+        (dict(part), local_rows(batch), extent_of(part) == extent_of(batch))
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"batch_size": 2}], ids=["padded", "packed", "few rows"])
+def test_rows_that_are_read_alone_are_those_of_the_batch(workspace: Workspace, options: dict[str, Any]) -> None:
+    """To the bit, in the same order, and with its counts; a rank without a row stands in with the same one."""
+    for answer in run_on_ranks(3, partial(read_apart, **options), workspace):
+        assert len(answer) > 3
+        for part, expected, same_extent in answer:
+            assert same_extent
+            assert part.keys() == expected.keys()
+            assert all(part[name].equal(expected[name]) for name in part)

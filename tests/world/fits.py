@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, distributed
 
 from dualsft.finetune import FitReport, MaskedFinetuneModule
@@ -24,7 +25,10 @@ def weights(module: MaskedFinetuneModule) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """Options of a fit: of its module, data, trainer and strategy, and what makes its callbacks, given its folder."""
+    """Options of a fit: of its module, data, trainer and strategy, and what makes its callbacks, given its folder.
+
+    Where this is a job of ranks, ``ranks`` makes the strategy.
+    """
 
     module: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +36,7 @@ class Case:
     callbacks: Sequence[Callable[[Path], Callback]] = ()
     resume: Path | None = None
     strategy: dict[str, Any] = field(default_factory=dict)
+    ranks: Callable[..., Strategy] = FSDP2
 
 
 @dataclass
@@ -72,12 +77,12 @@ class SaveFirst(Callback):
 
 
 def fitted(workspace: Workspace, folder: Path, case: Case) -> Fitted:
-    """Fit on all ranks that there are, with weights in shards where this is a job of ranks."""
+    """Fit on all ranks that there are."""
     module, losses, report = workspace.module(**case.module), Losses(), FitReport()
     callbacks = [losses, report, *(make(folder) for make in case.callbacks)]
     options: dict[str, Any] = {"enable_checkpointing": False, **case.trainer, "callbacks": callbacks}
     if distributed.is_initialized():
-        options |= {"strategy": FSDP2(**case.strategy), "devices": distributed.get_world_size()}
+        options |= {"strategy": case.ranks(**case.strategy), "devices": distributed.get_world_size()}
     run = trainer(folder, **options)
     run.fit(module, datamodule=workspace.data(**case.data), ckpt_path=case.resume, weights_only=True)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}

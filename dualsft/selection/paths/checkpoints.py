@@ -36,7 +36,7 @@ from dualsft.selection.scorer_directions import DirectionRule, ScorerDirections
 from dualsft.selection.scoring import ExampleScores, Scoring
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import Term
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 from dualsft.sharding.shards import full_tensor, shard_copy
 
 
@@ -111,7 +111,7 @@ class PathDirections(DirectionRule):
         norms = []
         for of in self._objective.statistics(None, 1).values():
             local = math.fsum(float(v.double().square().sum()) for v in of.validation_gradient.values())
-            norms.append(math.sqrt(float(all_reduce_sum(torch.tensor(local, dtype=torch.float64)))))
+            norms.append(math.sqrt(float(sum_of_shards(torch.tensor(local, dtype=torch.float64)))))
         return norms
 
 
@@ -158,7 +158,7 @@ class CheckpointScoring:
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights."""
 
         def score(scoring: Scoring) -> _Found:
@@ -167,7 +167,7 @@ class CheckpointScoring:
         totals = self._over_points("scores", score)
         return self._weight_scores(totals), self._example_scores(totals)
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
         """Score all weights over these examples."""
 
         def score(scoring: Scoring) -> _Found:

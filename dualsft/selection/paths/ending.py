@@ -91,8 +91,8 @@ def validation_side(data: InstructionDataModule, name: str, ids: list[int], what
     return Side(named, partial(_loader, data, name), ids)
 
 
-def _loader(data: InstructionDataModule, name: str, ids: Any, start: int, tokens: int, step: int) -> Any:
-    return data.validation_loader(name, start, tokens, step, ids)
+def _loader(data: InstructionDataModule, name: str, ids: Any, start: int, tokens: int, part: slice) -> Any:
+    return data.validation_loader(name, start, tokens, part, ids)
 
 
 def held_out_losses(integrator: PathIntegrator, path: RecordedPath, side: Side) -> list[float]:

@@ -31,7 +31,7 @@ from dualsft.selection.paths.totals import PathTotals
 from dualsft.selection.paths.walk import RecordedPath
 from dualsft.selection.scoring import sum_identity
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import all_reduce_sum
+from dualsft.sharding.collectives import sum_of_shards
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Side:
 
     Attributes:
         name: Their name in the log.
-        loader: (ids, start, batch_tokens, step) -> the batches of these examples, see `Loader`.
+        loader: (ids, start, batch_tokens, part) -> batches of these examples, see `Loader`.
         ids: Those that have labels.
     """
 
     name: str
-    loader: Callable[[Sequence[int], int, int, int], Iterable[Batch]]
+    loader: Callable[[Sequence[int], int, int, slice], Iterable[Batch]]
     ids: list[int]
 
 
@@ -228,4 +228,4 @@ def _column_totals(columns: Mapping[str, Tensor]) -> ColumnTotals:
     """Σ_j φ_j and Σ_j |φ_j| over all ranks."""
     wide = [column.double() for column in columns.values()]
     sums = [math.fsum(float(c.sum()) for c in wide), math.fsum(float(c.abs().sum()) for c in wide)]
-    return ColumnTotals(*all_reduce_sum(torch.tensor(sums, dtype=torch.float64)).tolist())
+    return ColumnTotals(*sum_of_shards(torch.tensor(sums, dtype=torch.float64)).tolist())

@@ -93,7 +93,7 @@ class PathScoring:
             for name, of in paths.items()
         }
 
-    def both(self) -> tuple[dict[str, Tensor], ExampleScores]:
+    def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights and all examples."""
         examples = self.examples()
         return self.weights(self._pool.ids), examples
@@ -125,7 +125,7 @@ class PathScoring:
             combined_rows(values, combination), by_set, combined_tokens(contributions, values, combination)
         )
 
-    def weights(self, ids: Collection[int], occasion: str = "") -> dict[str, Tensor]:
+    def weights(self, ids: Collection[int], occasion: str = "") -> Mapping[str, Tensor]:
         """Score all weights: over the validation set, these examples of the pool, or by both; {} if all are taken."""
         if not self._settings.chooses_weights:
             return {}

@@ -26,6 +26,7 @@ from dualsft.selection.paths.advance import PathAdvance
 from dualsft.selection.paths.settings import EPOCHS
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import any_rank
+from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.shards import local_shard
 
 ADVICE = (
@@ -140,7 +141,7 @@ def target_training(
     return Trained(
         f"path-{name}",
         f"path{of}",
-        data.training_loader(ids, seed, name),
+        data.training_loader(ids, seed, name, rows_to_read()),
         len(ids),
         path.epochs or EPOCHS,
         path.learning_rate or settings.warmup.learning_rate,
@@ -155,7 +156,7 @@ def pool_training(settings: SelectionSettings, data: InstructionDataModule, seed
     return Trained(
         "path-pool",
         "path along the pool",
-        data.training_loader(ids, seed),
+        data.training_loader(ids, seed, part=rows_to_read()),
         len(ids),
         path.epochs or warmup.epochs,
         path.learning_rate or warmup.learning_rate,
