@@ -31,12 +31,14 @@ def resolved(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> list[str]:
-    """Settings by dotted key as the arguments of a command."""
-    return [part for key, value in overrides.items() for part in (f"--{key}", _written(value))]
+    """Settings by dotted key as the arguments of a command, in one piece each, as values may begin with a dash."""
+    return [f"--{key}={_written(value)}" for key, value in overrides.items()]
 
 
 def _written(value: Any) -> str:
-    """A value as YAML in one line."""
+    """A value as YAML in one line; text as it stands, as options that take text do not read it as YAML."""
+    if isinstance(value, str):
+        return value
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
     return str(text).removesuffix("\n").removesuffix("\n...")
 

@@ -57,7 +57,9 @@ def _sentence(message: str) -> str:
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     if not key:
         if lacking := re.fullmatch(r"argument (\S+): expected one argument", message):
-            return f"{lacking[1]} is given without a value."
+            return (
+                f"{lacking[1]} is given without a value; one that begins with a dash follows =, as in {lacking[1]}=-1."
+            )
         if positional := re.fullmatch(r"unrecognized arguments: ([^-]\S*).*", message, re.DOTALL):
             return f"{positional[1]} stands where an option was expected; options begin with --, their values follow."
         return message
