@@ -76,6 +76,8 @@ class CombinedObjective(KnownObjective):
     def take_gradients(self) -> None:
         """Pass over every term that an earlier run has not added, one after the other."""
         added = self._resume()
+        for term in self._terms[:added]:
+            self._passes.drop_under_way(term.phase("gradient"))
         for number, term in enumerate(self._terms[added:], added + 1):
             known = len(self._log.phases)
             sums = self._add(term)

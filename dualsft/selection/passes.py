@@ -83,15 +83,15 @@ class Passes:
         """
         if (finished := self.finished(name)) is not None:
             return finished
-        name = f"{name}{self.place}"
-        found, keeper = self._pass(name, examples, loader, options)
+        found = self.run_unsaved(name, examples, loader, **options)
+        key, keeper = _key(f"{name}{self.place}"), self._unsaved.pop()
         tensors, notes = found.state()
-        self._run.save(_key(name), tensors, {**notes, **self._log.latest()}, replaces=[keeper.name])
+        self._run.save(key, tensors, {**notes, **self._log.latest()}, replaces=[keeper.name])
         del found, tensors  # the sums leave the device, and the host's memory if need be
         keeper.drop()
-        saved = self._run.load(_key(name))
+        saved = self._run.load(key)
         assert saved is not None
-        self._saved.append(_key(name))
+        self._saved.append(key)
         return GradientPass.from_state(*saved)
 
     def run_unsaved(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
@@ -99,24 +99,7 @@ class Passes:
 
         The state of the pass under way stays until `drop_unsaved`.
         """
-        found, keeper = self._pass(f"{name}{self.place}", examples, loader, options)
-        self._unsaved.append(keeper)
-        return found
-
-    @property
-    def unsaved(self) -> list[str]:
-        """The names of the states that `drop_unsaved` deletes."""
-        return [keeper.name for keeper in self._unsaved]
-
-    def drop_unsaved(self) -> None:
-        """Delete the states of the passes under way whose results the caller has saved by now."""
-        while self._unsaved:
-            self._unsaved.pop().drop()
-
-    def _pass(
-        self, name: str, examples: int, loader: Loader, options: dict[str, Any]
-    ) -> tuple[GradientPass, PhaseKeeper]:
-        """One `gradient_pass`, and what keeps its state under way."""
+        name = f"{name}{self.place}"
         keeper = self._keeper(name)
         while True:
             try:
@@ -131,13 +114,24 @@ class Passes:
                         keeper=keeper,
                         **options,
                     )
-                return found, keeper
+                self._unsaved.append(keeper)
+                return found
             except Exception as error:
                 if not is_out_of_memory(error) or not calls_alone():  # the other ranks are in the middle of the pass
                     raise
                 reason = shortage(error)
             # outside the handler, whose traceback holds on to the batch
             self._restart(name, reason, keeper)
+
+    @property
+    def unsaved(self) -> list[str]:
+        """The names of the states that `drop_unsaved` deletes."""
+        return [keeper.name for keeper in self._unsaved]
+
+    def drop_unsaved(self) -> None:
+        """Delete the states of the passes under way whose results the caller has saved by now."""
+        while self._unsaved:
+            self._unsaved.pop().drop()
 
     def finished(self, name: str) -> GradientPass | None:
         """The pass of this name, if an earlier run finished it."""
@@ -148,6 +142,10 @@ class Passes:
         self._saved.append(_key(name))
         self._keeper(name).drop()
         return GradientPass.from_state(*saved)
+
+    def drop_under_way(self, name: str) -> None:
+        """Delete what a kill has left of the state of a pass under way whose result is kept elsewhere."""
+        self._keeper(f"{name}{self.place}").drop()
 
     def _keeper(self, name: str) -> PhaseKeeper:
         """Keeps the state of this rank's work in the pass of a name."""

@@ -42,7 +42,7 @@ from dualsft.selection.overlap import tell_of_data
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.run import walk_path
 from dualsft.selection.phase_plan import count_phases
-from dualsft.selection.scored import kept_scores, score_once
+from dualsft.selection.scored import keep_scores, kept_scores
 from dualsft.selection.scorer_directions import ScorerDirections
 from dualsft.selection.scoring import Scoring
 from dualsft.selection.scoring_checkpoint import drop_second_moment, reach_scoring_checkpoint, warmup_steps
@@ -98,7 +98,10 @@ def run_selection(
         chosen = choose_by_turns(settings.order, settings.rounds, scoring, budgets, pool.ok_ids(), write)
         outcome = Outcome.of(scoring)
     else:  # nothing is computed once both sides have their scores
-        scored = kept_scores(run, log, settings.step_size) or score_once(run, log, model, passes, opened())
+        if (scored := kept_scores(run, log, settings.step_size)) is None:
+            scoring = opened()
+            scored = keep_scores(run, log, model, passes, scoring, *scoring.both())
+            del scoring  # its directions leave the device before the choice
         outcome, examples, checksums = scored.outcome, scored.examples, scored.checksums
         mask = budgets.mask(scored.weights)
         chosen = Chosen(scored.weights, mask, examples, *budgets.examples(examples.scores, outcome.measured))

@@ -47,11 +47,16 @@ class Scored:
     checksums: dict[str, str]
 
 
-def score_once(
-    run: RunFolder, log: PhaseLog, model: PreTrainedModel, passes: Passes, scoring: ScoresBothSides
+def keep_scores(
+    run: RunFolder,
+    log: PhaseLog,
+    model: PreTrainedModel,
+    passes: Passes,
+    scoring: ScoresBothSides,
+    weights: Mapping[str, Tensor],
+    examples: ExampleScores,
 ) -> Scored:
-    """Score both sides, keep the scores, and drop every other state of the run."""
-    weights, examples = scoring.both()
+    """Keep what `ScoresBothSides.both` has given, and drop every other state of the run."""
     outcome = Outcome.of(scoring)  # before the sums are gone
     folder = write_weight_scores(run, model, weights, replaces=passes.unsaved)
     scored = Scored(folder, examples, outcome, on_rank_zero(lambda: _checksums(folder)))

@@ -8,6 +8,7 @@ import torch
 
 from dualsft.matrix.interaction import ColumnSums
 from dualsft.paths import TargetPath
+from dualsft.plans import scoring
 from dualsft.plans.held import Shards
 from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.scoring import plan_select
@@ -126,14 +127,14 @@ def test_a_prior_keeps_the_logits_of_a_large_batch_on_the_host(tmp_path: Path) -
     """Of selections and fits, on a GPU alone; there a batch takes that much less."""
     shape, sizes = tiny_shape(tmp_path), DataSizes(32, 8, 4)
     settings = SelectionSettings(prior=Prior(weight=0.5))
-    phases = {}
     with chunks_of(2):
-        for device in ("cpu", "cuda"):
-            select = plan_select(SelectJob(shape, Machine(device), sizes, settings=settings))
-            phases[device] = [
-                next(phase for phase in select.phases if phase.name == "prior gradient"),
+        phases = {
+            device: [
+                scoring._prior(SelectJob(shape, Machine(device), sizes, settings=settings)),
                 plan_fit(FitJob(shape, Machine(device), sizes, trained=Trained(share=0.5, prior=True))).phases[0],
             ]
+            for device in ("cpu", "cuda")
+        }
     size = 4 * 7 * VOCABULARY * 4  # examples, supervised tokens of each, bytes of a float32
     for here, there in zip(phases["cpu"], phases["cuda"], strict=True):
         assert there.host["base model's logits"] == size

@@ -17,7 +17,7 @@ MOST_FRAMES = 10
 
 def test_few_frames_between_select_and_the_first_tap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of our own code, in the pass that scores a tiny pool; both ends are counted."""
-    run, tap = Passes.run, OutputTap.__call__
+    run, tap = Passes.run_unsaved, OutputTap.__call__
     stacks: list[list[str]] = []
     current = ""
 
@@ -32,7 +32,7 @@ def test_few_frames_between_select_and_the_first_tap(tmp_path: Path, monkeypatch
             stacks.append([f"{Path(frame.filename).name}: {frame.name}" for frame in ours])
         return tap(self, module, *call)
 
-    monkeypatch.setattr(Passes, "run", noted_run)
+    monkeypatch.setattr(Passes, "run_unsaved", noted_run)
     monkeypatch.setattr(OutputTap, "__call__", noted_tap)
     select(write_inputs(tmp_path / "inputs"), tmp_path / "out", SGD)
     (frames,) = stacks

@@ -182,7 +182,17 @@ def test_nothing_is_kept_of_a_phase_that_is_finished(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """Not even if the run was killed between the one and the other."""
-    killed_run(inputs, tmp_path, {**options, **ALWAYS}, PhaseKeeper, "drop", 1)
+    remove = phase_store._remove
+
+    def remove_or_die(paths: Iterable[Path]) -> None:
+        paths = list(paths)
+        if any(path.exists() and ".under-way" in path.name for path in paths):
+            raise KilledError
+        remove(paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase_store, "_remove", remove_or_die)
+        killed_run(inputs, tmp_path, {**options, **ALWAYS}, PhaseKeeper, "drop", 99)
     (left,) = tmp_path.rglob("*.under-way.safetensors")
     kill_at(monkeypatch, passes, "gradient_pass")
     with pytest.raises(KilledError):
