@@ -127,7 +127,7 @@ def test_a_prior_keeps_the_logits_of_a_large_batch_on_the_host(tmp_path: Path) -
     """Of selections and fits, on a GPU alone; there a batch takes that much less."""
     shape, sizes = tiny_shape(tmp_path), DataSizes(32, 8, 4)
     settings = SelectionSettings(prior=Prior(weight=0.5))
-    with chunks_of(2):
+    with chunks_of(14):
         phases = {
             device: [
                 scoring._prior(SelectJob(shape, Machine(device), sizes, settings=settings)),
