@@ -165,13 +165,13 @@ class PhaseStore:
 
         The tensors stay those of this state, even when it is dropped or another is saved.
         """
-        if self._of_rank:
+        if self._in_parts:
+            stored = self._opened(self._whole_part(phase))
+        elif self._of_rank:
             stored = self._opened(self._whole(phase))
-        elif not self._in_parts:
+        else:
             path = on_rank_zero(lambda: self._whole(phase))
             stored = on_all_ranks(lambda: self._opened(path))  # before rank zero, which is ahead, drops it
-        else:
-            stored = self._opened(self._whole_part(phase))
         if stored is None:
             return None
         # on Windows an open file can be neither replaced nor deleted
