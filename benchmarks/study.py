@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dualsft.commands.quickstart import Verbs
+from dualsft.commands.steps import Steps
 from dualsft.quickstart import GENERAL, GSM8K, GSM8K_CONFIG, MODEL
 from dualsft.quickstart.control import Draw, write_control
 from dualsft.selection import Selection, load_selection
@@ -30,6 +31,8 @@ VARIANTS: dict[str, tuple[Draw, Draw]] = {
 POOL, HELD_OUT = GSM8K / "pool.jsonl", {"target": GSM8K / "test_target.jsonl", "general": GENERAL}
 FIGURES = {"target_loss": "loss/target", "general_loss": "loss/general", "general_exact_match": "exact_match/general"}
 """A figure of the study -> the metric of `dualsft validate`."""
+SECONDS = 250.0
+"""About what a seed takes, on one core, as the quick start expects it of each command."""
 
 
 def main() -> None:
@@ -49,16 +52,21 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     if not kept.is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of a seed that was cut short
         folder.mkdir(parents=True)
-        verbs = Verbs(folder, GSM8K_CONFIG, GSM8K, seed)
-        selection = load_selection(verbs.select("selection"))
-        rows = [measured(verbs, "base model", MODEL)]
-        for name, (examples, weights) in VARIANTS.items():
-            control = folder / f"control-{examples}-{weights}"
-            write_control(selection, POOL, control, seed, examples=examples, weights=weights)
-            rows.append(measured(verbs, name, verbs.fit(name, control)))
-        figures = {"rows": rows, "scores": score_quality(selection)}
+        with Steps(folder / "logs", f"seed {seed}", SECONDS, parallel=1) as steps:
+            (figures,) = steps.beside(lambda: variants(Verbs(steps, folder, GSM8K_CONFIG, GSM8K, seed), seed))
         kept.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def variants(verbs: Verbs, seed: int) -> dict[str, Any]:
+    """The figures of all variants under one seed."""
+    selection = load_selection(verbs.select("selection")[0])
+    rows = [measured(verbs, "base model", MODEL)]
+    for name, (examples, weights) in VARIANTS.items():
+        control = verbs.folder / f"control-{examples}-{weights}"
+        write_control(selection, POOL, control, seed, examples=examples, weights=weights)
+        rows.append(measured(verbs, name, verbs.fit(name, control)[0]))
+    return {"rows": rows, "scores": score_quality(selection)}
 
 
 def measured(verbs: Verbs, name: str, model: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Of the data that the quick start ships: the pool is an eighth short maths problems, an eighth such problems with the
 answer of another one, and general instructions. Short rows alone, as a token of this model costs two CPU cores some
-10 ms. What the model knew, of which a fine-tune is to forget nothing, are its own answers to other general prompts.
+10 ms. What the model knew, of which a fine-tune is to forget nothing, are its own answers to other general prompts,
+written as conversations, so that they are read under the chat template under which it gave them.
 """
 
 import argparse
@@ -40,18 +41,18 @@ def with_answers_of_others(rows: list[Row]) -> list[Row]:
 
 
 @torch.no_grad()
-def answered_by(model_dir: Path, rows: Sequence[Row], count: int) -> list[Row]:
+def answered_by(model_dir: Path, rows: Sequence[Row], count: int) -> list[dict[str, Any]]:
     """The first rows that a model ends an answer to within `ANSWER_TOKENS`, each with that answer, decoded greedily."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    found: list[Row] = []
+    found: list[dict[str, Any]] = []
     for row in rows:
-        turns = [{"role": "user", "content": row["prompt"]}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        asked = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         said = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
         answer = tokenizer.decode(said, skip_special_tokens=True).strip()
         if said[-1] == tokenizer.eos_token_id and answer:
-            found.append(row | {"response": answer})
+            found.append({"messages": [*asked, {"role": "assistant", "content": answer}]})
         if len(found) == count:
             return found
     raise SystemExit(f"{model_dir} ends only {len(found)} answers within {ANSWER_TOKENS} tokens, not {count}")

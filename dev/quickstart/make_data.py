@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from dev.quickstart.tasks import Row, generate
 
@@ -33,7 +34,7 @@ def read_jsonl(path: Path) -> list[Row]:
         return [json.loads(line) for line in lines]
 
 
-def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:

@@ -170,7 +170,7 @@ def command(verb: str, settings: Mapping[str, Any], read: Mapping[str, Any], fil
     again = {"validate": [], "allocate": ["--overwrite"]}.get(verb, ["--resume"])
     arguments = [verb, "--config", str(file), *again, "--output_dir", str(output)]
     if _is_alone(config):
-        _alone(lambda: run(arguments))
+        alone(lambda: run(arguments))
         return
     done = subprocess.run([sys.executable, "-m", "dualsft", *arguments], stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -193,10 +193,10 @@ def fit_adapter(
         job.trainer.callbacks = exporting  # type: ignore[attr-defined]
         job.run()
 
-    _alone(fit)
+    alone(fit)
 
 
-def _alone(work: Callable[[], None]) -> None:
+def alone(work: Callable[[], None]) -> None:
     """Do something that loads a model, and leave none of it in memory.
 
     jsonargparse keeps the last parser that it used in a context variable, and with it the model of the command.

@@ -1,27 +1,26 @@
 """`dualsft quickstart`: the whole job on the embedded model and data, measured on held-out rows.
 
 Selects, fine-tunes what was selected, and does the same by the paper's first-order scores, at random and with
-everything. Every step is an ordinary dualsft command, printed before it runs.
+everything. Every step is an ordinary dualsft command, printed before it runs; two run at a time, as ones so small gain
+little from a second core.
 """
 
 import argparse
 import json
-import shlex
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dualsft.cli import run
 from dualsft.commands.keys import check_options
+from dualsft.commands.steps import Steps
 from dualsft.data.records import read_records
 from dualsft.errors import UserError
 from dualsft.quickstart import ASSETS, CONFIG, GENERAL, RECORDS
 from dualsft.quickstart.control import write_control
 from dualsft.quickstart.table import Answer, Row, side_by_side, table
-from dualsft.runs.bars import bar
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import load_selection
 from dualsft.storage.writing import write_atomically
@@ -30,12 +29,12 @@ BASE, FULL, RANDOM, FIRST_ORDER, DUAL = "base model", "everything", "random", "f
 FIRST_ORDER_OPTIONS = ("--model.path.along", "null", "--model.scorer", "first_order", "--model.preconditioner", "adam")
 FULL_OPTIONS = ("--trainer.max_epochs", "1", "--optimizer.lr", "1.0e-3")
 """One epoch over everything has about as many steps as the others; all weights take a lower rate than few."""
-_SECONDS = {"select": 17.0, "select by first order": 9.0, "fit": 20.0, "validate": 2.5, "report": 6.0}
-"""About what each command takes, on two cores; only their ratios count, for how much is done."""
+_SECONDS = {"select": 27.0, "select by first order": 16.0, "fit": 25.0, "validate": 5.0, "report": 6.0}
+"""About what each command takes, on one core; only their ratios count, for how much is done."""
 _SHOWN = 3
 _LARGEST_SEED = 2**32 - 1  # numpy's
-_LOG, _REPORT, _BY_FIRST_ORDER = "log.txt", "report", "first-order-selection"
-_WRITTEN = (_LOG, _REPORT, _BY_FIRST_ORDER)
+_LOGS, _REPORT, _BY_FIRST_ORDER = "logs", "report", "first-order-selection"
+_WRITTEN = (_REPORT, _BY_FIRST_ORDER)
 """What lies in the folder beside results that other commands write under the same names."""
 
 
@@ -79,36 +78,42 @@ class Verbs:
     """Commands on one configuration with one seed, each of which writes into a folder of its own.
 
     Args:
+        steps: Runs them.
         folder: Where these are.
         config: The configuration.
         data: The folder of its pool and validation set.
         seed: Of every step.
     """
 
-    def __init__(self, folder: Path, config: Path, data: Path, seed: int) -> None:
+    def __init__(self, steps: Steps, folder: Path, config: Path, data: Path, seed: int) -> None:
         self.folder, self.pool = folder, data / "pool.jsonl"
-        self._config, self._validation, self._seed = config, data / "validation.jsonl", seed
+        self._steps, self._config, self._validation, self._seed = steps, config, data / "validation.jsonl", seed
 
-    def select(self, name: str, *options: str) -> Path:
-        """Select; return the selection's folder."""
-        self._run("select", *options, "--output_dir", self.folder / name)
-        return self.folder / name
+    def select(self, name: str, *options: str) -> tuple[Path, float]:
+        """Select; return the selection's folder, and the seconds it took."""
+        kind = "select by first order" if name == _BY_FIRST_ORDER else "select"
+        return self.folder / name, self._run("select", name, _SECONDS[kind], *options)
 
-    def fit(self, name: str, selection: Path | None, *options: str) -> Path:
-        """Fine-tune what a selection chose, or everything; return the model's folder."""
-        output = self.folder / f"fit-{name.replace(' ', '-')}"
+    def fit(self, name: str, selection: Path | None, *options: str) -> tuple[Path, float]:
+        """Fine-tune what a selection chose, or everything; return the model's folder, and the seconds it took."""
+        output = f"fit-{name.replace(' ', '-')}"
         chosen = ["--model.selection", selection] if selection else []
-        self._run("fit", *chosen, *options, "--output_dir", output)
-        return output / "model"
+        seconds = self._run("fit", output, _SECONDS["fit"], *chosen, *options)
+        return self.folder / output / "model", seconds
 
     def measure(self, name: str, model: Path, **sets: Path) -> dict[str, float]:
         """The metrics of a model on held-out rows, by name and set."""
-        output = self.folder / f"eval-{name.replace(' ', '-')}"
+        output = f"eval-{name.replace(' ', '-')}"
         held_out = [part for kind, path in sets.items() for part in (f"--data.validation.{kind}", path)]
-        self._run("validate", "--model.model_name_or_path", model, *held_out, "--output_dir", output)
-        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        self._run("validate", output, _SECONDS["validate"], "--model.model_name_or_path", model, *held_out)
+        return json.loads((self.folder / output / "metrics.json").read_text(encoding="utf-8"))
 
-    def _run(self, verb: str, *arguments: object) -> None:
+    def report(self, *shown: Path) -> None:
+        """Show what was chosen and trained as a page."""
+        command = ["report", *shown, "--output_dir", self.folder / _REPORT]
+        self._steps.run(_REPORT, command, _SECONDS["report"])
+
+    def _run(self, verb: str, output: str, expected: float, *arguments: object) -> float:
         places = {
             "--model.model_name_or_path": ASSETS / "model",
             "--data.train": self.pool,
@@ -118,79 +123,77 @@ class Verbs:
         if verb == "validate":
             del places["--data.train"], places["--data.validation"]
         missing = [part for option, value in places.items() if option not in arguments for part in (option, value)]
-        command([verb, "--config", self._config, *missing, *arguments], self.folder / _LOG)
+        command = [verb, "--config", self._config, *missing, *arguments, "--output_dir", self.folder / output]
+        return self._steps.run(output, command, expected)
 
 
-def command(arguments: Iterable[object], log: Path) -> None:
-    """Print a command and run it; its own words go to a file."""
-    given = [str(argument) for argument in arguments]
-    print(f"$ dualsft {shlex.join(given)}", flush=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
-        run(given)
+@dataclass(frozen=True)
+class Tried:
+    """A model that was trained, and measured.
+
+    Attributes:
+        metrics: Of the model, by name and set.
+        selection: What it was trained on, if not on everything.
+        seconds: What it took to choose and to train.
+    """
+
+    metrics: dict[str, float]
+    selection: Path | None
+    seconds: float
 
 
 class QuickStart:
     """The steps of the quick start, all with one seed."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self._verbs, self._seed = Verbs(folder, CONFIG, RECORDS, seed), seed
+        self._folder, self._seed = folder, seed
 
     def rows(self) -> list[Row]:
-        """Run every step; return one row of figures for each model."""
+        """Run every step, two at a time; return one row of figures for each model."""
         total = sum(_SECONDS.values()) + 3 * _SECONDS["fit"] + 4 * _SECONDS["validate"]
-        with bar("the whole quick start", total) as self._bar:
-            base = self._measured(BASE, ASSETS / "model")
-            self._base_loss = base["loss/general"]
-            chosen, chose = self._timed("select", lambda: self._verbs.select("selection"))
-            simple, chose_simply = self._timed(
-                "select by first order", lambda: self._verbs.select(_BY_FIRST_ORDER, *FIRST_ORDER_OPTIONS)
-            )
-            control = self._verbs.folder / "random-selection"
-            write_control(
-                load_selection(chosen), self._verbs.pool, control, self._seed, examples="random", weights="random"
-            )
-            rows = [
-                self._row(BASE, base, None, 0.0, trained=False),
-                self._fitted(FULL, None, 0.0, *FULL_OPTIONS),
-                self._fitted(RANDOM, control, 0.0),
-                self._fitted(FIRST_ORDER, simple, chose_simply),
-                self._fitted(DUAL, chosen, chose),
-            ]
-            self._timed("report", self._report)
-        return rows
+        with Steps(self._folder / _LOGS, "the whole quick start", total, parallel=2) as steps:
+            self._verbs = Verbs(steps, self._folder, CONFIG, RECORDS, self._seed)
+            parts = steps.beside(self._along_the_path, self._at_one_checkpoint)
+            tried = {name: one for part in parts for name, one in part.items()}
+            fits = sorted(self._folder.glob("fit-*"))
+            self._verbs.report(self._folder / "selection", self._folder / _BY_FIRST_ORDER, *fits)
+        base_loss = tried[BASE].metrics["loss/general"]
+        return [self._row(name, tried[name], base_loss) for name in (BASE, FULL, RANDOM, FIRST_ORDER, DUAL)]
 
-    def _fitted(self, name: str, selection: Path | None, seconds: float, *options: str) -> Row:
+    def _along_the_path(self) -> dict[str, Tried]:
+        """What the path chooses, and as much at random; before these the base model."""
+        base = Tried(self._measured(BASE, ASSETS / "model"), None, 0.0)
+        chosen, seconds = self._verbs.select("selection")
+        dual = self._fitted(DUAL, chosen, seconds)
+        control = self._folder / "random-selection"
+        write_control(
+            load_selection(chosen), self._verbs.pool, control, self._seed, examples="random", weights="random"
+        )
+        return {BASE: base, DUAL: dual, RANDOM: self._fitted(RANDOM, control, 0.0)}
+
+    def _at_one_checkpoint(self) -> dict[str, Tried]:
+        """What the first-order scores choose; before that everything."""
+        full = self._fitted(FULL, None, 0.0, *FULL_OPTIONS)
+        chosen, seconds = self._verbs.select(_BY_FIRST_ORDER, *FIRST_ORDER_OPTIONS)
+        return {FULL: full, FIRST_ORDER: self._fitted(FIRST_ORDER, chosen, seconds)}
+
+    def _fitted(self, name: str, selection: Path | None, seconds: float, *options: str) -> Tried:
         """Train what a selection chose in some time, or everything, and measure the result."""
-        model, trained = self._timed("fit", lambda: self._verbs.fit(name, selection, *options))
-        return self._row(name, self._measured(name, model), selection, seconds + trained, trained=True)
+        model, trained = self._verbs.fit(name, selection, *options)
+        return Tried(self._measured(name, model), selection, seconds + trained)
 
     def _measured(self, name: str, model: Path) -> dict[str, float]:
-        sets = {"target": RECORDS / "test_target.jsonl", "general": GENERAL}
-        return self._timed("validate", lambda: self._verbs.measure(name, model, **sets))[0]
+        return self._verbs.measure(name, model, target=RECORDS / "test_target.jsonl", general=GENERAL)
 
-    def _row(
-        self, name: str, metrics: dict[str, float], selection: Path | None, seconds: float, *, trained: bool
-    ) -> Row:
+    def _row(self, name: str, tried: Tried, base_loss: float) -> Row:
         return Row(
             name=name,
-            target=metrics["exact_match/target"],
-            general=metrics["exact_match/general"],
-            forgetting=metrics["loss/general"] - self._base_loss,
-            seconds=seconds,
-            **_shares(self._verbs.pool, selection, trained),
+            target=tried.metrics["exact_match/target"],
+            general=tried.metrics["exact_match/general"],
+            forgetting=tried.metrics["loss/general"] - base_loss,
+            seconds=tried.seconds,
+            **_shares(self._verbs.pool, tried.selection, trained=name != BASE),
         )
-
-    def _report(self) -> None:
-        of = self._verbs.folder
-        shown = [of / "selection", of / _BY_FIRST_ORDER, *sorted(of.glob("fit-*"))]
-        command(["report", *shown, "--output_dir", of / _REPORT], of / _LOG)
-
-    def _timed(self, kind: str, step: Any) -> tuple[Any, float]:
-        """(what a step returns, the seconds it took), and move the bar on."""
-        start = time.perf_counter()
-        found = step()
-        self._bar.advance(_SECONDS[kind])
-        return found, time.perf_counter() - start
 
 
 def answers(folder: Path) -> list[Answer]:

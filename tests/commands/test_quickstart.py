@@ -10,7 +10,7 @@ from dualsft.commands import quickstart
 from dualsft.errors import UserError
 from dualsft.quickstart.table import Row
 
-LEFT = ("first-order-selection", "random-selection", "selection", "fit-random", "eval-random", "report", "log.txt")
+LEFT = ("first-order-selection", "random-selection", "selection", "fit-random", "eval-random", "report", "logs")
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def rows(started: Any) -> list[Row]:
         for name in LEFT:
-            (started._verbs.folder / name).touch()
+            (started._folder / name).touch()
         if ends:
             raise ends.pop()
         return []
