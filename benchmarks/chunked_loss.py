@@ -99,7 +99,7 @@ def peak(work: Callable[[], None], batch: Batch, options: argparse.Namespace) ->
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    with LiveBytes(int((batch["labels"][:, 1:] != -100).sum()), options.vocabulary) as live:
+    with LiveBytes(options.vocabulary) as live:
         work()
     return live.peaks[0].size / 2**30
 

@@ -175,8 +175,28 @@ class PlacedBatch(Batch):
     """
 
     def __init__(self, host: Batch, device: torch.device) -> None:
-        super().__init__({name: values.to(device) for name, values in host.items()})
-        self.host = host
+        super().__init__({name: _moved(values, device) for name, values in host.items()})
+        self.host, self._device = host, device
+
+    @cached_property
+    def predicting(self) -> Int[Tensor, " supervised"]:
+        """See `predicting`."""
+        return _moved(_predicting(self.host["labels"]), self._device)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device; the host does not wait for an accelerator, for which a copy is pinned."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def predicting(batch: Batch) -> Int[Tensor, " supervised"]:
+    """Where the tokens before supervised ones are, among the tokens of all rows; found on the host if it has them."""
+    return batch.predicting if isinstance(batch, PlacedBatch) else _predicting(batch["labels"])
+
+
+def _predicting(labels: Int[Tensor, "row token"]) -> Int[Tensor, " supervised"]:
+    is_supervised = F.pad(labels[:, 1:] != -100, (0, 1))
+    return is_supervised.flatten().nonzero().squeeze(1)
 
 
 def to_device(batch: Batch, device: torch.device) -> PlacedBatch:

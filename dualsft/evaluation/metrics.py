@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.chunks import supervised_values, widened
-from dualsft.objectives.likelihood import spread, supervised_labels, token_losses
+from dualsft.objectives.supervised import Supervised
 from dualsft.sharding.local_batch import local_rows
 
 
@@ -37,31 +37,32 @@ class LanguageModelMetrics(torch.nn.Module):
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add a model's predictions for one padded batch; each rank evaluates its own rows."""
         own = local_rows(batch)
-        targets = supervised_labels(own["labels"])
+        supervised = Supervised.of(own)
+        targets = supervised.targets
 
         def found(logits: Tensor, where: slice) -> Tensor:
             nll = F.cross_entropy(widened(logits), targets[where], reduction="none")
             return torch.stack([nll, (logits.argmax(1) == targets[where]).to(nll.dtype)], 1)
 
         with torch.no_grad():
-            values, supervised = supervised_values(model, own, found)
+            values = supervised_values(model, own, supervised, found)
             self._add(values[:, 0], values[:, 1], supervised)
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> None:
         """Add one batch."""
-        nll, targets = token_losses(logits, labels)
-        supervised = targets != -100
-        hits = logits[:, :-1].argmax(-1) == targets
-        self._add(nll[supervised], hits[supervised].float(), supervised)
+        supervised = Supervised.of({"labels": labels})
+        predicting = supervised.pick(logits)
+        nll = F.cross_entropy(widened(predicting), supervised.targets, reduction="none")
+        self._add(nll, (predicting.argmax(1) == supervised.targets).float(), supervised)
 
-    def _add(self, nll: Tensor, hits: Tensor, supervised: Bool[Tensor, "example next"]) -> None:
+    def _add(self, nll: Tensor, hits: Tensor, supervised: Supervised) -> None:
         """Add the loss of each supervised token, and whether it is the likeliest."""
         self.loss.update(nll)
         self.accuracy.update(hits)
         if self.example_loss is not None:
-            counts = supervised.sum(1)
-            self.example_loss.update((spread(nll, supervised).sum(1) / counts)[counts > 0])
+            counts = supervised.spread(torch.ones_like(nll)).sum(1)
+            self.example_loss.update((supervised.spread(nll).sum(1) / counts)[counts > 0])
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``perplexity`` = exp(loss), ``token_accuracy`` in [0, 1]; ``example_loss``."""

@@ -55,7 +55,7 @@ class StepLoss:
         if self._kind == "example_mean":
             losses, count = example_losses(model, own).sum(), len(extent_of(batch).ids)
         else:
-            losses, count = supervised_losses(model, own)[0].sum(), extent_of(batch).supervised
+            losses, count = supervised_losses(model, own).sum(), extent_of(batch).supervised
         return all_reduce_sum(losses.detach()) / count, losses / count
 
     @torch.no_grad()

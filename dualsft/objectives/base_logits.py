@@ -13,7 +13,7 @@ from torch import Tensor
 from dualsft.data.layout import Batch
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import chunks
-from dualsft.objectives.likelihood import supervised_labels
+from dualsft.objectives.supervised import Supervised
 
 
 def is_on_host(size: int, device: str) -> bool:
@@ -33,8 +33,9 @@ class BaseLogits:
 
     @torch.no_grad()
     def __init__(self, teacher: PreTrainedModel, batch: Batch) -> None:
-        self._count = len(supervised_labels(batch["labels"]))
-        chunks.supervised_values(teacher, batch, self._keep)
+        supervised = Supervised.of(batch)
+        self._count = len(supervised)
+        chunks.supervised_values(teacher, batch, supervised, self._keep)
 
     def at(self, where: slice, device: torch.device) -> Float[Tensor, "chunk vocabulary"]:
         """The logits of some of the tokens, on a device."""

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +27,7 @@ from dualsft.data.layout import Batch, Layout
 from dualsft.data.partial_layout import PartialLayout
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.inputs import model_inputs
+from dualsft.objectives.supervised import Supervised
 from dualsft.objectives.tail import Tail, body_path
 
 LARGEST = 2**28
@@ -37,28 +38,28 @@ Values = Callable[[Float[Tensor, "chunk vocabulary"], slice], Tensor]
 
 
 def supervised_values(
-    model: PreTrainedModel, batch: Batch, values: Values, layout: Layout | None = None
-) -> tuple[Tensor, Bool[Tensor, "row next"]]:
-    """The values of each supervised token, row by row, and which tokens after a row's first are supervised.
+    model: PreTrainedModel, batch: Batch, supervised: Supervised, values: Values, layout: Layout | None = None
+) -> Tensor:
+    """The values of each supervised token, row by row.
 
     Args:
         model: The model.
         batch: Padded or packed, on the model's device.
+        supervised: Its supervised tokens.
         values: f; for gradients it is called twice for each chunk.
         layout: The batch's, for taps on the head.
     """
-    supervised, inputs = batch["labels"][:, 1:] != -100, model_inputs(model, batch)
-    chunk = tokens_at_once(model)
-    if supervised.numel() > chunk and body_path(model):
+    inputs, chunk = model_inputs(model, batch), tokens_at_once(model)
+    if batch["labels"].numel() > chunk and body_path(model):
         with _forward_replaced(model, _Chunked(model, supervised, values, layout, chunk).forward):
             output = model(**inputs)
         if isinstance(output, dict) and "values" in output:
-            return output["values"], supervised
+            return output["values"]
     else:
         output = model(**inputs)
-    logits = output.logits[:, :-1][supervised]
+    logits = supervised.pick(output.logits)
     del output  # with the logits of all tokens
-    return values(logits, slice(None)), supervised
+    return values(logits, slice(None))
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
@@ -90,7 +91,7 @@ class _Chunked:
     """
 
     model: PreTrainedModel
-    supervised: Bool[Tensor, "row next"]
+    supervised: Supervised
     values: Values
     layout: Layout | None
     chunk: int
@@ -101,9 +102,7 @@ class _Chunked:
         return {"values": self._in_chunks(tail)} if tail.run_body() else tail.whole()
 
     def _in_chunks(self, tail: Tail) -> Tensor:
-        rows, tokens = tail.hidden.shape[:2]
-        hidden = tail.hidden[:, :-1][self.supervised]
-        places = torch.arange(rows * tokens, device=hidden.device).view(rows, tokens)[:, :-1][self.supervised]
+        hidden, places = self.supervised.pick(tail.hidden), self.supervised.before
         recomputed = len(hidden) > self.chunk and torch.is_grad_enabled()
         run = partial(checkpoint, self._of_chunk, use_reentrant=False) if recomputed else self._of_chunk
         firsts = range(0, max(len(hidden), 1), self.chunk)

@@ -25,6 +25,7 @@ from dualsft.objectives.base import Objective
 from dualsft.objectives.base_logits import BaseLogits
 from dualsft.objectives.chunks import supervised_values, tokens_at_once, widened
 from dualsft.objectives.likelihood import mean_over_tokens
+from dualsft.objectives.supervised import Supervised
 
 Confidence = Literal["uniform", "max_prob", "entropy_inv"]
 CONFIDENCES = ("uniform", "max_prob", "entropy_inv")
@@ -83,7 +84,8 @@ class SelfDistillation(Objective):
             crossed = F.cross_entropy(widened(logits) / self.temperature, p_old, reduction="none")
             return crossed - torch.special.entr(p_old).sum(1)
 
-        found, supervised = supervised_values(model, batch, divergence, layout)
+        supervised = Supervised.of(batch)
+        found = supervised_values(model, batch, supervised, divergence, layout)
         with torch.no_grad():
             parts = [
                 self._certainty(widened(old.at(where, found.device))) for where in old.chunks(tokens_at_once(model))

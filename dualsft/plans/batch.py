@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dualsft.data.layout import Batch, Layout
+from dualsft.data.layout import Batch, Layout, PlacedBatch
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class BatchShape:
         return replace(self, rows=1)
 
     def make(self) -> Batch:
-        """The batch itself."""
+        """The batch itself; which tokens are supervised would be a matter of values, of which there may be none."""
         ids = torch.zeros(self.rows, self.tokens, dtype=torch.int64)
-        return {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        batch = PlacedBatch({"input_ids": ids, "labels": torch.zeros_like(ids)}, ids.device)
+        batch.predicting = torch.zeros(self.num_supervised, dtype=torch.int64)
+        return batch
 
     def layout(self) -> "ByProduct":
         """Its layout."""

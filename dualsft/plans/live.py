@@ -9,14 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-_aten = torch.ops.aten
-_BY_MASK = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
 
 
 @dataclass
@@ -35,11 +31,7 @@ class Peak:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of living storages, and the floating-point operations, of everything in its context.
 
-    Which tokens are supervised is a matter of values, of which there are none: an index by a boolean mask takes as many
-    entries as there are supervised tokens.
-
     Args:
-        supervised: That number.
         vocabulary: Length of the last axis of logits.
 
     Attributes:
@@ -48,9 +40,9 @@ class LiveBytes(TorchDispatchMode):
         flops: Operations of matrix products and attention since `restart`; a multiplication and an addition are two.
     """
 
-    def __init__(self, supervised: int, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self._supervised, self._vocabulary = supervised, vocabulary
+        self._vocabulary = vocabulary
         self._sizes: dict[int, tuple[int, int]] = {}
         self.now = self._logits = self.flops = 0
         self.peaks: list[Peak] = []
@@ -70,21 +62,11 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and count what it made."""
         kwargs = kwargs or {}
-        if func in _BY_MASK:
-            args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
-        # the mask of a masked scatter has as many entries as were scattered
-        scattered = func is _aten.masked_scatter_backward.default
-        result = args[0].new_empty(args[2]) if scattered else func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         self.add(tree_leaves(result))
         return result
-
-    def _places(self, index: Any) -> list[Any]:
-        """The same index, or that of the supervised tokens along each axis of a mask."""
-        if not isinstance(index, Tensor) or index.dtype != torch.bool:
-            return [index]
-        return [index.new_zeros(self._supervised, dtype=torch.int64)] * index.dim()
 
     def add(self, values: Iterable[Any]) -> None:
         """Count the storages of these tensors that are not counted yet."""

@@ -86,7 +86,7 @@ def _trace(shape: ModelShape, batch: BatchShape, prepare: Prepare, depth: int) -
 
     The first batch finds out where weights are used, as that of a pass does.
     """
-    with FakeTensorMode(), LiveBytes(batch.num_supervised, shape.vocabulary) as live:
+    with FakeTensorMode(), LiveBytes(shape.vocabulary) as live:
         layers = None if depth == shape.layers else depth
         model = shape.model(torch.device("cpu"), layers)
         work = prepare(model)

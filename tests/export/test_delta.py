@@ -43,7 +43,7 @@ def write(path: Path, base: torch.nn.Module, tuned: torch.nn.Module, fingerprint
 def test_a_delta_of_all_weights_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     """With all weights trained, indices and values of all of them would take thrice the memory of the weights."""
     size, names = 1000, [f"w{k}" for k in range(8)]
-    with LiveBytes(supervised=0, vocabulary=0) as live:
+    with LiveBytes(vocabulary=0) as live:
         found = find_changes(lambda _: torch.zeros(size), lambda _: torch.ones(size), names)
         write_delta(tmp_path / "delta", found, "abc")
     assert open_delta(tmp_path / "delta").counts == dict.fromkeys(names, size)

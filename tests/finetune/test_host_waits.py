@@ -9,8 +9,8 @@ from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
 
 from dualsft.data import module as data_module
-from dualsft.finetune import FitReport, losses
-from tests.world.accelerator import HostWaits, losses_without_waits
+from dualsft.finetune import FitReport
+from tests.world.accelerator import HostWaits
 from tests.world.jobs import Workspace, trainer
 
 
@@ -39,7 +39,6 @@ def test_a_step_makes_the_host_wait_once(
     """For the losses of its batches, which must be finite; logging and the report wait for nothing more."""
     seen = HostWaits()
     monkeypatch.setattr(data_module, "to_device", seen.moved(data_module.to_device))
-    monkeypatch.setattr(losses, "example_losses", losses_without_waits)
     options: dict[str, Any] = {
         "max_epochs": 1,
         "accumulate_grad_batches": 2,

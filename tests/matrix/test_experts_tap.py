@@ -13,11 +13,12 @@ from dualsft.matrix import model_calls
 from dualsft.matrix.interaction import ColumnSums, RowSums
 from dualsft.matrix.passes import gradient_pass
 from dualsft.models.experts import group_experts
+from dualsft.objectives.inputs import settle_mask
 from dualsft.selection.passes import scoring_mode
 from tests.cases import _SIZES, collate, given, make, make_examples, pack, random_direction
 from tests.models.test_experts import KINDS, WIDTH, Model
 from tests.references import assert_rows, assert_same_gradients, float64_throughout, gradient_loop, total
-from tests.world.accelerator import HostWaits, losses_without_waits
+from tests.world.accelerator import HostWaits
 
 FLOAT64 = 1e-12
 
@@ -165,6 +166,7 @@ def mixture(experts: int) -> Any:
 def seen_in_a_batch(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> HostWaits:
     """What the second batch of a pass asks of an accelerator."""
     seen, u, batch = HostWaits(), random_direction(model), collate(make_examples([12] * 4))
+    settle_mask(model)
     monkeypatch.setattr(model_calls, "to_device", seen.moved(model_calls.to_device))
     seen.place([*model.parameters(), *model.buffers(), *u.values()])
 
@@ -176,7 +178,7 @@ def seen_in_a_batch(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any)
             else:
                 yield batch
 
-    gradient_pass(model, given([batch] * 2), watch, [u], losses=losses_without_waits, **options)
+    gradient_pass(model, given([batch] * 2), watch, [u], **options)
     monkeypatch.undo()
     return seen
 

@@ -9,9 +9,9 @@ from dualsft.data.layout import Batch
 from dualsft.matrix import linear_tap, model_calls
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import LOSS, Measurement
-from dualsft.objectives import example_losses
+from dualsft.objectives.inputs import settle_mask
 from tests.cases import collate, given, make, make_examples, pack, random_direction
-from tests.world.accelerator import HostWaits, losses_without_waits
+from tests.world.accelerator import HostWaits
 
 
 def waits_of_second_batch(
@@ -19,6 +19,7 @@ def waits_of_second_batch(
 ) -> HostWaits:
     """Of the second batch of a pass: the first one has a spot check, and finds which module uses which weight."""
     model, seen = make(architecture), HostWaits()
+    settle_mask(model)
     monkeypatch.setattr(model_calls, "to_device", seen.moved(model_calls.to_device))
     u = [random_direction(model)] * 2
     seen.place([*model.parameters(), *model.buffers(), *u[0].values()])
@@ -56,17 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_batch_makes_the_host_wait_twice(
     packed: bool, case: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its losses before backward, and for all else behind it; transformers looks at positions without a mask."""
+    """For its losses before backward, and for all else behind it; transformers looks at packed positions."""
     monkeypatch.setattr(linear_tap, "by_gradient_pays", lambda *_: packed)
-    seen = waits_of_second_batch(
-        monkeypatch, padded_or_packed(packed), architecture, losses=losses_without_waits, **CASES[case]
-    )
+    seen = waits_of_second_batch(monkeypatch, padded_or_packed(packed), architecture, **CASES[case])
     by_model = {("masking_utils.py", "_local_scalar_dense"): 1} if packed else {}
     assert seen.waits == {("nonfinite.py", "cpu"): 1, ("readout.py", "cpu"): 1, **by_model}
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_losses_add_a_few_waits(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's mask, and picking supervised tokens out of a batch, come on top, forward and backward."""
-    seen = waits_of_second_batch(monkeypatch, padded_or_packed(packed), "llama", losses=example_losses)
-    assert seen.waits.total() <= (7 if packed else 8), seen.waits

@@ -30,7 +30,7 @@ WORK = {
 @pytest.mark.parametrize("name", WORK)
 def test_shapes_take_what_tensors_take(tmp_path: Path, name: str) -> None:
     """The peak of a batch on tensors without values is that on real ones, or somewhat more in so small a model."""
-    with LiveBytes(BATCH.num_supervised, VOCABULARY) as live:
+    with LiveBytes(VOCABULARY) as live:
         model = tiny_llama()
         work = WORK[name](model)
         work()
@@ -47,7 +47,7 @@ def test_mixtures_of_experts_are_traced_too(tmp_path: Path, dtype: torch.dtype) 
     """Their experts' products have shapes in every type; which tokens an expert has takes no part in the sizes."""
     model = make("mixtral", dtype)
     model.config.save_pretrained(tmp_path)
-    with LiveBytes(BATCH.num_supervised, model.config.vocab_size) as live:
+    with LiveBytes(model.config.vocab_size) as live:
         work = WORK["scores"](make("mixtral", dtype))
         work()
         before = live.now
@@ -76,7 +76,7 @@ def test_a_line_through_short_models_reaches_deep_ones(
 
 def test_logits_are_told_apart() -> None:
     """Storages count once, views not at all, and those as wide as the vocabulary are logits."""
-    with LiveBytes(4, 10) as live:
+    with LiveBytes(10) as live:
         logits = torch.zeros(5, 10)
         flat = logits.view(-1)
         other = torch.zeros(3)

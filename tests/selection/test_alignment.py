@@ -29,7 +29,7 @@ def test_cosine_is_that_of_the_joined_vectors(monkeypatch: pytest.MonkeyPatch) -
 def test_a_cosine_takes_little_beside_its_vectors() -> None:
     """In float64 a large embedding would take as much as a pass over data."""
     size = 2**22
-    with LiveBytes(supervised=0, vocabulary=0) as live:
+    with LiveBytes(vocabulary=0) as live:
         assert cosine({"a": torch.ones(size)}, {"a": torch.ones(size)}) == pytest.approx(1)
     assert live.peaks[-1].size < 2 * 4 * size + 3 * 8 * size / 2
 

@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from dualsft.data.layout import Batch, Layout
-from dualsft.models import PreTrainedModel
 
 _READS = {
     "_local_scalar_dense",
@@ -84,16 +80,6 @@ class HostWaits:
         """Count what happens while the context is open."""
         with _Copies(self), _Reads(self):
             yield
-
-
-def losses_without_waits(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Tensor:
-    """What `dualsft.objectives.example_losses` gives, without a mask of padding, and without waiting."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    logits, labels = model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
-    nll = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # zero where the label is -100
-    parts = (F.pad(part, (1, 0)) for part in (nll, (labels != -100).to(nll.dtype)))
-    total, counted = ((layout or Layout.of(batch)).by_example(part).sum(1) for part in parts)
-    return total / counted.clamp(min=1)
 
 
 class _Reads(TorchDispatchMode):
