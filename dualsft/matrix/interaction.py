@@ -24,6 +24,7 @@ Read on in this order: `rows.py` (where the rows add up), `tap.py` (a module's s
 `passes.py` (a pass over many batches).
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -68,7 +69,6 @@ class ColumnSums:
             n: torch.zeros_like(local_shard(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()
         }
         self._handles: list[RemovableHandle] = []
-        self._extremes: list[Tensor] = []
 
     def __enter__(self) -> "ColumnSums":
         self._handles = [
@@ -88,22 +88,20 @@ class ColumnSums:
         if parameter.grad is None:  # compiled code calls the hooks of weights that took no part too
             return
         gradient = local_shard(parameter.grad)
-        if gradient.numel():
-            self._extremes += torch.aminmax(gradient)  # both are NaN if any entry is
         if self.squared and not self._unsharded:
             self.sums[name].addcmul_(wide := gradient.to(self.sums[name].dtype), wide)
         else:
             self.sums[name].add_(gradient)
         parameter.grad = None
 
-    def take_finite(self) -> Bool[Tensor, ""]:
-        """Whether all gradients added since this was last asked are finite; does not wait for the device."""
-        extremes, self._extremes = self._extremes, []
-        return torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True)
+    def finite(self) -> Bool[Tensor, ""]:
+        """Whether all sums are finite, and so all that was added; does not wait for the device."""
+        sums = [total for total in self.sums.values() if total.numel()]
+        # at once, as a look at each gradient would be a launch for each
+        return torch.stack(torch._foreach_norm(sums, math.inf)).isfinite().all() if sums else torch.tensor(True)
 
     def reset(self) -> None:
         """Start again from zero."""
-        self._extremes = []
         for total in self.sums.values():
             total.zero_()
 
@@ -129,12 +127,12 @@ class RowSums:
         self.rows = Rows(directions, by_token, compute_device(model))
         both = (*model.named_parameters(), *unsharded_parameters(model).items())
         self._names = {id(p): name for name, p in both if name in directions[0]}
-        self._placement: Placement | None = None
+        self._taps: list[Tap] | None = None  # once the first forward pass has shown where they are to be
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Rows:
         self._handles = [self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)]
-        self._add_taps()
+        self._handles += [tap.register() for tap in self._taps or []]
         return self.rows
 
     def __exit__(self, *_: object) -> None:
@@ -143,22 +141,23 @@ class RowSums:
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find which module uses which parameter, if it is not known yet, by another forward pass of the same input."""
-        if self._placement is None and torch.is_grad_enabled():
-            self._placement = {}  # not None, as that pass calls this hook too
+        if self._taps is None and torch.is_grad_enabled():
+            self._taps = []  # not None, as that pass calls this hook too
             try:
-                self._placement = find_placement(model, self._names, self.rows.check_output, args, kwargs)
+                self._taps = self._made(find_placement(model, self._names, self.rows.check_output, args, kwargs))
             except BaseException:
-                self._placement = None
+                self._taps = None
                 raise
-            self._add_taps()
+            self._handles += [tap.register() for tap in self._taps]
 
-    def _add_taps(self) -> None:
+    def _made(self, placement: Placement) -> list[Tap]:
         paths = {module: path for path, module in self._model.named_modules()}
-        for module, scored in (self._placement or {}).items():
+        taps = []
+        for module, scored in placement.items():
             own = module.named_parameters(remove_duplicate=False)
             names = {n: self._names[id(p)] for n, p in own if self._names.get(id(p)) in scored}
-            tap = _kind(module, names)(self.rows, f"{paths[module]} ({type(module).__name__})", module, names)
-            self._handles.append(tap.register())
+            taps.append(_kind(module, names)(self.rows, f"{paths[module]} ({type(module).__name__})", module, names))
+        return taps
 
 
 def _kind(module: nn.Module, names: Collection[str]) -> type[Tap]:

@@ -98,7 +98,7 @@ class LinearTap(OutputTap):
         for k, direction in enumerate(us):
             u = direction.to(e.dtype)
             out_features, in_features = u.shape
-            x, y = (e @ u, a) if in_features <= out_features else (a @ u.t(), e)
+            x, y = (_wide_product(e, u), a) if in_features <= out_features else (_wide_product(a, u.t()), e)
             self.rows.add(k, x, y, self.where, layout)
 
 
@@ -151,6 +151,14 @@ def example_gradients(
         values.append(torch.stack(products).double().view(-1, len(us)).t())
         gradient[block] = total
     return torch.stack(values).sum(0), gradient.t() if transposed else gradient
+
+
+def _wide_product(x: Float[Tensor, "*tokens m"], u: Float[Tensor, "m n"]) -> Float[Tensor, "*tokens n"]:
+    """The product x u, in float32 at least where the device can multiply so: that spares a rounding and a launch."""
+    wide = accumulator_dtype(x)
+    if x.device.type != "cuda" or x.dtype == wide:
+        return x @ u
+    return torch.mm(x.flatten(0, -2), u, out_dtype=wide).unflatten(0, x.shape[:-1])
 
 
 def _outer(x: Float[Tensor, "token m"], y: Float[Tensor, "token n"], into: Float[Tensor, "m n"]) -> None:

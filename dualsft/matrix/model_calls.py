@@ -141,14 +141,14 @@ class ModelCalls:
     @property
     def finite(self) -> bool:
         """Whether the last backward was finite, by the columns or else by the rows; for a look at nothing else."""
-        return bool(self.columns.take_finite()) if self.columns else self._has_finite_rows()
+        return bool(self.columns.finite()) if self.columns else self._has_finite_rows()
 
     def read(self) -> BatchValues:
         """What the last backward has left on the device, which it waits for once; all outputs must have been tapped."""
         rows = self.rows
         scores = [rows.read()] if rows else []
         tokens = [rows.read_tokens(k) for k in range(len(rows.directions))] if rows and rows.by_token else []
-        finite = self.columns.take_finite() if self.columns else torch.tensor(True)
+        finite = self.columns.finite() if self.columns else torch.tensor(True)
         if scores:
             finite = finite.to(compute_device(self.model)) if self.columns else scores[0].isfinite().all()
         sound, *found = read_together([finite, *scores, *tokens])

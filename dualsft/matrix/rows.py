@@ -38,8 +38,8 @@ class Rows:
     def begin(self, layout: Layout) -> None:
         """Forget the last batch; the next one has this layout."""
         self.batch, self.complete = layout, False
-        self._examples: dict[int, Tensor] = {}
-        self._tokens: dict[int, Tensor] = {}
+        self._examples: dict[int, list[Tensor]] = {}
+        self._tokens: dict[int, list[Tensor]] = {}
         self.refusals: list[AmbiguousShapeError | UserError] = []
 
     @property
@@ -64,16 +64,16 @@ class Rows:
         shape = (len(self.directions), len(self.batch.spans))
         rows = torch.zeros(shape, dtype=torch.float64, device=self.dummy_input.device)
         for k, values in self._examples.items():
-            rows[k] += values
+            rows[k] += _sum(values)
         for k in self._tokens:
             rows[k] += self.read_tokens(k).sum(1)
         return rows
 
     def read_tokens(self, k: int = 0) -> Float[Tensor, "example longest"]:
         """Each token's contribution to <u, g_i> of the k-th u, from all uses of weights at the token's position."""
-        if (tokens := self._tokens.get(k)) is None:
-            tokens = torch.zeros(self.batch.rows, self.batch.tokens, device=self.dummy_input.device)
-        return self.batch.by_example(tokens)
+        shape = self.batch.rows, self.batch.tokens
+        values = self._tokens.get(k)
+        return self.batch.by_example(_sum(values) if values else torch.zeros(shape, device=self.dummy_input.device))
 
     def check_shape(self, shape: torch.Size, where: str) -> None:
         """Check, before backward, that a module's output of this shape, after `Layout.expand`, splits into examples.
@@ -106,23 +106,24 @@ class Rows:
         wide = accumulator_dtype(x)
         if self._splits_rows(layout) and not isinstance(layout, PartialLayout):
             x, y = layout.by_token(x, where), layout.by_token(y, where)
-            values = (x.to(wide) * y.to(wide)).sum(2).double()
-            self._tokens[k] = self._tokens[k].add_(values) if k in self._tokens else values
+            self._tokens.setdefault(k, []).append((x.to(wide) * y).sum(2))
             return
-        x, y = (part.reshape(layout.rows, -1).to(wide) for part in (x, y))
-        values = (x * y).sum(1)
+        x, y = (part.reshape(layout.rows, -1) for part in (x, y))
+        values = (x.to(wide) * y).sum(1)
         if isinstance(layout, PartialLayout):
-            if k not in self._tokens:
-                self._tokens[k] = values.new_zeros(self.batch.rows, self.batch.tokens, dtype=torch.float64)
-            self._tokens[k].view(-1)[layout.places] += values.double()
+            placed = values.new_zeros(self.batch.rows * self.batch.tokens).index_put((layout.places,), values)
+            self._tokens.setdefault(k, []).append(placed.view(self.batch.rows, self.batch.tokens))
         else:
             self.add_examples(k, values)
 
     def add_examples(self, k: int, values: Float[Tensor, " example"], examples: Sequence[int] | None = None) -> None:
-        """Add one number per example, or for some of them, by their numbers, to the rows of the k-th u, in float64."""
-        values = values.double()
+        """Add one number per example, or for some of them, by their numbers, to the rows of the k-th u."""
         if examples is not None:
-            values = values.new_zeros(len(self.batch.spans)).index_put(
-                (torch.tensor(examples, device=values.device),), values
-            )
-        self._examples[k] = self._examples[k].add_(values) if k in self._examples else values
+            index = torch.tensor(examples, device=values.device)
+            values = values.new_zeros(len(self.batch.spans)).index_put((index,), values)
+        self._examples.setdefault(k, []).append(values)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """What some hundred modules have added, in float64, and at once: each would take two launches."""
+    return torch.stack(parts).sum(0, dtype=torch.float64)  # type: ignore[arg-type]

@@ -3,8 +3,9 @@
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
 with f a module, w the parameters scored there, and e the gradient of its output. The product (∂f/∂w) u_w comes from
-forward-mode differentiation of the module's own forward, whatever the module is; for Embedding it is U[id]. Linear and
-stacked experts, where nearly all the work is, have files of their own (`linear_tap.py`, `experts_tap.py`).
+forward-mode differentiation of the module's own forward, whatever the module is. Where f is linear in w, as norms are,
+it is f with u in the place of w; for Embedding it is U[id]. Linear and stacked experts, where nearly all the work is,
+have files of their own (`linear_tap.py`, `experts_tap.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -14,15 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.data.layout import AmbiguousShapeError, Layout
 from dualsft.data.partial_layout import PartialLayout
 from dualsft.errors import UserError, is_out_of_memory
+from dualsft.matrix.module_call import ModuleCall
 from dualsft.matrix.rows import Rows
 
 
@@ -90,7 +90,7 @@ class GeneralTap(OutputTap):
         super().__init__(rows, where, module, names)
         self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
-        self._product = _embedding_product if type(module) is nn.Embedding else _general_product
+        self._is_linear: dict[int, bool] = {}  # output -> whether it is linear in the weights, once that is known
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(f"{where} rescales its weights or gradients, so its gradients have no per-example sum.")
 
@@ -141,7 +141,7 @@ class GeneralTap(OutputTap):
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         for direction, u in enumerate(self.tangents()):
             try:
-                product = self._product(self.module, u, args, kwargs, k, e.dtype)
+                product = self._product(u, args, kwargs, k, e.dtype)
             except Exception as error:  # the module's own code may raise anything
                 if is_out_of_memory(error):
                     raise
@@ -156,6 +156,15 @@ class GeneralTap(OutputTap):
             if k in self._axes and not isinstance(layout, PartialLayout):
                 x, y = (layout.flat(part, self._axes[k]) for part in (x, y))
             self.rows.add(direction, x, y, self.where, layout)
+
+    def _product(self, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype) -> Tensor:
+        """(∂f/∂w)u of the k-th output leaf."""
+        if type(self.module) is nn.Embedding:
+            return _embedding_product(self.module, u, args, kwargs, dtype)
+        call = ModuleCall(self.module, args, kwargs, k)
+        if k not in self._is_linear and (found := call.is_linear(u)) is not None:
+            self._is_linear[k] = found
+        return call.output(u) if self._is_linear.get(k) else call.derivative(u)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
         """The tensors among a call's arguments; under activation checkpointing they can be unpacked only once."""
@@ -208,32 +217,9 @@ class _TapFunction(torch.autograd.Function):
 
 
 def _embedding_product(
-    module: nn.Module, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype
+    module: nn.Embedding, u: Mapping[str, Tensor], args: Any, kwargs: Any, dtype: torch.dtype
 ) -> Tensor:
     (ids,) = args or kwargs.values()
     product = F.embedding(ids, u["weight"]).to(dtype)
     # autograd gives the padding row no gradient wherever it occurs
     return product if module.padding_idx is None else product * (ids != module.padding_idx).unsqueeze(-1)
-
-
-def _general_product(
-    module: nn.Module, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype
-) -> Tensor:
-    """(∂f/∂w)u of the k-th output leaf by forward-mode differentiation of the module's forward in its own weights."""
-    own = {name: module.get_parameter(name).detach() for name in u}
-    tangents = {name: u[name].to(parameter.dtype) for name, parameter in own.items()}
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        # a subclass; here too autograd gives the padding row no gradient
-        tangents["weight"] = tangents["weight"].clone()
-        tangents["weight"][module.padding_idx] = 0
-
-    alone = nn.Module()  # without the module's hooks: they have run on the inputs, and may change its parameters
-    alone.module, alone.forward = module, module.forward
-
-    def forward(parameters: dict[str, Tensor]) -> Tensor:
-        named = {f"module.{name}": parameter for name, parameter in parameters.items()}
-        return pytree.tree_flatten(functional_call(alone, named, args, kwargs, tie_weights=False))[0][k]
-
-    # fused attention has no forward-mode derivative
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return jvp(forward, (own,), (tangents,))[1]
