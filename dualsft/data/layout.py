@@ -185,8 +185,10 @@ class PlacedBatch(Batch):
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """The values on a device; the host does not wait for an accelerator, for which a copy is pinned."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """The values on a device; the host does not wait for an accelerator to take its own, of which a copy is pinned."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def predicting(batch: Batch) -> Int[Tensor, " supervised"]:

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 Done = Callable[[Path, int | None], None]
 """Called with a job's folder once it is done; with the exit code of its worker if that died at it."""
+_DONE = "done\n"
 
 
 class Worker:
@@ -42,11 +43,10 @@ class Worker:
         try:
             process.stdin.write(f"{place}\n")
             process.stdin.flush()
-            answered = process.stdout.readline()
+            if _DONE in process.stdout:  # reads on, over what anything printed while it was imported
+                return None
         except BrokenPipeError:
-            answered = ""
-        if answered:
-            return None
+            pass
         with self._lock:
             self._process = None
         return _ended(process)
@@ -140,7 +140,7 @@ def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:
             do(place)
             sys.stdout.flush()
             sys.stderr.flush()
-        answers.write("done\n")
+        answers.write(f"\n{_DONE}")  # a line of its own, whatever was printed before
         answers.flush()
 
 

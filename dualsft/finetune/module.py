@@ -227,9 +227,9 @@ class MaskedFinetuneModule(LightningModule):
         return share * self._weight
 
     def _whole(self, batch: Batch) -> Batch:
-        """All rows of a training batch, read again if it has this rank's alone."""
-        dealt, loader = on_host(batch), self.trainer.train_dataloader
-        return loader.batch(dealt.rows) if isinstance(dealt, DealtBatch) else batch  # type: ignore[union-attr]
+        """All rows of a training batch, on the host, read again if it has this rank's alone."""
+        own, loader = on_host(batch), self.trainer.train_dataloader
+        return loader.batch(own.rows) if isinstance(own, DealtBatch) else own  # type: ignore[union-attr]
 
     def on_after_backward(self) -> None:
         """Add the prior's gradient to a training batch's, whose activations are gone by now."""

@@ -108,7 +108,7 @@ class PhaseStore:
     ) -> None:
         """Save a state that no other rank has a part of, in the place of an earlier one."""
         held, path = _on_host(tensors), self._file(phase)
-        older = [self._file(other) for other in replaces]
+        older = [file for other in replaces for file in self._common_files(other)]
         if not self._has_room_here(_size(held)):
             _remove([path, *older])
         self._write(path, held, notes)
@@ -233,8 +233,10 @@ class PhaseStore:
         """Delete a phase's state, if there is any."""
         if self._in_parts:
             _remove(self._file(phase, version) for version in self._versions(phase))
-        elif self._of_rank or rank() == 0:
+        elif self._of_rank:
             _remove([self._file(phase)])
+        elif rank() == 0:
+            _remove(self._common_files(phase))
 
     def drop_all(self, but: Collection[str]) -> None:
         """Delete the states of all phases but these: of phases under way too, and of those that a kill left over.
@@ -244,6 +246,11 @@ class PhaseStore:
         if self._in_parts or self._of_rank or rank() == 0:
             own = self._folder.glob(f"*{self._suffix}.safetensors")
             _remove([path for path in own if _phase_of(path) not in but])
+
+    def _common_files(self, phase: str) -> list[Path]:
+        """The file of a phase's state, and those that replicas have left of it, each for itself."""
+        of_ranks = [] if self._of_rank else self._folder.glob(f"{phase}.rank-*-of-*.safetensors")
+        return [self._file(phase), *of_ranks]
 
     def _versions(self, phase: str) -> list[int]:
         """The numbers of the states of a phase of which this rank has saved its part."""

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
@@ -12,7 +11,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, check_records, choose_data, data_budget
 from dualsft.selection.mask import stored_masks, write_masks
-from dualsft.selection.parameter_choice import Base, choose_parameters, parameter_budget
+from dualsft.selection.parameter_choice import Base, all_that_may_be_chosen, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.weight_scores import read_weight_scores
 from dualsft.sharding.collectives import has_replicas, on_rank_zero
@@ -46,14 +45,14 @@ class Budgets:
     def mask(self, scores: Path | None) -> Mapping[str, Tensor]:
         """Choose weights by the φ_j in a folder: parameter name -> bool, of the full shape.
 
-        Without scores, where no weights are to be chosen, all are.
+        Without scores, where no weights are to be chosen, all are that may be.
 
         An allocator gets all scores at once, so the host of a single process holds them in this step. On several ranks
         rank zero reads each from its file when it is asked for, writes the masks, and all ranks read those.
         """
-        if scores is None:  # nothing is chosen where all are taken
+        if scores is None:
             weights = self._model.named_parameters()
-            return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in weights if p.requires_grad}
+            return all_that_may_be_chosen(self._settings, {name: p.shape for name, p in weights if p.requires_grad})
         full = read_weight_scores(scores)
         if not is_sharded(self._model) and not has_replicas():
             return choose_parameters(self._settings, dict(full), self._base)

@@ -57,7 +57,8 @@ def what_scores_rest_on(module: "SelectionModule", inputs: dict[str, Any]) -> di
     choice = [] if "then" in module.settings.order else keys("parameters", "data")
     free = {*keys("step"), *choice}
     measured = {"measured": sorted(module.settings.data_allocator.needs)}
-    return {**{key: value for key, value in inputs.items() if key not in free}, **measured}
+    unscored = {} if module.settings.scores_weights else {"weights": "not scored"}
+    return {**{key: value for key, value in inputs.items() if key not in free}, **measured, **unscored}
 
 
 def describe_configuration(module: "SelectionModule", data: InstructionDataModule) -> dict[str, Any]:

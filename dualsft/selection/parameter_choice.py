@@ -73,6 +73,12 @@ def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor],
     return {n: chosen[n] if n in names else torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
 
 
+def all_that_may_be_chosen(settings: SelectionSettings, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Choose all weights that may be trained, without scores: parameter name -> bool, of its shape."""
+    names = trainable_names(settings.trainable, settings.frozen, shapes)
+    return {name: torch.full(shape, name in names) for name, shape in shapes.items()}
+
+
 def checksum(score: Tensor) -> int:
     """Compute a checksum (CRC-32) of a float32 tensor's bytes, which shows whether it was modified."""
     return zlib.crc32(score.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

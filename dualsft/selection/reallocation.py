@@ -25,7 +25,7 @@ from dualsft.selection.data_choice import ChosenExamples, Pool, choose_data, dat
 from dualsft.selection.describe import recounted
 from dualsft.selection.diagnostics import WeightFigures, row_sources
 from dualsft.selection.near_duplicates import DUPLICATE_OF, duplicate_column
-from dualsft.selection.parameter_choice import choose_parameters
+from dualsft.selection.parameter_choice import all_that_may_be_chosen, choose_parameters, trainable_names
 from dualsft.selection.settings import CHOICE, SelectionSettings, describe_settings, keys, recorded, stored_settings
 from dualsft.selection.writing import publish, write_selection
 from dualsft.storage.paths import expanded, link_or_copy, real
@@ -190,20 +190,26 @@ def _weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor
     if source.about.settings["parameter_scores"] == "bfloat16":
         say(f"{source.folder} keeps scores of weights in bfloat16: near the cut, select may choose others.")
     scores = source.parameter_scores()
-    counts = source.about.counts.parameters
-    if not scores and source.about.path_walked and counts.selected == counts.scored:  # all were taken, none was scored
+    if not scores and source.about.path_walked and _took_all(source):  # none was scored
         if settings.parameter_budget is not None:
             raise UserError(
                 f"{source.folder} took all weights and scored none; select again with model.parameter_budget "
                 f"{settings.parameter_budget}."
             )
-        return source.mask()
+        return all_that_may_be_chosen(settings, {name: part.shape for name, part in source.mask().items()})
     available = sum(score.numel() for score in scores.values())
     if available != (due := source.about.counts.parameters.scored):
         raise UserError(
             f"{source.folder} has lost parameter scores: {available:,} of {due:,} are there; make the selection again."
         )
     return choose_parameters(settings, scores, partial(_base_weights, source))
+
+
+def _took_all(source: Selection) -> bool:
+    """Whether a selection chose all weights that its patterns allow."""
+    before, mask = source.about.settings, source.mask()
+    allowed = trainable_names(before["trainable"], before["frozen"], mask)
+    return source.about.counts.parameters.selected == sum(mask[name].numel() for name in allowed)
 
 
 def _same_weights(source: Selection, settings: SelectionSettings) -> dict[str, Tensor]:

@@ -228,6 +228,11 @@ class SelectionSettings:
         return self.parameter_budget is not None
 
     @property
+    def scores_weights(self) -> bool:
+        """Whether weights are scored: not along a complete path if all are taken."""
+        return self.chooses_weights or self.path.along is None or not self.path_rule.is_complete
+
+    @property
     def norm(self) -> ExampleStatistic:
         """The norm of an example's gradient by which the cosine divides."""
         return "preconditioned_gradient_norm" if self.preconditions else "gradient_norm"

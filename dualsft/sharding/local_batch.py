@@ -29,6 +29,6 @@ def local_rows(batch: Batch) -> Batch:
     all_rows = range(len(batch["input_ids"]))
     own = all_rows[rank_slice()]
     rows = own or all_rows[-1:]
-    width = max(first + length for row, first, length in Layout.of(batch).spans if row in rows)
+    width = max((first + length for row, first, length in Layout.of(batch).spans if row in rows), default=1)
     part = select_rows(batch, rows, slice(width))
     return to_device(part if own else {**part, "labels": torch.full_like(part["labels"], IGNORED)}, device)

@@ -1,5 +1,6 @@
 """Commands as steps of one job: what they leave, and what becomes of the others when one fails."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
@@ -12,8 +13,15 @@ from dualsft.commands.steps import Steps, error_file, log_file
 from dualsft.errors import UserError
 
 
-def test_steps_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A failure is told in the command's own sentence, or by the exit code of its process; each step has its log."""
+def test_steps_in_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure is told in the command's own sentence, or by the exit code of its process; each step has its log.
+
+    What a module prints when it is imported is no answer.
+    """
+    (tmp_path / "sitecustomize.py").write_text("print('welcome')\nprint('to my computer', end='')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     nothing = tmp_path / "nothing"
     with Steps(tmp_path / "logs", "steps", 3.0, parallel=1) as steps:
         assert steps.run("version", ["--version"], 1.0) > 0

@@ -38,6 +38,12 @@ def test_a_step_makes_the_host_wait_once(
 ) -> None:
     """For the losses of its batches, which must be finite; logging and the report wait for nothing more."""
     seen = HostWaits()
+
+    def on_host(model: Any, batch: Any, dtype: Any) -> None:
+        """Examples are taken apart where the host has them."""
+        assert not any(map(seen.holds, batch.values()))
+
+    monkeypatch.setattr("dualsft.finetune.module.check_packing", on_host)
     monkeypatch.setattr(data_module, "to_device", seen.moved(data_module.to_device))
     options: dict[str, Any] = {
         "max_epochs": 1,

@@ -34,3 +34,15 @@ def test_sums_that_have_been_used_take_no_memory(tmp_path: Path) -> None:
     assert [float(found.sums[name].sum()) for name in found.sums] == [SIZE, SIZE]
     assert resident() - before < SIZE  # a quarter of a tensor
     assert torch.equal(found.sums["a"], torch.ones(SIZE))
+
+
+def test_a_common_state_replaces_those_of_single_replicas(tmp_path: Path) -> None:
+    """Each replica keeps its own of a pass that is under way; the result of all of them is one."""
+    own = PhaseStore(tmp_path, of_rank=True)
+    own.save("pass.under-way", {"sums": torch.ones(1)}, {})
+    other = tmp_path / "pass.under-way.rank-1-of-2.safetensors"
+    (kept,) = tmp_path.iterdir()
+    other.write_bytes(kept.read_bytes())
+    own.drop("pass")
+    PhaseStore(tmp_path).save("pass", {"sums": torch.ones(1)}, {}, replaces=["pass.under-way"])
+    assert [path.name for path in tmp_path.iterdir()] == ["pass.safetensors"]

@@ -24,6 +24,7 @@ from dualsft.paths import PathTraining, Piece, PieceRows, PoolPath, ScoringPath,
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import HessianVector
 from dualsft.selection import Selection, Warmup
+from dualsft.selection import run as method
 from dualsft.selection.dense_training import BETAS, EPS
 from dualsft.selection.manifest import PUBLISHED
 from dualsft.selection.paths.ending import ending, split
@@ -34,7 +35,7 @@ from tests.cases import Gradients, collate
 from tests.references import assert_same_gradients, gradient_loop, inner, total
 from tests.world.damage import damage_file
 from tests.world.data import LINES, VALIDATION
-from tests.world.faults import PoolAware, kill_often, killed_run
+from tests.world.faults import PoolAware, kill_often, killed_run, poisoned_by
 from tests.world.jobs import ADAM, Inputs, contents, select, write_inputs
 
 EXACT: dict[str, Any] = {"dtype": "float64", "warmup": Warmup(fraction=0.0)}
@@ -304,12 +305,21 @@ def test_other_budgets_on_the_scores_of_a_path(inputs: Inputs, tmp_path: Path) -
     again = reallocate(made.folder, tmp_path / "more", data_budget=4, parameter_budget=9)
     assert (len(again.example_ids), again.about.counts.parameters.selected) == (4, 9)
     assert again.manifest["path_walked"] == made.manifest["path_walked"]
-    alone = select(inputs, tmp_path / "alone", {"path": WALK, "parameter_budget": None})
-    fewer = reallocate(alone.folder, tmp_path / "fewer", data_budget=1, parameter_budget=None)
+    alone = select(inputs, tmp_path / "alone", {"path": WALK, "parameter_budget": None, "frozen": ["norm"]})
+    fewer = reallocate(alone.folder, tmp_path / "fewer", data_budget=1, parameter_budget=None, trainable=["mlp"])
     assert len(fewer.example_ids) == 1
-    assert all(bool(mask.all()) for mask in fewer.mask().values())
+    for found, left_out in ((alone, lambda name: "norm" in name), (fewer, lambda name: "mlp" not in name)):
+        assert {name for name, mask in found.mask().items() if not mask.any()} == set(filter(left_out, found.mask()))
+        assert all(mask.all() or not mask.any() for mask in found.mask().values())
     with pytest.raises(UserError, match=r"took all weights and scored none; select again with model\.parameter_b"):
         reallocate(alone.folder, tmp_path / "none", data_budget=1, parameter_budget=9)
+
+
+def test_weights_that_are_not_scored_are_not_chosen_on_resume(inputs: Inputs, tmp_path: Path) -> None:
+    """Without a budget of weights a path to the target has no scores of them."""
+    killed_run(inputs, tmp_path, {"path": WALK, "parameter_budget": None}, method, "write_selection")
+    with pytest.raises(UserError, match="other settings"):
+        select(inputs, tmp_path, {"path": WALK, "parameter_budget": 0.1}, resume=True)
 
 
 def test_a_published_model_tells_its_path(inputs: Inputs, tmp_path: Path) -> None:
@@ -343,6 +353,19 @@ def test_a_killed_path_goes_on_to_the_same_bytes(
     expected = contents(select(inputs, tmp_path / "unbroken", options).folder)
     assert kill_often(inputs, tmp_path / "killed", options, monkeypatch, every=5) > 5
     assert contents(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_a_killed_path_leaves_out_the_same_examples(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are not finite are known after a resume, at whichever point they were found."""
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", poisoned_by(gradient="4", loss="P"))
+    options = {"path": PathSettings(along=PoolPath(), pieces=2), **ADAM}
+    unbroken = select(inputs, tmp_path / "unbroken", options)
+    assert "nonfinite" in unbroken.examples["status"].to_pylist()
+    assert kill_often(inputs, tmp_path / "killed", options, monkeypatch, every=1) > 5
+    assert contents(tmp_path / "killed") == contents(unbroken.folder)
 
 
 @pytest.mark.parametrize("kills", [5, 12])

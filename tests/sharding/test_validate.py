@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, distributed
 
 from dualsft.data.dealing import extent_of
-from dualsft.data.layout import Layout, split_rows
+from dualsft.data.layout import Layout, keep_examples, split_rows
 from dualsft.evaluation import EvaluationModule, Generation
 from dualsft.evaluation.generation import generate_answers
 from dualsft.finetune.samples import FILE, Samples
@@ -112,7 +113,8 @@ def supervised(batch: dict[str, Tensor]) -> dict[int, tuple[list[int], list[int]
 def test_rows_are_dealt_out_once() -> None:
     """Each example is one rank's, whole; padding that a rank's rows do not need is gone; some rank stands in."""
     packed = pack([[0, 3], [1], [2, 4]], make_examples())
-    batches = [random_batch(5, 9), random_batch(2, 6), packed, split_rows(packed, 3)[0]]
+    emptied = keep_examples(packed, torch.tensor([i != 1 for i in packed["example_id"].tolist()]))
+    batches = [random_batch(5, 9), random_batch(2, 6), packed, split_rows(packed, 3)[0], emptied]
     answers = run_on_ranks(3, dealt, batches)
     for k, batch in enumerate(batches):
         parts = [answer[k] for answer in answers]
@@ -121,7 +123,8 @@ def test_rows_are_dealt_out_once() -> None:
         assert {i: example for part in found for i, example in part.items()} == supervised(batch)
         assert all(part.keys() == batch.keys() for part in parts)
         for part in parts:
-            assert part["input_ids"].shape[1] == max(first + length for _, first, length in Layout.of(part).spans)
+            longest = max((first + length for _, first, length in Layout.of(part).spans), default=1)
+            assert part["input_ids"].shape[1] == longest
     assert supervised(answers[2][1]) == {}
     assert len(answers[2][1]["input_ids"]) == 1
 

@@ -185,15 +185,16 @@ class CheckpointScoring:
         return self._example_scores(self._over_points(f"examples{occasion}", score))
 
     def _over_points(self, name: str, score: Callable[[Scoring], "_Found"]) -> PathTotals:
-        """Add up what the points give; start again without an example that is not finite at a later one."""
+        """Add up what the points give; start again without an example that is not finite at one of them."""
         key = f"path-{name}".replace(" ", "-").replace(",", "")
         totals = PathTotals.load(self._run, key, self._log) or PathTotals()
+        self.nonfinite |= set(totals.about.get("nonfinite", ()))
         for piece in range(totals.points, self._path.pieces):
             known, phases = set(self.nonfinite), len(self._log.phases)
             rule, scoring = self._at(piece)
             found = score(scoring)
             self.nonfinite |= scoring.nonfinite
-            if piece and self.nonfinite != known:
+            if self.nonfinite != known:
                 self._run.drop(key)
                 return self._over_points(name, score)
             rows = self._rows(found.examples, scoring, rule) if found.examples else []
@@ -255,6 +256,7 @@ class CheckpointScoring:
     def _add_notes(self, totals: PathTotals, scoring: Scoring, predicts: bool) -> None:
         """Add the point's sum identities to those before, and note the prediction at the last point, over all sums."""
         before = totals.about.get("identity", {})
+        totals.about["nonfinite"] = sorted(self.nonfinite)
         totals.about["identity"] = {name: _added(before.get(name), of) for name, of in scoring.identity.items()}
         if predicts:
             totals.about["prediction"] = scoring.prediction()
