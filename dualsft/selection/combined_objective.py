@@ -27,6 +27,7 @@ from dualsft.selection.objective import mean_weight, weighted_total
 from dualsft.selection.passes import Passes
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.terms import Term
+from dualsft.sharding.collectives import barrier
 
 _PHASE = "validation-direction"
 
@@ -103,6 +104,7 @@ class CombinedObjective(KnownObjective):
         # 1. The sum without the latest term goes first, so that the disk never holds both: a kill here costs the passes
         #    over the terms, which are short beside those over the pool. A file that is open would stay on the disk.
         self._sum = {}
+        barrier()  # another rank may have read it until now
         self._run.drop(_PHASE)
         # 2. The sum with it.
         complete = added == len(self._terms)
