@@ -26,9 +26,9 @@ SECTIONS = {
         "gpu_checks.mixtures:experts",
     ),
     "peaks": Section("Peaks of memory beside those that `dualsft plan` predicts.", 90, "gpu_checks.peaks:peaks"),
-    "fsdp2": Section(
-        "`select` with sharded weights on one rank, under torchrun.",
-        60,
+    "strategies": Section(
+        "`select` on one rank under torchrun: with sharded weights, and as a replica.",
+        90,
         "gpu_checks.commands:one_rank",
         miniature=False,
     ),

@@ -1,8 +1,9 @@
-"""The commands themselves on the embedded model: `select` and `fit` as a user runs them, and FSDP2 on one rank."""
+"""The commands themselves on the embedded model: `select` and `fit` as a user runs them; strategies on one rank."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,22 +43,25 @@ def commands(scale: Scale) -> Iterator[Figure]:
 
 
 def one_rank(scale: Scale) -> Iterator[Figure]:
-    """`select` under torchrun with one process and sharded weights, beside the same without."""
+    """`select` under torchrun with one process, by each strategy for several, beside the same without."""
     with TemporaryDirectory() as folder:
         place = Path(folder)
         options = _options(scale, place)
         run(["select", *_PLAIN, *options, "--output_dir", f"{place}/whole"])
-        sharded = [*options, "--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--output_dir", f"{place}/shards"]
-        command = [sys.executable, *_TORCHRUN, "select", *_PLAIN, *sharded]
+        expected = _scores(place / "whole")
+        for strategy in ("fsdp2", "ddp"):
+            output = place / strategy
+            given = [*options, "--trainer.strategy", strategy, "--output_dir", str(output)]
+            command = [sys.executable, *_TORCHRUN, "select", *_PLAIN, *given]
+            yield Figure(f"{strategy}: torchrun, one process", timed("cpu", partial(_succeed, command)), "s")
+            apart = float(((_scores(output) - expected).abs() / expected.abs().max()).max())
+            yield Figure(f"{strategy}: largest relative difference of a score", apart)
 
-        def job() -> None:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
 
-        yield Figure("torchrun, one process", timed("cpu", job), "s")
-        one, other = _scores(place / "shards"), _scores(place / "whole")
-        yield Figure("largest relative difference of a score", float(((one - other).abs() / other.abs().max()).max()))
+def _succeed(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
 
 
 def _options(scale: Scale, place: Path) -> list[str]:
