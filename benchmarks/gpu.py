@@ -1,7 +1,7 @@
 """What only a GPU can tell, in one run of eight minutes at most on one card, without a network.
 
     python benchmarks/gpu.py --output gpu.json                   all sections, the most decisive ones first
-    python benchmarks/gpu.py --sections correctness strategies    these alone
+    python benchmarks/gpu.py --sections correctness strategies   these alone
     python benchmarks/gpu.py --render gpu.json                   the page of an earlier run's figures
 
 Models have random weights at the shapes of 1, 3 and 8 billion weights in ``configs/shapes/``. The file is written anew
