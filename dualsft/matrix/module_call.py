@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -47,7 +48,8 @@ class ModuleCall:
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Whether f is linear in the weights of these names: f(u) = (∂f/∂w)u for a random u.
 
-        None if that cannot be told, as of an output that depends on no weight, or of tensors without values.
+        None if that cannot be told, as of an output that depends on no weight. Of tensors without values, whose sizes are
+        traced, it is taken to be: norms, routers and convolutions are.
         """
         if isinstance(self._module, nn.Embedding):  # whose padding row has no derivative
             return False
@@ -55,11 +57,13 @@ class ModuleCall:
         own = {name: self._module.get_parameter(name) for name in names}
         u = {name: torch.randn(of.shape, generator=generator).to(of.detach()) for name, of in own.items()}
         derivative = self.derivative(u)
+        if derivative.is_meta or isinstance(derivative, FakeTensor):
+            return True
         try:
             apart, size = (torch.linalg.vector_norm(of.double()) for of in (self.output(u) - derivative, derivative))
             near = torch.finfo(derivative.dtype).eps ** 0.5
             return bool(apart <= near * size) if size > 0 else None
-        except Exception as error:  # of the module's own code, at weights that it was not made for, or without values
+        except Exception as error:  # of the module's own code, at weights that it was not made for
             if is_out_of_memory(error):
                 raise
             return None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dualsft import SelectionModule
 from dualsft.errors import UserError
-from dualsft.matrix import spot_check, tap
+from dualsft.matrix import module_call, spot_check, tap
 from dualsft.runs.phase_store import PhaseKeeper
 from dualsft.selection import Selection, passes
 from tests.references import assert_same_gradients
@@ -104,7 +104,8 @@ def test_a_shortage_halves_the_batches(
 @pytest.mark.parametrize(
     ("place", "name", "call", "kind"),
     [
-        (tap, "jvp", 2, "accelerator"),
+        (module_call, "jvp", 2, "accelerator"),
+        (module_call, "functional_call", 2, "accelerator"),
         (tap.F, "embedding", 6, "host"),  # after the two looks at padding
         (spot_check, "check_covered", 2, "python"),
     ],
