@@ -48,8 +48,8 @@ class ModuleCall:
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Whether f is linear in the weights of these names: f(u) = (∂f/∂w)u for a random u.
 
-        None if that cannot be told, as of an output that depends on no weight. Of tensors without values, whose sizes are
-        traced, it is taken to be: norms, routers and convolutions are.
+        None if that cannot be told, as of an output that depends on no weight. Where tensors have no values, as their
+        sizes are traced, it is taken to be in vectors, which norms have.
         """
         if isinstance(self._module, nn.Embedding):  # whose padding row has no derivative
             return False
@@ -58,7 +58,7 @@ class ModuleCall:
         u = {name: torch.randn(of.shape, generator=generator).to(of.detach()) for name, of in own.items()}
         derivative = self.derivative(u)
         if derivative.is_meta or isinstance(derivative, FakeTensor):
-            return True
+            return all(of.dim() <= 1 for of in own.values())
         try:
             apart, size = (torch.linalg.vector_norm(of.double()) for of in (self.output(u) - derivative, derivative))
             near = torch.finfo(derivative.dtype).eps ** 0.5
