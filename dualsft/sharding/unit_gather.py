@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -19,9 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.lazy import LazyTensors
 from dualsft.sharding.gather import Gathering
-
-_LARGE = 2**25
-"""Bytes of a tensor above which it is gathered alone: several are copied out of what they were gathered into."""
 
 Started = tuple[list[tuple[int, str]], Gathering]
 """Which mapping and name each tensor of a gathering has, and the gathering."""
@@ -99,20 +97,19 @@ class UnitGather:
             self._started[ahead] = self._start(ahead)
 
     def _start(self, unit: nn.Module) -> list[Started]:
-        """Start to gather a unit's tensors: small ones of one type together, large ones each into its place."""
-        together: dict[Any, list[tuple[int, str, Tensor]]] = {}
+        """Start to gather a unit's tensors, those of one type together."""
+        by_type: dict[torch.dtype, list[tuple[int, str, Tensor]]] = {}
         for k, shards in enumerate(self._tensors):
             for name in self._units[unit]:
                 if name in shards:
                     shard = shards[name]  # which may be made when it is read
-                    is_large = self._shards[name].numel() * shard.itemsize > _LARGE
-                    together.setdefault((k, name) if is_large else shard.dtype, []).append((k, name, shard))
+                    by_type.setdefault(shard.dtype, []).append((k, name, shard))
         return [
             (
                 [(k, name) for k, name, _ in parts],
                 Gathering([shard for *_, shard in parts], [self._shards[name] for _, name, _ in parts]),
             )
-            for parts in together.values()
+            for parts in by_type.values()
         ]
 
 
