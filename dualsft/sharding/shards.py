@@ -48,11 +48,10 @@ def shard_offset(tensor: Tensor) -> int:
 def compute_device(model: nn.Module) -> torch.device:
     """The device that a model computes on; its shards may be stored elsewhere."""
     parameter = next(model.parameters())
-    return mesh_device(parameter) if isinstance(parameter, DTensor) else parameter.device
+    return _mesh_device(parameter) if isinstance(parameter, DTensor) else parameter.device
 
 
-def mesh_device(sharded: DTensor) -> torch.device:
-    """The device that a sharded model computes on."""
+def _mesh_device(sharded: DTensor) -> torch.device:
     kind = sharded.device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
@@ -68,7 +67,7 @@ def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
     """The full tensor, all-gathered on the device that the model computes on; every rank must call this at once."""
     if not isinstance(like, DTensor):
         return shard
-    return from_local(shard.to(mesh_device(like)), like).full_tensor()
+    return from_local(shard.to(_mesh_device(like)), like).full_tensor()
 
 
 def shard_copy(tensor: Tensor, like: Tensor) -> Tensor:

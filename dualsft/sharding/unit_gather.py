@@ -1,17 +1,14 @@
 """Tensors of the parameters' shapes, such as directions, that are gathered together with a sharded model's units.
 
 Each tensor is stored in shards like the parameter of its name. As the gradient of a unit's output arrives in backward,
-the unit's tensors are there, and those of the unit before are dropped. They are gathered at once, while backward is in
-the unit before: in what order backward comes to the units is known after the first one. The tensors of the root unit,
-to which the embeddings and the head belong, are kept until backward is over. A model that is not sharded needs no
-gathering.
+the unit's tensors are gathered, and those of the unit before are dropped. The tensors of the root unit, to which the
+embeddings and the head belong, are kept until backward is over. A model that is not sharded needs no gathering.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -19,10 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.lazy import LazyTensors
-from dualsft.sharding.gather import Gathering
-
-Started = tuple[list[tuple[int, str]], Gathering]
-"""Which mapping and name each tensor of a gathering has, and the gathering."""
+from dualsft.sharding.shards import full_tensor
 
 
 class UnitGather:
@@ -41,9 +35,6 @@ class UnitGather:
         self._units = units(model)
         self._shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
         self._gathered: list[dict[str, Tensor]] = [{} for _ in tensors]
-        self._next: dict[nn.Module, nn.Module] = {}  # unit -> the one that backward comes to after it
-        self._latest: nn.Module | None = None
-        self._started: dict[nn.Module, list[Started]] = {}
         self._open_units: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self.full_tensors: Sequence[Mapping[str, Tensor]] = tensors
@@ -63,13 +54,9 @@ class UnitGather:
 
     def drop(self) -> None:
         """Drop all full tensors, once backward is over."""
-        for started in self._started.values():  # every rank has started it
-            for _, gathering in started:
-                gathering.tensors()
-        self._started = {}
         for gathered in self._gathered:
             gathered.clear()
-        self._open_units, self._latest = [], None
+        self._open_units = []
 
     def _gather_in_backward(self, unit: nn.Module, _: Any, output: Any) -> None:
         for value in pytree.tree_leaves(output):
@@ -86,31 +73,9 @@ class UnitGather:
                 for name in self._units[closed]:
                     gathered.pop(name, None)
         self._open_units = [*outer, unit]
-        if self._latest is not None:
-            self._next[self._latest] = unit
-        self._latest = unit
-        for places, gathering in self._started.pop(unit, None) or self._start(unit):
-            for (k, name), full in zip(places, gathering.tensors(), strict=True):
-                self._gathered[k][name] = full
-        ahead = self._next.get(unit)
-        if ahead is not None and ahead not in self._started:
-            self._started[ahead] = self._start(ahead)
-
-    def _start(self, unit: nn.Module) -> list[Started]:
-        """Start to gather a unit's tensors, those of one type together."""
-        by_type: dict[torch.dtype, list[tuple[int, str, Tensor]]] = {}
-        for k, shards in enumerate(self._tensors):
-            for name in self._units[unit]:
-                if name in shards:
-                    shard = shards[name]  # which may be made when it is read
-                    by_type.setdefault(shard.dtype, []).append((k, name, shard))
-        return [
-            (
-                [(k, name) for k, name, _ in parts],
-                Gathering([shard for *_, shard in parts], [self._shards[name] for _, name, _ in parts]),
-            )
-            for parts in by_type.values()
-        ]
+        for shards, gathered in zip(self._tensors, self._gathered, strict=True):
+            names = [name for name in self._units[unit] if name in shards]
+            gathered.update({name: full_tensor(shards[name], self._shards[name]) for name in names})
 
 
 def units(model: nn.Module) -> dict[nn.Module, list[str]]:
