@@ -1,39 +1,44 @@
-"""What a loss in chunks of supervised tokens costs against whole logits, side by side on the same batch in one run.
+"""What a loss in chunks of supervised tokens costs against torch's of whole logits, on the same batch in one run.
 
     python benchmarks/chunked_loss.py                    a table for this machine's CPU; a minute
     python benchmarks/chunked_loss.py --device cuda --dtype bfloat16 --hidden 3072 --examples 8 --tokens 2048
 
 The model is one block between an embedding and a tied head of a large vocabulary, so that the table is about the loss.
 For losses alone, a gradient, and the pass that first-order scoring takes, with half of the tokens supervised and with
-all, it prints the seconds of whole logits, the median over rounds of the ratio of chunks to them in the same round, and
-the peak of both in GiB beyond what is held before: of the allocator's on a GPU, else of the bytes of living tensors.
+all, it prints the seconds of whole logits and ``F.cross_entropy``, the median over rounds of the ratio of chunks to
+them in the same round, and the peak of both in GiB beyond what is held before: of the allocator's on a GPU, else of the
+bytes of living tensors.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.matrix.interaction import ColumnSums, RowSums
-from dualsft.objectives import chunks, example_losses
+from dualsft.objectives import chunks, example_losses, likelihood
+from dualsft.objectives.cross_entropy import widened
 from dualsft.plans.live import LiveBytes
 
 
 @contextmanager
-def at_once(largest: int) -> Iterator[None]:
-    """Chunks have this many bytes of logits."""
-    before, chunks.LARGEST = chunks.LARGEST, largest
-    try:
+def whole() -> Iterator[None]:
+    """Compute whole logits, and torch's cross-entropy of those that predict supervised tokens."""
+
+    def by_torch(logits: Any, targets: Any, _: Any) -> Any:
+        return F.cross_entropy(widened(logits), targets, reduction="none")
+
+    with patch.object(chunks, "LARGEST", 2**62), patch.object(likelihood, "cross_entropy", by_torch):
         yield
-    finally:
-        chunks.LARGEST = before
 
 
 def make_model(options: argparse.Namespace) -> Any:
@@ -115,7 +120,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    model, ways = make_model(options), {"whole": 2**62, "chunks": chunks.LARGEST}
+    model = make_model(options)
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {"whole": whole, "chunks": nullcontext}
     print("| supervised | work | whole: seconds | chunks: ratio | whole: peak GiB | chunks: peak GiB |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for supervised in (0.5, 1.0):
@@ -124,8 +130,8 @@ def main() -> None:
             times: dict[str, list[float]] = {way: [] for way in ways}
             peaks: dict[str, float] = {}
             for number in range(options.rounds + 1):
-                for way, largest in ways.items():
-                    with at_once(largest):
+                for way, setting in ways.items():
+                    with setting():
                         run = partial(seconds, work, options.device)
                         if number:
                             times[way].append(run())
@@ -133,9 +139,9 @@ def main() -> None:
                             run()
                             peaks[way] = peak(work, batch, options)
             ratio = statistics.median(b / a for a, b in zip(times["whole"], times["chunks"], strict=True))
-            whole = statistics.median(times["whole"])
+            typical = statistics.median(times["whole"])
             bytes_of = f"{peaks['whole']:.2f} | {peaks['chunks']:.2f}"
-            print(f"| {supervised:.0%} | {name} | {whole:.2f} | {ratio:.2f} | {bytes_of} |", flush=True)
+            print(f"| {supervised:.0%} | {name} | {typical:.2f} | {ratio:.2f} | {bytes_of} |", flush=True)
 
 
 if __name__ == "__main__":

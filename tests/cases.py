@@ -255,9 +255,15 @@ def pack(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> Batch:
 
 
 @contextmanager
-def chunks_of(tokens: int) -> Iterator[None]:
-    """Losses are computed in chunks of this many supervised tokens, of models of this vocabulary."""
-    with mock.patch("dualsft.objectives.chunks.LARGEST", 4 * VOCABULARY * tokens):
+def chunks_of(tokens: int, kept: int = 0) -> Iterator[None]:
+    """Losses are computed in chunks of this many supervised tokens, of models of this vocabulary.
+
+    Logits of so many tokens are kept for backward, beside the last chunk, of a model in float64.
+    """
+    with (
+        mock.patch("dualsft.objectives.chunks.LARGEST", 4 * VOCABULARY * tokens),
+        mock.patch("dualsft.objectives.likelihood.KEPT", 8 * VOCABULARY * kept),
+    ):
         yield
 
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from lightning import Trainer
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
 from dualsft.data.layout import Batch
@@ -15,7 +14,8 @@ from dualsft.data.module import InstructionDataModule
 from dualsft.data.options import validation_key
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.chunks import supervised_values, widened
+from dualsft.objectives.chunks import supervised_values
+from dualsft.objectives.cross_entropy import cross_entropy
 from dualsft.objectives.supervised import Supervised
 from dualsft.sharding.local_batch import local_rows
 
@@ -41,7 +41,7 @@ class LanguageModelMetrics(torch.nn.Module):
         targets = supervised.targets
 
         def found(logits: Tensor, where: slice) -> Tensor:
-            nll = F.cross_entropy(widened(logits), targets[where], reduction="none")
+            nll = cross_entropy(logits, targets[where])
             return torch.stack([nll, (logits.argmax(1) == targets[where]).to(nll.dtype)], 1)
 
         with torch.no_grad():
@@ -53,7 +53,7 @@ class LanguageModelMetrics(torch.nn.Module):
         """Add one batch."""
         supervised = Supervised.of({"labels": labels})
         predicting = supervised.pick(logits)
-        nll = F.cross_entropy(widened(predicting), supervised.targets, reduction="none")
+        nll = cross_entropy(predicting, supervised.targets)
         self._add(nll, (predicting.argmax(1) == supervised.targets).float(), supervised)
 
     def _add(self, nll: Tensor, hits: Tensor, supervised: Supervised) -> None:

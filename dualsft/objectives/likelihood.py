@@ -1,13 +1,15 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
+from collections import defaultdict
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from dualsft.data.layout import Batch, Layout
 from dualsft.models import PreTrainedModel
-from dualsft.objectives.chunks import Values, supervised_values, widened
+from dualsft.objectives.chunks import KEPT, Values, supervised_values
+from dualsft.objectives.cross_entropy import cross_entropy
 from dualsft.objectives.supervised import Supervised
 
 
@@ -25,23 +27,23 @@ def token_losses(
 ) -> tuple[Float[Tensor, "row next"], Int[Tensor, "row next"]]:
     """Negative log-likelihood of each next token in nats (0 where unsupervised), and the labels used."""
     supervised = Supervised.of({"labels": labels})
-    nll = F.cross_entropy(widened(supervised.pick(logits)), supervised.targets, reduction="none")
+    nll = cross_entropy(supervised.pick(logits), supervised.targets)
     return supervised.spread(nll)[:, 1:], labels[:, 1:]
 
 
 def supervised_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " supervised"]:
     """Negative log-likelihood in nats of each supervised token, row by row."""
     supervised = Supervised.of(batch)
-    return supervised_values(model, batch, supervised, _losses_of(supervised))
+    return supervised_values(model, batch, supervised, _losses_of(supervised), kept=KEPT)
 
 
 def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None = None) -> Float[Tensor, " example"]:
     """l_i for each example of a padded or packed batch, in nats per supervised token; 0 for one without such tokens."""
     layout, supervised = layout or Layout.of(batch), Supervised.of(batch)
-    values = supervised_values(model, batch, supervised, _losses_of(supervised), layout)
+    values = supervised_values(model, batch, supervised, _losses_of(supervised), layout, KEPT)
     return mean_over_tokens(values, supervised, layout)
 
 
 def _losses_of(supervised: Supervised) -> Values:
-    targets = supervised.targets
-    return lambda logits, where: F.cross_entropy(widened(logits), targets[where], reduction="none")
+    targets, lse = supervised.targets, defaultdict[int | None, list[Tensor]](list)
+    return lambda logits, where: cross_entropy(logits, targets[where], lse[where.start])

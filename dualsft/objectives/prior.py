@@ -23,7 +23,8 @@ from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.objectives.base import Objective
 from dualsft.objectives.base_logits import BaseLogits
-from dualsft.objectives.chunks import supervised_values, tokens_at_once, widened
+from dualsft.objectives.chunks import supervised_values, tokens_at_once
+from dualsft.objectives.cross_entropy import widened
 from dualsft.objectives.likelihood import mean_over_tokens
 from dualsft.objectives.supervised import Supervised
 

@@ -27,8 +27,8 @@ EXACT = 1e-12
 
 
 def both(found: Callable[[], Any], tokens: int = 4) -> tuple[Any, Any]:
-    """What a function returns in chunks, and with whole logits."""
-    with chunks_of(tokens):
+    """What a function returns in chunks, of which some are computed again, and with whole logits."""
+    with chunks_of(tokens, 2 * tokens):
         chunked = found()
     return chunked, found()
 
@@ -51,7 +51,7 @@ def logits_alive(model: Any, work: Callable[[], Any]) -> list[int]:
 
 @pytest.mark.parametrize(("architecture", "batch"), [("llama tied", PADDED), ("gemma2", PACKED), ("bert", PADDED)])
 def test_the_head_is_given_one_chunk_at_a_time(architecture: str, batch: Batch) -> None:
-    """Again in backward; losses and gradients are the same, also of a batch of which one chunk is all."""
+    """Again in backward but for those that are kept; losses and gradients are the same, also of one chunk alone."""
     model = make(architecture)
     count = int((batch["labels"][:, 1:] != -100).sum())
 
@@ -63,10 +63,12 @@ def test_the_head_is_given_one_chunk_at_a_time(architecture: str, batch: Batch) 
         (losses, slopes), (expected, whole) = both(found, tokens)
         torch.testing.assert_close(losses, expected, rtol=EXACT, atol=0)
         assert_same_gradients(slopes, whole, 1e-11)
-    with chunks_of(4):
-        full, rest = divmod(count, 4)
-        sizes = [*([4] * full), *([rest] if rest else [])]
-        assert logits_alive(model, found) == [*sizes, *reversed(sizes)]
+    full, rest = divmod(count, 4)
+    sizes = [*([4] * full), *([rest] if rest else [])]
+    for kept in (0, 10):
+        with chunks_of(4, kept):
+            again = [size for k, size in enumerate(sizes[:-1]) if 4 * k < count - kept]
+            assert logits_alive(model, found) == [*sizes, *reversed(again)]
     assert logits_alive(model, found) == [batch["labels"].numel()]
 
 

@@ -32,7 +32,7 @@ for command in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Job:
-    """A selection that is nearly all logits, so that what it takes goes by the size of a batch."""
+    """A selection that is nearly all activations, so that what it takes goes by the size of a batch."""
 
     folder: Path
 
@@ -63,9 +63,9 @@ def started(program: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A tiny model with a large vocabulary, and a pool that fills a batch of 2,048 tokens."""
+    """A tiny model with a wide layer, and a pool that fills a batch of 2,048 tokens."""
     folder = tmp_path_factory.mktemp("job")
-    sizes = {"vocab_size": 40_000, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 8, "intermediate_size": 16_000, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.02}
     inputs = write_inputs(folder, sums(80), sums(2), **sizes, **heads)
     write_job(folder, inputs, model={"preconditioner": "none", "warmup": {"fraction": 0.0}})
