@@ -4,9 +4,11 @@ An adapter adds few weights of its own to a model whose weights stay. Once train
 ordinary checkpoint of the base model's architecture.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,8 +89,14 @@ def _kind(config: Mapping[str, Any]) -> Any:
 
 
 def _size(config: Mapping[str, Any], name_or_path: str) -> int:
-    """How many weights an adapter trains."""
-    model = empty_model(name_or_path)
+    """How many weights an adapter trains, whatever it draws."""
+    drawn_alike = {key: value for key, value in config.items() if key != _SEED}
+    return _size_of(json.dumps(drawn_alike, sort_keys=True), name_or_path)
+
+
+@lru_cache
+def _size_of(drawn_alike: str, name_or_path: str) -> int:
+    config, model = json.loads(drawn_alike), empty_model(name_or_path)
     try:
         adapted = _put_on(model, config)
     except NotImplementedError:  # some draw positions, which the meta device does not have
