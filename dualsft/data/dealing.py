@@ -9,12 +9,11 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch.utils.data import Dataset
 
 from dualsft.data.batches import BatchIds
-from dualsft.data.layout import Batch, num_tokens, on_host
+from dualsft.data.layout import Batch, num_tokens, on_host, unlabelled
 from dualsft.data.supervision import IGNORED
 
 
@@ -96,4 +95,4 @@ def collate_dealt(found: tuple[Sequence[Any], bool, BatchIds, Extent], collate: 
     """Collates what `DealtRowLists` gives."""
     rows, is_own, ids, extent = found
     own = collate(rows)
-    return DealtBatch(own if is_own else {**own, "labels": torch.full_like(own["labels"], IGNORED)}, ids, extent)
+    return DealtBatch(own if is_own else unlabelled(own), ids, extent)

@@ -228,6 +228,11 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     return [select_rows(batch, rows.tolist()) for rows in torch.arange(len(batch["input_ids"])).chunk(parts)]
 
 
+def unlabelled(batch: Batch) -> Batch:
+    """The same rows without a label: for a call of the model that counts for nothing."""
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
 def one_example(batch: Batch, k: int) -> Batch:
     """A batch of the k-th example alone, without padding."""
     row, first, length = Layout.of(batch).spans[k]

@@ -34,3 +34,9 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> LazyTensors:
     begin = f"{prefix}:"
     names = [name.removeprefix(begin) for name in tensors if name.startswith(begin)]
     return LazyTensors(names, lambda name: tensors[begin + name])
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> LazyTensors:
+    """The tensors by names that begin with a prefix and a colon."""
+    begin = f"{prefix}:"
+    return LazyTensors([begin + name for name in tensors], lambda name: tensors[name.removeprefix(begin)])

@@ -275,7 +275,7 @@ class RunFolder(PhaseStore):
 
     def of_rank(self) -> PhaseStore:
         """Where a rank keeps the state of its work in a pass: by itself if it has a replica, else with the others."""
-        return PhaseStore(self._state, of_rank=True) if has_replicas() else self
+        return self.own() if has_replicas() else self
 
     def staging(self, name: str = "staging") -> Path:
         """A fresh folder to write results into before they are published; removed when the run is finished."""

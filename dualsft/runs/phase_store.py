@@ -6,6 +6,9 @@ state before it stays, so that the states that a killed run leaves are of the sa
 Replicas have the same state once a phase is finished: rank zero saves it, as a single process does, and all read it. In
 a pass each replica has a state of its own, which it saves and loads without the others.
 
+A job may go on with another number of ranks: then each takes its rows from the files of the ranks before
+(`joined_state.py`), until the states that they have saved are replaced or dropped.
+
 A file holds a checksum of its contents. A state that an earlier run left and that is damaged is dropped, and with it
 those that were saved after it, which may rest on it: the run resumes from the states before.
 
@@ -13,23 +16,18 @@ A state and the one that it replaces lie on the disk together while the new one 
 for both, the older one goes first: then a kill before the new one is complete costs the phase's work, and no result.
 """
 
-import json
 import os
-import re
 import shutil
-import time
-import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dualsft.errors import UserError, first_line
 from dualsft.models.tensor_file import OpenTensors
-from dualsft.runs.progress import Meter, say
+from dualsft.runs.joined_state import JoinedState, latest_of_others
+from dualsft.runs.progress import say
+from dualsft.runs.state_file import StateName, damage_of, notes_of, state_files, write_state
 from dualsft.sharding.collectives import (
     all_gather,
     all_reduce_max,
@@ -40,9 +38,10 @@ from dualsft.sharding.collectives import (
     rank,
     world_size,
 )
-from dualsft.storage.writing import refusal, replacing
 
-_NOTES, _CHECKSUM = "notes", "crc32"
+State = tuple[Mapping[str, Tensor], dict[str, Any]]
+"""Tensors and notes."""
+
 _SPARE = 2**26
 """Bytes that are left free on a disk, for what else is written there meanwhile."""
 _PARTIAL = ("*.partial", ".tmp*")
@@ -60,6 +59,10 @@ class PhaseStore:
     def __init__(self, folder: Path, of_rank: bool = False) -> None:
         self._folder, self._of_rank = folder, of_rank
         self._sound: set[Path] = set()  # written or checked by this process
+
+    def own(self) -> "PhaseStore":
+        """Where this rank keeps, by itself, what other ranks know nothing of."""
+        return PhaseStore(self._folder, of_rank=True) if world_size() > 1 else self
 
     def save(
         self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str] = ()
@@ -85,7 +88,7 @@ class PhaseStore:
     @property
     def _in_parts(self) -> bool:
         """Whether each rank saves a part of every state."""
-        return world_size() > 1 and not has_replicas()
+        return world_size() > 1 and not has_replicas() and not self._of_rank
 
     def _save_part(
         self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str]
@@ -94,8 +97,7 @@ class PhaseStore:
         before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0)) + 1)
         held = on_all_ranks(lambda: _on_host(tensors))
-        older = [self._file(phase, version) for version in before]
-        older += [self._file(other, version) for other in replaces for version in self._versions(other)]
+        older = self._files([phase, *replaces])
         # 2. Where the disk has no room for both, the older ones go first.
         self.make_room(_size(held), [phase, *replaces])
         # 3. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
@@ -108,11 +110,11 @@ class PhaseStore:
     ) -> None:
         """Save a state that no other rank has a part of, in the place of an earlier one."""
         held, path = _on_host(tensors), self._file(phase)
-        older = [file for other in replaces for file in self._common_files(other)]
+        older = self._files([phase, *replaces])
         if not self._has_room_here(_size(held)):
-            _remove([path, *older])
+            _remove(older)
         self._write(path, held, notes)
-        _remove(older)
+        _remove([file for file in older if file != path])
 
     def make_room(self, size: int, phases: Collection[str]) -> bool:
         """Drop the states of phases if the disk has no room for what is to be written.
@@ -147,39 +149,54 @@ class PhaseStore:
         _remove(path for pattern in _PARTIAL for path in self._folder.glob(pattern))
 
     def _write(self, path: Path, contiguous: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        text = json.dumps(notes)
-        try:
-            with replacing(path) as partial:
-                save_file(dict(contiguous), partial, {_NOTES: text, _CHECKSUM: _checksum(contiguous, text)})
-        except Exception as error:
-            if (reason := refusal(error)) is None:
-                raise
-            raise UserError(
-                f"The state of the run cannot be kept in {self._folder} ({reason}); see that it can be written and has "
-                "room, and go on with --resume."
-            ) from error
+        write_state(path, contiguous, notes)
         self._sound.add(path)
 
-    def load(self, phase: str) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+    def load(self, phase: str) -> State | None:
         """The tensors and notes of a phase's state, or None; a tensor is read from its file at every use, and not kept.
 
-        The tensors stay those of this state, even when it is dropped or another is saved.
+        The tensors stay those of this state, even when it is dropped or another is saved. What another number of ranks
+        has saved is found too, and of shards each rank is given its rows.
         """
+        own = self._own(phase)
+        files = [] if self._of_rank else self._latest_of_others(phase, own)
+        place = (rank(), world_size()) if self._in_parts else (0, 1)
+        return self._opened(lambda: JoinedState(files, *place) if files else _open(own))
+
+    def load_own(self, phase: str) -> State | None:
+        """The same, if as many ranks have saved it in the same way."""
+        own = self._own(phase)
+        return self._opened(lambda: _open(own))
+
+    def _own(self, phase: str) -> Path | None:
+        """This rank's file of the phase's latest state; of replicas, common to all."""
         if self._in_parts:
-            stored = self._opened(self._whole_part(phase))
-        elif self._of_rank:
-            stored = self._opened(self._whole(phase))
-        else:
-            path = on_rank_zero(lambda: self._whole(phase))
-            stored = on_all_ranks(lambda: self._opened(path))  # before rank zero, which is ahead, drops it
+            return self._whole_part(phase)
+        return self._whole(phase) if self._of_rank else on_rank_zero(lambda: self._whole(phase))
+
+    def _latest_of_others(self, phase: str, own: Path | None) -> list[Path]:
+        """The files of the latest state, if another number of ranks has saved it."""
+        moment = max(all_gather(0 if own is None else own.stat().st_mtime_ns))
+        layout = world_size() if self._in_parts else 1
+
+        def find() -> list[Path]:
+            while files := latest_of_others(self._folder, phase, layout, moment):
+                reasons = [reason for path in files if (reason := self._damage(path))]
+                if not reasons:
+                    break
+                self._drop_damaged(min(files, key=lambda path: path.stat().st_mtime_ns), reasons[0])
+            return files
+
+        return on_rank_zero(find)
+
+    def _opened(self, find: Callable[[], OpenTensors | JoinedState | None]) -> State | None:
+        """What is kept in a state; of a common one, opened by all before rank zero, which is ahead, drops it."""
+        stored = find() if self._of_rank else on_all_ranks(find)
         if stored is None:
             return None
         # on Windows an open file can be neither replaced nor deleted
         tensors: Mapping[str, Tensor] = dict(stored) if os.name == "nt" else stored
-        return tensors, json.loads(stored.metadata[_NOTES])
-
-    def _opened(self, path: Path | None) -> OpenTensors | None:
-        return None if path is None else OpenTensors(path)
+        return tensors, notes_of(stored.metadata)
 
     def _whole(self, phase: str) -> Path | None:
         """The file of a phase's state, if there is one and it is not damaged."""
@@ -210,66 +227,47 @@ class PhaseStore:
         """What is wrong with a file, in a sentence; None if it is as it was written."""
         if path in self._sound:
             return None
-        try:
-            stored = OpenTensors(path)
-            text = stored.metadata[_NOTES]
-            if not isinstance(json.loads(text), dict):
-                return f"{path} is damaged (it has no notes)"
-        except Exception as error:  # damaged bytes may raise anything
-            return f"{path} is damaged ({first_line(error)})"
-        checksum = stored.metadata.get(_CHECKSUM)
-        if checksum not in (None, _checksum(stored, text)):  # None: an earlier version's
-            return f"{path} is damaged (it holds other bytes than were written)"
-        self._sound.add(path)
-        return None
+        if (reason := damage_of(path)) is None:
+            self._sound.add(path)
+        return reason
 
     def _drop_since(self, path: Path) -> None:
-        """Delete a file of this rank, or of all replicas, and those of its files that were written later."""
+        """Delete a file, and those that were written later, as far as it is for this rank to delete them."""
         moment = path.stat().st_mtime_ns
-        own = f"*{self._suffix}.safetensors"
-        _remove([found for found in self._folder.glob(own) if found.stat().st_mtime_ns >= moment])
+        own = [found for found, name in state_files(self._folder) if self._deletes(name)]
+        _remove([found for found in own if found.stat().st_mtime_ns >= moment])
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
-        if self._in_parts:
-            _remove(self._file(phase, version) for version in self._versions(phase))
-        elif self._of_rank:
-            _remove([self._file(phase)])
-        elif rank() == 0:
-            _remove(self._common_files(phase))
+        _remove(self._files([phase]))
 
     def drop_all(self, but: Collection[str]) -> None:
-        """Delete the states of all phases but these: of phases under way too, and of those that a kill left over.
+        """Delete the states of all phases but these: of phases under way too, and of those that a kill left over."""
+        _remove([path for path, name in state_files(self._folder) if name.phase not in but and self._deletes(name)])
 
-        Rank zero of replicas deletes those of all.
-        """
-        if self._in_parts or self._of_rank or rank() == 0:
-            own = self._folder.glob(f"*{self._suffix}.safetensors")
-            _remove([path for path in own if _phase_of(path) not in but])
+    def _files(self, phases: Collection[str]) -> list[Path]:
+        """The files of phases that it is for this rank to delete."""
+        return [path for path, name in state_files(self._folder) if name.phase in phases and self._deletes(name)]
 
-    def _common_files(self, phase: str) -> list[Path]:
-        """The file of a phase's state, and those that replicas have left of it, each for itself."""
-        of_ranks = [] if self._of_rank else self._folder.glob(f"{phase}.rank-*-of-*.safetensors")
-        return [self._file(phase), *of_ranks]
+    def _deletes(self, name: StateName) -> bool:
+        """Whether it is for this rank to delete a file: its own, and for rank zero all that are no other rank's."""
+        own_layout = name.ranks == world_size() and (name.version is None) == self._of_rank
+        if self._of_rank or (self._in_parts and own_layout):
+            return own_layout and name.rank == rank()
+        return rank() == 0
 
     def _versions(self, phase: str) -> list[int]:
         """The numbers of the states of a phase of which this rank has saved its part."""
-        found = self._folder.glob(f"{phase}@*{self._suffix}.safetensors")
-        return [int(path.name.removeprefix(f"{phase}@").split(".")[0]) for path in found]
-
-    @property
-    def _suffix(self) -> str:
-        """What the names of this rank's files end with."""
-        return f".rank-{rank()}-of-{world_size()}" if self._of_rank or self._in_parts else ""
+        names = [name for _, name in state_files(self._folder) if name.phase == phase and name.ranks == world_size()]
+        return [name.version for name in names if name.rank == rank() and name.version is not None]
 
     def _file(self, phase: str, version: int | None = None) -> Path:
-        number = "" if version is None else f"@{version}"
-        return self._folder / f"{phase}{number}{self._suffix}.safetensors"
+        place = (rank(), world_size()) if self._of_rank or self._in_parts else ()
+        return self._folder / str(StateName(phase, version, *place))
 
 
-def _phase_of(path: Path) -> str:
-    """The phase whose state a file holds, or this rank's part of it."""
-    return re.sub(r"(@\d+)?(\.rank-\d+-of-\d+)?\.safetensors$", "", path.name)
+def _open(path: Path | None) -> OpenTensors | None:
+    return None if path is None else OpenTensors(path)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -283,60 +281,3 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """CRC-32 over notes and tensors: for damage on a disk, at a few gigabytes a second."""
-    sum_so_far = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sum_so_far = zlib.crc32(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), sum_so_far)
-        if tensor.numel():
-            sum_so_far = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, sum_so_far)
-    return f"{sum_so_far:08x}"
-
-
-class PhaseKeeper:
-    """Saves the state of a phase in progress at intervals of minutes; implements `dualsft.matrix.passes.Keeper`.
-
-    Attributes:
-        name: The name of the state.
-        earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
-        meter: Measures the phase's cost, from its start.
-    """
-
-    def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
-        self._store, self.name, self._seconds = store, f"{phase}.under-way", 60 * minutes
-        self._loaded = store.load(self.name)
-        self._last_save = time.monotonic()
-        self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
-        self.meter: Meter | None = None
-
-    def load(self) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
-        """The state that an earlier, killed run saved; returned once, so that it is not held in memory."""
-        loaded, self._loaded = self._loaded, None
-        return loaded
-
-    def due(self) -> bool:
-        """Whether it is time to save the state again."""
-        return time.monotonic() - self._last_save >= self._seconds
-
-    def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Save the state, with the phase's cost so far; where the disk has no room for it, say so and do without."""
-        assert self.meter is not None
-        if self._store.make_room(sum(tensor.nbytes for tensor in tensors.values()), [self.name]):
-            self._store.save(self.name, tensors, {**notes, **self.meter.so_far()})
-        else:
-            say(f"the disk has no room for the state of the {self.name}: after a kill this phase would start again.")
-        self._last_save = time.monotonic()
-
-    def begin_again(self) -> None:
-        """Discard the saved state, but keep the time spent on it."""
-        assert self.meter is not None
-        self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
-        self.drop()
-
-    def drop(self) -> None:
-        """Discard the saved state."""
-        self._loaded = None
-        self._store.drop(self.name)

@@ -6,7 +6,7 @@ A run resumes from the state at the start of a step, and then takes the same ste
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from dualsft.data.dealing import DealtBatch, extent_of
-from dualsft.data.layout import Batch, split_rows, to_device
+from dualsft.data.layout import Batch, split_rows, to_device, unlabelled
 from dualsft.data.loaders import ResumableLoader
 from dualsft.errors import UserError, is_out_of_memory, shortage
 from dualsft.matrix.nonfinite import all_finite, drop_examples, nonfinite_examples
@@ -24,7 +24,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.offload import Offload, offloads
-from dualsft.sharding.collectives import all_gather, any_rank, has_replicas, world_size
+from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, calls_alone, has_replicas, rank
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
@@ -32,6 +32,19 @@ from dualsft.training.compact import CompactParameters
 BETAS, EPS = (0.9, 0.999), 1e-8
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 OptimizerName = Literal["adamw", "sgd"]
+
+
+class TrainingKeeper(Keeper, Protocol):
+    """Keeps the state of a training under way.
+
+    Attributes:
+        halved: Whether its batches are to be taken in halves.
+    """
+
+    halved: bool
+
+    def halve(self) -> None:
+        """Have all ranks take them in halves when the run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +101,11 @@ class DenseTraining:
         self._compact.write_back_after(self._optimizer)
         self._compact.attach()
         self._parts = 1
+        self._keeper: TrainingKeeper | None = None
         self._batches: Iterable[Batch] = ()
 
     def steps(
-        self, batches: Iterable[Batch], epochs: int, watch: Watch = iter, keeper: Keeper | None = None
+        self, batches: Iterable[Batch], epochs: int, watch: Watch = iter, keeper: TrainingKeeper | None = None
     ) -> Iterator[int]:
         """Take every step that an earlier run has not taken; yield after each how many have been taken in all.
 
@@ -101,8 +115,10 @@ class DenseTraining:
             watch: Wraps the iteration, for progress.
             keeper: Saves the state from time to time, and loads the state of an earlier run.
         """
-        self._batches = batches
+        self._batches, self._keeper = batches, keeper
         first, done, taken = self._resume(keeper.load() if keeper else None)
+        if keeper and keeper.halved:
+            self._parts = 2
         for epoch in range(first, epochs):
             for k, batch in enumerate(watch(_of_epoch(batches, epoch, done)), done):
                 if keeper and any_rank(keeper.due()):
@@ -132,7 +148,7 @@ class DenseTraining:
                 torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
                 self._backward(batch)
         except Exception as error:
-            if not is_out_of_memory(error) or world_size() > 1:  # the other ranks are in the middle of the step
+            if not is_out_of_memory(error) or has_replicas() or not (calls_alone() or self._keeper):
                 raise
             reason = shortage(error)
         else:
@@ -167,12 +183,20 @@ class DenseTraining:
 
     def _backward_in_parts(self, rows: Batch, count: int) -> list[int]:
         bad: list[int] = []
-        for part in split_rows(rows, self._parts):
+        for part in self._split(rows):
             losses = example_losses(self._model, to_device(part, compute_device(self._model)))
             bad += part["example_id"][~losses.detach().isfinite().cpu()].tolist()
             (losses.sum() / count).backward()  # parts and ranks add up to the gradient of the batch's mean
             self._compact.receive()
         return bad
+
+    def _split(self, rows: Batch) -> list[Batch]:
+        """This rank's rows in parts: of shards as many on every rank, some without labels where there are too few."""
+        parts = split_rows(rows, self._parts)
+        if calls_alone() or self._parts == 1:
+            return parts
+        most = all_reduce_max(len(parts))
+        return parts + [unlabelled(parts[-1])] * (most - len(parts))
 
     def _backward_without(self, what: str, batch: Batch, suspects: set[int]) -> None:
         """Begin the step again without the suspects that are not finite alone; refused if none or all are so."""
@@ -219,8 +243,11 @@ class DenseTraining:
         if self._parts > 1:
             what, advice = self._names.what, self._names.advice
             raise UserError(f"Memory ran out in the {what} ({reason}) with half batches already; {advice}.")
-        told = f"memory ran out in the {self._names.what} ({reason}); it goes on in half batches."
-        say(told, of_rank=has_replicas())
+        where = f"ran out in the {self._names.what} ({reason})"
+        if not calls_alone() and self._keeper:  # the other ranks are in the middle of the step
+            self._keeper.halve()
+            raise UserError(f"Memory {where} on rank {rank()}; go on with --resume, which takes its batches in halves.")
+        say(f"memory {where}; it goes on in half batches.", of_rank=has_replicas())
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use

@@ -21,10 +21,10 @@ from dualsft.matrix.passes import gradient_pass
 from dualsft.models import PreTrainedModel
 from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.phase_store import PhaseKeeper
+from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import calls_alone, rank_slice
+from dualsft.sharding.collectives import calls_alone, gather_shards, rank, rank_slice
 
 Loader = Callable[[int, int, slice], Iterable[Batch]]
 """(start, batch_tokens, part) -> the batches from a number on, of at most so many tokens each, over a part of the
@@ -66,12 +66,13 @@ class Passes:
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
-        self._of_rank = run.of_rank()
-        halved = self._of_rank.load(HALVED)
-        self._halved, self.place = halved is not None, ""
+        self._of_rank, self._own, self.place = run.of_rank(), run.own(), ""
         self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []
-        self.batch_tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
+        halved = self._own.load(HALVED)
+        tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
+        self.batch_tokens = min(gather_shards(tokens))
+        self._halved = self.batch_tokens < data.batch_tokens
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
         """Run one `gradient_pass` under a name that the log shows, or load its result if an earlier run finished it.
@@ -117,7 +118,7 @@ class Passes:
                 self._unsaved.append(keeper)
                 return found
             except Exception as error:
-                if not is_out_of_memory(error) or not calls_alone():  # the other ranks are in the middle of the pass
+                if not is_out_of_memory(error):
                     raise
                 reason = shortage(error)
             # outside the handler, whose traceback holds on to the batch
@@ -161,7 +162,10 @@ class Passes:
             self._run.drop(self._saved.pop())
 
     def _restart(self, name: str, reason: str, keeper: PhaseKeeper) -> None:
-        """Prepare to restart the pass with half the batch size, once, if the longest example fits in it."""
+        """Prepare to restart the pass with half the batch size, once, if the longest example fits in it.
+
+        Among shards the others are in the middle of the pass: so the job ends, and does it when it is resumed.
+        """
         for parameter in self._model.parameters():
             parameter.grad = None  # left by the failed backward pass
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
@@ -172,11 +176,15 @@ class Passes:
                 f"Memory ran out in the {name} ({reason}) with batches of {before} tokens, {why}; {ADVICE}."
             )
         self.batch_tokens, self._halved = half, True
-        told = f"memory ran out in the {name} ({reason}); it starts again with batches of {half} tokens, not {before}."
-        say(told, of_rank=True)
+        where = f"ran out in the {name} ({reason})"
         keeper.begin_again()
         # after the state of the larger batches is gone, as halved batches come in another order
-        self._of_rank.save(HALVED, {}, {"batch_tokens": half})
+        self._own.save(HALVED, {}, {"batch_tokens": half})
+        if not calls_alone():
+            raise UserError(
+                f"Memory {where} on rank {rank()}; go on with --resume, which takes batches of {half} tokens."
+            )
+        say(f"memory {where}; it starts again with batches of {half} tokens, not {before}.", of_rank=True)
 
 
 def _key(name: str) -> str:

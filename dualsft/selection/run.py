@@ -50,8 +50,7 @@ from dualsft.selection.tables import example_table, token_table
 from dualsft.selection.terms import make_further_terms, validation_halves, validation_terms
 from dualsft.selection.weight_scores import link_weight_scores, write_weight_scores
 from dualsft.selection.writing import publish, write_selection
-from dualsft.sharding.collectives import all_gather, on_rank_zero, world_size
-from dualsft.sharding.shard_model import is_sharded
+from dualsft.sharding.collectives import all_gather, on_rank_zero
 from dualsft.sharding.shards import compute_device
 from dualsft.storage.writing import writing_to
 
@@ -83,10 +82,8 @@ def run_selection(
         finished = load_selection(run.path)
         on_rank_zero(lambda: run.confirm(inputs, finished.manifest))
         return finished
-    # of each state a rank keeps its shard's part; replicas, like one process, all of it
-    shards = {"shards": world_size()} if world_size() > 1 and is_sharded(model) else {}
     configuration = on_rank_zero(lambda: describe_configuration(module, data))
-    run.claim({**what_scores_rest_on(module, inputs), **configuration, **shards})
+    run.claim({**what_scores_rest_on(module, inputs), **configuration})
     log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError, advising
 from dualsft.models import PreTrainedModel
-from dualsft.models.lazy import LazyTensors
+from dualsft.models.lazy import LazyTensors, named_under, under
 from dualsft.models.loading import model_fingerprint, model_folder
 from dualsft.models.tensor_file import OpenTensors, check_tensors
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.phase_store import PhaseKeeper
+from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.combined_objective import is_combined
 from dualsft.selection.directions import trainable_parameters
@@ -33,7 +33,7 @@ SECOND_MOMENT = "second_moment.safetensors"
 Moments = Mapping[str, Tensor]
 """Parameter name -> ĉ, the bias-corrected second moment; of a sharded model this rank's shard. Read at every use."""
 
-_PHASE, _MOMENTS, _KEPT = "warm-up", "warm-up-second-moment", "warmup"
+_PHASE, _MOMENTS, _KEPT = "warm-up", "warm-up-moments", "warmup"
 _MOMENT = 4
 """Bytes of an entry of ĉ."""
 
@@ -79,7 +79,7 @@ def reach_scoring_checkpoint(
         weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
         run.make_room(sum(w.numel() * (w.element_size() + _MOMENT) for w in weights.values()), [keeper.name])
         if keeps_moments:  # apart from the weights, which are used for longer
-            run.save(_MOMENTS, moments, {})
+            run.save(_MOMENTS, named_under("moment", moments), {})
         del moments
         run.save(_PHASE, weights, log.latest())
     else:
@@ -88,7 +88,7 @@ def reach_scoring_checkpoint(
         log.restore(saved[1])
     keeper.drop()
     kept = run.load(_MOMENTS)
-    moments = kept[0] if kept else {}  # read from their file at every use
+    moments = under("moment", kept[0]) if kept else {}  # read from their file at every use
     if warmup.keep:
         _keep_checkpoint(model, moments, data, run)
     return moments

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
-from dualsft.matrix.passes import Keeper, Watch
+from dualsft.matrix.passes import Watch
 from dualsft.models import PreTrainedModel
-from dualsft.selection.dense_training import DenseTraining, TrainingNames
+from dualsft.selection.dense_training import DenseTraining, TrainingKeeper, TrainingNames
 from dualsft.selection.offload import Offload
 
 ADVICE = (
@@ -82,7 +82,7 @@ def warm_up(
     epochs: int,
     learning_rate: float,
     watch: Watch = iter,
-    keeper: Keeper | None = None,
+    keeper: TrainingKeeper | None = None,
     seed: int = 0,
     offload: Offload = "auto",
 ) -> Mapping[str, Tensor]:

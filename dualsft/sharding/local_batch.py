@@ -4,11 +4,8 @@ It knows what the whole batch holds (`dualsft.data.dealing`), so that counts ove
 order of the batches is that of a single process.
 """
 
-import torch
-
 from dualsft.data.dealing import DealtBatch
-from dualsft.data.layout import Batch, Layout, on_host, select_rows, to_device
-from dualsft.data.supervision import IGNORED
+from dualsft.data.layout import Batch, Layout, on_host, select_rows, to_device, unlabelled
 from dualsft.sharding.collectives import rank_slice, world_size
 
 
@@ -31,4 +28,4 @@ def local_rows(batch: Batch) -> Batch:
     rows = own or all_rows[-1:]
     width = max((first + length for row, first, length in Layout.of(batch).spans if row in rows), default=1)
     part = select_rows(batch, rows, slice(width))
-    return to_device(part if own else {**part, "labels": torch.full_like(part["labels"], IGNORED)}, device)
+    return to_device(part if own else unlabelled(part), device)

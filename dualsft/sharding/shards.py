@@ -36,8 +36,13 @@ def first_row(tensor: Tensor) -> int:
         return 0
     if tuple(tensor.placements) != (Shard(0),):
         raise ValueError(f"only shards along dimension 0 are contiguous, not {tensor.placements}")
-    rows = tensor.shape[0]
-    return min(tensor.device_mesh.get_local_rank() * math.ceil(rows / tensor.device_mesh.size()), rows)
+    return rows_of_rank(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()).start
+
+
+def rows_of_rank(rows: int, rank: int, ranks: int) -> range:
+    """Which rows of a tensor a rank has: as many as any other, but for the last ranks that have some, and none."""
+    size = math.ceil(rows / ranks)
+    return range(min(rank * size, rows), min((rank + 1) * size, rows))
 
 
 def shard_offset(tensor: Tensor) -> int:

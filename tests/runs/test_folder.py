@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from dualsft.errors import UserError
 from dualsft.runs import folder as run_folder
-from dualsft.runs import phase_store
+from dualsft.runs import state_file
 from dualsft.runs.folder import RunFolder, write_atomically
 from dualsft.runs.folder_lock import FolderLock
 from tests.world.faults import KilledError, kill_at
@@ -112,7 +112,7 @@ def test_a_phase_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phase_store, "save_file", broken)
+    monkeypatch.setattr(state_file, "save_file", broken)
     with pytest.raises(KeyboardInterrupt):
         run.save(phase, {}, {})
     assert shown(run.load(phase)) == before
@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_and_not_filled_up(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(phase_store, "save_file", full)
+    monkeypatch.setattr(state_file, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be kept in .*unfinished \(.*No space left.*\); see that it can"):
         run.save("first", {}, {})
     assert names(tmp_path / "run" / ".unfinished") == ["first.safetensors", "lock", "run.json"]

@@ -14,7 +14,8 @@ from dualsft.allocators import Diverse
 from dualsft.errors import UserError
 from dualsft.models.loading import parameter_shapes
 from dualsft.paths import PoolPath, TargetPath
-from dualsft.runs.phase_store import PhaseKeeper, PhaseStore
+from dualsft.runs.phase_keeper import PhaseKeeper
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.scorers import DiagonalFisher
 from dualsft.selection import Warmup, load_selection, passes, scored
 from dualsft.selection.paths.settings import PathSettings
@@ -212,7 +213,7 @@ def test_a_direction_that_is_damaged_takes_the_warm_up_with_it(inputs: Inputs, t
     select(inputs, tmp_path / "unbroken", PRIOR)
     killed_run(inputs, tmp_path / "killed", PRIOR, passes, "gradient_pass", 3)
     state = tmp_path / "killed" / ".unfinished"
-    assert not (state / "warm-up-second-moment.safetensors").exists()
+    assert not (state / "warm-up-moments.safetensors").exists()
     damage_file(state / "validation-direction.safetensors", "flipped")
     select(inputs, tmp_path / "killed", PRIOR, resume=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")

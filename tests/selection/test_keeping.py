@@ -15,9 +15,9 @@ import torch
 from dualsft import SelectionModule, load_selection
 from dualsft.allocators import Diverse
 from dualsft.matrix.model_calls import ModelCalls
-from dualsft.runs import phase_store
+from dualsft.runs import phase_store, state_file
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.phase_store import PhaseKeeper
+from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.scorers import DiagonalFisher, HessianVector
 from dualsft.selection import dense_training, passes
@@ -71,7 +71,7 @@ CASES = {
 }
 KILLS: dict[str, tuple[Any, str]] = {
     "as soon as the state is kept": (PhaseKeeper, "save"),
-    "while the state is written": (phase_store, "save_file"),
+    "while the state is written": (state_file, "save_file"),
 }
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.matrix import module_call, spot_check, tap
-from dualsft.runs.phase_store import PhaseKeeper
+from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.selection import Selection, passes
 from tests.references import assert_same_gradients
 from tests.selection.test_keeping import ALWAYS, resumed_until_done

@@ -136,6 +136,8 @@ def test_a_weight_that_takes_no_part_has_no_second_moment() -> None:
 class Notebook:
     """A keeper that notes what it is given, and has something to begin with."""
 
+    halved = False
+
     def __init__(self, kept: Any = None, due: bool = False) -> None:
         self.kept, self._due = kept, due
         self.notes: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
@@ -151,6 +153,9 @@ class Notebook:
     def save(self, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
         """Keep copies."""
         self.notes.append(({name: value.detach().clone() for name, value in tensors.items()}, notes))
+
+    def halve(self) -> None:
+        """Nobody asks."""
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])

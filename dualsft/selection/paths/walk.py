@@ -18,7 +18,7 @@ from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors, under
 from dualsft.paths import ScoringPath
 from dualsft.runs.folder import RunFolder
-from dualsft.runs.phase_store import PhaseKeeper
+from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.dense_training import DenseTraining, TrainingNames
 from dualsft.selection.directions import trainable_parameters

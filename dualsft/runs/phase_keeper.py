@@ -1,0 +1,63 @@
+"""The state of a phase under way, kept from time to time."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dualsft.runs.phase_store import PhaseStore
+from dualsft.runs.progress import Meter, say
+from dualsft.sharding.collectives import any_shard
+
+
+class PhaseKeeper:
+    """Saves the state of a phase in progress at intervals of minutes; implements `Keeper` of passes and trainings.
+
+    Attributes:
+        name: The name of the state.
+        halved: Whether a rank ran out of memory in it among shards, so that all are to take batches in halves now.
+        earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
+        meter: Measures the phase's cost, from its start.
+    """
+
+    def __init__(self, store: PhaseStore, phase: str, minutes: float) -> None:
+        self._store, self.name, self._seconds = store, f"{phase}.under-way", 60 * minutes
+        self._loaded = store.load_own(self.name)
+        self.halved = any_shard(store.own().load(f"{phase}.halved") is not None)
+        self._last_save = time.monotonic()
+        self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
+        self.meter: Meter | None = None
+
+    def load(self) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """The state that an earlier, killed run saved; returned once, so that it is not held in memory."""
+        loaded, self._loaded = self._loaded, None
+        return loaded
+
+    def due(self) -> bool:
+        """Whether it is time to save the state again."""
+        return time.monotonic() - self._last_save >= self._seconds
+
+    def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Save the state, with the phase's cost so far; where the disk has no room for it, say so and do without."""
+        assert self.meter is not None
+        if self._store.make_room(sum(tensor.nbytes for tensor in tensors.values()), [self.name]):
+            self._store.save(self.name, tensors, {**notes, **self.meter.so_far()})
+        else:
+            say(f"the disk has no room for the state of the {self.name}: after a kill this phase would start again.")
+        self._last_save = time.monotonic()
+
+    def halve(self) -> None:
+        """Have all ranks take batches in halves when the run is resumed; said by one, as the others cannot answer."""
+        self._store.own().save(self.name.replace(".under-way", ".halved"), {}, {})
+
+    def begin_again(self) -> None:
+        """Discard the saved state, but keep the time spent on it."""
+        assert self.meter is not None
+        self.earlier = {**self.meter.so_far(), "examples": 0, "tokens": 0}
+        self.drop()
+
+    def drop(self) -> None:
+        """Discard the saved state."""
+        self._loaded = None
+        self._store.drop(self.name)
