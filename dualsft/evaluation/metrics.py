@@ -40,7 +40,7 @@ class LanguageModelMetrics(torch.nn.Module):
         supervised = Supervised.of(own)
         targets = supervised.targets
 
-        def found(logits: Tensor, where: slice) -> Tensor:
+        def found(logits: Tensor, where: slice, _: object) -> Tensor:
             nll = cross_entropy(logits, targets[where])
             return torch.stack([nll, (logits.argmax(1) == targets[where]).to(nll.dtype)], 1)
 

@@ -128,9 +128,13 @@ class OpenTensors(LazyTensors):
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as checked:  # the header is sound, and the file of its length
             self.metadata: dict[str, str] = checked.metadata() or {}
-        reader = _Reader(path)
-        self.specs = reader.specs
-        super().__init__(self.specs, reader.read)
+        self._reader = _Reader(path)
+        self.specs = self._reader.specs
+        super().__init__(self.specs, self._reader.read)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows (of dimension 0) of a tensor; no others are read."""
+        return self._reader.read(name, range(start, stop))
 
 
 class _Reader:
@@ -145,11 +149,14 @@ class _Reader:
         self.specs = {name: TensorSpec(DTYPES[of["dtype"]], tuple(of["shape"])) for name, of in header.items()}
         self._begins = {name: 8 + length + of["data_offsets"][0] for name, of in header.items()}
 
-    def read(self, name: str) -> Tensor:
-        spec = self.specs[name]
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        spec, begin = self.specs[name], self._begins[name]
+        if rows is not None:
+            begin += rows.start * prod(spec.shape[1:]) * spec.dtype.itemsize
+            spec = TensorSpec(spec.dtype, (len(rows), *spec.shape[1:]))
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         rest = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._stream.seek(self._begins[name])
+        self._stream.seek(begin)
         while rest:  # the system reads up to 2 GiB at a time
             if not (count := self._stream.readinto(rest)):
                 raise ValueError(f"{self._stream.name} ends before {name} does")

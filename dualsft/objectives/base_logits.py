@@ -45,7 +45,7 @@ class BaseLogits:
         """The places of so many tokens after another; one, of nothing, if there are none."""
         return (slice(first, first + tokens) for first in range(0, max(self._count, 1), tokens))
 
-    def _keep(self, logits: Float[Tensor, "chunk vocabulary"], where: slice) -> Float[Tensor, " chunk"]:
+    def _keep(self, logits: Float[Tensor, "chunk vocabulary"], where: slice, _: object) -> Float[Tensor, " chunk"]:
         if not hasattr(self, "_kept"):
             self._kept = self._room(logits)
         self._kept[where].copy_(logits, non_blocking=True)

@@ -37,8 +37,11 @@ LARGEST = 2**28
 KEPT = 2**29
 """Bytes of logits that are kept for backward where they are all that a value needs there, as cross-entropy does."""
 
-Values = Callable[[Float[Tensor, "chunk vocabulary"], slice], Tensor]
-"""f: logits of some supervised tokens, in the model's type, and the place among all of these -> values of each."""
+Values = Callable[[Float[Tensor, "chunk vocabulary"], slice, list[Tensor] | None], Tensor]
+"""f: logits of some supervised tokens, in the model's type, and the place among all of these -> values of each.
+
+Where it is called again with the same logits, for gradients, the list is the one of the first call, for what it may
+want to keep; else it is None."""
 
 
 def supervised_values(
@@ -55,7 +58,7 @@ def supervised_values(
         model: The model.
         batch: Padded or packed, on the model's device.
         supervised: Its supervised tokens.
-        values: f; for gradients it is called twice for a chunk that is computed again.
+        values: f.
         layout: The batch's, for taps on the head.
         kept: Bytes of logits, in the model's type, that are not computed again; at least the last chunk is not.
     """
@@ -69,7 +72,7 @@ def supervised_values(
         output = model(**inputs)
     logits = supervised.pick(output.logits)
     del output  # with the logits of all tokens
-    return values(logits, slice(None))
+    return values(logits, slice(None), None)
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
@@ -114,15 +117,19 @@ class _Chunked:
         again = partial(checkpoint, self._of_chunk, use_reentrant=False)
         firsts = range(0, max(len(hidden), 1), self.chunk)
         chunks = zip(hidden.split(self.chunk), places.split(self.chunk), firsts, strict=True)
-        return torch.cat([(again if chunk[-1] < recomputed else self._of_chunk)(tail, *chunk) for chunk in chunks])
+        return torch.cat(
+            [again(tail, *chunk, []) if chunk[-1] < recomputed else self._of_chunk(tail, *chunk) for chunk in chunks]
+        )
 
     def _tokens_kept(self, hidden: Tensor) -> int:
         """The chunks that begin among the last so many tokens are not computed again."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         return max(self.chunk, self.kept // (hidden.itemsize * vocabulary))
 
-    def _of_chunk(self, tail: Tail, hidden: Tensor, places: Int[Tensor, " token"], first: int) -> Tensor:
+    def _of_chunk(
+        self, tail: Tail, hidden: Tensor, places: Int[Tensor, " token"], first: int, kept: list[Tensor] | None = None
+    ) -> Tensor:
         part = nullcontext() if self.layout is None else self.layout.holding(PartialLayout(self.layout, places))
         with part:
             logits = tail.logits(hidden)
-        return self.values(logits, slice(first, first + len(hidden)))
+        return self.values(logits, slice(first, first + len(hidden)), kept)

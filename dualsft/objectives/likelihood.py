@@ -1,7 +1,5 @@
 """The loss of one example: l_i(θ) = mean negative log-likelihood over its supervised tokens."""
 
-from collections import defaultdict
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,5 +43,5 @@ def example_losses(model: PreTrainedModel, batch: Batch, layout: Layout | None =
 
 
 def _losses_of(supervised: Supervised) -> Values:
-    targets, lse = supervised.targets, defaultdict[int | None, list[Tensor]](list)
-    return lambda logits, where: cross_entropy(logits, targets[where], lse[where.start])
+    targets = supervised.targets
+    return lambda logits, where, kept: cross_entropy(logits, targets[where], kept)

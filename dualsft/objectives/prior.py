@@ -80,7 +80,7 @@ class SelfDistillation(Objective):
     ) -> Float[Tensor, " example"]:
         """The same, given the base model's logits at the batch's supervised tokens."""
 
-        def divergence(logits: Tensor, where: slice) -> Tensor:
+        def divergence(logits: Tensor, where: slice, _: object) -> Tensor:
             p_old = F.softmax(widened(old.at(where, logits.device)) / self.temperature, dim=1)
             crossed = F.cross_entropy(widened(logits) / self.temperature, p_old, reduction="none")
             return crossed - torch.special.entr(p_old).sum(1)

@@ -117,7 +117,7 @@ def _divergence(
 class _HostLogits(BaseLogits):
     """Logits that are kept on another device than the traced one: here they take no room."""
 
-    def _keep(self, logits: Tensor, where: slice) -> Tensor:
+    def _keep(self, logits: Tensor, where: slice, _: object) -> Tensor:
         self._kept = logits.new_empty(1, logits.shape[1])
         return logits[:, 0].clone()
 

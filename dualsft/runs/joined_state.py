@@ -70,6 +70,6 @@ class JoinedState(LazyTensors):
         for part, size in zip(self._parts, sizes, strict=True):
             start, end = max(own.start, first) - first, min(own.stop, first + size) - first
             if start < end:
-                rows.append(part[name][start:end])
+                rows.append(part.rows(name, start, end))
             first += size
-        return torch.cat(rows) if rows else self._parts[0][name][:0]
+        return torch.cat(rows) if rows else self._parts[0].rows(name, 0, 0)

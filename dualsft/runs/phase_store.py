@@ -19,6 +19,7 @@ for both, the older one goes first: then a kill before the new one is complete c
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,14 @@ class PhaseStore:
         moment = max(all_gather(0 if own is None else own.stat().st_mtime_ns))
         layout = world_size() if self._in_parts else 1
 
-        def find() -> list[Path]:
-            while files := latest_of_others(self._folder, phase, layout, moment):
-                reasons = [reason for path in files if (reason := self._damage(path))]
-                if not reasons:
-                    break
-                self._drop_damaged(min(files, key=lambda path: path.stat().st_mtime_ns), reasons[0])
-            return files
-
-        return on_rank_zero(find)
+        while files := on_rank_zero(lambda: latest_of_others(self._folder, phase, layout, moment)):
+            own_share = files[rank() :: world_size()]
+            reasons = [reason for of in all_gather([*map(self._damage, own_share)]) for reason in of if reason]
+            if not reasons:
+                break
+            oldest = min(files, key=lambda path: path.stat().st_mtime_ns)
+            on_rank_zero(partial(self._drop_damaged, oldest, reasons[0]))
+        return files
 
     def _opened(self, find: Callable[[], OpenTensors | JoinedState | None]) -> State | None:
         """What is kept in a state; of a common one, opened by all before rank zero, which is ahead, drops it."""

@@ -24,7 +24,7 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.offload import Offload, offloads
-from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, calls_alone, has_replicas, rank
+from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, calls_alone, has_replicas
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
@@ -246,7 +246,7 @@ class DenseTraining:
         where = f"ran out in the {self._names.what} ({reason})"
         if not calls_alone() and self._keeper:  # the other ranks are in the middle of the step
             self._keeper.halve()
-            raise UserError(f"Memory {where} on rank {rank()}; go on with --resume, which takes its batches in halves.")
+            raise UserError(f"Memory {where}; go on with --resume on as many ranks, with its batches in halves then.")
         say(f"memory {where}; it goes on in half batches.", of_rank=has_replicas())
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done

@@ -24,7 +24,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import calls_alone, gather_shards, rank, rank_slice
+from dualsft.sharding.collectives import calls_alone, gather_shards, rank_slice
 
 Loader = Callable[[int, int, slice], Iterable[Batch]]
 """(start, batch_tokens, part) -> the batches from a number on, of at most so many tokens each, over a part of the
@@ -150,7 +150,8 @@ class Passes:
 
     def _keeper(self, name: str) -> PhaseKeeper:
         """Keeps the state of this rank's work in the pass of a name."""
-        return PhaseKeeper(self._of_rank, _key(name), self._save_minutes)
+        # a state counts batches, which are others where they were not halved yet
+        return PhaseKeeper(self._of_rank, _key(name), self._save_minutes, batch_tokens=self.batch_tokens)
 
     def forget(self, name: str) -> None:
         """Delete the state of a finished pass, whose results are kept elsewhere; what it cost stays in the log."""
@@ -177,8 +178,7 @@ class Passes:
             )
         self.batch_tokens, self._halved = half, True
         where = f"ran out in the {name} ({reason})"
-        keeper.begin_again()
-        # after the state of the larger batches is gone, as halved batches come in another order
+        keeper.begin_again(batch_tokens=half)
         self._own.save(HALVED, {}, {"batch_tokens": half})
         if not calls_alone():
             raise UserError(

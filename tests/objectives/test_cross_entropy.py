@@ -30,10 +30,10 @@ def test_values_and_gradient_are_those_of_torch(dtype: torch.dtype, rounding: fl
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="none")
     (by_torch,) = torch.autograd.grad(expected, exact, weights)
-    lse: list[Tensor] = []
+    kept: list[Tensor] = []
 
-    for _ in range(2):  # the second time from the log-sum-exps of the first, as in checkpointing
-        nll = cross_entropy(logits, targets, lse)
+    for _ in range(2):  # the second time from the values of the first, as in checkpointing
+        nll = cross_entropy(logits, targets, kept)
         (gradient,) = torch.autograd.grad(nll, logits, weights.to(nll.dtype))
 
         assert nll.dtype == widened(logits).dtype

@@ -15,6 +15,7 @@ from dualsft import SelectionModule
 from dualsft.errors import UserError
 from dualsft.matrix import module_call, spot_check, tap
 from dualsft.runs.phase_keeper import PhaseKeeper
+from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Selection, passes
 from tests.references import assert_same_gradients
 from tests.selection.test_keeping import ALWAYS, resumed_until_done
@@ -153,6 +154,7 @@ def test_a_gradient_left_half_done_is_dropped(
     assert_same_scores(found, plain["two"])
 
 
+@pytest.mark.usefixtures("plain")  # torch compiles what forward-mode derivatives take when they are first asked for
 def test_the_failed_attempt_is_out_of_memory_before_the_next(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +280,15 @@ def test_a_kill_while_the_batches_are_halved(
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
+def test_a_state_of_larger_batches_is_not_taken_up(inputs: Inputs, tmp_path: Path, plain: dict[str, Selection]) -> None:
+    """Other ranks, or another strategy, may have halved the batches meanwhile: its number of batches means nothing."""
+    killed_run(inputs, tmp_path / "killed", {**SGD, **ALWAYS}, PhaseKeeper, "save", 3, True)
+    PhaseStore(tmp_path / "killed" / ".unfinished").save(passes.HALVED, {}, {"batch_tokens": 50})
+    found = select(inputs, tmp_path / "killed", {**SGD, **ALWAYS}, resume=True)
+    assert found.manifest["scoring_batch_tokens"] == 50
+    assert_same_scores(found, plain["one"])
+
+
 def test_what_a_failed_attempt_cost_is_told(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time counts in its phase, its examples do not: they are passed again."""
     trap = Shortage(SHORTAGES["host"], 5)
@@ -285,8 +296,8 @@ def test_what_a_failed_attempt_cost_is_told(inputs: Inputs, tmp_path: Path, monk
     begun: list[float] = []
     original = PhaseKeeper.begin_again
 
-    def noting(keeper: PhaseKeeper) -> None:
-        original(keeper)
+    def noting(keeper: PhaseKeeper, **about: Any) -> None:
+        original(keeper, **about)
         begun.append(keeper.earlier["seconds"])
 
     monkeypatch.setattr(PhaseKeeper, "begin_again", noting)

@@ -185,6 +185,8 @@ def walk(
         PhaseKeeper(run, key, settings.save_minutes).drop()
         return RecordedPath(run, key, saved[1]["steps"], trained.learning_rate)
     keeper = PhaseKeeper(run, key, settings.save_minutes)
+    if not keeper.earlier:
+        _begin(run, key, keeper)
     advance = _advance(model, settings, trained, keeper, seed)
     points: list[int] = []
     try:
@@ -274,6 +276,16 @@ def _drop_damaged(run: RunFolder, key: str) -> None:
     """Read every point that an earlier run kept: a damaged one is dropped now, with all states that rest on it."""
     point = 0
     while run.load(_point(key, point)) is not None:
+        point += 1
+
+
+def _begin(run: RunFolder, key: str, keeper: PhaseKeeper) -> None:
+    """Drop what other ranks have left of the walk: its points would be of a training that goes on from another step."""
+    keeper.drop()
+    point = 0
+    while run.load(_point(key, point)) is not None:
+        if run.load_own(_point(key, point)) is None:
+            run.drop(_point(key, point))
         point += 1
 
 
