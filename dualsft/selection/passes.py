@@ -182,7 +182,7 @@ class Passes:
         self._own.save(HALVED, {}, {"batch_tokens": half})
         if not calls_alone():
             raise UserError(
-                f"Memory {where} on rank {rank()}; go on with --resume, which takes batches of {half} tokens."
+                f"Memory {where}; go on with --resume on as many ranks, with batches of {half} tokens then."
             )
         say(f"memory {where}; it starts again with batches of {half} tokens, not {before}.", of_rank=True)
 
