@@ -18,8 +18,8 @@ class BatchPlan(Sequence[Any]):
 
     def __init__(
         self,
-        order: Int[np.ndarray, "slot"],
-        sizes: Int[np.ndarray, "batch"],
+        order: Int[np.ndarray, " slot"],
+        sizes: Int[np.ndarray, " batch"],
         chosen: Int[np.ndarray, "taken"] | None = None,
     ) -> None:
         self._order, self._sizes, self._ends = order, sizes, np.cumsum(sizes)
@@ -34,6 +34,6 @@ class BatchPlan(Sequence[Any]):
         batch = self._chosen[place]
         return self._order[self._ends[batch] - self._sizes[batch] : self._ends[batch]].tolist()
 
-    def taken(self, chosen: Int[np.ndarray, "other"]) -> "BatchPlan":
+    def taken(self, chosen: Int[np.ndarray, " other"]) -> "BatchPlan":
         """The batches of these numbers in `order`, in their order."""
         return BatchPlan(self._order, self._sizes, chosen)

@@ -59,7 +59,7 @@ def length_batches(
 
 
 def _sizes(
-    lengths: Int[np.ndarray, "example"], order: Int[np.ndarray, "chosen"], batch_tokens: int, batch_size: int | None
+    lengths: Int[np.ndarray, " example"], order: Int[np.ndarray, " chosen"], batch_tokens: int, batch_size: int | None
 ) -> list[int]:
     """How many of the ids, the longest first, each batch takes."""
     sizes: list[int] = []
@@ -157,8 +157,8 @@ class TrainingBatches(Sampler[BatchIds]):
 
 
 def _in_windows(
-    lengths: Int[np.ndarray, "example"],
-    windows: Iterable[Int[np.ndarray, "window"]],
+    lengths: Int[np.ndarray, " example"],
+    windows: Iterable[Int[np.ndarray, " window"]],
     batch_tokens: int,
     batch_size: int,
 ) -> BatchPlan:

@@ -68,8 +68,8 @@ class Deal:
     """
 
     part: slice
-    lengths: Int[np.ndarray, "example"]
-    num_tokens: Int[np.ndarray, "example"]
+    lengths: Int[np.ndarray, " example"]
+    num_tokens: Int[np.ndarray, " example"]
 
 
 class DealtRowLists(Dataset[Any]):

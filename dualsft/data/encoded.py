@@ -35,9 +35,9 @@ class Encoded:
     """What encoding makes of n records; the columns are those of `dualsft.data.examples.Examples`."""
 
     dataset: "datasets.Dataset"
-    status: Int8[np.ndarray, "example"]
-    num_tokens: Int[np.ndarray, "example"]
-    lengths: Int[np.ndarray, "example"]
+    status: Int8[np.ndarray, " example"]
+    num_tokens: Int[np.ndarray, " example"]
+    lengths: Int[np.ndarray, " example"]
     remarks: tuple[str, ...]
 
 
@@ -131,6 +131,6 @@ class _Rows:
         return tuple(np.concatenate(column) for column in self._columns)
 
 
-def _lists(values: Int[np.ndarray, "token"], lengths: Int[np.ndarray, "example"]) -> pa.ListArray:
+def _lists(values: Int[np.ndarray, " token"], lengths: Int[np.ndarray, " example"]) -> pa.ListArray:
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

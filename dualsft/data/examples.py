@@ -46,9 +46,9 @@ class Examples:
     """
 
     dataset: "datasets.Dataset"
-    status_codes: Int8[np.ndarray, "example"]
-    num_tokens: Int[np.ndarray, "example"]
-    lengths: Int[np.ndarray, "example"]
+    status_codes: Int8[np.ndarray, " example"]
+    num_tokens: Int[np.ndarray, " example"]
+    lengths: Int[np.ndarray, " example"]
     records: Records
     remarks: tuple[str, ...] = ()
     status_names: tuple[str, ...] = STATUSES
@@ -61,7 +61,7 @@ class Examples:
         """The name of each example's status, anew at every use."""
         return tuple(np.array(self.status_names, dtype=object)[self.status_codes])
 
-    def is_ok(self) -> Bool[np.ndarray, "example"]:
+    def is_ok(self) -> Bool[np.ndarray, " example"]:
         """Whether each example has labels."""
         return self.status_codes == 0
 

@@ -27,7 +27,7 @@ class Lines:
     """
 
     def __init__(
-        self, raw: bytearray | mmap.mmap, ends: Int[np.ndarray, "line"], numbers: Int[np.ndarray, "line"]
+        self, raw: bytearray | mmap.mmap, ends: Int[np.ndarray, " line"], numbers: Int[np.ndarray, " line"]
     ) -> None:
         self._raw, self._ends, self._numbers = raw, ends, numbers
 

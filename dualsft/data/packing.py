@@ -84,7 +84,7 @@ def pack_rows(lengths: Lengths, ids: Ids, row_tokens: int, max_examples: int | N
     return rows
 
 
-def longest_first(lengths: Int[np.ndarray, "example"], ids: Ids) -> Int[np.ndarray, "chosen"]:
+def longest_first(lengths: Int[np.ndarray, " example"], ids: Ids) -> Int[np.ndarray, " chosen"]:
     """The ids by length, the longest first and ties in order of id."""
     chosen = np.asarray(ids, dtype=np.int64)
     return chosen[np.lexsort((chosen, -lengths[chosen]))]
@@ -161,7 +161,7 @@ def few_packed_batches(
 
 
 def _balanced_rows(
-    lengths: Int[np.ndarray, "example"], batch_tokens: int, row_tokens: int, ids: list[int]
+    lengths: Int[np.ndarray, " example"], batch_tokens: int, row_tokens: int, ids: list[int]
 ) -> list[Row]:
     """Few rows of nearly equal length for one batch; none if such rows would exceed a limit."""
     fewest = max(1, -(-_tokens(lengths, ids) // row_tokens))
@@ -176,7 +176,7 @@ def _balanced_rows(
 
 
 def _balanced(
-    lengths: Int[np.ndarray, "example"], ids: Ids, count: int, max_examples: int | None = None
+    lengths: Int[np.ndarray, " example"], ids: Ids, count: int, max_examples: int | None = None
 ) -> list[list[int]]:
     """Distributes examples over at most ``count`` parts, the longest first, each to the part with the fewest tokens."""
     parts: list[list[int]] = [[] for _ in range(count)]
@@ -189,5 +189,5 @@ def _balanced(
     return [part for part in parts if part]
 
 
-def _tokens(lengths: Int[np.ndarray, "example"], ids: Ids) -> int:
+def _tokens(lengths: Int[np.ndarray, " example"], ids: Ids) -> int:
     return int(lengths[np.asarray(ids, dtype=np.int64)].sum())

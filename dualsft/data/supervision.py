@@ -32,11 +32,11 @@ class Chunk:
         remarks: Sentences on what a user should know of them.
     """
 
-    input_ids: Int[np.ndarray, "token"]
-    labels: Int[np.ndarray, "token"]
-    lengths: Int[np.ndarray, "example"]
-    num_tokens: Int[np.ndarray, "example"]
-    status: Int8[np.ndarray, "example"]
+    input_ids: Int[np.ndarray, " token"]
+    labels: Int[np.ndarray, " token"]
+    lengths: Int[np.ndarray, " example"]
+    num_tokens: Int[np.ndarray, " example"]
+    status: Int8[np.ndarray, " example"]
     remarks: tuple[str, ...] = ()
 
 
@@ -118,8 +118,8 @@ def _close(ids: list[int], offsets: _Offsets, text: str, tokenizer: PreTrainedTo
 
 
 def _supervised(
-    rendered: Sequence[Rendered], offsets: list[_Offsets], sizes: Int[np.ndarray, "example"]
-) -> tuple[Bool[np.ndarray, "token"], Bool[np.ndarray, "token"]]:
+    rendered: Sequence[Rendered], offsets: list[_Offsets], sizes: Int[np.ndarray, " example"]
+) -> tuple[Bool[np.ndarray, " token"], Bool[np.ndarray, " token"]]:
     """Marks the tokens of supervised text, and the end-of-sequence tokens that close such text."""
     lengths = np.array([len(example.text) for example in rendered], dtype=np.int64)
     base = np.cumsum(lengths + 1) - (lengths + 1)  # one character more: the place of the end-of-sequence token
@@ -142,8 +142,8 @@ def _supervised(
 
 
 def _token_ranges(
-    offsets: list[_Offsets], sizes: Int[np.ndarray, "example"]
-) -> tuple[Int[np.ndarray, "token"], Int[np.ndarray, "token"]]:
+    offsets: list[_Offsets], sizes: Int[np.ndarray, " example"]
+) -> tuple[Int[np.ndarray, " token"], Int[np.ndarray, " token"]]:
     """Start and end of each token within its text.
 
     Some byte-level tokenizers trim white space off the ranges that they report, so that a token of spaces has an empty
@@ -156,12 +156,12 @@ def _token_ranges(
     return np.where(start == end, np.minimum(previous, start), start), end
 
 
-def _positions(sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "token"]:
+def _positions(sizes: Int[np.ndarray, " example"]) -> Int[np.ndarray, " token"]:
     ends = np.cumsum(sizes)
     return np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes)
 
 
-def _row_sums(mask: Bool[np.ndarray, "token"], sizes: Int[np.ndarray, "example"]) -> Int[np.ndarray, "example"]:
+def _row_sums(mask: Bool[np.ndarray, " token"], sizes: Int[np.ndarray, " example"]) -> Int[np.ndarray, " example"]:
     total = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask)])
     ends = np.cumsum(sizes)
     return total[ends] - total[ends - sizes]
