@@ -80,7 +80,8 @@ def test_modules_that_name_shapes_are_checked() -> None:
 def test_functions_that_name_shapes_are_checked() -> None:
     """However deep in an annotation the shape is; others, which mypy checks, are left as they are."""
     decorate = jaxtyped_with_shapes(typechecker=checked)
-    shaped: list[Any] = [Float[Tensor, "n"], list[Float[Tensor, " n"]] | None, dict[str, tuple[Float[Tensor, " n"], int]]]
+    shape = Float[Tensor, " n"]
+    shaped: list[Any] = [shape, list[shape] | None, dict[str, tuple[shape, int]]]
     for function in (unwrap(adder(hint, 0.0)) for hint in shaped):
         assert decorate(function) is not function
     plain: list[Any] = [int, Tensor, Callable[[int], Tensor], tuple[int, ...]]
