@@ -68,7 +68,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _parts(logits: Float[Tensor, "token vocabulary"]) -> Iterator[slice]:
     """Slices of tokens that are taken at a time."""
-    device = "meta" if isinstance(logits, FakeTensor) else logits.device.type  # a plan has no cache, and no time
+    # what is traced for a plan has no cache, and each operation takes time
+    device = "meta" if isinstance(logits, FakeTensor) else logits.device.type
     largest = _AT_A_TIME.get(device, _AT_A_TIME_ELSEWHERE)
     tokens = max(1, largest // (4 * logits.shape[1]))
     return (slice(first, first + tokens) for first in range(0, len(logits), tokens))

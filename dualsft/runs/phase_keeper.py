@@ -25,11 +25,12 @@ class PhaseKeeper:
     def __init__(self, store: PhaseStore, phase: str, minutes: float, **about: Any) -> None:
         self._store, self.name, self._seconds = store, f"{phase}.under-way", 60 * minutes
         self._loaded, self.about = store.load_own(self.name), about
-        self.halved = any_shard(store.own().load(f"{phase}.halved") is not None)
+        self._mark = f"{phase}.halved"
+        self.halved = any_shard(store.own().load(self._mark) is not None)
         self._last_save = time.monotonic()
         self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
         self.meter: Meter | None = None
-        if any(self.earlier.get(key) != value for key, value in about.items()) and self.earlier:
+        if self.earlier and any(self.earlier.get(key) != value for key, value in about.items()):
             self.earlier = {**self.earlier, "examples": 0, "tokens": 0}
             self.drop()
 
@@ -53,7 +54,7 @@ class PhaseKeeper:
 
     def halve(self) -> None:
         """Have all ranks take batches in halves when the run is resumed; said by one, as the others cannot answer."""
-        self._store.own().save(self.name.replace(".under-way", ".halved"), {}, {})
+        self._store.own().save(self._mark, {}, {})
 
     def begin_again(self, **about: Any) -> None:
         """Discard the saved state, but keep the time spent on it; what comes now is about this."""

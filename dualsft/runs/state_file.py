@@ -1,8 +1,10 @@
-"""A file of a phase's state: named tensors, notes, and a checksum of both; and what its name says.
+"""A file of a phase's state: named tensors, notes, and a checksum of both.
 
-PHASE.safetensors                      one process, or replicas together
-PHASE@V.rank-R-of-N.safetensors        one of N ranks with shards; V counts the states of a phase
-PHASE.rank-R-of-N.safetensors          one rank by itself
+Its name says whose state it is:
+
+    PHASE.safetensors                      one process's, or that of all replicas
+    PHASE@V.rank-R-of-N.safetensors        a part, of one of N ranks with shards; V counts the states of a phase
+    PHASE.rank-R-of-N.safetensors          one rank's by itself
 """
 
 import json

@@ -59,29 +59,7 @@ def reach_scoring_checkpoint(
     keeper = PhaseKeeper(run, _PHASE, settings.save_minutes)
     keeps_moments = settings.needs_second_moment_of_warmup or warmup.keep
     if (saved := _finished(run, keeps_moments and not is_combined(run))) is None:
-        on_rank_zero(lambda: shutil.rmtree(run.path / _KEPT, ignore_errors=True))  # of a state that was dropped
-        ids = warmup.draw(data.train_examples.ok_ids(), seed)
-        loader = data.training_loader(ids, seed, part=rows_to_read())
-        with (
-            advising("in the warm-up", ADVICE),
-            log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
-        ):
-            moments = warm_up(
-                model,
-                loader,
-                warmup.epochs,
-                warmup.learning_rate,
-                keeper.meter,
-                keeper,
-                seed,
-                settings.offload_optimizer,
-            )
-        weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
-        run.make_room(sum(w.numel() * (w.element_size() + _MOMENT) for w in weights.values()), [keeper.name])
-        if keeps_moments:  # apart from the weights, which are used for longer
-            run.save(_MOMENTS, named_under("moment", moments), {})
-        del moments
-        run.save(_PHASE, weights, log.latest())
+        _warm_up(model, settings, data, run, log, seed, keeper, keeps_moments)
     else:
         for name, parameter in model.named_parameters():
             local_shard(parameter.detach()).copy_(saved[0][f"weight:{name}"])
@@ -92,6 +70,43 @@ def reach_scoring_checkpoint(
     if warmup.keep:
         _keep_checkpoint(model, moments, data, run)
     return moments
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    settings: SelectionSettings,
+    data: InstructionDataModule,
+    run: RunFolder,
+    log: PhaseLog,
+    seed: int,
+    keeper: PhaseKeeper,
+    keeps_moments: bool,
+) -> None:
+    """Bring the model to θ by a warm-up, and save θ and, where it is wanted, ĉ."""
+    warmup = settings.warmup
+    on_rank_zero(lambda: shutil.rmtree(run.path / _KEPT, ignore_errors=True))  # of a state that was dropped
+    ids = warmup.draw(data.train_examples.ok_ids(), seed)
+    loader = data.training_loader(ids, seed, part=rows_to_read())
+    with (
+        advising("in the warm-up", ADVICE),
+        log.phase(_PHASE, len(ids) * warmup.epochs, keeper.earlier, dealt=False) as keeper.meter,
+    ):
+        moments = warm_up(
+            model,
+            loader,
+            warmup.epochs,
+            warmup.learning_rate,
+            keeper.meter,
+            keeper,
+            seed,
+            settings.offload_optimizer,
+        )
+    weights = {f"weight:{name}": local_shard(p.detach()) for name, p in model.named_parameters()}
+    run.make_room(sum(w.numel() * (w.element_size() + _MOMENT) for w in weights.values()), [keeper.name])
+    if keeps_moments:  # apart from the weights, which are used for longer
+        run.save(_MOMENTS, named_under("moment", moments), {})
+    del moments
+    run.save(_PHASE, weights, log.latest())
 
 
 def _finished(run: RunFolder, needs_moments: bool) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:

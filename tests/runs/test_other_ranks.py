@@ -87,7 +87,7 @@ def test_a_damaged_part_is_dropped_with_what_rests_on_it(tmp_path: Path, capsys:
     os.utime(second, (20, 20))
     assert version_of(tmp_path) == 1
     assert f"{second} is damaged" in capsys.readouterr().err
-    left = {str(name.phase) for path in tmp_path.iterdir() if (name := StateName.of(path))}
+    left = {name.phase for path in tmp_path.iterdir() if (name := StateName.of(path))}
     assert left == {"earlier", "pass"}
 
 

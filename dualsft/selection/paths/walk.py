@@ -186,7 +186,8 @@ def walk(
         return RecordedPath(run, key, saved[1]["steps"], trained.learning_rate)
     keeper = PhaseKeeper(run, key, settings.save_minutes)
     if not keeper.earlier:
-        _begin(run, key, keeper)
+        keeper.drop()
+        _drop_points_of_other_ranks(run, key)
     advance = _advance(model, settings, trained, keeper, seed)
     points: list[int] = []
     try:
@@ -279,9 +280,8 @@ def _drop_damaged(run: RunFolder, key: str) -> None:
         point += 1
 
 
-def _begin(run: RunFolder, key: str, keeper: PhaseKeeper) -> None:
-    """Drop what other ranks have left of the walk: its points would be of a training that goes on from another step."""
-    keeper.drop()
+def _drop_points_of_other_ranks(run: RunFolder, key: str) -> None:
+    """Drop the points that another number of ranks has kept, of a walk that begins again: it rounds otherwise."""
     point = 0
     while run.load(_point(key, point)) is not None:
         if run.load_own(_point(key, point)) is None:
