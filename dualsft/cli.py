@@ -111,7 +111,7 @@ def main(run: Callable[[Sequence[str]], None] = run) -> None:
             run(arguments)
         except (Exception, KeyboardInterrupt) as error:
             from dualsft.commands.messages import explanation, is_told_by_another_rank  # imports torch
-            from dualsft.sharding.collectives import is_distributed
+            from dualsft.sharding.groups import is_distributed
             from dualsft.sharding.last_words import leave_job
 
             explained = explanation(error)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dualsft.commands.sentences import causes, plainly
 from dualsft.commands.terminal import one_line
 from dualsft.errors import UserError, clipped, is_lost_contact, is_out_of_memory, shortage
-from dualsft.sharding.collectives import is_rank_zero, rank
+from dualsft.sharding.collectives import is_rank_zero
+from dualsft.sharding.groups import rank
 from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
 
 LOST_CONTACT = (

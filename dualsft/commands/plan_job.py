@@ -1,12 +1,13 @@
 """The job that a configuration of select or of fit describes, without its data, its weights or its trainer made."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.strategies import StrategyRegistry
 
 from dualsft.allocators.structured import Structured
 from dualsft.commands.keys import knows
@@ -21,7 +22,7 @@ from dualsft.plans.passes import Running
 from dualsft.plans.shape import named_shape
 from dualsft.selection import load_selection
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.strategy import DDP
+from dualsft.sharding.strategy import DDP, FSDP2, RANKS, checked_shard_size
 
 _HALF = ("bf16", "bf16-mixed")
 _PROBE = 1024
@@ -120,17 +121,24 @@ def _machine(trainer: Namespace, memory: int | None) -> Machine:
     if not isinstance(count, int) or count < 1:
         raise UserError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8.")
     ranks = count * int(trainer.num_nodes)
-    name = strategy if isinstance(strategy, str) else ""
-    kind = getattr(strategy, "class_path", "")
-    replicas = name == "ddp" or kind == f"{DDP.__module__}.{DDP.__name__}"
-    if ranks > 1 and not (replicas or name.startswith("fsdp2") or kind.endswith("FSDP2")):
+    kind, options = _strategy(strategy)
+    if ranks > 1 and kind is None:
         raise UserError(
-            f"The trainer has {ranks} devices and the strategy {name or strategy!r}; set trainer.strategy to ddp, "
-            "under which each holds all weights, or to fsdp2, which shards them."
+            f"The trainer has {ranks} devices and the strategy {getattr(strategy, 'class_path', strategy)!r}; set "
+            "trainer.strategy to ddp, under which each holds all weights, or to fsdp2, which shards them."
         )
-    init_args = {} if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
-    offload = name.endswith("offload") or bool(init_args.get("cpu_offload", False))
-    return Machine(_device(trainer), ranks, offload, memory, replicas)
+    size = 1 if kind is not FSDP2 else checked_shard_size(options.get("shard_size"), count, ranks)
+    return Machine(_device(trainer), ranks, bool(options.get("cpu_offload")), memory, ranks // size)
+
+
+def _strategy(strategy: str | Namespace) -> tuple[type | None, Mapping[str, Any]]:
+    """Which of our strategies is asked for, and its options; None for any other."""
+    if isinstance(strategy, str):
+        registered = StrategyRegistry.get(strategy) if strategy in StrategyRegistry else {}
+        kind = DDP if strategy == "ddp" else registered.get("strategy")
+        return kind if kind in RANKS else None, registered.get("init_params", {})
+    names = {f"{kind.__module__}.{kind.__name__}": kind for kind in RANKS}
+    return names.get(strategy.class_path), strategy.get("init_args") or {}
 
 
 def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tuple[float, bool, float]:

@@ -17,7 +17,8 @@ from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import embedding_rows, learned_positions
 from dualsft.models.rope import has_separate_frequencies
-from dualsft.sharding.collectives import all_gather, calls_alone, rank_slice, world_size
+from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.groups import calls_alone, rank_slice, world_size
 from dualsft.training.compilation import uncompiled
 
 

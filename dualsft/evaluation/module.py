@@ -15,7 +15,7 @@ from dualsft.models.inspection import check_examples
 from dualsft.models.loading import Dtype
 from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
-from dualsft.sharding.collectives import rank_slice
+from dualsft.sharding.groups import rank_slice
 from dualsft.sharding.strategy import load_for
 
 

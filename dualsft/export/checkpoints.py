@@ -34,7 +34,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.loading import Dtype, empty_model, load_model, model_fingerprint, model_folder
 from dualsft.models.stored import Weights, has_own_names, loaded_weights, parameter_weights, stored_weights
 from dualsft.models.tensor_file import write_tensors
-from dualsft.sharding.collectives import world_size
+from dualsft.sharding.groups import world_size
 from dualsft.sharding.save import save_sharded
 from dualsft.sharding.shard_model import is_sharded
 

@@ -19,7 +19,8 @@ from dualsft.finetune.module import MaskedFinetuneModule
 from dualsft.models.loading import model_folder
 from dualsft.models.stored import has_own_names, parameter_weights, stored_rows, stored_weights, weights_of
 from dualsft.selection.manifest import PUBLISHED
-from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero, rank
+from dualsft.sharding.collectives import any_rank, on_all_ranks, on_rank_zero
+from dualsft.sharding.groups import rank
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import first_row, local_shard
@@ -93,7 +94,7 @@ def _base_rows(module: MaskedFinetuneModule) -> Callable[[str], Tensor]:
     if not has_own_names(stored):
         mesh = module.device_mesh
         assert mesh is not None
-        base = load_sharded(module.model_name_or_path, mesh["data_parallel"], module.dtype_name, cpu_offload=True)
+        base = load_sharded(module.model_name_or_path, mesh, module.dtype_name, cpu_offload=True)
         rows = {name: local_shard(weight.detach()) for name, weight in base.named_parameters()}
         return rows.__getitem__
 

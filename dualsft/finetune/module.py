@@ -45,7 +45,8 @@ from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
 from dualsft.selection import Selection, load_selection
 from dualsft.selection.remedies import remedies_by_key
-from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.groups import world_size
 from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.strategy import load_for
 from dualsft.training.compact import CompactParameters

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from dualsft.errors import UserError
 from dualsft.runs.progress import say
-from dualsft.sharding.collectives import has_replicas, world_size
+from dualsft.sharding.groups import calls_alone, world_size
 
 
 def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter], accumulated: int) -> Optimizer:
@@ -33,7 +33,7 @@ def make_optimizer(factory: OptimizerCallable, parameters: Iterable[nn.Parameter
         raise UserError(f"The optimizer cannot be made: {error}{shape}.") from error
     if isinstance(optimizer, SparseAdam):
         raise UserError("SparseAdam takes sparse gradients alone, and those of a language model are dense; give Adam.")
-    if isinstance(optimizer, LBFGS if has_replicas() else (LBFGS, Adafactor)) and world_size() > 1:
+    if isinstance(optimizer, LBFGS if calls_alone() else (LBFGS, Adafactor)) and world_size() > 1:
         raise UserError(
             f"{type(optimizer).__name__} works with norms and products of whole tensors, of which each rank has a "
             "part; give an optimizer that works entry by entry, such as AdamW, or set trainer.devices to 1."

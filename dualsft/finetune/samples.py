@@ -23,7 +23,7 @@ from dualsft.evaluation.generation import generate_answers, last_turn
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import learned_positions
 from dualsft.runs.progress import say
-from dualsft.sharding.collectives import rank
+from dualsft.sharding.groups import rank
 from dualsft.storage.json_lines import json_lines
 from dualsft.storage.writing import write_atomically
 

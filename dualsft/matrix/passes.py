@@ -9,7 +9,8 @@ and is repeated without them.
 
 A killed run's pass resumes from the state that was kept between two batches. Each rank of a sharded model passes over
 batches of its own (`model_calls.py`); the examples' results are gathered in the end, and the sums stay shards. Replicas
-of a model need nothing of each other until then: their sums are added up once, when all have passed over their batches.
+of a model, full or sharded, need nothing of each other until then: their sums are added up once, when all have passed
+over their batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from dualsft.matrix.sketches import LOSS, ExampleStatistics, Measurement, sketch
 from dualsft.matrix.spot_check import spot_check
 from dualsft.models import PreTrainedModel
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import add_up_replicas, all_reduce_sum, any_shard
+from dualsft.sharding.collectives import add_up_replicas, any_shard, sum_of_shards
 from dualsft.sharding.lockstep import CallKind
 from dualsft.sharding.shards import compute_device, shard_copy
 from dualsft.sharding.unit_gather import UnitGather
@@ -126,7 +127,7 @@ def gradient_pass(
             result.share()
             add_up_replicas(result.sums.values())
         if shards:
-            result.sums = {name: shard_copy(all_reduce_sum(s), shards[name]) for name, s in result.sums.items()}
+            result.sums = {name: shard_copy(sum_of_shards(s), shards[name]) for name, s in result.sums.items()}
         return result
 
 

@@ -22,17 +22,22 @@ class Machine:
 
     Attributes:
         device: ``cuda`` or ``cpu``.
-        ranks: How many processes share the weights, or the work.
+        ranks: How many processes share the work.
         offload: Whether shards are stored on the host.
         memory: Bytes of a device, if known.
-        replicas: Whether each process holds all weights.
+        replicas: How many copies of the weights they hold, each shared by as many.
     """
 
     device: str = "cuda"
     ranks: int = 1
     offload: bool = False
     memory: int | None = None
-    replicas: bool = False
+    replicas: int = 1
+
+    @property
+    def shards(self) -> int:
+        """How many processes share one copy of the weights."""
+        return self.ranks // self.replicas
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ class Job:
     @property
     def shards(self) -> Shards:
         """What a rank holds of the weights."""
-        ranks = 1 if self.machine.replicas else self.machine.ranks
-        return Shards(self.shape, ranks, ranks > 1 or self.machine.offload)
+        shards = self.machine.shards
+        return Shards(self.shape, shards, shards > 1 or self.machine.offload)
 
     @property
     def scoring(self) -> BatchShape:

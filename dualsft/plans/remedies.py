@@ -96,7 +96,7 @@ def _of_selection(job: SelectJob) -> Iterator[tuple[str, str, Job]]:
 
 def _by_ranks(job: Job, memory: int) -> Iterator[Remedy]:
     """The fewest ranks that fit with the weights in shards, in powers of two times those that there are."""
-    ranks = job.machine.ranks * (1 if job.machine.replicas and job.machine.ranks > 1 else 2)
+    ranks = job.machine.ranks * (1 if job.machine.replicas > 1 else 2)
     while ranks <= _MOST_RANKS:
         remedy = _after(*_on(job, ranks))
         if remedy.peak <= memory or ranks == _MOST_RANKS:
@@ -106,6 +106,6 @@ def _by_ranks(job: Job, memory: int) -> Iterator[Remedy]:
 
 
 def _on(job: Job, ranks: int) -> tuple[str, str, Job]:
-    spread = replace(job, machine=replace(job.machine, ranks=ranks, offload=False, replicas=False))
+    spread = replace(job, machine=replace(job.machine, ranks=ranks, offload=False, replicas=1))
     cost = "each batch crosses the network" if ranks == job.machine.ranks else "more cards"
     return f"trainer.devices {ranks} and trainer.strategy fsdp2", cost, spread

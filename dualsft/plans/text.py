@@ -27,7 +27,9 @@ def heading(job: Job) -> str:
     where = counted(machine.ranks, kind) if machine.ranks == 1 or machine.device == "cuda" else f"{machine.ranks} CPUs"
     shared = ", weights stored on the host" if machine.offload else ""
     if machine.ranks > 1 and not machine.offload:
-        shared = ", all weights on each" if machine.replicas else ", weights shared"
+        shared = ", all weights on each" if machine.shards == 1 else ", weights shared"
+    if 1 < machine.replicas < machine.ranks:
+        shared += f" by {machine.shards} each"
     return (
         f"{what} of {shape.name}: {short(shape.count)} weights in {dtype}, on {where}{shared}\n"
         f"Largest batch of a rank: {_batch(batch, job)}{_trained(job)}"

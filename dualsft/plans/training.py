@@ -107,7 +107,7 @@ def _export(job: FitJob, training: Phase) -> Phase:
     """The export of shards: rank zero gathers all changes, where a single process compares one tensor after another."""
     shape, machine = job.shape, job.machine
     changes = job.trained.share * sum(weight.size * (_PLACE + weight.itemsize) for weight in shape.weights)
-    own = changes / machine.ranks if machine.ranks > 1 else 0  # beside those of all ranks
+    own = changes / machine.shards if machine.shards > 1 else 0  # beside those of all ranks
     gathered = {"changes": round(changes + own)}
     held = {name: size for name, size in (training.host if machine.offload else training.held).items() if name in _STAY}
     if machine.offload:

@@ -18,7 +18,7 @@ from typing import Any
 from dualsft.errors import UserError
 from dualsft.runs.folder_lock import FolderLock
 from dualsft.runs.phase_store import PhaseStore
-from dualsft.sharding.collectives import barrier, has_replicas, is_rank_zero, on_rank_zero
+from dualsft.sharding.collectives import barrier, is_rank_zero, on_rank_zero
 from dualsft.storage.paths import check_writable, expanded, real
 from dualsft.storage.writing import sync_folder, sync_to_disk, write_atomically, writing_to
 
@@ -273,10 +273,6 @@ class RunFolder(PhaseStore):
                 f"{self.path} holds {'a finished' if self.complete else 'an unfinished'} run with other settings "
                 f"({', '.join(differing)}); resume it with its own settings, or give --overwrite."
             )
-
-    def of_rank(self) -> PhaseStore:
-        """Where a rank keeps the state of its work in a pass: by itself if it has a replica, else with the others."""
-        return self.own() if has_replicas() else self
 
     def staging(self, name: str = "staging") -> Path:
         """A fresh folder to write results into before they are published; removed when the run is finished."""

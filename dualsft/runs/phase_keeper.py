@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.runs.progress import Meter, say
-from dualsft.sharding.collectives import any_shard
+from dualsft.sharding.collectives import any_rank
 
 
 class PhaseKeeper:
@@ -26,7 +26,7 @@ class PhaseKeeper:
         self._store, self.name, self._seconds = store, f"{phase}.under-way", 60 * minutes
         self._loaded, self.about = store.load_own(self.name), about
         self._mark = f"{phase}.halved"
-        self.halved = any_shard(store.own().load(self._mark) is not None)
+        self.halved = any_rank(store.own().load(self._mark) is not None, store.group)
         self._last_save = time.monotonic()
         self.earlier: dict[str, Any] = self._loaded[1] if self._loaded else {}
         self.meter: Meter | None = None

@@ -3,8 +3,8 @@
 Ranks that hold shards save each its own part in a file. A state counts once all ranks have saved theirs. Until then the
 state before it stays, so that the states that a killed run leaves are of the same moment on all ranks.
 
-Replicas have the same state once a phase is finished: rank zero saves it, as a single process does, and all read it. In
-a pass each replica has a state of its own, which it saves and loads without the others.
+Replicas have the same state once a phase is finished: the first of them saves it, as if it were the only one, and all
+read it. In a pass each replica has a state of its own, which it saves and loads without the others.
 
 A job may go on with another number of ranks: then each takes its rows from the files of the ranks before
 (`joined_state.py`), until the states that they have saved are replaced or dropped.
@@ -19,9 +19,10 @@ for both, the older one goes first: then a kill before the new one is complete c
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -29,17 +30,20 @@ from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.joined_state import JoinedState, latest_of_others
 from dualsft.runs.progress import say
 from dualsft.runs.state_file import StateName, damage_of, notes_of, state_files, write_state
-from dualsft.sharding.collectives import (
-    all_gather,
-    all_reduce_max,
-    any_rank,
-    has_replicas,
-    on_all_ranks,
-    on_rank_zero,
+from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, on_all_ranks, on_rank_zero
+from dualsft.sharding.groups import (
+    RankGroup,
+    calls_alone,
+    job_group,
+    own_group,
     rank,
+    replica,
+    replicate_group,
+    shard_group,
     world_size,
 )
 
+T = TypeVar("T")
 State = tuple[Mapping[str, Tensor], dict[str, Any]]
 """Tensors and notes."""
 
@@ -54,16 +58,25 @@ class PhaseStore:
 
     Args:
         folder: The folder.
-        of_rank: Whether the states are this rank's alone, which other ranks know nothing of.
+        group_of: Gives the ranks whose states they are, which others know nothing of: all, those of a replica, or one.
     """
 
-    def __init__(self, folder: Path, of_rank: bool = False) -> None:
-        self._folder, self._of_rank = folder, of_rank
+    def __init__(self, folder: Path, group_of: Callable[[], RankGroup] = job_group) -> None:
+        self._folder, self._group_of = folder, group_of
         self._sound: set[Path] = set()  # written or checked by this process
+
+    @property
+    def group(self) -> RankGroup:
+        """The ranks whose states they are."""
+        return self._group_of()
 
     def own(self) -> "PhaseStore":
         """Where this rank keeps, by itself, what other ranks know nothing of."""
-        return PhaseStore(self._folder, of_rank=True) if world_size() > 1 else self
+        return PhaseStore(self._folder, own_group)
+
+    def of_replica(self) -> "PhaseStore":
+        """Where the ranks of a replica keep what other replicas know nothing of."""
+        return PhaseStore(self._folder, shard_group)
 
     def save(
         self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str] = ()
@@ -81,28 +94,40 @@ class PhaseStore:
         """
         if self._in_parts:
             self._save_part(phase, tensors, notes, replaces)
-        elif self._of_rank:
-            self._save_whole(phase, tensors, notes, replaces)
         else:
-            on_rank_zero(lambda: self._save_whole(phase, tensors, notes, replaces))
+            self._on_first(lambda: self._save_whole(phase, tensors, notes, replaces))
 
     @property
     def _in_parts(self) -> bool:
-        """Whether each rank saves a part of every state."""
-        return world_size() > 1 and not has_replicas() and not self._of_rank
+        """Whether each rank of a replica saves a part of every state."""
+        return len(self.group) > 1 and not calls_alone()
+
+    @property
+    def _by_itself(self) -> bool:
+        """Whether there are ranks that know nothing of these states."""
+        return len(self.group) < world_size()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank saves its part of a state, which other replicas have too."""
+        return self._by_itself or replica() == 0
+
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """What an action gives that is run once for all of the group."""
+        return action() if len(self.group) == 1 else on_rank_zero(action)
 
     def _save_part(
         self, phase: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], replaces: Collection[str]
     ) -> None:
         # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
-        path = self._file(phase, all_reduce_max(max(before, default=0)) + 1)
-        held = on_all_ranks(lambda: _on_host(tensors))
+        path = self._file(phase, all_reduce_max(max(before, default=0), self.group) + 1)
+        held = on_all_ranks(lambda: _on_host(tensors) if self._writes else {}, self.group)
         older = self._files([phase, *replaces])
         # 2. Where the disk has no room for both, the older ones go first.
         self.make_room(_size(held), [phase, *replaces])
         # 3. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
-        on_all_ranks(lambda: self._write(path, held, notes))
+        on_all_ranks(lambda: self._write(path, held, notes) if self._writes else None, self.group)
         # 4. Only a complete state makes the earlier ones superfluous.
         _remove(older)
 
@@ -135,9 +160,9 @@ class PhaseStore:
 
     def _has_room(self, size: int) -> bool:
         if self._in_parts:
-            total = sum(all_gather(size))
-            return not any_rank(not self._has_room_here(total))
-        return self._has_room_here(size) if self._of_rank else on_rank_zero(lambda: self._has_room_here(size))
+            total = sum(all_gather(size if self._writes else 0, self.group))
+            return not any_rank(not self._has_room_here(total), self.group)
+        return self._on_first(lambda: self._has_room_here(size))
 
     def _has_room_here(self, size: int) -> bool:
         try:
@@ -160,8 +185,8 @@ class PhaseStore:
         has saved is found too, and of shards each rank is given its rows.
         """
         own = self._own(phase)
-        files = [] if self._of_rank else self._latest_of_others(phase, own)
-        place = (rank(), world_size()) if self._in_parts else (0, 1)
+        files = [] if self._by_itself else self._latest_of_others(phase, own)
+        place = (self._rank, len(shard_group())) if self._in_parts else (0, 1)
         return self._opened(lambda: JoinedState(files, *place) if files else _open(own))
 
     def load_own(self, phase: str) -> State | None:
@@ -173,12 +198,12 @@ class PhaseStore:
         """This rank's file of the phase's latest state; of replicas, common to all."""
         if self._in_parts:
             return self._whole_part(phase)
-        return self._whole(phase) if self._of_rank else on_rank_zero(lambda: self._whole(phase))
+        return self._on_first(lambda: self._whole(phase))
 
     def _latest_of_others(self, phase: str, own: Path | None) -> list[Path]:
         """The files of the latest state, if another number of ranks has saved it."""
         moment = max(all_gather(0 if own is None else own.stat().st_mtime_ns))
-        layout = world_size() if self._in_parts else 1
+        layout = len(shard_group())
 
         while files := on_rank_zero(lambda: latest_of_others(self._folder, phase, layout, moment)):
             own_share = files[rank() :: world_size()]
@@ -191,7 +216,7 @@ class PhaseStore:
 
     def _opened(self, find: Callable[[], OpenTensors | JoinedState | None]) -> State | None:
         """What is kept in a state; of a common one, opened by all before rank zero, which is ahead, drops it."""
-        stored = find() if self._of_rank else on_all_ranks(find)
+        stored = on_all_ranks(find, self.group)
         if stored is None:
             return None
         # on Windows an open file can be neither replaced nor deleted
@@ -210,7 +235,8 @@ class PhaseStore:
 
     def _whole_part(self, phase: str) -> Path | None:
         """The file of this rank's part of a phase's latest state that is whole on all ranks."""
-        found = all_gather({version: self._damage(self._file(phase, version)) for version in self._versions(phase)})
+        own = {version: self._damage(self._file(phase, version)) for version in self._versions(phase)}
+        found = all_gather(own, self.group)
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
         if damaged:
@@ -220,7 +246,9 @@ class PhaseStore:
         return self._file(phase, max(whole)) if whole else None
 
     def _drop_damaged(self, path: Path, reason: str) -> None:
-        say(f"{reason}: this state and those saved after it are dropped, and computed again.", of_rank=self._of_rank)
+        if self.group.rank == 0:
+            told = f"{reason}: this state and those saved after it are dropped, and computed again."
+            say(told, of_rank=self._by_itself)
         self._drop_since(path)
 
     def _damage(self, path: Path) -> str | None:
@@ -251,19 +279,36 @@ class PhaseStore:
 
     def _deletes(self, name: StateName) -> bool:
         """Whether it is for this rank to delete a file: its own, and for rank zero all that are no other rank's."""
-        own_layout = name.ranks == world_size() and (name.version is None) == self._of_rank
-        if self._of_rank or (self._in_parts and own_layout):
-            return own_layout and name.rank == rank()
+        own_layout = self._is_ours(name)
+        if self._by_itself or (self._in_parts and own_layout):
+            return own_layout and name.rank == self._rank and self._writes
         return rank() == 0
 
+    def _is_ours(self, name: StateName) -> bool:
+        """Whether a file is of a state that these ranks save, this or another of them."""
+        ours = self._name(name.phase, name.version)
+        versioned = self._in_parts == (name.version is not None)
+        return versioned and replace(ours, rank=name.rank) == name
+
     def _versions(self, phase: str) -> list[int]:
-        """The numbers of the states of a phase of which this rank has saved its part."""
-        names = [name for _, name in state_files(self._folder) if name.phase == phase and name.ranks == world_size()]
-        return [name.version for name in names if name.rank == rank() and name.version is not None]
+        """The numbers of the states of a phase of which there is this rank's part."""
+        names = [name for _, name in state_files(self._folder) if name.phase == phase and self._is_ours(name)]
+        return [name.version for name in names if name.rank == self._rank and name.version is not None]
 
     def _file(self, phase: str, version: int | None = None) -> Path:
-        place = (rank(), world_size()) if self._of_rank or self._in_parts else ()
-        return self._folder / str(StateName(phase, version, *place))
+        return self._folder / str(self._name(phase, version))
+
+    def _name(self, phase: str, version: int | None) -> StateName:
+        """The name of this rank's file of a state."""
+        if not self._in_parts:
+            return StateName(phase, version, *((rank(), world_size()) if self._by_itself else ()))
+        of_one = (replica(), len(replicate_group())) if self._by_itself else ()
+        return StateName(phase, version, self._rank, len(shard_group()), *of_one)
+
+    @property
+    def _rank(self) -> int:
+        """This rank's number in the names of its files."""
+        return shard_group().rank if self._in_parts else rank()
 
 
 def _open(path: Path | None) -> OpenTensors | None:

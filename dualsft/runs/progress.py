@@ -16,7 +16,8 @@ from dualsft.data.layout import Batch
 from dualsft.data.loaders import ScoringLoader
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import bar, numbered
-from dualsft.sharding.collectives import all_gather, is_rank_zero, rank, world_size
+from dualsft.sharding.collectives import all_gather, is_rank_zero
+from dualsft.sharding.groups import rank, world_size
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 Its name says whose state it is:
 
-    PHASE.safetensors                      one process's, or that of all replicas
-    PHASE@V.rank-R-of-N.safetensors        a part, of one of N ranks with shards; V counts the states of a phase
-    PHASE.rank-R-of-N.safetensors          one rank's by itself
+    PHASE.safetensors                               one process's, or that of all replicas
+    PHASE@V.rank-R-of-N.safetensors                 a part, of one of N ranks with shards; V counts a phase's states
+    PHASE.replica-K-of-M@V.rank-R-of-N.safetensors  the same of one of M copies, each in shards, by itself
+    PHASE.rank-R-of-N.safetensors                   one rank's by itself
 """
 
 import json
@@ -24,7 +25,11 @@ from dualsft.models.tensor_file import OpenTensors
 from dualsft.storage.writing import refusal, replacing
 
 _NOTES, _CHECKSUM = "notes", "crc32"
-_NAME = re.compile(r"(?P<phase>.+?)(@(?P<version>\d+))?(\.rank-(?P<rank>\d+)-of-(?P<ranks>\d+))?\.safetensors")
+_NAME = re.compile(
+    r"(?P<phase>.+?)(\.replica-(?P<replica>\d+)-of-(?P<replicas>\d+))?(@(?P<version>\d+))?"
+    r"(\.rank-(?P<rank>\d+)-of-(?P<ranks>\d+))?\.safetensors"
+)
+_NUMBERS = ("version", "rank", "ranks", "replica", "replicas")
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,30 @@ class StateName:
         version: The number of the state that it is a part of; None if it is no part.
         rank: The rank that has saved it; None if it is common to all.
         ranks: How many there were; None likewise.
+        replica: The copy of the model whose state it is; None if it is not that of one in shards.
+        replicas: How many there were; None likewise.
     """
 
     phase: str
     version: int | None = None
     rank: int | None = None
     ranks: int | None = None
+    replica: int | None = None
+    replicas: int | None = None
 
     @classmethod
     def of(cls, path: Path) -> "StateName | None":
         """That of a file; None if it is no state."""
         if (found := _NAME.fullmatch(path.name)) is None:
             return None
-        numbers = (found[part] for part in ("version", "rank", "ranks"))
+        numbers = (found[part] for part in _NUMBERS)
         return cls(found["phase"], *(None if number is None else int(number) for number in numbers))
 
     def __str__(self) -> str:
         version = "" if self.version is None else f"@{self.version}"
         rank = "" if self.rank is None else f".rank-{self.rank}-of-{self.ranks}"
-        return f"{self.phase}{version}{rank}.safetensors"
+        replica = "" if self.replica is None else f".replica-{self.replica}-of-{self.replicas}"
+        return f"{self.phase}{replica}{version}{rank}.safetensors"
 
 
 def state_files(folder: Path) -> Iterator[tuple[Path, StateName]]:

@@ -14,7 +14,8 @@ from dualsft.selection.mask import stored_masks, write_masks
 from dualsft.selection.parameter_choice import Base, all_that_may_be_chosen, choose_parameters, parameter_budget
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.weight_scores import read_weight_scores
-from dualsft.sharding.collectives import has_replicas, on_rank_zero
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.groups import has_replicas
 from dualsft.sharding.shard_model import is_sharded
 
 

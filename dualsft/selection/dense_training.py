@@ -24,7 +24,8 @@ from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.offload import Offload, offloads
-from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, calls_alone, has_replicas
+from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank
+from dualsft.sharding.groups import calls_alone, has_replicas
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters

@@ -1,8 +1,8 @@
 """Gradient passes as phases of a run: resumed after a kill, restarted once with half the batch if memory runs out.
 
 On several ranks each takes a part of the examples, before there are batches: every world-size-th one of those sorted by
-length, so that all have about as much to do. A replica passes over them by itself: it saves the state of its work, and
-halves its batches, without the others.
+length, so that all have about as much to do. A replica passes over them by itself, and saves the state of its work; one
+that a single rank holds halves its batches without the others, too.
 """
 
 import re
@@ -24,7 +24,8 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
 from dualsft.selection.settings import SelectionSettings
-from dualsft.sharding.collectives import calls_alone, gather_shards, rank_slice
+from dualsft.sharding.collectives import gather_shards
+from dualsft.sharding.groups import calls_alone, rank_slice
 
 Loader = Callable[[int, int, slice], Iterable[Batch]]
 """(start, batch_tokens, part) -> the batches from a number on, of at most so many tokens each, over a part of the
@@ -66,7 +67,7 @@ class Passes:
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
-        self._of_rank, self._own, self.place = run.of_rank(), run.own(), ""
+        self._of_replica, self._own, self.place = run.of_replica(), run.own(), ""
         self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []
         halved = self._own.load(HALVED)
@@ -151,7 +152,7 @@ class Passes:
     def _keeper(self, name: str) -> PhaseKeeper:
         """Keeps the state of this rank's work in the pass of a name."""
         # a state counts batches, which are others where they were not halved yet
-        return PhaseKeeper(self._of_rank, _key(name), self._save_minutes, batch_tokens=self.batch_tokens)
+        return PhaseKeeper(self._of_replica, _key(name), self._save_minutes, batch_tokens=self.batch_tokens)
 
     def forget(self, name: str) -> None:
         """Delete the state of a finished pass, whose results are kept elsewhere; what it cost stays in the log."""

@@ -22,7 +22,8 @@ from dualsft.selection.combined_objective import is_combined
 from dualsft.selection.directions import trainable_parameters
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.warmup import ADVICE, warm_up
-from dualsft.sharding.collectives import on_rank_zero, world_size
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.groups import world_size
 from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.save import save_sharded, write_shards
 from dualsft.sharding.shard_model import is_sharded

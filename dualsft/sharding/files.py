@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dualsft.models.lazy import LazyTensors
 from dualsft.models.tensor_file import TensorSpec, write_tensors
-from dualsft.sharding.collectives import calls_alone, on_all_ranks, on_rank_zero, rank, world_size
+from dualsft.sharding.collectives import on_all_ranks, on_rank_zero
+from dualsft.sharding.groups import calls_alone, rank, world_size
 from dualsft.sharding.lazy_tensor import LazyTensor, Rows, rows_of
 from dualsft.sharding.shards import full_tensor
 from dualsft.storage.writing import write_atomically, writing_to

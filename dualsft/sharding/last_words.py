@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import distributed
 
-from dualsft.sharding.collectives import is_distributed, rank, world_size
+from dualsft.sharding.groups import is_distributed, rank, world_size
 
 _SAID, _ENDED = "dualsft/said", "dualsft/ended"
 _LAST_SECONDS, _GRACE_SECONDS, _POLL_SECONDS = 3.0, 10.0, 0.5

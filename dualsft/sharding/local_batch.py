@@ -6,7 +6,7 @@ order of the batches is that of a single process.
 
 from dualsft.data.dealing import DealtBatch
 from dualsft.data.layout import Batch, Layout, on_host, select_rows, to_device, unlabelled
-from dualsft.sharding.collectives import rank_slice, world_size
+from dualsft.sharding.groups import rank_slice, world_size
 
 
 def rows_to_read() -> slice | None:

@@ -1,16 +1,17 @@
-"""Lockstep: all ranks call a sharded model at the same time, with the same kind of call.
+"""Lockstep: all ranks of a copy call a sharded model at the same time, with the same kind of call.
 
 A unit of a sharded model is gathered only while all ranks take part in its forward or backward. The ranks' work
 differs: they have other batches, more or fewer of them, and re-examine batches that are not finite. So before each call
 of the model every rank states what kind of call it wants. The largest kind that any rank wants is made next, and ranks
 that want another make a dummy call of that kind, over an example of weight zero. A rank that has run out of work makes
-dummy calls until all ranks have. Replicas call their models each for itself, and never wait.
+dummy calls until all ranks have. Replicas never wait for each other.
 """
 
 from collections.abc import Callable
 from enum import IntEnum
 
-from dualsft.sharding.collectives import all_reduce_max, calls_alone
+from dualsft.sharding.collectives import all_reduce_max
+from dualsft.sharding.groups import calls_alone, shard_group
 
 
 class CallKind(IntEnum):
@@ -32,5 +33,5 @@ def wait_for_turn(kind: CallKind, dummy_call: Callable[[CallKind], None]) -> Non
     """
     if calls_alone():
         return
-    while (next_kind := CallKind(all_reduce_max(kind))) != kind:  # another rank wants a larger kind
+    while (next_kind := CallKind(all_reduce_max(kind, shard_group()))) != kind:  # another rank wants a larger kind
         dummy_call(next_kind)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dualsft.models import PreTrainedModel
 from dualsft.models.tensor_file import TensorSpec, file_order, write_tensors
-from dualsft.sharding.collectives import on_all_ranks, rank, world_size
+from dualsft.sharding.collectives import on_all_ranks
 from dualsft.sharding.files import METADATA, lazy_full_tensors, write_files
+from dualsft.sharding.groups import rank, world_size
 from dualsft.sharding.shards import full_tensor, local_shard
 from dualsft.storage.writing import writing_to
 

@@ -1,4 +1,4 @@
-"""``--trainer.strategy fsdp2`` or ``ddp``: all ranks in one data-parallel group, each with a shard or a replica.
+"""``--trainer.strategy fsdp2``, ``hsdp`` or ``ddp``: each rank has its own examples, and a shard or a replica.
 
 `FSDP2` is Lightning's ModelParallelStrategy, `DDP` its DDPStrategy without the wrapper around the module. Checkpoints
 are those of a single process, one file with full tensors, so that a run can resume on another number of ranks. Under
@@ -9,7 +9,7 @@ gathers and splits them, and the strategy does the same for the optimizers' stat
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -26,36 +26,57 @@ from lightning.pytorch.strategies import (
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.models.inspection import check_causal
 from dualsft.models.loading import Dtype, load_model
-from dualsft.sharding.collectives import hold_replicas
+from dualsft.sharding.groups import REPLICAS_WAIT, form_groups, shard_mesh
 from dualsft.sharding.last_words import end_with_parent
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shards import compute_device
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 
+ShardSize = int | Literal["node"] | None
+"""How many ranks hold one copy of the model: as many as a node has devices, or, if None, all."""
+
 
 class FSDP2(ModelParallelStrategy):
-    """Shards every weight, with its gradient and optimizer state, over the ranks; each rank has its own examples.
+    """Shards every weight, with its gradient and optimizer state, over ranks; each rank has its own examples.
 
     The training batches are those of a single process, in its order, and each rank reads its rows of them.
 
+    With a shard size smaller than the number of ranks there are several copies of the model, each sharded over as many
+    (hybrid sharding, HSDP). What a batch exchanges stays within a copy. Copies exchange their sums once, at the end of
+    a pass, and the gradients of trained weights before each step.
+
     Args:
         cpu_offload: Store the shards on the host, and move a block to the accelerator while it computes.
-        timeout: How long a rank waits for the others before it fails.
+        timeout: How long a rank waits for the others of its copy before it fails.
+        shard_size: How many ranks, of consecutive numbers, hold one copy; ``node``: the devices of a node. None: all.
     """
 
-    def __init__(self, cpu_offload: bool = False, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        timeout: timedelta | None = default_pg_timeout,
+        shard_size: ShardSize = None,
+    ) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
-        self.cpu_offload = cpu_offload
+        self.cpu_offload, self.shard_size, self._shards_wait = cpu_offload, shard_size, timeout
+        if shard_size is not None:
+            self._timeout = max(REPLICAS_WAIT, timeout or REPLICAS_WAIT)
 
     def setup_environment(self) -> None:
-        """Create the process group of all ranks, once."""
+        """Create the process group of all ranks, and those of each copy of the model, once.
+
+        Raises:
+            UserError: if the ranks cannot be divided into groups of the shard size.
+        """
         if self._device_mesh is None:
-            self._data_parallel_size = self.num_nodes * self.num_processes
-            super().setup_environment()
-            _begin(self, replicas=False)
+            size = checked_shard_size(self.shard_size, self.num_processes, self.num_nodes * self.num_processes)
+            self._setup_distributed()
+            _begin(self, size, self._shards_wait)
+            self._device_mesh = shard_mesh(self.root_device.type)
         module = self.lightning_module
         assert module is not None
         module._device_mesh = self._device_mesh
@@ -120,7 +141,7 @@ class DDP(DDPStrategy):
         """Create the process group of all ranks, once."""
         if not self._begun:
             super().setup_environment()
-            _begin(self, replicas=True)
+            _begin(self, shard_size=1)
             self._begun = True
         assert self.lightning_module is not None
         _deal_batches_ourselves(self.lightning_module)
@@ -132,9 +153,29 @@ class DDP(DDPStrategy):
         return _backends(self.root_device) or super()._get_process_group_backend()
 
 
-def _begin(strategy: ParallelStrategy, replicas: bool) -> None:
+def checked_shard_size(shard_size: ShardSize, devices: int, ranks: int) -> int:
+    """How many ranks hold one copy of the model, of this many, on nodes with this many devices each.
+
+    Raises:
+        UserError: if the ranks cannot be divided so.
+    """
+    size = ranks if shard_size is None else devices if shard_size == "node" else shard_size
+    if size < 1 or ranks % size:
+        raise UserError(
+            f"trainer.strategy is to shard each copy of the model over {size} ranks, which does not divide the job's "
+            f"{ranks}; give a shard_size that does."
+        )
+    if size == 1 < ranks:
+        raise UserError(
+            "trainer.strategy is to shard each copy of the model over a single rank; set trainer.strategy to ddp, "
+            "under which each holds all weights, or to fsdp2, which shards them over all ranks."
+        )
+    return size
+
+
+def _begin(strategy: ParallelStrategy, shard_size: int, timeout: timedelta | None = None) -> None:
     """Set up what the ranks need once they have found each other."""
-    hold_replicas(replicas)
+    form_groups(shard_size, timeout)
     if isinstance(strategy.cluster_environment, LightningEnvironment) and strategy.local_rank > 0:
         end_with_parent()
 
@@ -152,6 +193,7 @@ def _backends(device: torch.device) -> str | None:
 RANKS = (DDP, FSDP2)
 """The strategies of several ranks."""
 StrategyRegistry.register("fsdp2", FSDP2, "Fully sharded weights (FSDP2)")
+StrategyRegistry.register("hsdp", FSDP2, "A fully sharded copy of the weights on each node (FSDP2)", shard_size="node")
 StrategyRegistry.register("fsdp2_cpu_offload", FSDP2, "Fully sharded weights (FSDP2) on the host", cpu_offload=True)
 
 _Key = tuple[int, str]
@@ -207,6 +249,6 @@ def load_for(module: LightningModule, name_or_path: str, dtype: Dtype) -> PreTra
     else:
         strategy = module.trainer.strategy
         assert isinstance(strategy, FSDP2)
-        model = load_sharded(name_or_path, mesh["data_parallel"], dtype, strategy.cpu_offload)
+        model = load_sharded(name_or_path, mesh, dtype, strategy.cpu_offload)
     check_causal(model, compute_device(model))
     return model

@@ -1,6 +1,7 @@
-"""Vectors that are split over the ranks: each holds one chunk, and the chunks in the order of ranks are the vector.
+"""Vectors that are split over ranks: each holds one chunk, and the chunks in the order of ranks are the vector.
 
-Chunks have any lengths. The entries of a sharded tensor that a mask selects are such a vector: shards are contiguous.
+The ranks are those of one shard group; others hold the same. Chunks have any lengths. The entries of a sharded tensor
+that a mask selects are such a vector: shards are contiguous.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from dualsft.sharding.collectives import all_gather, rank, world_size
+from dualsft.sharding.collectives import gather_shards
+from dualsft.sharding.groups import rank, replica, shard_group, world_size
 
 
 def gather_vectors(chunks: Sequence[Tensor]) -> list[Tensor]:
@@ -18,9 +20,9 @@ def gather_vectors(chunks: Sequence[Tensor]) -> list[Tensor]:
     """
     if world_size() == 1:
         return list(chunks)
-    lengths = all_gather([len(chunk) for chunk in chunks])
+    lengths = gather_shards([len(chunk) for chunk in chunks])
     if rank():
-        for chunk in filter(len, chunks):
+        for chunk in filter(len, () if replica() else chunks):
             distributed.send(chunk.detach().cpu().contiguous(), 0)
         return [torch.empty(0, dtype=chunk.dtype) for chunk in chunks]
     return [_receive(chunk, [of_rank[k] for of_rank in lengths]) for k, chunk in enumerate(chunks)]
@@ -43,11 +45,11 @@ def split_vectors(vectors: Sequence[Tensor], lengths: Sequence[int]) -> list[Ten
     Raises:
         ValueError: if a vector is not as long as its chunks together.
     """
-    of_ranks = all_gather(list(lengths))
+    of_ranks = gather_shards(list(lengths))
     chunks = []
     for k, vector in enumerate(vectors):
         sizes = [of_rank[k] for of_rank in of_ranks]
         if len(vector) != sum(sizes):
             raise ValueError(f"a vector of {len(vector)} entries for pieces of {sum(sizes)} in all")
-        chunks.append(vector.split(sizes)[rank()].clone())
+        chunks.append(vector.split(sizes)[shard_group().rank].clone())
     return chunks

@@ -36,7 +36,8 @@ from torch.utils.hooks import RemovableHandle
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.entries import set_entries
 from dualsft.models.linear import is_linear
-from dualsft.sharding.collectives import add_up_replicas, all_reduce_sum, has_replicas, rank
+from dualsft.sharding.collectives import add_up_replicas
+from dualsft.sharding.groups import replica, replicate_group
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import is_shard, local_shard, shard_offset
 from dualsft.sharding.vectors import gather_vectors, split_vectors
@@ -193,9 +194,10 @@ class CompactParameters(nn.Module):
     def _with_those_of_others(self) -> dict[int, Tensor]:
         """Number of a master -> its gradient, zero where only other replicas have one."""
         own = {k: master.grad for k, master in enumerate(self.masters) if master.grad is not None}
-        if not has_replicas():
+        if len(replicate_group()) == 1:
             return own
-        anywhere = all_reduce_sum(torch.tensor([int(k in own) for k in range(len(self.masters))])).tolist()
+        anywhere = torch.tensor([int(k in own) for k in range(len(self.masters))])
+        add_up_replicas([anywhere])
         masters = enumerate(self.masters)
         return {k: own[k] if k in own else torch.zeros_like(master) for k, master in masters if anywhere[k]}
 
@@ -265,16 +267,16 @@ class CompactParameters(nn.Module):
     def pending_gradients(self) -> dict[int, Tensor]:
         """Number of a master -> its (full) gradient that no step has used yet; on rank zero alone."""
         pending = self._with_those_of_others()
-        if self._sharded:
-            return dict(zip(pending, gather_vectors([*pending.values()]), strict=True))
-        if has_replicas():
+        if len(replicate_group()) > 1:
             pending = {k: gradient.clone() for k, gradient in pending.items()}
             add_up_replicas(pending.values())
+        if self._sharded:
+            return dict(zip(pending, gather_vectors([*pending.values()]), strict=True))
         return pending
 
     def restore_gradients(self, gradients: Mapping[int, Tensor]) -> None:
         """Set the masters' gradients to earlier `pending_gradients`, to continue that accumulation."""
-        if has_replicas() and rank():  # they count once when the replicas' gradients are added up
+        if replica():  # they count once when the replicas' gradients are added up
             return
         values = [*gradients.values()]
         if self._sharded:

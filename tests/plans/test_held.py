@@ -98,7 +98,7 @@ def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> Non
 def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
     """Of everything; its part of a training batch is smaller."""
     shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
-    one, eight = (SelectJob(shape, Machine("cuda", ranks, replicas=True), data) for ranks in (1, 8))
+    one, eight = (SelectJob(shape, Machine("cuda", ranks, replicas=ranks), data) for ranks in (1, 8))
     for alone, replica in zip(plan_select(one).phases, plan_select(eight).phases, strict=True):
         assert (replica.held, replica.host, replica.disk) == (alone.held, alone.host, alone.disk)
         assert replica.batch <= alone.batch

@@ -38,11 +38,13 @@ def test_sums_that_have_been_used_take_no_memory(tmp_path: Path) -> None:
 
 def test_a_common_state_replaces_those_of_single_replicas(tmp_path: Path) -> None:
     """Each replica keeps its own of a pass that is under way; the result of all of them is one."""
-    own = PhaseStore(tmp_path, of_rank=True)
-    own.save("pass.under-way", {"sums": torch.ones(1)}, {})
-    other = tmp_path / "pass.under-way.rank-1-of-2.safetensors"
+    store = PhaseStore(tmp_path)
+    store.save("pass.under-way", {"sums": torch.ones(1)}, {})
     (kept,) = tmp_path.iterdir()
-    other.write_bytes(kept.read_bytes())
-    own.drop("pass")
-    PhaseStore(tmp_path).save("pass", {"sums": torch.ones(1)}, {}, replaces=["pass.under-way"])
+    for place in (".rank-0-of-2", ".rank-1-of-2", ".replica-1-of-2@3.rank-0-of-2"):
+        kept.with_name(f"pass.under-way{place}.safetensors").write_bytes(kept.read_bytes())
+    kept.unlink()
+    store.drop("pass")
+    assert len([*tmp_path.iterdir()]) == 3
+    store.save("pass", {"sums": torch.ones(1)}, {}, replaces=["pass.under-way"])
     assert [path.name for path in tmp_path.iterdir()] == ["pass.safetensors"]

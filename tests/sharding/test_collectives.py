@@ -3,9 +3,10 @@ import torch
 from torch import distributed
 
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import on_all_ranks, on_rank_zero, rank
+from dualsft.sharding.collectives import on_all_ranks, on_rank_zero
+from dualsft.sharding.groups import rank, shard_mesh
 from dualsft.sharding.last_words import has_anyone_spoken, is_first_to_say
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.heavy
 def _sum_of_ranks(offset: int) -> tuple[int, int]:
     value = torch.tensor(distributed.get_rank() + offset)
     distributed.all_reduce(value)
-    return int(value), data_parallel_mesh()["data_parallel"].size()
+    return int(value), shard_mesh("cpu").size()
 
 
 def _fail_on_one() -> None:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import all_gather, rank, world_size
+from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.groups import rank, shard_mesh, world_size
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, local_shard
 from dualsft.sharding.vectors import gather_vectors, split_vectors
 from dualsft.training.compact import CompactParameters
 from tests.world.data import random_batch, random_mask
 from tests.world.models import tiny_llama
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -35,7 +36,7 @@ def trained(dtype: torch.dtype, mask: Mask | None) -> dict[str, Any]:
     """What two steps of Adam leave, and a backward pass after them; in shards where there are ranks."""
     model = tiny_llama(dtype=dtype)
     if world_size() > 1:
-        shard_model(model, data_parallel_mesh())
+        shard_model(model, shard_mesh("cpu"))
     compact = CompactParameters(model, mask)
     compact.attach()
     optimizer = torch.optim.Adam(compact.parameters(), lr=1e-2)
@@ -43,6 +44,7 @@ def trained(dtype: torch.dtype, mask: Mask | None) -> dict[str, Any]:
     for step in range(3):
         (example_losses(model, BATCH).sum() * 2 ** rank() / (2 ** world_size() - 1)).backward()
         if step < 2:
+            compact.add_up_gradients()
             optimizer.step()
     named = dict(model.named_parameters())
     return {
@@ -95,7 +97,7 @@ def test_masters_in_pieces_are_those_of_one_process(count: int) -> None:
 def loaded(state: dict[str, Tensor], gradients: dict[int, Tensor], mask: Mask) -> list[dict[Any, Tensor]]:
     """What a state and gradients become that are loaded here and saved again, and the model's weights."""
     model = tiny_llama(dtype=torch.float64)
-    shard_model(model, data_parallel_mesh())
+    shard_model(model, shard_mesh("cpu"))
     compact = CompactParameters(model, mask)
     compact.load_state_dict(state)
     compact.restore_gradients(gradients)
@@ -119,7 +121,7 @@ def nothing_selected() -> str:
     """What a mask without an entry is refused with."""
     model = tiny_llama()
     mask = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in model.named_parameters()}
-    shard_model(model, data_parallel_mesh())
+    shard_model(model, shard_mesh("cpu"))
     with pytest.raises(ValueError, match="no weight is selected") as error:
         CompactParameters(model, mask)
     return str(error.value)

@@ -17,7 +17,7 @@ from dualsft.finetune import EndOfTraining, ExportModel
 from dualsft.finetune.prior import TrainingPrior
 from dualsft.models.loading import load_model
 from dualsft.selection import load_selection
-from dualsft.sharding.collectives import world_size
+from dualsft.sharding.groups import world_size
 from dualsft.sharding.strategy import DDP, FSDP2, launch_ranks
 from tests.finetune.test_losses import LOSSES, STEPS, halving, plain_loop, sgd
 from tests.sharding.test_save import assert_same_files

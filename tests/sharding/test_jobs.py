@@ -16,7 +16,7 @@ from lightning import Callback
 
 from dualsft import cli
 from dualsft.errors import UserError
-from dualsft.sharding.collectives import rank
+from dualsft.sharding.groups import rank
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
 from tests.world.ranks import free_port, run_on_ranks

@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from dualsft.errors import UserError
 from dualsft.models.loading import Dtype, load_model, weight_files
 from dualsft.sharding import load as loading
+from dualsft.sharding.groups import shard_mesh
 from dualsft.sharding.load import copy_weights, load_sharded
 from dualsft.sharding.shards import local_shard
 from tests.cases import ARCHITECTURES, make
 from tests.models.test_loading import DAMAGES, change_weights, shard
 from tests.world.models import save_tiny_model
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -70,9 +71,9 @@ def _same_models(paths: Mapping[str, str], dtypes: Sequence[Dtype]) -> None:
         for dtype in dtypes:
             expected = load_model(path, dtype)
             if _has_a_module_of_several_types(expected):  # RWKV in bfloat16, in some releases
-                assert "owns weights of the types" in _refusal(partial(load_sharded, path, data_parallel_mesh(), dtype))
+                assert "owns weights of the types" in _refusal(partial(load_sharded, path, shard_mesh("cpu"), dtype))
                 continue
-            found = load_sharded(path, data_parallel_mesh(), dtype)
+            found = load_sharded(path, shard_mesh("cpu"), dtype)
             assert all(isinstance(parameter, DTensor) for parameter in found.parameters())
             assert_same_model(found, expected)
 
@@ -89,7 +90,7 @@ def test_every_architecture_loads_as_it_does_whole(folders: dict[str, str]) -> N
 
 def _ties(paths: Mapping[str, str]) -> list[bool]:
     _same_models(paths, ["auto"])
-    return [is_tied(load_sharded(path, data_parallel_mesh())) for path in paths.values()]
+    return [is_tied(load_sharded(path, shard_mesh("cpu"))) for path in paths.values()]
 
 
 def is_tied(model: Any) -> bool:
@@ -109,7 +110,7 @@ def test_a_head_stored_beside_the_embedding_is_tied_as_in_the_whole_model(tmp_pa
 
 def _on_four(paths: Mapping[str, str]) -> None:
     _same_models(paths, ["float32"])
-    model = load_sharded(paths["mixtral"], data_parallel_mesh(), cpu_offload=True)
+    model = load_sharded(paths["mixtral"], shard_mesh("cpu"), cpu_offload=True)
     places = [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()]
     local_shard(model.model.norm.weight.detach()).zero_()
     assert model(input_ids=torch.tensor([[3, 4]])).logits.abs().max() == 0
@@ -128,7 +129,7 @@ def _copied(path: str, other: str, different: str) -> None:
     """Each rank has the other checkpoint's rows, in its own memory, and the model its own type."""
     cases: list[tuple[Dtype, bool]] = [("auto", True), ("bfloat16", True), ("float32", False)]
     for dtype, sharded in cases:
-        model = load_sharded(path, data_parallel_mesh(), dtype) if sharded else load_model(path, dtype)
+        model = load_sharded(path, shard_mesh("cpu"), dtype) if sharded else load_model(path, dtype)
         places = [local_shard(parameter.detach()).data_ptr() for parameter in model.parameters()]
         copy_weights(model, other)
         expected = dict(load_model(other, dtype).named_parameters())
@@ -157,7 +158,7 @@ def _refusal(load: Callable[[], object]) -> str:
 
 
 def _same_refusals(paths: Mapping[str, str]) -> None:
-    mesh = data_parallel_mesh()
+    mesh = shard_mesh("cpu")
     for path in paths.values():
         assert _refusal(partial(load_sharded, path, mesh)) == _refusal(partial(load_model, path))
 
@@ -168,7 +169,7 @@ def _refused_on_one(path: str) -> str:
             raise OSError("the disk is gone")
 
     with mock.patch.object(loading, "first_row", unreadable if distributed.get_rank() == 1 else loading.first_row):
-        return _refusal(lambda: load_sharded(path, data_parallel_mesh()))
+        return _refusal(lambda: load_sharded(path, shard_mesh("cpu")))
 
 
 def _refused(paths: Mapping[str, str], sound: str) -> str:
@@ -222,7 +223,7 @@ def _bytes_read(paths: Sequence[str]) -> list[int]:
     for path in paths:
         CountedFile.read = 0
         with mock.patch.object(loading, "safe_open", CountedFile):
-            load_sharded(path, data_parallel_mesh(), "bfloat16")
+            load_sharded(path, shard_mesh("cpu"), "bfloat16")
         counts.append(CountedFile.read)
     return counts
 
@@ -259,7 +260,7 @@ def _anonymous_bytes() -> int:
 
 
 def _peaks(path: str, warm_up: str) -> tuple[int, int]:
-    mesh = data_parallel_mesh()
+    mesh = shard_mesh("cpu")
     load_sharded(warm_up, mesh)
     with PeakMemory() as of_shards:
         model = load_sharded(path, mesh, "float32")

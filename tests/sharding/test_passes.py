@@ -14,11 +14,11 @@ from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
 from dualsft.matrix.sketches import LOSS, NORM, PRECONDITIONED_NORM, SKETCH, Measurement
 from dualsft.objectives import example_losses
-from dualsft.sharding.collectives import rank_slice
+from dualsft.sharding.groups import rank_slice, shard_mesh
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, shard_of
 from tests.cases import ARCHITECTURES, chunks_of, collate, given, make, make_examples, pack, random_direction
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -50,7 +50,7 @@ def gathered_pass(architecture: str, batches: list[Batch], seeds: list[int], **o
     """A pass of all ranks over these batches, dealt out, its sums made whole; losses of the larger are in chunks."""
     model = make(architecture)
     directions = [random_direction(model, seed) for seed in seeds]
-    shard_model(model, data_parallel_mesh())
+    shard_model(model, shard_mesh("cpu"))
     shards = dict(model.named_parameters())
     us = [{name: shard_of(u, shards[name]) for name, u in direction.items()} for direction in directions]
     with chunks_of(8):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import distributed, nn
 
 from dualsft.data.layout import Batch
@@ -15,7 +16,7 @@ from dualsft.data.loaders import RowLists
 from dualsft.matrix.passes import gradient_pass
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Warmup, load_selection
-from dualsft.sharding.collectives import hold_replicas, rank, rank_slice
+from dualsft.sharding.groups import form_groups, rank, rank_slice
 from dualsft.training.compact import CompactParameters
 from tests.cases import given, make, random_direction
 from tests.sharding.test_passes import CASES
@@ -85,7 +86,7 @@ def test_a_single_rank_is_a_single_process(tmp_path: Path) -> None:
 
 def passed() -> dict[str, Any]:
     """Passes of each replica over batches of its own."""
-    hold_replicas(True)
+    form_groups(1)
     found = {}
     for name, (batches, seeds, options) in CASES.items():
         us = [random_direction(make("llama"), seed) for seed in seeds]
@@ -105,7 +106,7 @@ def test_whatever_a_pass_does_replicas_do() -> None:
 
 def gradients_of_two() -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
     """Gradients, and pending ones, of three layers: the second is used by rank one alone, the third by none."""
-    hold_replicas(True)
+    form_groups(1)
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(3, 3, bias=False, dtype=torch.float64) for _ in range(3))
     compact = CompactParameters(layers)
@@ -172,8 +173,15 @@ OFTEN: dict[str, Any] = {**WARMED, "save_minutes": 1e-9}
 SMALL: dict[str, Any] = {"batch_tokens": 60}
 
 
-def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1, options: dict[str, Any] | None = None) -> int:
-    """A selection on all replicas that there are, from whatever an earlier one left; how many states this rank keeps.
+def kept(
+    inputs: Inputs,
+    folder: Path,
+    of_rank: int = -1,
+    last: int = -1,
+    options: dict[str, Any] | None = None,
+    strategy: Callable[[], Strategy | str] = replicas,
+) -> int:
+    """A selection on all ranks that there are, from whatever an earlier one left; how many states this rank keeps.
 
     One of the ranks may die when it has kept its last state.
     """
@@ -186,7 +194,7 @@ def kept(inputs: Inputs, folder: Path, of_rank: int = -1, last: int = -1, option
         if (rank(), count) == (of_rank, last):
             os._exit(1)
 
-    on_all: dict[str, Any] = {"strategy": "ddp", "devices": distributed.get_world_size()}
+    on_all: dict[str, Any] = {"strategy": strategy(), "devices": distributed.get_world_size()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseStore, "_write", write_and_die)
         select(inputs, folder, options or OFTEN, SMALL, ranks=on_all, resume=(folder / ".unfinished").exists())

@@ -10,7 +10,7 @@ import pytest
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.selection import Warmup, load_selection
 from dualsft.selection.prior import Prior
-from dualsft.sharding.collectives import rank
+from dualsft.sharding.groups import rank
 from dualsft.sharding.strategy import FSDP2
 from tests.sharding.test_select import WALK, assert_same
 from tests.world.data import sums

@@ -18,13 +18,14 @@ from dualsft.models.loading import load_model
 from dualsft.sharding import files
 from dualsft.sharding import save as saving
 from dualsft.sharding.files import write_full_tensors
+from dualsft.sharding.groups import shard_mesh
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.save import write_shards
 from dualsft.sharding.shards import local_shard
 from tests.cases import ARCHITECTURES, make
 from tests.world.models import save_tiny_model
 from tests.world.multimodal import save_whole
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -43,7 +44,7 @@ def small_files() -> Any:
 def save_all(folders: dict[str, str], target: Path) -> None:
     """Load each model in shards and save it, the last in small files too; each weight is made whole once."""
     for name, folder in folders.items():
-        model = load_sharded(folder, data_parallel_mesh())
+        model = load_sharded(folder, shard_mesh("cpu"))
         with mock.patch.object(files, "full_tensor", wraps=files.full_tensor) as gathered:
             save_weights(model, target / name)
         assert gathered.call_count == len([*model.parameters()]), name
@@ -97,7 +98,7 @@ def test_files_of_every_architecture(tmp_path: Path) -> None:
 
 def refusals(folder: Path) -> list[str]:
     """What both ways to write sharded tensors say of a folder that one rank cannot write to."""
-    like = {name: distribute_tensor(torch.ones(4, 2), data_parallel_mesh(), [Shard(0)]) for name in "ab"}
+    like = {name: distribute_tensor(torch.ones(4, 2), shard_mesh("cpu"), [Shard(0)]) for name in "ab"}
     shards = {name: local_shard(tensor) for name, tensor in like.items()}
     told = []
     for write in (partial(write_full_tensors, folder=folder, stem="x"), partial(write_shards, path=folder / "y")):
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path
 
 def save_as_a_whole(base: str, target: Path) -> None:
     """Load the language model of a base in shards, and save it with the rest of the base."""
-    save_weights(load_sharded(base, data_parallel_mesh()), target, whole_of(base))
+    save_weights(load_sharded(base, shard_mesh("cpu")), target, whole_of(base))
 
 
 @pytest.mark.parametrize("file_size", ["1GB", "20KB"])

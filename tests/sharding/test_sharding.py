@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dualsft.errors import UserError
 from dualsft.models.loading import checkpoint_activations
+from dualsft.sharding.groups import shard_mesh
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import local_shard, shard_offset
 from tests.cases import ARCHITECTURES, make
-from tests.world.ranks import data_parallel_mesh, run_on_ranks
+from tests.world.ranks import run_on_ranks
 
 pytestmark = pytest.mark.heavy
 
@@ -56,7 +57,7 @@ def assert_summed(model: nn.Module, expected: dict[str, Tensor]) -> None:
 def check_sum(model: nn.Module, loss: Loss = token_loss, cpu_offload: bool = False) -> nn.Module:
     """Shards a model whose gradients, of two passes in turn, are the sum of the whole model's; gives it back."""
     expected = summed_gradients(copy.deepcopy(model), loss)
-    shard_model(model, data_parallel_mesh(), cpu_offload)
+    shard_model(model, shard_mesh("cpu"), cpu_offload)
     for _ in range(2):
         loss(model, distributed.get_rank()).backward()
         assert_summed(model, expected)
@@ -65,7 +66,7 @@ def check_sum(model: nn.Module, loss: Loss = token_loss, cpu_offload: bool = Fal
 
 
 def _offsets(shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    mesh, held = data_parallel_mesh(), []
+    mesh, held = shard_mesh("cpu"), []
     for shape in shapes:
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         shards = distribute_tensor(whole, mesh, [Shard(0)])
@@ -95,7 +96,7 @@ def test_a_plain_tensor_is_its_own_shard() -> None:
 
 
 def _other_layouts() -> None:
-    shards = distribute_tensor(torch.randn(4, 4), data_parallel_mesh(), [Shard(1)])
+    shards = distribute_tensor(torch.randn(4, 4), shard_mesh("cpu"), [Shard(1)])
     with pytest.raises(ValueError, match="only shards along dimension 0"):
         shard_offset(shards)
 
@@ -106,7 +107,7 @@ def _units(architectures: Sequence[str]) -> None:
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         count = sum(parameter.numel() for parameter in model.parameters())
         layers = {type(layer) for layer in max(_lists(model), key=lambda m: sum(p.numel() for p in m.parameters()))}
-        shard_model(model, data_parallel_mesh())
+        shard_model(model, shard_mesh("cpu"))
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         assert len(units) == model.config.num_hidden_layers + 1, name
         assert all(any(isinstance(unit, layer) for layer in layers) for unit in units[1:]), name
@@ -145,7 +146,7 @@ class Scale(nn.Module):
 def _sum_of_scales(frozen_at_first: bool) -> None:
     large = torch.arange(9) % 3 == distributed.get_rank()  # on each rank for a weight of each shard: any order shows
     model, x = Scale(), torch.where(large, 256.0, 1.0).bfloat16()
-    shard_model(model, data_parallel_mesh())
+    shard_model(model, shard_mesh("cpu"))
     if frozen_at_first:
         model.weight.requires_grad_(False)
         model(x)
@@ -278,12 +279,12 @@ def _several_types() -> None:
     bias = model.model.layers[0].self_attn.q_proj.bias
     bias.data = bias.data.float()
     with pytest.raises(UserError, match=r"^Linear owns weights of the types torch\.bfloat16, torch\.float32, which"):
-        shard_model(model, data_parallel_mesh())
+        shard_model(model, shard_mesh("cpu"))
 
 
 def _between_passes() -> None:
     model = make("llama tied", torch.float32)
-    shard_model(model, data_parallel_mesh())
+    shard_model(model, shard_mesh("cpu"))
     for graph in (True, False):
         with torch.set_grad_enabled(graph):
             token_loss(model, 0)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.world.forks import FORKS
 
@@ -72,11 +71,6 @@ def _rank(
         answer = traceback.format_exc(), None
     end.send_bytes(pickle.dumps(answer))  # whole: what send() does with tensors outlives no process
     end.close()
-
-
-def data_parallel_mesh() -> DeviceMesh:
-    """All ranks along one axis, as Lightning names it."""
-    return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
 
 
 def free_port() -> int:
