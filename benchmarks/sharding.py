@@ -2,6 +2,7 @@
 
     python benchmarks/sharding.py                        float32 on this machine's CPU (gloo), a minute or two
     python benchmarks/sharding.py --ranks 1 2 --dtype bfloat16
+    python benchmarks/sharding.py --ranks 4 --copies 2    two copies of the model, each on two ranks
 
 Memory is the largest resident set of any rank above what it held before the model was loaded, in bytes per weight of
 the whole model; so small a model has most of its weights in a few units, of which two are whole at a time. Beside it
@@ -12,6 +13,9 @@ forward and again for backward, of the direction, which it gathers for backward,
 in float32. The least that such a pass can do is to move each of these whole, less the part that the rank has:
 
     (ranks - 1) / ranks · weights · (3 · bytes of a weight + 4).
+
+With several copies of the model `ranks` is there the ranks of one, at least two. What a rank then receives from other
+copies is told for a step, and for the end of a pass, where the sums of its shard are added up.
 """
 
 import argparse
@@ -33,7 +37,6 @@ import torch
 from memory import STEADY, Meter
 from scoring import SHAPES, make_batch, make_model
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
@@ -44,10 +47,11 @@ from dualsft.models.dtypes import direction_dtype
 from dualsft.models.loading import load_model
 from dualsft.selection.passes import scoring_mode
 from dualsft.sharding import unit_gather
+from dualsft.sharding.groups import form_groups, replicate_group, shard_mesh
 from dualsft.sharding.load import load_sharded
 from dualsft.sharding.shards import local_shard
 
-PARTS = ("weights", "direction", "gradients")
+PARTS = ("weights", "direction", "gradients", "from copies")
 
 
 class Received:
@@ -64,9 +68,14 @@ class Received:
             yield batch
 
     def by_step(self) -> dict[str, float]:
-        """The mean of the steps after the first, which looks at the model and checks rows against autograd."""
-        steps = len(self._starts) - 1
-        return {part: (self.total[part] - self._starts[1][part]) / steps for part in PARTS}
+        """The mean of the steps after the first, which looks at the model and checks rows against autograd.
+
+        What other copies send comes at the end of the pass, or in the steps before the last.
+        """
+        steps, end = len(self._starts) - 1, self._starts[-1]
+        found = {part: (self.total[part] - self._starts[1][part]) / steps for part in PARTS}
+        step = (end["from copies"] - self._starts[1]["from copies"]) / max(1, steps - 1)
+        return {**found, "from copies": step, "at the end": self.total["from copies"] - end["from copies"]}
 
 
 @contextmanager
@@ -90,6 +99,23 @@ def counted(received: Received) -> Iterator[None]:
             setattr(module, name, original)
 
 
+@contextmanager
+def counted_between_copies(received: Received) -> Iterator[None]:
+    """Counts what comes from the ranks that hold the same shard, in a ring."""
+    group, all_reduce = replicate_group(), distributed.all_reduce
+
+    def called(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        if len(group) > 1 and options.get("group") is group.handle:
+            received.total["from copies"] += round(2 * (1 - 1 / len(group)) * tensor.nbytes)
+        return all_reduce(tensor, *args, **options)
+
+    distributed.all_reduce = called
+    try:
+        yield
+    finally:
+        distributed.all_reduce = all_reduce
+
+
 def _counting(function: Callable[..., Any], total: Counter[str], part: str) -> Callable[..., Any]:
     """The same function; the larger of its tensors is the ranks' together, the smaller this rank's own."""
 
@@ -110,7 +136,7 @@ def score(model: Any, options: argparse.Namespace, batches: int, rank: int = 0, 
     }
     made = [make_batch(model, options.batch_size, options.tokens) for _ in range(batches * ranks)]
     received = Received()
-    with counted(received), scoring_mode(model, checkpointing=False):
+    with counted(received), counted_between_copies(received), scoring_mode(model, checkpointing=False):
         gradient_pass(model, lambda first: islice(made, first * ranks + rank, None, ranks), received, [direction])
     return received.by_step()
 
@@ -121,7 +147,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         return _measured(options, lambda folder: load_model(str(folder), options.dtype))
     distributed.init_process_group("gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,))
+    form_groups(ranks // options.copies)
+    mesh = shard_mesh("cpu")
     found = _measured(options, lambda folder: load_sharded(str(folder), mesh, options.dtype), rank, ranks)
     distributed.destroy_process_group()
     return found
@@ -178,18 +205,21 @@ def report(options: argparse.Namespace, folder: Path) -> Iterator[str]:
     count, itemsize = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
     yield f"{count:,} weights in {options.dtype}, gloo on the CPU, torch {torch.__version__}"
     yield f"batches of {options.batch_size} examples of {options.tokens} tokens on each rank; bytes per weight"
-    yield "ranks        peak   of first   received: weights   direction   gradients   in all   of the least"
+    yield "ranks        peak   of first   received: weights   direction   gradients   in all   of the least   copies"
     (alone,) = run(options, folder, 0)
     yield f"no shards {alone['peak'] / count:7.2f}"
     first = None
     for ranks in options.ranks:
         found = run(options, folder, ranks)
-        peak, *parts = (max(of_rank[part] for of_rank in found) / count for part in ("peak", *PARTS))
-        first = first or peak
-        least = (ranks - 1) / ranks * (3 * itemsize + 4)
-        ratio = f"{sum(parts) / least:14.3f}" if least else f"{'-':>14}"
-        shown = f"{parts[0]:19.3f} {parts[1]:11.3f} {parts[2]:11.3f} {sum(parts):8.3f}"
-        yield f"{ranks:<9d} {peak:7.2f} {peak / first:11.3f} {shown} {ratio}"
+        most = {part: max(of_rank[part] for of_rank in found) / count for part in found[0]}
+        first = first or most["peak"]
+        shards = ranks // options.copies
+        least = (shards - 1) / shards * (3 * itemsize + 4)
+        together = sum(most[part] for part in PARTS)
+        ratio = f"{together / least:14.3f}" if least else f"{'-':>14}"
+        shown = f"{most['weights']:19.3f} {most['direction']:11.3f} {most['gradients']:11.3f} {together:8.3f} {ratio}"
+        copies = f"{most['from copies']:.3f}, {most['at the end']:.3f} at the end"
+        yield f"{ranks:<9d} {most['peak']:7.2f} {most['peak'] / first:11.3f} {shown}   {copies}"
 
 
 def main() -> None:
@@ -197,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--copies", type=int, default=1, help="of the model, each on as many ranks")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8)

@@ -14,7 +14,7 @@ set -euo pipefail
 NODES=${NODES:-2}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}   # processes per node, one for each GPU
 MAIN_PORT=${MAIN_PORT:-29500}       # any port that is free on the first node
-STRATEGY=${STRATEGY:-fsdp2}         # a shard of the model on each GPU; ddp: all of it; or fsdp2_cpu_offload
+STRATEGY=${STRATEGY:-fsdp2}         # the model in shards over all GPUs; hsdp: over those of a node; ddp: all on each
 
 exec torchrun \
     --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE" \

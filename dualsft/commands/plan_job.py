@@ -134,9 +134,11 @@ def _machine(trainer: Namespace, memory: int | None) -> Machine:
 def _strategy(strategy: str | Namespace) -> tuple[type | None, Mapping[str, Any]]:
     """Which of our strategies is asked for, and its options; None for any other."""
     if isinstance(strategy, str):
-        registered = StrategyRegistry.get(strategy) if strategy in StrategyRegistry else {}
-        kind = DDP if strategy == "ddp" else registered.get("strategy")
-        return kind if kind in RANKS else None, registered.get("init_params", {})
+        if strategy not in StrategyRegistry:
+            return None, {}
+        registered = StrategyRegistry[strategy]  # its `get` makes one
+        kind = DDP if strategy == "ddp" else registered["strategy"]
+        return kind if kind in RANKS else None, registered["init_params"]
     names = {f"{kind.__module__}.{kind.__name__}": kind for kind in RANKS}
     return names.get(strategy.class_path), strategy.get("init_args") or {}
 

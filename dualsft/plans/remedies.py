@@ -71,7 +71,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         half = replace(data, max_length=shorter, batch_tokens=min(data.batch_tokens, shorter))
         yield f"data.max_length and data.batch_tokens {shorter}", "longer examples are cut", replace(job, data=half)
     if not job.machine.offload and job.machine.device != "cpu":
-        offloaded = replace(job, machine=replace(job.machine, offload=True, replicas=False))
+        offloaded = replace(job, machine=replace(job.machine, offload=True, replicas=1))
         yield "trainer.strategy fsdp2_cpu_offload", "weights and sums cross the bus for each batch", offloaded
 
 

@@ -84,6 +84,7 @@ def shard_mesh(device_type: str) -> DeviceMesh:
     """
     group = shard_group().handle or distributed.group.WORLD
     assert group is not None
+    assert group.size() == len(shard_group())
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
 
 

@@ -73,8 +73,8 @@ class FSDP2(ModelParallelStrategy):
             UserError: if the ranks cannot be divided into groups of the shard size.
         """
         if self._device_mesh is None:
+            self._setup_distributed()  # first, so that a refusal is said once
             size = checked_shard_size(self.shard_size, self.num_processes, self.num_nodes * self.num_processes)
-            self._setup_distributed()
             _begin(self, size, self._shards_wait)
             self._device_mesh = shard_mesh(self.root_device.type)
         module = self.lightning_module

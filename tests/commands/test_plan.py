@@ -117,6 +117,11 @@ def test_other_memory_is_refused(text: str) -> None:
     [
         (["--model.model_name_or_path", "./nowhere"], "no such folder; give one that holds a config.json"),
         (["--trainer.devices", "8"], "set trainer.strategy to ddp"),
+        (
+            ["--trainer.devices", "8", "--trainer.strategy", "deepspeed"],
+            "strategy 'deepspeed'; set trainer",
+        ),
+        (["--trainer.num_nodes", "2", "--trainer.strategy", "hsdp"], "over a single rank; set trainer.strategy to ddp"),
         (["--trainer.devices", "auto"], "a plan needs their number"),
         (["--supervised", "2"], "--supervised is 2"),
         (["--model.path.along", "pool", "--model.warmup.fraction", "0.1"], "set model.path.along to target or null"),

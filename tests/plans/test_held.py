@@ -103,6 +103,8 @@ def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
         assert (replica.held, replica.host, replica.disk) == (alone.held, alone.host, alone.disk)
         assert replica.batch <= alone.batch
     assert SelectJob(shape, Machine("cuda", 8), data).shards.weights < eight.shards.weights == one.shards.weights
+    hybrid, four = (SelectJob(shape, Machine("cuda", *ranks), data) for ranks in ((8, False, None, 2), (4,)))
+    assert hybrid.shards == four.shards
 
 
 @pytest.mark.parametrize(

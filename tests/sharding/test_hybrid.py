@@ -28,7 +28,7 @@ from tests.sharding.test_replicas import EXACT, OFTEN, SMALL, Unbroken, kept, re
 from tests.sharding.test_select import OTHERS, PLAIN, WARM, assert_same, select_all
 from tests.world.data import sums
 from tests.world.fits import all_fitted, assert_same_fit, fitted
-from tests.world.jobs import contents, make_workspace, select, write_inputs
+from tests.world.jobs import SGD, Inputs, contents, make_workspace, select, write_inputs
 from tests.world.ranks import run_on_ranks
 
 pytestmark = [
@@ -56,6 +56,40 @@ def test_groups() -> None:
         ([2, 3], [0, 2], 1, [[2], [3]], [101.0]),
         ([2, 3], [1, 3], 1, [[2], [3]], [1010.0]),
     ]
+
+
+def between_copies(inputs: Inputs, folder: Path, batch_tokens: int) -> list[tuple[str, int]]:
+    """A selection on two copies: each collective that leaves one, with the number of its entries."""
+    calls: list[tuple[str, int]] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        function = getattr(distributed, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            group = options.get("group", args[2] if len(args) > 2 else None)
+            if group is not shard_group().handle:
+                calls.append((name, sum(of.numel() for of in args if isinstance(of, torch.Tensor))))
+            return function(*args, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier"):
+            patch.setattr(distributed, name, counting(name))
+        select_all(inputs, folder, {"selection": SGD}, 4, {"batch_tokens": batch_tokens}, PAIRS)
+    return calls
+
+
+def test_a_batch_takes_no_communication_between_copies(tmp_path: Path) -> None:
+    """As many collectives for few batches as for many; each pass adds up the sums of each shard once."""
+    rows = sums(24)
+    inputs = write_inputs(tmp_path, rows, rows[-6:])
+    few = run_on_ranks(4, between_copies, inputs, tmp_path / "few", 1000)
+    many = run_on_ranks(4, between_copies, inputs, tmp_path / "many", 40)
+    assert few == many
+    size = load_selection(tmp_path / "few" / "selection").manifest["model"]["num_parameters"]
+    added_up = [sum(n for name, n in calls if name == "all_reduce" and n > 10) for calls in many]
+    assert sum(added_up) == 2 * 2 * size  # two copies, two passes: for the validation gradient, and over the pool
 
 
 def test_which_shard_sizes_there_are() -> None:

@@ -121,9 +121,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_nodes_started_with_torchrun_select_what_one_process_does(alone: Path, tmp_path: Path) -> None:
-    """Two nodes of two ranks on loopback, by the shipped script: the same mask and subset to the byte."""
+    """Two nodes on loopback, each with a copy of the model on two ranks: the same mask and subset to the byte."""
     script = [str(CONFIGS / "torchrun.sh"), *select(alone / "job.yaml", tmp_path / "nodes")]
     nodes = {"MAIN_HOST": "127.0.0.1", "MAIN_PORT": str(free_port()), "GPUS_PER_NODE": "2"}
+    nodes["STRATEGY"] = "hsdp"
     with started(script, tmp_path / "1.log", **nodes, NODE_RANK="1") as other:
         run(script, tmp_path / "0.log", **nodes, NODE_RANK="0")
         assert other.wait(60) == 0, (tmp_path / "1.log").read_text()
