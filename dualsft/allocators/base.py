@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualsft.errors import UserError
 from dualsft.needs import Given, by_own_name
+from dualsft.sharding.groups import RankGroup, own_group
 
 Budget = int | float | None
 """A count (integer), a fraction in (0, 1] (float), or None for everything."""
@@ -92,12 +93,14 @@ class ScoredParameters(Given, Mapping[str, Tensor]):
         score: Parameter name -> φ_j, float32, of the parameter's shape.
         weight: Parameter name -> the base model's weights, of the same shape, in the type that they are stored in; None
             unless the allocator names it in its ``needs``.
+        group: The ranks that choose together, where several do.
     """
 
     asked_for: ClassVar = by_own_name("weight")
 
     score: Mapping[str, Float[Tensor, "..."]]
     weight: Mapping[str, Float[Tensor, "..."]] | None = None
+    group: RankGroup | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.score[name]
@@ -107,6 +110,11 @@ class ScoredParameters(Given, Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.score)
+
+
+def group_of(scores: Mapping[str, Tensor]) -> RankGroup:
+    """The ranks that choose together by these scores: this one alone, if nothing else is said."""
+    return (scores.group if isinstance(scores, ScoredParameters) else None) or own_group()
 
 
 def check_any_positive(allocator: str, score: Float[Tensor, " example"]) -> None:
@@ -123,9 +131,12 @@ class ParameterAllocator(ABC):
 
     Attributes:
         needs: What ``allocate`` uses besides the scores; an allocator with options may set it in its constructor.
+        together: Whether the ranks of a job can choose together, each in its own part of every tensor. It holds for
+            the allocators of this package alone: rank zero calls any other, for all.
     """
 
     needs: tuple[ParameterStatistic, ...] = ()
+    together: ClassVar[bool] = False
 
     @abstractmethod
     def allocate(self, scores: ScoredParameters, budget: int) -> Mapping[str, Bool[Tensor, "..."]]:

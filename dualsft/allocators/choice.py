@@ -3,6 +3,9 @@
 Entries are not sorted: each step finds the value of the last entry that it takes (see `dualsft.allocators.threshold`)
 and then goes over the tensors once more, to mark what is above. Beside the scores, which may lie in files, and one
 mask, memory holds a block of entries and a sample of at most 2²⁰.
+
+Several ranks can choose together: each looks at its own part of every tensor, whole blocks of it, and marks what is
+chosen there. They tell each other their samples and counts, so that the choice is that of one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,9 +17,25 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from dualsft.allocators.apportion import apportion
-from dualsft.allocators.threshold import BLOCK, Blocks, Threshold, bracket, kth_largest, mark, sampling_stride
+from dualsft.allocators.base import group_of
+from dualsft.allocators.threshold import (
+    BLOCK,
+    Blocks,
+    Counts,
+    Threshold,
+    bracket,
+    count_ties,
+    kth_largest,
+    mark,
+    sampling_stride,
+)
 from dualsft.errors import UserError
+from dualsft.sharding.collectives import all_gather, all_reduce_max, all_reduce_sum
+from dualsft.sharding.groups import RankGroup
+from dualsft.sharding.shards import rows_of_rank
 
+_SPARSE = 4
+"""Ranks exchange the counts of all bins if a quarter of them may have entries, else of those that have some."""
 By = Literal["magnitude", "signed"]
 """Rank by |φ|, or by φ itself."""
 
@@ -32,25 +51,37 @@ def ranked(score: Float[Tensor, "..."], by: By) -> Float[Tensor, "..."]:
     return score.abs() if by == "magnitude" else score
 
 
+def own_part(entries: int, group: RankGroup) -> slice:
+    """The part of a flat tensor that this rank of a group looks at: whole blocks, so that its bits are whole bytes."""
+    blocks = rows_of_rank(-(-entries // BLOCK), group.rank, len(group))
+    return slice(min(blocks.start * BLOCK, entries), min(blocks.stop * BLOCK, entries))
+
+
 class Choice:
     """The entries chosen so far; ties go to the first name, then the first flat index.
 
     Args:
-        scores: Parameter name -> φ_j, of the parameter's shape; ranked in float32.
+        scores: Parameter name -> φ_j, of the parameter's shape; ranked in float32. If they have a group of ranks, these
+            choose together: each makes the same calls, and has a mask of its own parts alone.
         by: The ranking of entries.
         reverse: Whether the lowest are the best.
     """
 
     def __init__(self, scores: Mapping[str, Float[Tensor, "..."]], by: By, reverse: bool = False) -> None:
         self._scores, self._by, self._reverse = scores, by, reverse
+        self._group = group_of(scores)
         shapes = {name: score.shape for name, score in scores.items()}
-        self._mask = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        # numpy's zeros take no memory until they are written, torch's do: other ranks' parts never are
+        self._mask = {name: torch.from_numpy(np.zeros(shape, np.bool_)) for name, shape in shapes.items()}
         self._taken = dict.fromkeys(scores, 0)
         self._buffer = np.empty(BLOCK, np.float32)
 
     @property
     def mask(self) -> dict[str, Bool[Tensor, "..."]]:
-        """Parameter name -> which entries are chosen, for every name in the scores, where the scores are."""
+        """Parameter name -> which entries are chosen, for every name in the scores, where the scores are.
+
+        Of ranks that choose together each has its own part of them.
+        """
         return {name: mask.to(self._scores[name].device) for name, mask in self._mask.items()}
 
     def free(self, names: Iterable[str]) -> int:
@@ -68,11 +99,11 @@ class Choice:
         names = sorted(names)
         if not 0 < k <= (free := self.free(names)):
             raise ValueError(f"cannot choose {k} of {free}")
-        within = bracket(self._sample(names), k, free)
-        threshold = kth_largest(lambda: self._blocks(names), k, within)
-        left = threshold.ties
-        for name in names:
-            left -= self._mark(name, threshold, left)
+        within = bracket(np.concatenate(all_gather(self._sample(names), self._group)), k, free)
+        threshold = kth_largest(lambda: self._blocks(names), k, within, self._add_up)
+        ties = self._own_ties(names, threshold)
+        marked = [self._mark(name, threshold, most) for name, most in zip(names, ties, strict=True)]
+        self._taken.update(zip(names, all_reduce_sum(torch.tensor(marked), self._group).tolist(), strict=True))
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
         """Split a budget over disjoint groups of tensors by their shares, and take the best entries of each group.
@@ -96,9 +127,28 @@ class Choice:
         stride = sampling_stride(sum(self._mask[name].numel() for name in names))
         sample = [np.zeros(0, np.float32)]
         for name in names:
-            values = self._values(self._scores[name].flatten()[::stride])
-            sample.append(values[~self._flat(name)[::stride]] if self._taken[name] else values)
+            part = self._part(name)
+            values = self._values(self._scores[name].flatten()[part][::stride])
+            sample.append(values[~self._flat(name)[part][::stride]] if self._taken[name] else values)
         return np.concatenate(sample)
+
+    def _add_up(self, counts: Counts) -> Counts:
+        """The counts of all ranks that choose together; each has those of its own parts."""
+        if len(self._group) == 1:
+            return counts
+        if all_reduce_max(len(counts.bins), self._group) * len(self._group) < counts.size // _SPARSE:
+            return Counts.merged(all_gather(counts, self._group))
+        return Counts.of_dense(all_reduce_sum(torch.from_numpy(counts.dense()), self._group).numpy())
+
+    def _own_ties(self, names: Sequence[str], threshold: Threshold) -> list[int]:
+        """How many of the entries at the threshold are to be chosen in this rank's part of each tensor."""
+        if threshold.all_ties:
+            return [0] * len(names)
+        own = [sum(count_ties(*block, threshold) for block in self._blocks([name])) for name in names]
+        at_threshold = np.array(all_gather(own, self._group)).T  # tensor after tensor, and in each rank after rank
+        before = at_threshold.cumsum().reshape(at_threshold.shape) - at_threshold
+        most: list[int] = (threshold.ties - before).clip(0, at_threshold)[:, self._group.rank].tolist()
+        return most
 
     def _blocks(self, names: Iterable[str]) -> Blocks:
         for name in names:
@@ -107,22 +157,24 @@ class Choice:
                 yield values, None if mask is None else mask[first : first + BLOCK]
 
     def _mark(self, name: str, threshold: Threshold, ties: int) -> int:
-        """Choose a tensor's entries above the threshold, and the first of those at it; how many there are of these."""
-        mask, before, taken = self._flat(name), ties, 0
+        """Choose a tensor's entries above the threshold, and the first of those at it; how many are chosen by now."""
+        mask, taken = self._flat(name), 0
         for first, values in self._values_of(name):
             chosen = mask[first : first + BLOCK]
             ties -= mark(chosen, values, threshold, ties)
             taken += int(np.count_nonzero(chosen))
-        self._taken[name] = taken
-        return before - ties
+        return taken
+
+    def _part(self, name: str) -> slice:
+        return own_part(self._mask[name].numel(), self._group)
 
     def _flat(self, name: str) -> Bool[np.ndarray, " entry"]:
         return self._mask[name].view(-1).numpy()
 
     def _values_of(self, name: str) -> Iterator[tuple[int, Float32[np.ndarray, " entry"]]]:
-        """The place of the first entry of each block of a tensor, and the block's values until the next is made."""
-        score = self._scores[name].flatten()
-        for first in range(0, len(score), BLOCK):
+        """The place of the first entry of each own block of a tensor, and the block's values until the next is made."""
+        score, own = self._scores[name].flatten(), self._part(name)
+        for first in range(own.start, own.stop, BLOCK):
             part = score[first : first + BLOCK]
             yield first, self._values(part, self._buffer[: len(part)])
 

@@ -27,6 +27,8 @@ class LayerQuota(ParameterAllocator):
         by: ``magnitude`` ranks by |φ|, as the paper's release does; ``signed`` by φ itself.
     """
 
+    together = True
+
     def __init__(self, layer_share: float = 0.2, module_share: float = 0.2, by: By = "magnitude") -> None:
         check_by("layer_quota", by)
         for key, share in (("layer_share", layer_share), ("module_share", module_share)):

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dualsft.allocators.base import ParameterAllocator
-from dualsft.allocators.choice import By, Choice, check_by
+from dualsft.allocators.base import ParameterAllocator, group_of
+from dualsft.allocators.choice import By, Choice, check_by, own_part
 from dualsft.allocators.threshold import BLOCK
 from dualsft.errors import UserError
+from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.groups import RankGroup
 
 
 class Proportional(ParameterAllocator):
@@ -25,6 +27,8 @@ class Proportional(ParameterAllocator):
         by: ``signed`` ranks the weights of a tensor by φ; ``magnitude`` by |φ|.
     """
 
+    together = True
+
     def __init__(self, by: By = "signed") -> None:
         check_by("proportional", by)
         self.by = by
@@ -32,7 +36,8 @@ class Proportional(ParameterAllocator):
     def allocate(self, scores: Mapping[str, Float[Tensor, "..."]], budget: int) -> dict[str, Bool[Tensor, "..."]]:
         """Exactly ``budget`` entries (see `ParameterAllocator.allocate`); refuses a score that is not finite."""
         names = sorted(scores)
-        gains = [_gain(name, scores[name]) for name in names]
+        group = group_of(scores)
+        gains = [_gain(name, scores[name], group) for name in names]
         if not any(gains):
             gains = [float(scores[name].numel()) for name in names]
         choice = Choice(scores, self.by)
@@ -40,9 +45,11 @@ class Proportional(ParameterAllocator):
         return choice.mask
 
 
-def _gain(name: str, score: Float[Tensor, "..."]) -> float:
-    """Σ_j max(φ_j, 0), in float64."""
-    gain = sum(float(part.clamp(min=0).sum(dtype=torch.float64)) for part in score.flatten().split(BLOCK))
+def _gain(name: str, score: Float[Tensor, "..."], group: RankGroup) -> float:
+    """Σ_j max(φ_j, 0), in float64; in the same order whichever ranks add up the blocks."""
+    parts = score.flatten()[own_part(score.numel(), group)].split(BLOCK)
+    of_ranks = all_gather([float(part.clamp(min=0).sum(dtype=torch.float64)) for part in parts], group)
+    gain = sum(sum_of_block for of_rank in of_ranks for sum_of_block in of_rank)
     if not math.isfinite(gain):
         raise UserError(f"The scores of {name} hold NaN or infinity, which proportional cannot share by; score again.")
     return gain

@@ -10,7 +10,7 @@ an operation of torch on a tensor that does not.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ Blocks = Iterable[tuple[Values, Bool[np.ndarray, " entry"] | None]]
 
 BLOCK = 2**17
 """Entries that are looked at together: half a megabyte of float32."""
+NO_ORDER = "scores hold NaN"
 _BINS = 2**20
 _DEVIATIONS = 4
 """Half the width of a bracket, in standard deviations of the sample's quantile: one in ten thousand misses."""
@@ -63,13 +64,59 @@ def bracket(sample: Values, k: int, entries: int) -> tuple[Value, Value]:
     return next(found) if 1 <= last <= count else lowest, next(found) if 1 <= first <= count else highest
 
 
-def kth_largest(sweep: Callable[[], Blocks], k: int, within: tuple[Value, Value]) -> Threshold:
+class Counts(NamedTuple):
+    """What a sweep over some entries has counted, for a bracket of keys that is cut into bins.
+
+    Attributes:
+        above: Entries above the bracket.
+        unordered: Entries that are NaN.
+        bins: The numbers of the bins that have any entries, ascending.
+        entries: How many each of these has.
+        size: How many bins there are.
+    """
+
+    above: int
+    unordered: int
+    bins: Int64[np.ndarray, " bin"]
+    entries: Int64[np.ndarray, " bin"]
+    size: int
+
+    @classmethod
+    def merged(cls, parts: Sequence["Counts"]) -> "Counts":
+        """Those of all entries, of those of parts of them."""
+        bins, place = np.unique(np.concatenate([part.bins for part in parts]), return_inverse=True)
+        entries = np.zeros(len(bins), np.int64)
+        np.add.at(entries, place, np.concatenate([part.entries for part in parts]))
+        above, unordered = sum(part.above for part in parts), sum(part.unordered for part in parts)
+        return cls(above, unordered, bins, entries, parts[0].size)
+
+    def dense(self) -> Int64[np.ndarray, " count"]:
+        """All of them as one vector: such vectors of parts can be added up."""
+        vector = np.zeros(self.size + 2, np.int64)
+        vector[self.bins] = self.entries
+        vector[-2:] = self.above, self.unordered
+        return vector
+
+    @classmethod
+    def of_dense(cls, vector: Int64[np.ndarray, " count"]) -> "Counts":
+        """The inverse of `dense`."""
+        bins = np.flatnonzero(vector[:-2])
+        return cls(int(vector[-2]), int(vector[-1]), bins, vector[bins], len(vector) - 2)
+
+
+def kth_largest(
+    sweep: Callable[[], Blocks],
+    k: int,
+    within: tuple[Value, Value],
+    add_up: Callable[[Counts], Counts] = lambda counts: counts,
+) -> Threshold:
     """Find the k-th largest value that counts.
 
     Args:
         sweep: Yields all entries; called once for each bracket.
         k: From 1 to the number of entries that count.
         within: The bracket to begin with.
+        add_up: Adds up counts over those who each sweep over some of the entries.
 
     Raises:
         ValueError: if there is no such entry, or a value is NaN.
@@ -79,22 +126,30 @@ def kth_largest(sweep: Callable[[], Blocks], k: int, within: tuple[Value, Value]
     low, high = map(key_of, within)
     while True:
         shift = max(0, (high - low).bit_length() - _BINS.bit_length() + 1)
-        above, counts = _count(sweep(), low, high, shift, dtype)
-        at_least = counts[::-1].cumsum()  # from the highest bin on
-        rank, inside = k - above, int(at_least[-1])
+        counts = add_up(_count(sweep(), low, high, shift, dtype))
+        if counts.unordered:
+            raise ValueError(NO_ORDER)
+        at_least = counts.entries[::-1].cumsum()  # from the highest bin on
+        rank, inside = k - counts.above, int(counts.entries.sum())
         if k < 1 or (rank > inside and low == lowest):
-            raise ValueError(f"cannot choose {k} of {above + inside}")
+            raise ValueError(f"cannot choose {k} of {counts.above + inside}")
         if rank < 1:
             low, high = high + 1, highest
         elif rank > inside:
             low, high = lowest, low - 1
         else:
-            bin_ = len(counts) - 1 - int(at_least.searchsorted(rank))
-            low += bin_ << shift
+            place = len(at_least) - 1 - int(at_least.searchsorted(rank))
+            low += int(counts.bins[place]) << shift
             if shift == 0:
-                ties = rank - int(counts[bin_ + 1 :].sum())
-                return Threshold(value_of(low, dtype), ties, ties == int(counts[bin_]))
+                ties = rank - int(counts.entries[place + 1 :].sum())
+                return Threshold(value_of(low, dtype), ties, ties == int(counts.entries[place]))
             high = min(high, low + (1 << shift) - 1)
+
+
+def count_ties(values: Values, taken: Bool[np.ndarray, " entry"] | None, threshold: Threshold) -> int:
+    """Count a block's entries at a threshold that still count."""
+    at_threshold = values == threshold.value
+    return int(np.count_nonzero(at_threshold if taken is None else at_threshold > taken))
 
 
 def mark(chosen: Bool[np.ndarray, " entry"], values: Values, threshold: Threshold, ties: int) -> int:
@@ -118,12 +173,13 @@ def mark(chosen: Bool[np.ndarray, " entry"], values: Values, threshold: Threshol
     return len(at_threshold)
 
 
-def _count(blocks: Blocks, low: int, high: int, shift: int, dtype: np.dtype) -> tuple[int, Int64[np.ndarray, " bin"]]:
+def _count(blocks: Blocks, low: int, high: int, shift: int, dtype: np.dtype) -> Counts:
     """Count the values above a bracket of keys, and those inside it, 2^shift keys to a bin."""
     bottom, top = value_of(low, dtype), value_of(high, dtype)
-    above, counts = 0, np.zeros(((high - low) >> shift) + 1, np.int64)
+    size = ((high - low) >> shift) + 1
+    above = unordered = waiting = 0
     found: list[np.ndarray] = []
-    waiting = 0
+    dense = np.zeros(0, np.int64)  # of a bin each, once there are many values inside
     for values, taken in blocks:
         over = values > top
         inside = (values < bottom) == over  # neither; so is NaN
@@ -133,21 +189,29 @@ def _count(blocks: Blocks, low: int, high: int, shift: int, dtype: np.dtype) -> 
         found.append(values[inside])
         waiting += len(found[-1])
         if waiting >= _BINS:
-            counts += _bins(found, low, shift, len(counts))
+            numbers = _bin_numbers(found, low, shift)
+            unordered += waiting - len(numbers)
+            dense = np.bincount(numbers, minlength=size) + (dense if len(dense) else 0)
             found, waiting = [], 0
-    return above, counts + _bins(found, low, shift, len(counts))
+    numbers = _bin_numbers(found, low, shift)
+    unordered += waiting - len(numbers)
+    if len(dense):
+        dense += np.bincount(numbers, minlength=size)
+        bins = np.flatnonzero(dense)
+        return Counts(above, unordered, bins, dense[bins], size)
+    return Counts(above, unordered, *np.unique(numbers, return_counts=True), size)
 
 
-def _bins(found: list[np.ndarray], low: int, shift: int, bins: int) -> Int64[np.ndarray, " bin"]:
+def _bin_numbers(found: list[np.ndarray], low: int, shift: int) -> Int64[np.ndarray, " entry"]:
+    """The numbers of the bins of all values but NaN."""
     values = np.concatenate(found) if found else np.zeros(0, np.int32)
-    refuse_nan(values)
-    return np.bincount((keys_of(values) - low) >> shift, minlength=bins)
+    return (keys_of(values[~np.isnan(values)]) - low) >> shift
 
 
 def refuse_nan(values: Values) -> None:
     """Raise a ValueError if a value is NaN, which has no place in an order."""
     if np.isnan(values).any():
-        raise ValueError("scores hold NaN")
+        raise ValueError(NO_ORDER)
 
 
 def keys_of(values: Values) -> Int64[np.ndarray, " entry"]:

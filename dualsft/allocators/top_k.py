@@ -18,6 +18,8 @@ class GlobalTopK(ParameterAllocator):
         reverse: Choose the lowest instead, to see what the ranking is worth.
     """
 
+    together = True
+
     def __init__(self, by: By = "magnitude", reverse: bool = False) -> None:
         check_by("global_top_k", by)
         self.by, self.reverse = by, reverse

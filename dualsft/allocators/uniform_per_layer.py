@@ -22,6 +22,8 @@ class UniformPerLayer(ParameterAllocator):
         by: ``magnitude`` ranks by |φ|; ``signed`` by φ itself.
     """
 
+    together = True
+
     def __init__(self, by: By = "magnitude") -> None:
         check_by("uniform_per_layer", by)
         self.by = by

@@ -12,6 +12,7 @@ from dualsft.plans.phase import Phase, Plan
 from dualsft.plans.scoring_phase import all_bytes, scoring_phase, times
 from dualsft.plans.training import dense_training, training_phase
 from dualsft.scorers import SecondOrderScorer
+from dualsft.selection.parameter_choice import chooses_together
 from dualsft.selection.terms import HESSIAN
 
 _RANKING = 2**26
@@ -146,11 +147,14 @@ def _directions(job: SelectJob) -> dict[str, int]:
 
 
 def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:
-    """Ranking on the host of rank zero, and the artifact; the directions stay where the sides take turns."""
-    count = job.shape.count
+    """Ranking on the host of rank zero, or of all, and the artifact; the directions stay where the sides take turns."""
+    count, ranks = job.shape.count, job.machine.ranks
     held = {"weights": job.shards.weights, **directions}
-    of_scores = "scores, in files" if job.shards.sharded else "scores"
-    host = {of_scores: SCORE * count, "mask": count, "ranking": _RANKING}
+    of_scores = "scores, in files" if job.shards.sharded or ranks > 1 else "scores"
+    together = ranks if chooses_together(job.settings) else 1
+    host = {of_scores: SCORE * count // together, "mask": count // together, "ranking": _RANKING}
+    if together > 1:
+        host["mask of all, in bits"] = count // 8
     disk = {SCORES: SCORE * count, "mask.safetensors": -(-count // 8)}
     if job.settings.parameter_scores == "bfloat16":
         disk["rounded scores"] = 2 * count

@@ -11,11 +11,17 @@ from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.data_choice import ChosenExamples, Measured, Pool, check_records, choose_data, data_budget
 from dualsft.selection.mask import stored_masks, write_masks
-from dualsft.selection.parameter_choice import Base, all_that_may_be_chosen, choose_parameters, parameter_budget
+from dualsft.selection.parameter_choice import (
+    Base,
+    all_that_may_be_chosen,
+    choose_parameters,
+    chooses_together,
+    parameter_budget,
+)
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.weight_scores import read_weight_scores
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.groups import has_replicas
+from dualsft.sharding.groups import has_replicas, job_group
 from dualsft.sharding.shard_model import is_sharded
 
 
@@ -48,8 +54,9 @@ class Budgets:
 
         Without scores, where no weights are to be chosen, all are that may be.
 
-        An allocator gets all scores at once, so the host of a single process holds them in this step. On several ranks
-        rank zero reads each from its file when it is asked for, writes the masks, and all ranks read those.
+        An allocator gets all scores at once, so the host of a single process holds them in this step. Several ranks
+        read each from its file when it is asked for. They choose together if the allocator can; otherwise rank zero
+        chooses. It writes the masks, and all ranks read those.
         """
         if scores is None:
             weights = self._model.named_parameters()
@@ -57,13 +64,13 @@ class Budgets:
         full = read_weight_scores(scores)
         if not is_sharded(self._model) and not has_replicas():
             return choose_parameters(self._settings, dict(full), self._base)
-        folder = self._run.staging(f"choice-{next(self._round)}")
-
-        def choose() -> None:
-            write_masks(folder / "mask.safetensors", choose_parameters(self._settings, full, self._base))
-
-        on_rank_zero(choose)
-        return stored_masks(folder / "mask.safetensors")
+        path = self._run.staging(f"choice-{next(self._round)}") / "mask.safetensors"
+        if chooses_together(self._settings):
+            group = job_group()
+            write_masks(path, choose_parameters(self._settings, full, self._base, group), group)
+        else:
+            on_rank_zero(lambda: write_masks(path, choose_parameters(self._settings, full, self._base)))
+        return stored_masks(path)
 
     def examples(self, scores: Mapping[int, float], measured: Measured) -> ChosenExamples:
         """Choose examples by φ_i and by the statistics measured of each, both by example id."""

@@ -12,8 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dualsft.allocators.choice import own_part
 from dualsft.errors import UserError
 from dualsft.models.lazy import LazyTensors
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.groups import RankGroup
+from dualsft.sharding.vectors import gather_vectors
 
 
 def pack_bits(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " byte"]:
@@ -30,13 +34,30 @@ def unpack_bits(packed: UInt8[Tensor, " byte"], shape: tuple[int, ...]) -> Bool[
     return torch.from_numpy(bits.view(np.bool_)).view(shape)
 
 
-def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks, by parameter name, into a file."""
-    packed, shapes = {}, {}
-    for name, chosen in sorted(masks.items()):
-        packed[name], shapes[name] = pack_bits(chosen), list(chosen.shape)
-    # one entry: safetensors writes several in an order that changes from run to run
-    save_file(packed, path, metadata={"shapes": json.dumps(shapes)})
+def write_masks(path: Path, masks: Mapping[str, Tensor], group: RankGroup | None = None) -> None:
+    """Write masks, by parameter name, into a file.
+
+    Args:
+        path: The file.
+        masks: Parameter name -> bool.
+        group: Ranks that have chosen together: each calls this with its own parts of the masks, and rank zero writes.
+    """
+    names = sorted(masks)
+    shapes = {name: list(masks[name].shape) for name in names}
+    packed = [pack_bits(own_entries(masks[name], group)) for name in names]
+    if group:
+        packed = gather_vectors(packed, group)
+
+    def write() -> None:
+        # one entry: safetensors writes several in an order that changes from run to run
+        save_file(dict(zip(names, packed, strict=True)), path, metadata={"shapes": json.dumps(shapes)})
+
+    on_rank_zero(write) if group else write()
+
+
+def own_entries(mask: Bool[Tensor, "..."], group: RankGroup | None) -> Bool[Tensor, " entry"]:
+    """The flat entries of a mask that this rank has chosen, where several have chosen together; else all."""
+    return mask.flatten() if group is None else mask.flatten()[own_part(mask.numel(), group)]
 
 
 def stored_masks(path: Path) -> LazyTensors:

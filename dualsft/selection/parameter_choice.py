@@ -10,7 +10,10 @@ from torch import Tensor
 from dualsft.allocators import ScoredParameters, count_of
 from dualsft.errors import UserError, is_own
 from dualsft.needs import ask
+from dualsft.selection.mask import own_entries
 from dualsft.selection.settings import SelectionSettings
+from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.groups import RankGroup, own_group
 
 Base = Callable[[], Mapping[str, Tensor]]
 """Loads the base model's weights by parameter name, if the allocator needs them."""
@@ -53,8 +56,22 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     return {name for name in names if any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns)}
 
 
-def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+def chooses_together(settings: SelectionSettings) -> bool:
+    """Whether several ranks can choose weights together; else one does for all."""
+    allocator = settings.parameter_allocator
+    return is_own(allocator) and allocator.together
+
+
+def choose_parameters(
+    settings: SelectionSettings, scores: Mapping[str, Tensor], base: Base, group: RankGroup | None = None
+) -> dict[str, Tensor]:
     """Choose weights by their scores φ_j: parameter name -> bool, of the shape of the parameter and its scores.
+
+    Args:
+        settings: The allocator, its budget, and which weights may be trained.
+        scores: Parameter name -> φ_j, float32.
+        base: Loads the base model's weights, if the allocator needs them.
+        group: Ranks that choose together: each calls this, and has the masks of its own parts alone.
 
     Raises:
         UserError: if the budget cannot be met, or the allocator violates it or modifies the scores.
@@ -66,10 +83,10 @@ def choose_parameters(settings: SelectionSettings, scores: Mapping[str, Tensor],
     weights = base() if "weight" in allocator.needs else None
     watched = {} if is_own(allocator) else offered  # two sweeps over the scores take as long as to choose
     before = {name: checksum(score) for name, score in watched.items()}
-    chosen = ask(allocator, "allocate", ScoredParameters(offered, weights), budget)
+    chosen = ask(allocator, "allocate", ScoredParameters(offered, weights, group), budget)
     if any(before[name] != checksum(score) for name, score in watched.items()):
         raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
-    check_mask(type(allocator).__name__, chosen, offered, budget)
+    check_mask(type(allocator).__name__, chosen, offered, budget, group)
     return {n: chosen[n] if n in names else torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
 
 
@@ -84,7 +101,9 @@ def checksum(score: Tensor) -> int:
     return zlib.crc32(score.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def check_mask(allocator: str, chosen: object, scores: Mapping[str, Tensor], budget: int) -> None:
+def check_mask(
+    allocator: str, chosen: object, scores: Mapping[str, Tensor], budget: int, group: RankGroup | None = None
+) -> None:
     """Check that a parameter allocator returned a mask for each parameter, with as many weights as the budget."""
     if not isinstance(chosen, Mapping):
         raise UserError(f"{allocator} gave back a {type(chosen).__name__}, not a mapping of names to masks; mend it.")
@@ -94,7 +113,8 @@ def check_mask(allocator: str, chosen: object, scores: Mapping[str, Tensor], bud
     for name, score in scores.items():
         if problem := _mask_problem(chosen[name], score):
             raise UserError(f"{allocator} gave {problem} for {name}, where a bool tensor of its shape is due; mend it.")
-    count = sum(int(chosen[name].count_nonzero()) for name in scores)
+    own = sum(int(own_entries(chosen[name], group).count_nonzero()) for name in scores)
+    count = sum(all_gather(own, group or own_group()))
     if count != budget:
         raise UserError(f"{allocator} chose {count:,} weights where {budget:,} were due; mend the allocator.")
 

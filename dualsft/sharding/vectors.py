@@ -1,7 +1,7 @@
 """Vectors that are split over ranks: each holds one chunk, and the chunks in the order of ranks are the vector.
 
-The ranks are those of one shard group; others hold the same. Chunks have any lengths. The entries of a sharded tensor
-that a mask selects are such a vector: shards are contiguous.
+The ranks are those of one shard group, where others hold the same, or of another group. Chunks have any lengths. The
+entries of a sharded tensor that a mask selects are such a vector: shards are contiguous.
 """
 
 from collections.abc import Sequence
@@ -9,20 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from dualsft.sharding.collectives import gather_shards
-from dualsft.sharding.groups import rank, replica, shard_group, world_size
+from dualsft.sharding.collectives import all_gather, gather_shards
+from dualsft.sharding.groups import RankGroup, rank, shard_group, world_size
 
 
-def gather_vectors(chunks: Sequence[Tensor]) -> list[Tensor]:
+def gather_vectors(chunks: Sequence[Tensor], group: RankGroup | None = None) -> list[Tensor]:
     """The full vectors, on rank zero's host alone; the other ranks get empty ones.
 
     Every rank must call this at once, with its chunk of each vector; in a single process the chunks are returned.
+
+    Args:
+        chunks: This rank's.
+        group: The ranks that have a chunk each; those of a shard group if None.
     """
     if world_size() == 1:
         return list(chunks)
-    lengths = gather_shards([len(chunk) for chunk in chunks])
+    group = group or shard_group()
+    lengths = all_gather([len(chunk) for chunk in chunks], group)
     if rank():
-        for chunk in filter(len, () if replica() else chunks):
+        for chunk in filter(len, () if group.ranks[0] else chunks):
             distributed.send(chunk.detach().cpu().contiguous(), 0)
         return [torch.empty(0, dtype=chunk.dtype) for chunk in chunks]
     return [_receive(chunk, [of_rank[k] for of_rank in lengths]) for k, chunk in enumerate(chunks)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dualsft.allocators import RandomWeights
 from dualsft.matrix.interaction import ColumnSums
 from dualsft.paths import TargetPath
 from dualsft.plans import scoring
@@ -96,12 +97,16 @@ def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> Non
 
 
 def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
-    """Of everything; its part of a training batch is smaller."""
+    """Of everything but the scores that it chooses by; its part of a training batch is smaller."""
     shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
     one, eight = (SelectJob(shape, Machine("cuda", ranks, replicas=ranks), data) for ranks in (1, 8))
     for alone, replica in zip(plan_select(one).phases, plan_select(eight).phases, strict=True):
-        assert (replica.held, replica.host, replica.disk) == (alone.held, alone.host, alone.disk)
+        assert (replica.held, replica.disk) == (alone.held, alone.disk)
+        assert replica.host == alone.host or alone.name == "choice"
         assert replica.batch <= alone.batch
+    assert replica.host["mask"] == alone.host["mask"] // 8
+    random = replace(eight, settings=SelectionSettings(parameter_allocator=RandomWeights()))
+    assert plan_select(random).phases[-1].host["mask"] == alone.host["mask"]
     assert SelectJob(shape, Machine("cuda", 8), data).shards.weights < eight.shards.weights == one.shards.weights
     hybrid, four = (SelectJob(shape, Machine("cuda", *ranks), data) for ranks in ((8, False, None, 2), (4,)))
     assert hybrid.shards == four.shards

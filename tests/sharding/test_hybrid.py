@@ -59,7 +59,7 @@ def test_groups() -> None:
 
 
 def between_copies(inputs: Inputs, folder: Path, batch_tokens: int) -> list[tuple[str, int]]:
-    """A selection on two copies: each collective that leaves one, with the number of its entries."""
+    """A selection on two copies: each collective that leaves one, with how many floating-point numbers it is about."""
     calls: list[tuple[str, int]] = []
 
     def counting(name: str) -> Callable[..., Any]:
@@ -68,7 +68,9 @@ def between_copies(inputs: Inputs, folder: Path, batch_tokens: int) -> list[tupl
         def counted(*args: Any, **options: Any) -> Any:
             group = options.get("group", args[2] if len(args) > 2 else None)
             if group is not shard_group().handle:
-                calls.append((name, sum(of.numel() for of in args if isinstance(of, torch.Tensor))))
+                calls.append(
+                    (name, sum(of.numel() for of in args if isinstance(of, torch.Tensor) and of.is_floating_point()))
+                )
             return function(*args, **options)
 
         return counted
@@ -88,7 +90,7 @@ def test_a_batch_takes_no_communication_between_copies(tmp_path: Path) -> None:
     many = run_on_ranks(4, between_copies, inputs, tmp_path / "many", 40)
     assert few == many
     size = load_selection(tmp_path / "few" / "selection").manifest["model"]["num_parameters"]
-    added_up = [sum(n for name, n in calls if name == "all_reduce" and n > 10) for calls in many]
+    added_up = [sum(n for name, n in calls if name == "all_reduce") for calls in many]
     assert sum(added_up) == 2 * 2 * size  # two copies, two passes: for the validation gradient, and over the pool
 
 
