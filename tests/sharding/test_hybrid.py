@@ -68,9 +68,8 @@ def between_copies(inputs: Inputs, folder: Path, batch_tokens: int) -> list[tupl
         def counted(*args: Any, **options: Any) -> Any:
             group = options.get("group", args[2] if len(args) > 2 else None)
             if group is not shard_group().handle:
-                calls.append(
-                    (name, sum(of.numel() for of in args if isinstance(of, torch.Tensor) and of.is_floating_point()))
-                )
+                tensors = [of for of in args if isinstance(of, torch.Tensor)]
+                calls.append((name, sum(of.numel() for of in tensors if of.is_floating_point())))
             return function(*args, **options)
 
         return counted

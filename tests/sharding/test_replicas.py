@@ -128,7 +128,7 @@ def test_gradients_are_added_up_wherever_one_has_any() -> None:
 
 
 def watched(inputs: Inputs, folder: Path, batch_tokens: int) -> tuple[list[tuple[str, int]], list[list[int]]]:
-    """A selection on replicas: each collective with how many floating-point numbers it is about, and the ids of each batch read."""
+    """A selection on replicas: each collective with its floating-point entries, and the ids of each batch."""
     calls: list[tuple[str, int]] = []
     read: list[list[int]] = []
     getitem = RowLists.__getitem__
@@ -141,9 +141,8 @@ def watched(inputs: Inputs, folder: Path, batch_tokens: int) -> tuple[list[tuple
         function = getattr(distributed, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            calls.append(
-                (name, sum(of.numel() for of in args if isinstance(of, torch.Tensor) and of.is_floating_point()))
-            )
+            tensors = [of for of in args if isinstance(of, torch.Tensor)]
+            calls.append((name, sum(of.numel() for of in tensors if of.is_floating_point())))
             return function(*args, **kwargs)
 
         return counted
