@@ -68,6 +68,26 @@ class ModuleCall:
                 raise
             return None
 
+    def scales(self, names: Collection[str]) -> bool:
+        """Whether f, which is linear in the weights of these names, is w ⊙ n for the only one, along its last axis.
+
+        Then f(u) = f(w) ⊙ u / w, for a random u. A weight with a zero does not tell n, nor one so small that n is
+        rounded away.
+        """
+        own = {name: self._module.get_parameter(name).detach() for name in names}
+        (w, *others) = own.values()
+        if others or w.dim() != 1:
+            return False
+        y = self.output(own)
+        if y.is_meta or isinstance(y, FakeTensor):
+            return y.shape[-1:] == w.shape
+        if y.shape[-1:] != w.shape or bool((w.abs() < torch.finfo(w.dtype).tiny ** 0.5).any()):
+            return False
+        u = torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(w)
+        found, expected = self.output(dict.fromkeys(own, u)).double(), y.double() * (u.double() / w.double())
+        near = torch.finfo(y.dtype).eps ** 0.5
+        return bool(torch.linalg.vector_norm(found - expected) <= near * torch.linalg.vector_norm(expected))
+
     def _output(self, parameters: dict[str, Tensor]) -> Tensor:
         named = {f"module.{name}": parameter for name, parameter in parameters.items()}
         outputs = functional_call(self._alone, named, self._args, self._kwargs, tie_weights=False)

@@ -3,9 +3,9 @@
     share of example i = Σ e · (∂f/∂w) u_w     over the outputs of f that belong to example i
 
 with f a module, w the parameters scored there, and e the gradient of its output. The product (∂f/∂w) u_w comes from
-forward-mode differentiation of the module's own forward, whatever the module is. Where f is linear in w, as norms are,
-it is f with u in the place of w; for Embedding it is U[id]. Linear and stacked experts, where nearly all the work is,
-have files of their own (`linear_tap.py`, `experts_tap.py`).
+forward-mode differentiation of the module's own forward, whatever the module is. Where f is linear in w it is f with u
+in the place of w; where f scales by w, as norms do, the output y times u / w; for Embedding it is U[id]. Linear and
+stacked experts, where nearly all the work is, have files of their own (`linear_tap.py`, `experts_tap.py`).
 """
 
 from abc import ABC, abstractmethod
@@ -24,6 +24,7 @@ from dualsft.data.partial_layout import PartialLayout
 from dualsft.errors import UserError, is_out_of_memory
 from dualsft.matrix.module_call import ModuleCall
 from dualsft.matrix.rows import Rows
+from dualsft.models.dtypes import accumulator_dtype
 
 
 class Tap(ABC):
@@ -91,6 +92,8 @@ class GeneralTap(OutputTap):
         self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._is_linear: dict[int, bool] = {}  # output -> whether it is linear in the weights, once that is known
+        self._scales: dict[int, Layout] = {}  # output that the one weight scales -> the batch in which that was found
+        self._ratios: dict[int, Tensor] = {}  # direction -> u / w
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(f"{where} rescales its weights or gradients, so its gradients have no per-example sum.")
 
@@ -105,8 +108,13 @@ class GeneralTap(OutputTap):
             layout = self.rows.layout
             value = layout.expand(outputs[k])
             self._check_shape(k, value.shape)
-            add = partial(self._add_to_rows, layout, others, structure, k)
-            outputs[k] = with_tap(value, add, self.rows.dummy_input, *tensors)
+            added: list[bool] = []
+            add = partial(self._add_to_rows, layout, others, structure, k, added)
+            value = with_tap(value, add, self.rows.dummy_input, *tensors)
+            # not in the batch itself: a part of it that is recomputed would keep other tensors than at first
+            if self._scales.get(k, self.rows.batch) is not self.rows.batch:
+                value = with_tap(value, partial(self._add_scaled, layout, k, added), self.rows.dummy_input, value)
+            outputs[k] = value
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
 
     def _check_shape(self, k: int, shape: torch.Size) -> None:
@@ -125,7 +133,25 @@ class GeneralTap(OutputTap):
             if k not in self._axes:
                 raise
 
-    def _add_to_rows(self, layout: Layout, inputs: list[Any], structure: Any, k: int, ctx: Any, e: Tensor) -> None:
+    def _add_scaled(self, layout: Layout, k: int, added: list[bool], ctx: Any, e: Tensor) -> None:
+        """Add (y u / w) · e to the rows, unless the model has modified the output y of this call in place."""
+        try:
+            (y,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if _MODIFIED not in str(error):
+                raise
+            return
+        for direction, u in enumerate(self.tangents()):
+            if direction not in self._ratios:
+                ((name, of),) = u.items()
+                weight = self.module.get_parameter(name).detach()
+                self._ratios[direction] = of / weight.to(accumulator_dtype(weight))
+            self._add(direction, y.detach() * self._ratios[direction], e, k, layout)
+        added.append(True)
+
+    def _add_to_rows(
+        self, layout: Layout, inputs: list[Any], structure: Any, k: int, added: list[bool], ctx: Any, e: Tensor
+    ) -> None:
         """Add (∂f/∂w)u · e of the k-th output leaf of one call to the rows.
 
         Args:
@@ -133,9 +159,12 @@ class GeneralTap(OutputTap):
             inputs: The call's flattened arguments, with `_TENSOR` in place of tensors, which autograd keeps.
             structure: Makes positional and keyword arguments of them.
             k: The leaf's number.
+            added: Not empty if this has been done by the output.
             ctx: Autograd's context of the call, which keeps the tensors.
             e: The leaf's gradient.
         """
+        if added:
+            return
         kept = iter(self._saved_tensors(ctx))
         leaves = [next(kept).detach() if leaf is _TENSOR else leaf for leaf in inputs]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
@@ -149,13 +178,16 @@ class GeneralTap(OutputTap):
                 raise UserError(
                     f"{self.where} has no forward-mode derivative, so it cannot be scored: {reason}"
                 ) from error
-            x, y = product.expand_as(e), e
-            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-                # autograd gives the padding row no gradient, be what comes back to it NaN, as of the norm of zeros
-                y = e.masked_fill(x == 0, 0)
-            if k in self._axes and not isinstance(layout, PartialLayout):
-                x, y = (layout.flat(part, self._axes[k]) for part in (x, y))
-            self.rows.add(direction, x, y, self.where, layout)
+            self._add(direction, product.expand_as(e), e, k, layout)
+
+    def _add(self, direction: int, x: Tensor, e: Tensor, k: int, layout: Layout) -> None:
+        """Add x · e, with x = (∂f/∂w)u of the k-th output leaf, to the rows of a direction."""
+        if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
+            # autograd gives the padding row no gradient, be what comes back to it NaN, as of the norm of zeros
+            e = e.masked_fill(x == 0, 0)
+        if k in self._axes and not isinstance(layout, PartialLayout):
+            x, e = (layout.flat(part, self._axes[k]) for part in (x, e))
+        self.rows.add(direction, x, e, self.where, layout)
 
     def _product(self, u: Mapping[str, Tensor], args: Any, kwargs: Any, k: int, dtype: torch.dtype) -> Tensor:
         """(∂f/∂w)u of the k-th output leaf."""
@@ -164,6 +196,8 @@ class GeneralTap(OutputTap):
         call = ModuleCall(self.module, args, kwargs, k)
         if k not in self._is_linear and (found := call.is_linear(u)) is not None:
             self._is_linear[k] = found
+            if found and call.scales(u):
+                self._scales[k] = self.rows.batch
         return call.output(u) if self._is_linear.get(k) else call.derivative(u)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
@@ -171,7 +205,7 @@ class GeneralTap(OutputTap):
         try:
             saved: tuple[Tensor, ...] = ctx.saved_tensors
         except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
+            if _MODIFIED not in str(error):
                 raise
             raise UserError(
                 f"The input of {self.where} is modified in place after its use there, so it cannot be scored; "
@@ -181,6 +215,8 @@ class GeneralTap(OutputTap):
 
 
 _TENSOR = object()
+_MODIFIED = "modified by an inplace operation"
+"""What autograd says of a tensor that it was to keep."""
 
 
 def with_tap(value: Tensor, add: Callable[[Any, Tensor], None], dummy_input: Tensor, *inputs: Tensor) -> Tensor:

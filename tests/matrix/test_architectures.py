@@ -71,15 +71,26 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def assert_scores(
-    model: PreTrainedModel, batch: Batch, expected: list[Gradients], relative: float, **options: Any
+    model: PreTrainedModel,
+    batch: Batch,
+    expected: list[Gradients],
+    relative: float,
+    again: Batch | None = None,
+    **options: Any,
 ) -> GradientPass:
-    """A pass over one batch covers every weight, and finds the rows and the columns of these gradients."""
-    u = random_direction(model)
-    found = gradient_pass(model, given([batch]), directions=[u], **options)
+    """A pass over one batch covers every weight, and finds the rows and the columns of these gradients.
+
+    So it does over another one of the same examples, for which it knows the model's modules.
+    """
+    u, batches, count = random_direction(model), [batch], len(expected)
+    if again is not None:
+        batches.append({**again, "example_id": again["example_id"] + count})
+    found = gradient_pass(model, given(batches), directions=[u], **options)
     assert found.covered == set(u)
-    assert_rows([found.rows[0][k] for k in range(len(expected))], u, expected, relative)
+    for first in range(0, len(batches) * count, count):
+        assert_rows([found.rows[0][first + k] for k in range(count)], u, expected, relative)
     if found.sums:
-        assert_same_gradients(found.sums, total(expected), relative)
+        assert_same_gradients(found.sums, total(expected * len(batches)), relative)
     return found
 
 
@@ -101,8 +112,8 @@ def test_scores_are_those_of_autograd(architecture: str) -> None:
                 assert_scores(model, padded, expected, FLOAT64)
             if architecture not in {*FORGETFUL, "falcon"}:
                 assert_scores(model, pack([[0, 3, 1], [2], [4]], EXAMPLES), expected, FLOAT64)
-            assert_scores(model, padded, expected, FLOAT64, columns=False)
-            (tokens,) = assert_scores(model, padded, expected, FLOAT64, by_token=True).tokens
+            assert_scores(model, padded, expected, FLOAT64, padded, columns=False)
+            (tokens,) = assert_scores(model, padded, expected, FLOAT64, padded, by_token=True).tokens
     assert body_path(model)
     assert [len(tokens[k]) for k in range(len(EXAMPLES))] == [len(ids) for ids, _ in EXAMPLES]
     u = random_direction(model)

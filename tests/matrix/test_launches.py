@@ -56,9 +56,9 @@ def scoring(model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch, **options
 
 
 @pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
-@pytest.mark.parametrize(("options", "most"), [({}, 1.55), ({"columns": False}, 1.4)], ids=["both", "rows"])
+@pytest.mark.parametrize(("options", "most"), [({}, 1.45), ({"columns": False}, 1.3)], ids=["both", "rows"])
 def test_launches_beside_a_plain_pass(batch: Batch, options: Any, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A linear layer adds its product with u, that with its input, and their sum; a norm is called once with u.
+    """A linear layer adds its product with u, that with its input, and their sum; so does a norm, by its output.
 
     On a CPU a product in bfloat16 is cast besides, which a GPU is spared.
     """
