@@ -20,8 +20,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from launches import Launches
 from scoring import Stopwatch, make_batch, plain_pass
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dualsft.data.layout import Batch
@@ -30,7 +30,6 @@ from dualsft.models.dtypes import direction_dtype
 from dualsft.models.experts import group_experts
 from dualsft.selection.passes import scoring_mode
 
-_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "is_same_size"}
 WAYS: dict[str, tuple[str | None, bool | None]] = {
     "plain": ("grouped_mm", None),
     "one pass": (None, True),
@@ -104,31 +103,10 @@ def seconds(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
     return {way: statistics.median(values) for way, values in found.items()}
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations but views and allocations, of all batches but the first that it is given to watch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not function.is_view and function._schema.name.split("::")[1] not in _NO_LAUNCH
-        return function(*args, **(kwargs or {}))
-
-    def __call__(self, batches: Any) -> Any:
-        """The batches."""
-        for k, batch in enumerate(batches):
-            if k:
-                with self:
-                    yield batch
-            else:
-                yield batch
-
-
 def launches(model: Any, batch: Batch, way: str) -> int:
     """What one batch launches."""
     run(model, [batch, batch], way, watch := Launches())
-    return watch.count
+    return watch.counts.total()
 
 
 def main() -> None:
