@@ -126,7 +126,7 @@ def work(rank: int, ranks: int, port: int, folder: Path, rule: str, found: Any) 
     """What one of several ranks takes to choose by the scores in a folder: nanoseconds, and bytes of its masks."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    scores = dict(read_full_tensors(folder, "scores"))
+    scores = dict(read_full_tensors([folder / "scores.safetensors"]))
     weights = sum(prod(score.shape) for score in scores.values())
     group, path = job_group(), folder / f"{ranks}.safetensors"
     distributed.barrier()

@@ -34,7 +34,7 @@ class Trainer(LightningTrainer):
     """Lightning's Trainer, which can also select; it takes the arguments of `lightning.Trainer`.
 
     Args:
-        strategy: As Lightning's; ``ddp`` is `dualsft.sharding.strategy.DDP`, ``fsdp2`` is `FSDP2` there.
+        strategy: As Lightning's; ``ddp`` is `dualsft.sharding.strategy.DDP`, ``fsdp2`` and ``hsdp`` are `FSDP2` there.
         logger: A logger of Lightning's, or a short name of one that writes under the output folder: csv, tensorboard or
             wandb; several of either in a list; false for none.
     """
@@ -103,7 +103,7 @@ class Trainer(LightningTrainer):
         if not isinstance(self.strategy, (SingleDeviceStrategy, *RANKS)):
             raise UserError(
                 f"select cannot run under {type(self.strategy).__name__} on {self.world_size} processes; set "
-                "trainer.strategy to ddp, which holds the whole model on each, or to fsdp2, which shards it, or "
+                "trainer.strategy to ddp, which holds the whole model on each, to fsdp2 or hsdp, which shard it, or "
                 "trainer.devices to 1 and leave trainer.strategy at auto."
             )
         loop = _SelectionLoop(self, work)

@@ -57,6 +57,16 @@ def own_part(entries: int, group: RankGroup) -> slice:
     return slice(min(blocks.start * BLOCK, entries), min(blocks.stop * BLOCK, entries))
 
 
+def largest_part(entries: int, ranks: int) -> int:
+    """How many entries of a flat tensor the rank looks at that has most of them."""
+    return min(entries, -(-entries // (ranks * BLOCK)) * BLOCK)
+
+
+def empty_mask(shape: Sequence[int]) -> Bool[Tensor, "..."]:
+    """A mask of which nothing is chosen; what is never written, as the parts of other ranks, takes no memory."""
+    return torch.from_numpy(np.zeros(tuple(shape), np.bool_))  # torch's zeros take it at once
+
+
 class Choice:
     """The entries chosen so far; ties go to the first name, then the first flat index.
 
@@ -71,8 +81,7 @@ class Choice:
         self._scores, self._by, self._reverse = scores, by, reverse
         self._group = group_of(scores)
         shapes = {name: score.shape for name, score in scores.items()}
-        # numpy's zeros take no memory until they are written, torch's do: other ranks' parts never are
-        self._mask = {name: torch.from_numpy(np.zeros(shape, np.bool_)) for name, shape in shapes.items()}
+        self._mask = {name: empty_mask(shape) for name, shape in shapes.items()}
         self._taken = dict.fromkeys(scores, 0)
         self._buffer = np.empty(BLOCK, np.float32)
 
@@ -101,9 +110,12 @@ class Choice:
             raise ValueError(f"cannot choose {k} of {free}")
         within = bracket(np.concatenate(all_gather(self._sample(names), self._group)), k, free)
         threshold = kth_largest(lambda: self._blocks(names), k, within, self._add_up)
-        ties = self._own_ties(names, threshold)
-        marked = [self._mark(name, threshold, most) for name, most in zip(names, ties, strict=True)]
-        self._taken.update(zip(names, all_reduce_sum(torch.tensor(marked), self._group).tolist(), strict=True))
+        left = threshold.ties
+        ties = self._own_ties(names, threshold) if len(self._group) > 1 else {}
+        for name in names:
+            left -= self._mark(name, threshold, ties.get(name, left))
+        taken = torch.tensor([self._taken[name] for name in names])
+        self._taken.update(zip(names, all_reduce_sum(taken, self._group).tolist(), strict=True))
 
     def spread(self, groups: Sequence[Sequence[str]], shares: Sequence[int | float], budget: int) -> int:
         """Split a budget over disjoint groups of tensors by their shares, and take the best entries of each group.
@@ -140,15 +152,15 @@ class Choice:
             return Counts.merged(all_gather(counts, self._group))
         return Counts.of_dense(all_reduce_sum(torch.from_numpy(counts.dense()), self._group).numpy())
 
-    def _own_ties(self, names: Sequence[str], threshold: Threshold) -> list[int]:
+    def _own_ties(self, names: Sequence[str], threshold: Threshold) -> dict[str, int]:
         """How many of the entries at the threshold are to be chosen in this rank's part of each tensor."""
         if threshold.all_ties:
-            return [0] * len(names)
+            return {}
         own = [sum(count_ties(*block, threshold) for block in self._blocks([name])) for name in names]
         at_threshold = np.array(all_gather(own, self._group)).T  # tensor after tensor, and in each rank after rank
         before = at_threshold.cumsum().reshape(at_threshold.shape) - at_threshold
-        most: list[int] = (threshold.ties - before).clip(0, at_threshold)[:, self._group.rank].tolist()
-        return most
+        most = (threshold.ties - before).clip(0, at_threshold)[:, self._group.rank].tolist()
+        return dict(zip(names, most, strict=True))
 
     def _blocks(self, names: Iterable[str]) -> Blocks:
         for name in names:
@@ -157,13 +169,17 @@ class Choice:
                 yield values, None if mask is None else mask[first : first + BLOCK]
 
     def _mark(self, name: str, threshold: Threshold, ties: int) -> int:
-        """Choose a tensor's entries above the threshold, and the first of those at it; how many are chosen by now."""
-        mask, taken = self._flat(name), 0
+        """Choose a tensor's entries above the threshold, and the first of those at it; how many there are of these.
+
+        What is taken of it is then that of this rank's part.
+        """
+        mask, before, taken = self._flat(name), ties, 0
         for first, values in self._values_of(name):
             chosen = mask[first : first + BLOCK]
             ties -= mark(chosen, values, threshold, ties)
             taken += int(np.count_nonzero(chosen))
-        return taken
+        self._taken[name] = taken
+        return before - ties
 
     def _part(self, name: str) -> slice:
         return own_part(self._mask[name].numel(), self._group)

@@ -125,10 +125,11 @@ def _machine(trainer: Namespace, memory: int | None) -> Machine:
     if ranks > 1 and kind is None:
         raise UserError(
             f"The trainer has {ranks} devices and the strategy {getattr(strategy, 'class_path', strategy)!r}; set "
-            "trainer.strategy to ddp, under which each holds all weights, or to fsdp2, which shards them."
+            "trainer.strategy to ddp, under which each holds all weights, to fsdp2, which shards them, or to hsdp."
         )
     size = 1 if kind is not FSDP2 else checked_shard_size(options.get("shard_size"), count, ranks)
-    return Machine(_device(trainer), ranks, bool(options.get("cpu_offload")), memory, ranks // size)
+    offload = bool(options.get("cpu_offload"))
+    return Machine(_device(trainer), ranks, offload, memory, ranks // size, int(trainer.num_nodes))
 
 
 def _strategy(strategy: str | Namespace) -> tuple[type | None, Mapping[str, Any]]:
@@ -139,8 +140,10 @@ def _strategy(strategy: str | Namespace) -> tuple[type | None, Mapping[str, Any]
         registered = StrategyRegistry[strategy]  # its `get` makes one
         kind = DDP if strategy == "ddp" else registered["strategy"]
         return kind if kind in RANKS else None, registered["init_params"]
-    names = {f"{kind.__module__}.{kind.__name__}": kind for kind in RANKS}
-    return names.get(strategy.class_path), strategy.get("init_args") or {}
+    with explaining_settings():
+        given = resolve_name(strategy.class_path)
+    kind = next((kind for kind in RANKS if isinstance(given, type) and issubclass(given, kind)), None)
+    return kind, strategy.get("init_args") or {}
 
 
 def _chosen(selection: str | None, choice: Namespace | None, count: int) -> tuple[float, bool, float]:

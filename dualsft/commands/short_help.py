@@ -66,7 +66,7 @@ IN_OUR_WORDS = {
     "trainer.accumulate_grad_batches": "Batches whose gradients make one step of the optimizer",
     "trainer.accelerator": "cpu, gpu, mps, or auto for what there is",
     "trainer.devices": "How many devices, or which",
-    "trainer.strategy": "auto; for several devices ddp (all of the model on each) or fsdp2 (a shard)",
+    "trainer.strategy": "auto; for several devices ddp (all of the model on each), fsdp2 (a shard) or hsdp",
     "seed_everything": "Seed of every draw and order",
 }
 """Options of Lightning's whose help is long, or says little -> what they do here."""

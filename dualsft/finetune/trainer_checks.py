@@ -32,7 +32,7 @@ def check_trainer(trainer: Trainer) -> None:
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, *RANKS)):
         raise UserError(
             f"fit cannot run on {trainer.world_size} processes under {type(trainer.strategy).__name__}; set "
-            "trainer.strategy to ddp, which holds the whole model on each, or to fsdp2, which shards it, or "
+            "trainer.strategy to ddp, which holds the whole model on each, to fsdp2 or hsdp, which shard it, or "
             "trainer.devices to 1."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """What lies in the output folder in each phase of a selection: states to resume from, and the result.
 
-The states of phases under way are among them where they are largest, in a training of all weights: there one copy is
-counted, which is what a run needs; with room for two the older one stays until the newer is complete.
+The states of phases under way are among them where they are largest, in a training of all weights, and where each
+replica keeps its own of a pass: there one of each is counted, which is what a run needs; with room for two the older
+one stays until the newer is complete.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,10 @@ def with_disk(job: SelectJob, phases: Sequence[Phase]) -> Iterator[Phase]:
         elif not (phase.name == "scores" and once):  # whose sums become scores without being written
             lies |= phase.disk
         done = {SCORES: SCORE * job.shape.count} if once and phase.name == passes[-1] else {}
-        under_way = lies_before | phase.state if phase.state else {}
+        state = phase.state
+        if job.machine.replicas > 1 and not state and (done or phase.disk) and phase.name != "choice":
+            state = {"sums of each replica": job.machine.replicas * SCORE * job.shape.count}
+        under_way = lies_before | state if state else {}
         yield replace(phase, disk=max(lies | done, under_way, key=lambda parts: sum(parts.values())))
         if combined and phase.name in _OBJECTIVE and passes[passes.index(phase.name) + 1] not in _OBJECTIVE:
             lies.pop(_MOMENT, None)

@@ -26,6 +26,7 @@ class Machine:
         offload: Whether shards are stored on the host.
         memory: Bytes of a device, if known.
         replicas: How many copies of the weights they hold, each shared by as many.
+        nodes: On how many machines they are.
     """
 
     device: str = "cuda"
@@ -33,6 +34,7 @@ class Machine:
     offload: bool = False
     memory: int | None = None
     replicas: int = 1
+    nodes: int = 1
 
     @property
     def shards(self) -> int:

@@ -108,4 +108,4 @@ def _by_ranks(job: Job, memory: int) -> Iterator[Remedy]:
 def _on(job: Job, ranks: int) -> tuple[str, str, Job]:
     spread = replace(job, machine=replace(job.machine, ranks=ranks, offload=False, replicas=1))
     cost = "each batch crosses the network" if ranks == job.machine.ranks else "more cards"
-    return f"trainer.devices {ranks} and trainer.strategy fsdp2", cost, spread
+    return f"trainer.devices {ranks // job.machine.nodes} and trainer.strategy fsdp2", cost, spread

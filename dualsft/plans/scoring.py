@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from dualsft.allocators.choice import largest_part
 from dualsft.plans import passes
 from dualsft.plans.along_path import is_known_path, path_phases
 from dualsft.plans.disk import SCORE, SCORES, with_disk
@@ -152,7 +153,8 @@ def _choice(job: SelectJob, directions: dict[str, int]) -> Phase:
     held = {"weights": job.shards.weights, **directions}
     of_scores = "scores, in files" if job.shards.sharded or ranks > 1 else "scores"
     together = ranks if chooses_together(job.settings) else 1
-    host = {of_scores: SCORE * count // together, "mask": count // together, "ranking": _RANKING}
+    part = sum(largest_part(weight.size, together) for weight in job.shape.weights)
+    host = {of_scores: SCORE * part, "mask": part, "ranking": _RANKING}
     if together > 1:
         host["mask of all, in bits"] = count // 8
     disk = {SCORES: SCORE * count, "mask.safetensors": -(-count // 8)}

@@ -31,8 +31,8 @@ def latest_of_others(folder: Path, phase: str, ranks: int, since: int) -> list[P
     """
     states: dict[tuple[int, int], dict[int, Path]] = defaultdict(dict)
     for path, name in state_files(folder):
-        by_itself = name.replica is not None or (name.version is None) != (name.rank is None)  # of one of many
-        if name.phase == phase and not by_itself:
+        of_some = name.replica is not None or (name.version is None) != (name.rank is None)  # and not of all ranks
+        if name.phase == phase and not of_some:
             states[name.ranks or 1, name.version or 0][name.rank or 0] = path
     complete = [of for (count, _), of in states.items() if len(of) == count != ranks]
     in_order = [[of[k] for k in range(len(of))] for of in complete]

@@ -17,7 +17,7 @@ class PhaseKeeper:
     Attributes:
         name: The name of the state.
         about: Noted in every state; one with other notes is of other work, and counts for its cost alone.
-        halved: Whether a rank ran out of memory in it among shards, so that all are to take batches in halves now.
+        halved: Whether a rank ran out of memory in it among shards, so that all that share its state take half batches.
         earlier: The phase's cost before its present start, in a killed run or a discarded attempt; {} for a new one.
         meter: Measures the phase's cost, from its start.
     """

@@ -113,7 +113,8 @@ class PhaseStore:
         return self._by_itself or replica() == 0
 
     def _on_first(self, action: Callable[[], T]) -> T:
-        """What an action gives that is run once for all of the group."""
+        """What an action gives that is run once for all of the group: one rank, or all."""
+        assert len(self.group) == 1 or not self._by_itself
         return action() if len(self.group) == 1 else on_rank_zero(action)
 
     def _save_part(
@@ -159,6 +160,8 @@ class PhaseStore:
         return self._has_room(size)
 
     def _has_room(self, size: int) -> bool:
+        """Whether the disk has room for what this rank is to write, and others like it at the same time."""
+        size *= world_size() // len(self.group)  # of each replica by itself
         if self._in_parts:
             total = sum(all_gather(size if self._writes else 0, self.group))
             return not any_rank(not self._has_room_here(total), self.group)
@@ -234,16 +237,22 @@ class PhaseStore:
         return None
 
     def _whole_part(self, phase: str) -> Path | None:
-        """The file of this rank's part of a phase's latest state that is whole on all ranks."""
-        own = {version: self._damage(self._file(phase, version)) for version in self._versions(phase)}
-        found = all_gather(own, self.group)
+        """The file of this rank's part of a phase's latest state that is whole on all ranks.
+
+        Those look that write; other replicas read what these have found.
+        """
+        versions = self._versions(phase) if self._writes else []
+        own = {version: self._damage(self._file(phase, version)) for version in versions}
+        found = [of_rank for of_rank in all_gather(own if self._writes else None, self.group) if of_rank is not None]
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
         if damaged:
-            reason = next(told for of_rank in found for v in damaged if (told := of_rank[v]))
-            self._drop_damaged(self._file(phase, min(damaged)), reason)
-        whole = common - damaged
-        return self._file(phase, max(whole)) if whole else None
+            first = min(damaged)
+            reason = next(told for of_rank in found if (told := of_rank[first]))
+            if self._writes:
+                self._drop_damaged(self._file(phase, first), reason)
+            common = {version for version in common if version < first}  # the later ones are dropped too
+        return self._file(phase, max(common)) if common else None
 
     def _drop_damaged(self, path: Path, reason: str) -> None:
         if self.group.rank == 0:

@@ -21,7 +21,7 @@ from dualsft.selection.parameter_choice import (
 from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.weight_scores import read_weight_scores
 from dualsft.sharding.collectives import on_rank_zero
-from dualsft.sharding.groups import has_replicas, job_group
+from dualsft.sharding.groups import job_group, world_size
 from dualsft.sharding.shard_model import is_sharded
 
 
@@ -62,7 +62,7 @@ class Budgets:
             weights = self._model.named_parameters()
             return all_that_may_be_chosen(self._settings, {name: p.shape for name, p in weights if p.requires_grad})
         full = read_weight_scores(scores)
-        if not is_sharded(self._model) and not has_replicas():
+        if not is_sharded(self._model) and world_size() == 1:
             return choose_parameters(self._settings, dict(full), self._base)
         path = self._run.staging(f"choice-{next(self._round)}") / "mask.safetensors"
         if chooses_together(self._settings):

@@ -25,7 +25,7 @@ from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
 from dualsft.selection.offload import Offload, offloads
 from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank
-from dualsft.sharding.groups import calls_alone, has_replicas
+from dualsft.sharding.groups import calls_alone, has_full_replicas
 from dualsft.sharding.local_batch import local_rows
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.training.compact import CompactParameters
@@ -149,7 +149,7 @@ class DenseTraining:
                 torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
                 self._backward(batch)
         except Exception as error:
-            if not is_out_of_memory(error) or has_replicas() or not (calls_alone() or self._keeper):
+            if not is_out_of_memory(error) or has_full_replicas() or not (calls_alone() or self._keeper):
                 raise
             reason = shortage(error)
         else:
@@ -176,7 +176,7 @@ class DenseTraining:
         try:
             return self._backward_in_parts(rows, count)
         except Exception as error:
-            if not is_out_of_memory(error) or not has_replicas():
+            if not is_out_of_memory(error) or not has_full_replicas():
                 raise
             reason = shortage(error)
         self._halve(reason)  # outside the handler, whose traceback holds on to the batch
@@ -248,7 +248,7 @@ class DenseTraining:
         if not calls_alone() and self._keeper:  # the other ranks are in the middle of the step
             self._keeper.halve()
             raise UserError(f"Memory {where}; go on with --resume on as many ranks, with its batches in halves then.")
-        say(f"memory {where}; it goes on in half batches.", of_rank=has_replicas())
+        say(f"memory {where}; it goes on in half batches.", of_rank=has_full_replicas())
         self._parts = 2
         self._drop_gradients()  # what the failed backward left half done
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use

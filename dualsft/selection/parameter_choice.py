@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualsft.allocators import ScoredParameters, count_of
+from dualsft.allocators.choice import empty_mask
 from dualsft.errors import UserError, is_own
 from dualsft.needs import ask
 from dualsft.selection.mask import own_entries
@@ -87,7 +88,7 @@ def choose_parameters(
     if any(before[name] != checksum(score) for name, score in watched.items()):
         raise UserError(f"{type(allocator).__name__} modified the scores in place; mend it to work on a copy.")
     check_mask(type(allocator).__name__, chosen, offered, budget, group)
-    return {n: chosen[n] if n in names else torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
+    return {name: chosen[name] if name in names else empty_mask(score.shape) for name, score in scores.items()}
 
 
 def all_that_may_be_chosen(settings: SelectionSettings, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

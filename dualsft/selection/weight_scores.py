@@ -9,7 +9,8 @@ from torch import Tensor
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
 from dualsft.selection.artifact import WEIGHT_SCORES
-from dualsft.sharding.files import read_full_tensors, write_full_tensors
+from dualsft.sharding.collectives import on_rank_zero
+from dualsft.sharding.files import full_tensor_files, read_full_tensors, write_full_tensors
 from dualsft.sharding.shards import local_shard
 from dualsft.storage.paths import link_or_copy
 
@@ -41,8 +42,11 @@ def write_weight_scores(
 
 
 def read_weight_scores(folder: Path) -> Mapping[str, Tensor]:
-    """Parameter name -> φ_j, of the full shape; each is read from its file when it is asked for."""
-    return read_full_tensors(folder, WEIGHT_SCORES)
+    """Parameter name -> φ_j, of the full shape; each is read from its file when it is asked for.
+
+    Every rank calls this. Rank zero names the files: a network drive may not list yet what another host has written.
+    """
+    return read_full_tensors(on_rank_zero(lambda: full_tensor_files(folder, WEIGHT_SCORES)))
 
 
 def stored_weight_scores(run: RunFolder) -> Path:

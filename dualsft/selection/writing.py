@@ -36,7 +36,7 @@ from dualsft.selection.kept_scores import keep_scores
 from dualsft.selection.mask import write_masks
 from dualsft.selection.near_duplicates import DUPLICATE_OF
 from dualsft.selection.settings import KeptScores
-from dualsft.sharding.files import read_full_tensors
+from dualsft.sharding.files import full_tensor_files, read_full_tensors
 from dualsft.storage.checksums import file_checksum
 from dualsft.storage.writing import writing_to
 
@@ -81,7 +81,7 @@ def write_selection(
         known = {path.name for path in folder.iterdir()} & (manifest.get("checksums") or {}).keys()
         _write_scores(folder, token_scores, sketches)
         table = _write_choice(folder, examples, mask, selected_lines)
-        scores = parameter_scores or read_full_tensors(folder, WEIGHT_SCORES)
+        scores = parameter_scores or read_full_tensors(full_tensor_files(folder, WEIGHT_SCORES))
         figures = weights or weight_figures(mask, scores)
         write_diagnostics(folder, *diagnose(table, figures, sources, basis or Basis()))
         keep_scores(folder, scores, kept)

@@ -113,10 +113,15 @@ def write_full_tensors(
         on_rank_zero(lambda: write_atomically(folder / f"{stem}.safetensors.index.json", index))
 
 
-def read_full_tensors(folder: Path, stem: str) -> Mapping[str, Tensor]:
-    """The tensors that `write_full_tensors` wrote, by name; each is read from its file when it is asked for."""
+def full_tensor_files(folder: Path, stem: str) -> list[Path]:
+    """The files that `write_full_tensors` wrote."""
+    return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def read_full_tensors(paths: Iterable[Path]) -> Mapping[str, Tensor]:
+    """The tensors in these files, by name; each is read from its file when it is asked for."""
     files = {}
-    for path in folder.glob(f"{stem}*.safetensors"):
+    for path in paths:
         stored = safe_open(path, framework="pt")
         files.update(dict.fromkeys(stored.keys(), stored))
     return LazyTensors(sorted(files), lambda name: files[name].get_tensor(name))

@@ -98,7 +98,7 @@ def calls_alone() -> bool:
     return len(shard_group()) == 1
 
 
-def has_replicas() -> bool:
+def has_full_replicas() -> bool:
     """Whether there are several ranks, of which each holds the full model."""
     return calls_alone() and is_distributed()
 

@@ -1,4 +1,4 @@
-"""Sharding a model with FSDP2: every rank holds the rows [first, first + len) of dimension 0 of each parameter.
+"""Sharding a model with FSDP2: each rank holds the rows [first, first + len) of dimension 0 of each parameter.
 
 A unit is a transformer block, or everything outside the blocks. It is all-gathered for its forward and for its backward
 pass. Then the ranks' gradients of its parameters are added and scattered,
@@ -30,7 +30,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -
 
     Args:
         model: Modified in place; on the meta device too.
-        mesh: All ranks along one axis; the model computes on its devices.
+        mesh: The ranks that hold this copy, along one axis; the model computes on its devices.
         cpu_offload: Store shards and their gradients on the host.
 
     Raises:

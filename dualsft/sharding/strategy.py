@@ -63,8 +63,6 @@ class FSDP2(ModelParallelStrategy):
     ) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
         self.cpu_offload, self.shard_size, self._shards_wait = cpu_offload, shard_size, timeout
-        if shard_size is not None:
-            self._timeout = max(REPLICAS_WAIT, timeout or REPLICAS_WAIT)
 
     def setup_environment(self) -> None:
         """Create the process group of all ranks, and those of each copy of the model, once.
@@ -73,9 +71,11 @@ class FSDP2(ModelParallelStrategy):
             UserError: if the ranks cannot be divided into groups of the shard size.
         """
         if self._device_mesh is None:
+            devices, ranks = self.num_processes, self.num_nodes * self.num_processes
+            if shards_of(self.shard_size, devices, ranks) < ranks:
+                self._timeout = max(REPLICAS_WAIT, self._shards_wait or REPLICAS_WAIT)
             self._setup_distributed()  # first, so that a refusal is said once
-            size = checked_shard_size(self.shard_size, self.num_processes, self.num_nodes * self.num_processes)
-            _begin(self, size, self._shards_wait)
+            _begin(self, checked_shard_size(self.shard_size, devices, ranks), self._shards_wait)
             self._device_mesh = shard_mesh(self.root_device.type)
         module = self.lightning_module
         assert module is not None
@@ -153,13 +153,18 @@ class DDP(DDPStrategy):
         return _backends(self.root_device) or super()._get_process_group_backend()
 
 
+def shards_of(shard_size: ShardSize, devices: int, ranks: int) -> int:
+    """How many ranks are to hold one copy of the model."""
+    return ranks if shard_size is None else devices if shard_size == "node" else shard_size
+
+
 def checked_shard_size(shard_size: ShardSize, devices: int, ranks: int) -> int:
     """How many ranks hold one copy of the model, of this many, on nodes with this many devices each.
 
     Raises:
         UserError: if the ranks cannot be divided so.
     """
-    size = ranks if shard_size is None else devices if shard_size == "node" else shard_size
+    size = shards_of(shard_size, devices, ranks)
     if size < 1 or ranks % size:
         raise UserError(
             f"trainer.strategy is to shard each copy of the model over {size} ranks, which does not divide the job's "

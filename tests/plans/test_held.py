@@ -101,10 +101,12 @@ def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
     shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
     one, eight = (SelectJob(shape, Machine("cuda", ranks, replicas=ranks), data) for ranks in (1, 8))
     for alone, replica in zip(plan_select(one).phases, plan_select(eight).phases, strict=True):
-        assert (replica.held, replica.disk) == (alone.held, alone.disk)
+        assert replica.held == alone.held
         assert replica.host == alone.host or alone.name == "choice"
         assert replica.batch <= alone.batch
-    assert replica.host["mask"] == alone.host["mask"] // 8
+    assert replica.disk == alone.disk
+    assert plan_select(eight).phases[-2].disk["sums of each replica"] == 8 * 4 * shape.count
+    assert replica.host["mask"] == alone.host["mask"]  # of tensors that all have a single block
     random = replace(eight, settings=SelectionSettings(parameter_allocator=RandomWeights()))
     assert plan_select(random).phases[-1].host["mask"] == alone.host["mask"]
     assert SelectJob(shape, Machine("cuda", 8), data).shards.weights < eight.shards.weights == one.shards.weights

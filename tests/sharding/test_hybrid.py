@@ -14,8 +14,10 @@ from torch import distributed
 from dualsft.errors import UserError
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import gradient_pass
+from dualsft.runs.phase_store import PhaseStore
+from dualsft.runs.state_file import damage_of
 from dualsft.selection import load_selection
-from dualsft.sharding.collectives import all_gather
+from dualsft.sharding.collectives import all_gather, barrier
 from dualsft.sharding.groups import form_groups, rank, replica, replicate_group, shard_group
 from dualsft.sharding.strategy import FSDP2, checked_shard_size
 from tests.cases import given, make, random_direction
@@ -91,6 +93,43 @@ def test_a_batch_takes_no_communication_between_copies(tmp_path: Path) -> None:
     size = load_selection(tmp_path / "few" / "selection").manifest["model"]["num_parameters"]
     added_up = [sum(n for name, n in calls if name == "all_reduce") for calls in many]
     assert sum(added_up) == 2 * 2 * size  # two copies, two passes: for the validation gradient, and over the pool
+
+
+def after_damage(folder: Path, shard_size: int) -> list[Any]:
+    """Which of three states are left after the second was damaged, and how many files this rank has looked at.
+
+    There is another complete state of the second, as a kill leaves one before the older is deleted.
+    """
+    form_groups(shard_size)
+    kept = PhaseStore(folder)
+    for phase in ("first", "second", "third"):
+        kept.save(phase, {"sum:w": torch.ones(3)}, {})
+    looked = 0
+    with pytest.MonkeyPatch.context() as patch:
+
+        def damage(path: Path) -> str | None:
+            nonlocal looked
+            looked += 1
+            return damage_of(path)
+
+        patch.setattr("dualsft.runs.phase_store.damage_of", damage)
+        if rank() == 0:
+            for part in folder.glob("second@1.*"):
+                part.with_name(part.name.replace("@1", "@2")).write_bytes(part.read_bytes())
+            damaged = folder / f"second@1.rank-1-of-{shard_size}.safetensors"
+            damaged.write_bytes(damaged.read_bytes()[:-1])
+        barrier()
+        store = PhaseStore(folder)
+        found = [store.load(phase) is not None for phase in ("third", "second", "third", "first")]
+    return [found, looked > 0]
+
+
+@pytest.mark.parametrize("shard_size", [2, 4])
+def test_a_damaged_state_is_dropped_once(tmp_path: Path, shard_size: int) -> None:
+    """With those after it; the ranks that have written the states look for damage, and all copies learn of it."""
+    for k, (found, looked) in enumerate(run_on_ranks(4, after_damage, tmp_path, shard_size)):
+        assert found == [True, False, False, True]
+        assert looked == (k < shard_size)
 
 
 def test_which_shard_sizes_there_are() -> None:
