@@ -69,22 +69,26 @@ class ModuleCall:
             return None
 
     def scales(self, names: Collection[str]) -> bool:
-        """Whether f, which is linear in the weights of these names, is w ⊙ n for the only one, along its last axis.
+        """Whether f is w ⊙ n, for the only weight of these names and along its last axis: (∂f/∂w)u = f(w) ⊙ u / w.
 
-        Then f(u) = f(w) ⊙ u / w, for a random u. A weight with a zero does not tell n, nor one so small that n is
-        rounded away.
+        It is tried with a random u. A weight with a zero does not tell n, nor one so small that n is rounded away.
+        Where tensors have no values, as their sizes are traced, a vector is taken to scale.
         """
-        own = {name: self._module.get_parameter(name).detach() for name in names}
-        (w, *others) = own.values()
-        if others or w.dim() != 1:
+        (w, *others) = (self._module.get_parameter(name).detach() for name in names)
+        if others or w.dim() != 1 or isinstance(self._module, nn.Embedding):
             return False
-        y = self.output(own)
-        if y.is_meta or isinstance(y, FakeTensor):
-            return y.shape[-1:] == w.shape
-        if y.shape[-1:] != w.shape or bool((w.abs() < torch.finfo(w.dtype).tiny ** 0.5).any()):
+        try:
+            y = self.output({})
+            if y.is_meta or isinstance(y, FakeTensor):
+                return y.shape[-1:] == w.shape
+            if y.shape[-1:] != w.shape or bool((w.abs() < torch.finfo(w.dtype).tiny ** 0.5).any()):
+                return False
+            u = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w)
+            found, expected = self.derivative(dict.fromkeys(names, u)).double(), y.double() * (u.double() / w.double())
+        except Exception as error:  # of the module's own code
+            if is_out_of_memory(error):
+                raise
             return False
-        u = torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(w)
-        found, expected = self.output(dict.fromkeys(own, u)).double(), y.double() * (u.double() / w.double())
         near = torch.finfo(y.dtype).eps ** 0.5
         return bool(torch.linalg.vector_norm(found - expected) <= near * torch.linalg.vector_norm(expected))
 

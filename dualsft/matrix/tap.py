@@ -92,7 +92,7 @@ class GeneralTap(OutputTap):
         self._candidates: dict[int, tuple[int, set[int]]] = {}  # output -> tokens of a row, and the axes of that length
         self._axes: dict[int, int] = {}  # output -> its token axis, where it was found by comparing two batches
         self._is_linear: dict[int, bool] = {}  # output -> whether it is linear in the weights, once that is known
-        self._scales: dict[int, Layout] = {}  # output that the one weight scales -> the batch in which that was found
+        self._scales: dict[int, bool] = {}  # output -> whether it is scaled by the one weight, once that is known
         self._ratios: dict[int, Tensor] = {}  # direction -> u / w
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
             raise UserError(f"{where} rescales its weights or gradients, so its gradients have no per-example sum.")
@@ -111,8 +111,9 @@ class GeneralTap(OutputTap):
             added: list[bool] = []
             add = partial(self._add_to_rows, layout, others, structure, k, added)
             value = with_tap(value, add, self.rows.dummy_input, *tensors)
-            # not in the batch itself: a part of it that is recomputed would keep other tensors than at first
-            if self._scales.get(k, self.rows.batch) is not self.rows.batch:
+            if k not in self._scales:  # before the first tap: no row depends on which batches were before its own
+                self._scales[k] = ModuleCall(self.module, args, kwargs, k).scales(self._names)
+            if self._scales[k]:
                 value = with_tap(value, partial(self._add_scaled, layout, k, added), self.rows.dummy_input, value)
             outputs[k] = value
         return pytree.tree_unflatten(outputs, out_structure) if floating else None
@@ -145,7 +146,8 @@ class GeneralTap(OutputTap):
             if direction not in self._ratios:
                 ((name, of),) = u.items()
                 weight = self.module.get_parameter(name).detach()
-                self._ratios[direction] = of / weight.to(accumulator_dtype(weight))
+                wide = accumulator_dtype(weight)
+                self._ratios[direction] = of.to(weight.dtype).to(wide) / weight.to(wide)
             self._add(direction, y.detach() * self._ratios[direction], e, k, layout)
         added.append(True)
 
@@ -196,8 +198,6 @@ class GeneralTap(OutputTap):
         call = ModuleCall(self.module, args, kwargs, k)
         if k not in self._is_linear and (found := call.is_linear(u)) is not None:
             self._is_linear[k] = found
-            if found and call.scales(u):
-                self._scales[k] = self.rows.batch
         return call.output(u) if self._is_linear.get(k) else call.derivative(u)
 
     def _saved_tensors(self, ctx: Any) -> tuple[Tensor, ...]:
