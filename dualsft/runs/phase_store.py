@@ -18,8 +18,7 @@ for both, the older one goes first: then a kill before the new one is complete c
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,18 +29,9 @@ from dualsft.models.tensor_file import OpenTensors
 from dualsft.runs.joined_state import JoinedState, latest_of_others
 from dualsft.runs.progress import say
 from dualsft.runs.state_file import StateName, damage_of, notes_of, state_files, write_state
+from dualsft.runs.state_layout import StateLayout
 from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank, on_all_ranks, on_rank_zero
-from dualsft.sharding.groups import (
-    RankGroup,
-    calls_alone,
-    job_group,
-    own_group,
-    rank,
-    replica,
-    replicate_group,
-    shard_group,
-    world_size,
-)
+from dualsft.sharding.groups import RankGroup, job_group, own_group, rank, shard_group, world_size
 
 T = TypeVar("T")
 State = tuple[Mapping[str, Tensor], dict[str, Any]]
@@ -92,29 +82,18 @@ class PhaseStore:
         Raises:
             UserError: on every rank, if one cannot write.
         """
-        if self._in_parts:
+        if self._layout.in_parts:
             self._save_part(phase, tensors, notes, replaces)
         else:
             self._on_first(lambda: self._save_whole(phase, tensors, notes, replaces))
 
     @property
-    def _in_parts(self) -> bool:
-        """Whether each rank of a replica saves a part of every state."""
-        return len(self.group) > 1 and not calls_alone()
-
-    @property
-    def _by_itself(self) -> bool:
-        """Whether there are ranks that know nothing of these states."""
-        return len(self.group) < world_size()
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this rank saves its part of a state, which other replicas have too."""
-        return self._by_itself or replica() == 0
+    def _layout(self) -> StateLayout:
+        return StateLayout(self.group)
 
     def _on_first(self, action: Callable[[], T]) -> T:
         """What an action gives that is run once for all of the group: one rank, or all."""
-        assert len(self.group) == 1 or not self._by_itself
+        assert len(self.group) == 1 or not self._layout.of_some
         return action() if len(self.group) == 1 else on_rank_zero(action)
 
     def _save_part(
@@ -123,12 +102,12 @@ class PhaseStore:
         # 1. The new state gets a number that no rank has used.
         before = self._versions(phase)
         path = self._file(phase, all_reduce_max(max(before, default=0), self.group) + 1)
-        held = on_all_ranks(lambda: _on_host(tensors) if self._writes else {}, self.group)
+        held = on_all_ranks(lambda: _on_host(tensors) if self._layout.writes else {}, self.group)
         older = self._files([phase, *replaces])
         # 2. Where the disk has no room for both, the older ones go first.
         self.make_room(_size(held), [phase, *replaces])
         # 3. Every rank writes its part, and all raise if one fails: then the state before is the latest complete one.
-        on_all_ranks(lambda: self._write(path, held, notes) if self._writes else None, self.group)
+        on_all_ranks(lambda: self._write(path, held, notes) if self._layout.writes else None, self.group)
         # 4. Only a complete state makes the earlier ones superfluous.
         _remove(older)
 
@@ -162,8 +141,8 @@ class PhaseStore:
     def _has_room(self, size: int) -> bool:
         """Whether the disk has room for what this rank is to write, and others like it at the same time."""
         size *= world_size() // len(self.group)  # of each replica by itself
-        if self._in_parts:
-            total = sum(all_gather(size if self._writes else 0, self.group))
+        if self._layout.in_parts:
+            total = sum(all_gather(size if self._layout.writes else 0, self.group))
             return not any_rank(not self._has_room_here(total), self.group)
         return self._on_first(lambda: self._has_room_here(size))
 
@@ -188,8 +167,8 @@ class PhaseStore:
         has saved is found too, and of shards each rank is given its rows.
         """
         own = self._own(phase)
-        files = [] if self._by_itself else self._latest_of_others(phase, own)
-        place = (self._rank, len(shard_group())) if self._in_parts else (0, 1)
+        files = [] if self._layout.of_some else self._latest_of_others(phase, own)
+        place = (self._layout.rank, len(shard_group())) if self._layout.in_parts else (0, 1)
         return self._opened(lambda: JoinedState(files, *place) if files else _open(own))
 
     def load_own(self, phase: str) -> State | None:
@@ -199,7 +178,7 @@ class PhaseStore:
 
     def _own(self, phase: str) -> Path | None:
         """This rank's file of the phase's latest state; of replicas, common to all."""
-        if self._in_parts:
+        if self._layout.in_parts:
             return self._whole_part(phase)
         return self._on_first(lambda: self._whole(phase))
 
@@ -241,15 +220,16 @@ class PhaseStore:
 
         Those look that write; other replicas read what these have found.
         """
-        versions = self._versions(phase) if self._writes else []
-        own = {version: self._damage(self._file(phase, version)) for version in versions}
-        found = [of_rank for of_rank in all_gather(own if self._writes else None, self.group) if of_rank is not None]
+        own = None
+        if self._layout.writes:
+            own = {version: self._damage(self._file(phase, version)) for version in self._versions(phase)}
+        found = [of_rank for of_rank in all_gather(own, self.group) if of_rank is not None]
         common = set.intersection(*map(set, found))  # a kill may leave a newer state on some ranks only
         damaged = {version for version in common if any(of_rank[version] for of_rank in found)}
         if damaged:
             first = min(damaged)
             reason = next(told for of_rank in found if (told := of_rank[first]))
-            if self._writes:
+            if self._layout.writes:
                 self._drop_damaged(self._file(phase, first), reason)
             common = {version for version in common if version < first}  # the later ones are dropped too
         return self._file(phase, max(common)) if common else None
@@ -257,7 +237,7 @@ class PhaseStore:
     def _drop_damaged(self, path: Path, reason: str) -> None:
         if self.group.rank == 0:
             told = f"{reason}: this state and those saved after it are dropped, and computed again."
-            say(told, of_rank=self._by_itself)
+            say(told, of_rank=self._layout.of_some)
         self._drop_since(path)
 
     def _damage(self, path: Path) -> str | None:
@@ -271,8 +251,7 @@ class PhaseStore:
     def _drop_since(self, path: Path) -> None:
         """Delete a file, and those that were written later, as far as it is for this rank to delete them."""
         moment = path.stat().st_mtime_ns
-        own = [found for found, name in state_files(self._folder) if self._deletes(name)]
-        _remove([found for found in own if found.stat().st_mtime_ns >= moment])
+        _remove([found for found, _ in self._deletable() if found.stat().st_mtime_ns >= moment])
 
     def drop(self, phase: str) -> None:
         """Delete a phase's state, if there is any."""
@@ -280,44 +259,24 @@ class PhaseStore:
 
     def drop_all(self, but: Collection[str]) -> None:
         """Delete the states of all phases but these: of phases under way too, and of those that a kill left over."""
-        _remove([path for path, name in state_files(self._folder) if name.phase not in but and self._deletes(name)])
+        _remove([path for path, name in self._deletable() if name.phase not in but])
 
     def _files(self, phases: Collection[str]) -> list[Path]:
         """The files of phases that it is for this rank to delete."""
-        return [path for path, name in state_files(self._folder) if name.phase in phases and self._deletes(name)]
+        return [path for path, name in self._deletable() if name.phase in phases]
 
-    def _deletes(self, name: StateName) -> bool:
-        """Whether it is for this rank to delete a file: its own, and for rank zero all that are no other rank's."""
-        own_layout = self._is_ours(name)
-        if self._by_itself or (self._in_parts and own_layout):
-            return own_layout and name.rank == self._rank and self._writes
-        return rank() == 0
-
-    def _is_ours(self, name: StateName) -> bool:
-        """Whether a file is of a state that these ranks save, this or another of them."""
-        ours = self._name(name.phase, name.version)
-        versioned = self._in_parts == (name.version is not None)
-        return versioned and replace(ours, rank=name.rank) == name
+    def _deletable(self) -> Iterator[tuple[Path, StateName]]:
+        """The files of states that it is for this rank to delete."""
+        layout = self._layout
+        return ((path, name) for path, name in state_files(self._folder) if layout.deletes(name))
 
     def _versions(self, phase: str) -> list[int]:
         """The numbers of the states of a phase of which there is this rank's part."""
-        names = [name for _, name in state_files(self._folder) if name.phase == phase and self._is_ours(name)]
-        return [name.version for name in names if name.rank == self._rank and name.version is not None]
+        names = [name for _, name in state_files(self._folder) if name.phase == phase and self._layout.has(name)]
+        return [name.version for name in names if name.rank == self._layout.rank and name.version is not None]
 
     def _file(self, phase: str, version: int | None = None) -> Path:
-        return self._folder / str(self._name(phase, version))
-
-    def _name(self, phase: str, version: int | None) -> StateName:
-        """The name of this rank's file of a state."""
-        if not self._in_parts:
-            return StateName(phase, version, *((rank(), world_size()) if self._by_itself else ()))
-        of_one = (replica(), len(replicate_group())) if self._by_itself else ()
-        return StateName(phase, version, self._rank, len(shard_group()), *of_one)
-
-    @property
-    def _rank(self) -> int:
-        """This rank's number in the names of its files."""
-        return shard_group().rank if self._in_parts else rank()
+        return self._folder / str(self._layout.name(phase, version))
 
 
 def _open(path: Path | None) -> OpenTensors | None:
