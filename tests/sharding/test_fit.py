@@ -106,10 +106,9 @@ def by_replicas(cases: dict[str, Case]) -> dict[str, Case]:
     return {name: replace(case, ranks=DDP) for name, case in cases.items() if not case.strategy}
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_fits_by_replicas(workspace: Workspace, tmp_path: Path, count: int) -> None:
+def test_fits_by_replicas(workspace: Workspace, tmp_path: Path) -> None:
     """Fits of all kinds are those of one process too where each rank holds the whole model."""
-    check(workspace, tmp_path, by_replicas(CASES | MORE_CASES if count == 3 else CASES), count)
+    check(workspace, tmp_path, by_replicas(CASES | MORE_CASES), 3)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
