@@ -5,9 +5,8 @@
 
 On a GPU each operation but views and allocations is one launch or more, whose cost shows where batches are small. They
 are counted on the CPU, where torch takes the same steps, in the second batch, as the first is checked besides. A plain
-pass is forward and backward. Of linear layers the products with u
-are counted (`linear_tap.py`), as a GPU takes for all but long examples; with ``--by_gradient`` the gradients of single
-examples.
+pass is forward and backward. Of linear layers the products with u are counted (`linear_tap.py`), as a GPU takes for all
+but long examples; with ``--by_gradient`` the gradients of single examples.
 
 Below the table of passes stands what the one pass launches beyond the plain one, by operation.
 """
@@ -33,11 +32,8 @@ PASSES = {"plain pass": None, "one pass": (1, True), "row pass": (1, False), "co
 """Name -> how many directions, and whether there are columns; None for no scoring."""
 
 
-SECOND = 1
-
-
 class Launches(TorchDispatchMode):
-    """Counts operations but views and allocations, of the second of the batches that it is given to watch."""
+    """Counts operations but views and allocations, of all batches but the first that it is given to watch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +47,7 @@ class Launches(TorchDispatchMode):
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches."""
         for k, batch in enumerate(batches):
-            if k == SECOND:
+            if k:
                 with self:
                     yield batch
             else:
@@ -62,13 +58,13 @@ def launches(model: Any, batch: Batch, options: tuple[int, bool] | None) -> Coun
     """What one batch launches: operation -> how often."""
     watch = Launches()
     if options is None:
-        for each in watch([batch] * (SECOND + 1)):
+        for each in watch([batch, batch]):
             plain_pass(model, each)
         return watch.counts
     directions, columns = options
     u = {n: 1e-6 * torch.randn_like(p, dtype=direction_dtype(p)) for n, p in model.named_parameters()}
     with scoring_mode(model, False):
-        gradient_pass(model, lambda first: [batch] * (SECOND + 1 - first), watch, [u] * directions, columns=columns)
+        gradient_pass(model, lambda first: [batch, batch][first:], watch, [u] * directions, columns=columns)
     return watch.counts
 
 
