@@ -38,6 +38,9 @@ SECTIONS = {
     "warm-up": Section(
         "Steps on all weights, with their state on the device and on the host.", 60, "gpu_checks.warming:warm_up"
     ),
+    "sums": Section(
+        "Scoring passes with their sums of gradients on the device and on the host.", 60, "gpu_checks.summing:summing"
+    ),
     "step parts": Section("Where the time of a masked step goes.", 40, "gpu_checks.training:step_parts"),
     "phases": Section("A batch of each phase of a selection, beside a plain pass.", 40, "gpu_checks.speed:phases"),
     "kernels": Section("Where the device's time goes in a scoring pass.", 30, "gpu_checks.profiling:kernels"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dualsft.data.batches import collate
 from dualsft.data.layout import Batch, to_device
 from dualsft.data.packing import collate_packed
-from dualsft.models.dtypes import accumulator_dtype
+from dualsft.models.dtypes import direction_dtype
 
 
 def build(shape: str, device: str, dtype: str = "bfloat16") -> Any:
@@ -28,8 +28,8 @@ def release(device: str) -> None:
 
 
 def small_direction(model: Any) -> dict[str, Tensor]:
-    """A random u."""
-    return {n: 1e-6 * torch.randn_like(p, dtype=accumulator_dtype(p)) for n, p in model.named_parameters()}
+    """A random u, in the type in which a pass holds it."""
+    return {n: 1e-6 * torch.randn_like(p, dtype=direction_dtype(p)) for n, p in model.named_parameters()}
 
 
 def count(model: Any) -> int:

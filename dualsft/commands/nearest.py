@@ -32,6 +32,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prior.weight": ("prior", "lambda", "lambda_prior"),
     "gradient_checkpointing": ("checkpointing", "activation_checkpointing"),
     "offload_optimizer": ("offload", "cpu_offload", "optimizer_offload"),
+    "offload_sums": ("offload_gradients", "gradient_offload"),
     "resume": ("resume_from_checkpoint", "continue"),
     "overwrite": ("force", "overwrite_output_dir"),
 }

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.matrix.experts_tap import ExpertsTap
+from dualsft.matrix.host_sums import HostSums
 from dualsft.matrix.linear_tap import LinearTap
 from dualsft.matrix.placement import Placement, find_placement
 from dualsft.matrix.rows import Rows
@@ -56,21 +57,30 @@ class ColumnSums:
     Args:
         model: Any module.
         squared: Whether to sum the squares of the entries instead; a backward pass must then be one example's.
+        on_host: Whether the sums are held on the host, whatever device the gradients are on.
 
     Attributes:
-        sums: Parameter name -> sum of gradients, of the parameter's shape, in float32 (float64 for float64 weights).
+        sums: Parameter name -> sum of gradients, of the parameter's shape, in float32 (float64 for float64 weights); on
+            the host they hold all gradients after `complete`.
     """
 
-    def __init__(self, model: nn.Module, squared: bool = False) -> None:
+    def __init__(self, model: nn.Module, squared: bool = False, on_host: bool = False) -> None:
         self.squared = squared
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._unsharded = unsharded_parameters(model) if squared and is_sharded(model) else {}
+        shards = {n: local_shard(p.detach()) for n, p in self._parameters.items()}
         self.sums = {
-            n: torch.zeros_like(local_shard(p), dtype=accumulator_dtype(p)) for n, p in self._parameters.items()
+            n: torch.zeros(s.shape, dtype=accumulator_dtype(s), device="cpu" if on_host else s.device)
+            for n, s in shards.items()
         }
+        each = squared and not self._unsharded
+        self._host = HostSums(self.sums, each, compute_device(model)) if on_host else None
+        self._largest: list[Tensor] = []  # |entry| of each gradient on its way since the last look, on the device
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ColumnSums":
+        if self._host:
+            self._host.__enter__()
         self._handles = [
             p.register_post_accumulate_grad_hook(partial(self._add, n)) for n, p in self._parameters.items()
         ]
@@ -83,25 +93,40 @@ class ColumnSums:
             handle.remove()
         for parameter in self._parameters.values():  # left by a backward that an error interrupted
             parameter.grad = None
+        if self._host:
+            self._host.__exit__()
 
     def _add(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:  # compiled code calls the hooks of weights that took no part too
             return
         gradient = local_shard(parameter.grad)
-        if self.squared and not self._unsharded:
+        if self._host:
+            if gradient.numel():  # a shard may be empty
+                self._largest.append(torch.linalg.vector_norm(gradient, math.inf))
+                self._host.add(name, gradient)
+        elif self.squared and not self._unsharded:
             self.sums[name].addcmul_(wide := gradient.to(self.sums[name].dtype), wide)
         else:
             self.sums[name].add_(gradient)
         parameter.grad = None
 
+    def complete(self) -> None:
+        """Wait until the sums hold all gradients, those on their way to the host too."""
+        if self._host:
+            self._host.complete()
+
     def finite(self) -> Bool[Tensor, ""]:
-        """Whether all sums are finite, and so all that was added; does not wait for the device."""
-        sums = [total for total in self.sums.values() if total.numel()]
-        # at once, as a look at each gradient would be a launch for each
-        return torch.stack(torch._foreach_norm(sums, math.inf)).isfinite().all() if sums else torch.tensor(True)
+        """Whether all is finite that was added since the last look at least; does not wait for the device."""
+        largest, self._largest = self._largest, []
+        if not self._host and (sums := [total for total in self.sums.values() if total.numel()]):
+            largest = torch._foreach_norm(
+                sums, math.inf
+            )  # at once, as a look at each gradient would be a launch for each
+        return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
 
     def reset(self) -> None:
         """Start again from zero."""
+        self.complete()
         for total in self.sums.values():
             total.zero_()
 

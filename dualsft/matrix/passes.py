@@ -70,6 +70,7 @@ def gradient_pass(
     *,
     columns: bool = True,
     squared: bool = False,
+    sums_on_host: bool = False,
     by_token: bool = False,
     measurement: Measurement = Measurement(),  # noqa: B008 (frozen)
     keeper: Keeper | None = None,
@@ -86,6 +87,7 @@ def gradient_pass(
         directions: Any number of u, each per trainable parameter; one pass takes the rows for all of them.
         columns: Whether to sum the gradients; without, no weight gradient is computed.
         squared: Whether to sum the squares of the gradients' entries instead, with a backward pass for each example.
+        sums_on_host: Whether the sums are held on the host, to which gradients go as soon as they are complete.
         by_token: Whether to keep the rows' contributions by token.
         measurement: Statistics to measure of each example; all but its loss take a backward pass for each example.
         keeper: Saves the state of the pass from time to time, and loads the state of an earlier run.
@@ -107,7 +109,7 @@ def gradient_pass(
         statistics = None
         if set(measurement.names) - {LOSS}:  # each example's own gradient
             statistics = stack.enter_context(ExampleStatistics(model, measurement, full_factors, drop=not columns))
-        column_sums = stack.enter_context(ColumnSums(model, squared)) if columns else None
+        column_sums = stack.enter_context(ColumnSums(model, squared, sums_on_host)) if columns else None
         row_sums = RowSums(model, us, by_token) if directions else None
         if row_sums:
             stack.enter_context(row_sums)
@@ -123,6 +125,8 @@ def gradient_pass(
             scoring.score(batch)
         # 3. What the ranks have found together, and the sums of those that each held the full model.
         result = scoring.result
+        if column_sums:
+            column_sums.complete()
         with advising("when the ranks gathered what they had found", "run fewer of them on a host"):
             result.share()
             add_up_replicas(result.sums.values())
@@ -162,6 +166,8 @@ class _Pass:
             own = iter(watch(batches(self._done)))
             while any_shard((batch := next(own, None)) is not None):  # None for as long as other ranks have some left
                 if keeper and any_shard(keeper.due()):
+                    if calls.columns:
+                        calls.columns.complete()
                     tensors, notes = self.result.state()
                     attempt = {"done": self._done, "void": calls.void, "excluded": sorted(self._excluded)}
                     keeper.save(tensors, {**notes, **attempt})

@@ -81,6 +81,8 @@ def _of_selection(job: SelectJob) -> Iterator[tuple[str, str, Job]]:
     def but(**options: Any) -> SelectJob:
         return replace(job, settings=replace(settings, **options))
 
+    if settings.offload_sums != "always" and job.machine.device != "cpu" and not job.machine.offload:
+        yield "model.offload_sums always", "gradients cross the bus for each batch", but(offload_sums="always")
     if settings.stability:
         yield "model.stability false", "no measure of the scores' noise", but(stability=False)
     if not isinstance(settings.scorer, FirstOrder):

@@ -85,10 +85,8 @@ def _prior(job: SelectJob) -> Phase:
     base = None if untouched else job.shape
     logits = job.logits_on_host(job.scoring)
     gradient = partial(passes.distilled, batch=job.scoring, running=job.running, base=base, logits_on_host=bool(logits))
-    phase = scoring_phase(job, "prior gradient", gradient)
+    phase = scoring_phase(job, "prior gradient", gradient, more={} if untouched else {"teacher": job.shards.weights})
     phase.host.update(logits)
-    if not untouched:
-        (phase.host if job.machine.offload else phase.held)["teacher"] = job.shards.weights
     return phase
 
 
@@ -115,8 +113,9 @@ def _product(job: SelectJob, exact: bool) -> Phase:
     work = partial(passes.hessian_vector, batch=job.scoring, running=job.running)
     phase = scoring_phase(job, "validation Hessian-vector product", work, more={"direction": weights})
     if job.shards.ranks > 1:  # the model is unsharded for it, with the direction and the sums
-        whole = job.shape
-        phase.held["full weights, direction and sums"] = sum(w.size * (2 * w.itemsize + w.wide) for w in whole.weights)
+        whole, on_host = job.shape.weights, "accumulator" in phase.host and not job.machine.offload
+        phase.held["full weights and direction"] = sum(2 * w.size * w.itemsize for w in whole)
+        (phase.host if on_host else phase.held)["full sums"] = sum(w.size * w.wide for w in whole)
     return phase
 
 

@@ -126,13 +126,13 @@ class CombinedObjective(KnownObjective):
         parts = [(1.0, self._sum), (weight, own)] if self._sum else [(weight, own)]
         total = weighted_total(parts, self._model.device)
         for name in own:
-            own[name] = total[name]
+            own[name] = total[name].to(own[name].device)
         return own
 
     def _precondition(self, sums: dict[str, Tensor]) -> None:
         p = preconditioner(self._model, self._moments)
         for name, total in sums.items():
-            total.mul_(p[name])
+            total.mul_(p[name].to(total.device))
         self._moments = None  # and its file can go
 
     def measurement(self, names: Collection[str]) -> Measurement:

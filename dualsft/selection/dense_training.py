@@ -23,7 +23,7 @@ from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import LazyTensors
 from dualsft.objectives import example_losses
 from dualsft.runs.progress import say
-from dualsft.selection.offload import Offload, offloads
+from dualsft.selection.offload import Offload, offloads_training
 from dualsft.sharding.collectives import all_gather, all_reduce_max, any_rank
 from dualsft.sharding.groups import calls_alone, has_full_replicas
 from dualsft.sharding.local_batch import local_rows
@@ -88,7 +88,7 @@ class DenseTraining:
         offload: Offload = "auto",
     ) -> None:
         self._model, self._seed, self._names = model, seed, names
-        on_host = offloads(offload, model, names.what)
+        on_host = offloads_training(offload, model, names.what)
         self._compact = CompactParameters(model, on_host=on_host)
         masters = self._compact.parameters()
         self._optimizer: torch.optim.Optimizer

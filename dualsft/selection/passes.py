@@ -23,9 +23,10 @@ from dualsft.models.loading import checkpoint_activations
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.phase_keeper import PhaseKeeper
 from dualsft.runs.progress import PhaseLog, say
+from dualsft.selection.offload import offloads_sums
 from dualsft.selection.settings import SelectionSettings
 from dualsft.sharding.collectives import gather_shards
-from dualsft.sharding.groups import calls_alone, rank_slice
+from dualsft.sharding.groups import calls_alone, rank_slice, world_size
 
 Loader = Callable[[int, int, slice], Iterable[Batch]]
 """(start, batch_tokens, part) -> the batches from a number on, of at most so many tokens each, over a part of the
@@ -65,6 +66,7 @@ class Passes:
     ) -> None:
         self._model, self._run, self._log = model, run, log
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
+        self._offload_sums = settings.offload_sums
         pools = (data.train_examples, *data.validation_sets.values())
         self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
         self._of_replica, self._own, self.place = run.of_replica(), run.own(), ""
@@ -103,6 +105,8 @@ class Passes:
         """
         name = f"{name}{self.place}"
         keeper = self._keeper(name)
+        columns = options.get("columns", True)
+        on_host = columns and self._offloads_sums(name)
         while True:
             try:
                 with (
@@ -114,6 +118,7 @@ class Passes:
                         lambda start: loader(start, self.batch_tokens, rank_slice()),
                         keeper.meter,
                         keeper=keeper,
+                        sums_on_host=on_host,
                         **options,
                     )
                 self._unsaved.append(keeper)
@@ -124,6 +129,11 @@ class Passes:
                 reason = shortage(error)
             # outside the handler, whose traceback holds on to the batch
             self._restart(name, reason, keeper)
+            if columns and not on_host and world_size() == 1:  # replicas add up sums that are all in one kind of place
+                on_host = self._offloads_sums(name)
+
+    def _offloads_sums(self, name: str) -> bool:
+        return offloads_sums(self._offload_sums, self._model, name, is_short=self._halved)
 
     @property
     def unsaved(self) -> list[str]:

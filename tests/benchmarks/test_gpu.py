@@ -61,7 +61,7 @@ def test_miniature(tmp_path: Path) -> None:
     """Without a GPU the sections run on the CPU, and say so; scores agree with autograd there. All can be loaded."""
     assert all(callable(section.load()) for section in SECTIONS.values())
     path = tmp_path / "gpu.json"
-    names = ["correctness", "launches", "experts", "warm-up", "step parts", "phases", "choosing"]
+    names = ["correctness", "launches", "experts", "warm-up", "sums", "step parts", "phases", "choosing"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(path), "--sections", *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -74,3 +74,4 @@ def test_miniature(tmp_path: Path) -> None:
     assert all(error < (1e-8 if "64" in name else 1e-5 if "32" in name else 0.1) for name, error in errors.items())
     assert all(found[name]["figures"] for name in names)
     assert found["warm-up"]["figures"][-1]["value"] < 0.01  # of the weights are rounded otherwise
+    assert {f["name"]: f["value"] for f in found["sums"]["figures"]}["always, never: sums that differ"] == 0

@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rows alone": {"columns": False},
     "by token": {"by_token": True},
     "losses too": {"measurement": Measurement((LOSS,))},
+    "sums on the host": {"sums_on_host": True},
 }
 
 

@@ -132,6 +132,27 @@ def test_a_warm_up_on_the_host_leaves_the_weights_on_the_card(
         assert not warm_up.step
 
 
+@pytest.mark.parametrize(
+    ("offload", "share", "on_host"),
+    [("auto", 9.2, True), ("auto", 9.5, False), ("always", 99, True), ("never", 1, False)],
+)
+def test_sums_on_the_host_leave_weights_and_directions_on_the_card(
+    tmp_path: Path, offload: Offload, share: float, on_host: bool
+) -> None:
+    """By the same rule as the run: 4 bytes a weight are too many for three quarters of what the others leave free."""
+    shape = tiny_shape(tmp_path, "bfloat16")
+    machine = Machine("cuda", memory=round(share * shape.count))
+    job = SelectJob(shape, machine, DataSizes(8, 4, 2), settings=SelectionSettings(offload_sums=offload))
+    scores = plan_select(job).phases[-2]
+    assert (scores.held["weights"], scores.held["direction"]) == (2 * shape.count, 2 * shape.count)
+    place = scores.host if on_host else scores.held
+    assert place["accumulator"] == 4 * shape.count
+    assert ("accumulator" in scores.held) != on_host
+    assert ("gradients on their way" in scores.held) == on_host
+    on_cpu = replace(job, machine=Machine("cpu"))
+    assert "accumulator" in plan_select(on_cpu).phases[-2].held
+
+
 def test_a_prior_keeps_the_logits_of_a_large_batch_on_the_host(tmp_path: Path) -> None:
     """Of selections and fits, on a GPU alone; there a batch takes that much less."""
     shape, sizes = tiny_shape(tmp_path), DataSizes(32, 8, 4)

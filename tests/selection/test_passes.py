@@ -176,7 +176,7 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
 
     monkeypatch.setattr("tests.world.jobs.SelectionModule", Watched)
     monkeypatch.setattr(passes, "gradient_pass", looking)
-    totals = torch.zeros_like
+    totals = torch.zeros
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         made = totals(*args, **kwargs)
@@ -184,7 +184,7 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr("dualsft.matrix.interaction.torch.zeros_like", noted)
+        patch.setattr("dualsft.matrix.interaction.torch.zeros", noted)
         gc.disable()
         try:
             select(inputs, tmp_path, {**SGD, "token_scores": True})
@@ -192,6 +192,24 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
             gc.enable()
     assert left == [0, 0, 0]
     assert len(alive) > 40
+
+
+def test_after_a_shortage_sums_are_held_on_the_host(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Selection]
+) -> None:
+    """In the attempt that follows; the scores are the same."""
+    original, places, trap = passes.gradient_pass, [], Shortage(SHORTAGES["accelerator"], 3)
+
+    def noted(*rest: Any, **options: Any) -> Any:
+        places.append(options["sums_on_host"])
+        return original(*rest, **options)
+
+    monkeypatch.setattr("tests.world.jobs.SelectionModule", trap.module())
+    monkeypatch.setattr(passes, "gradient_pass", noted)
+    monkeypatch.setattr(passes, "offloads_sums", lambda *_, is_short: is_short)
+    found = select(inputs, tmp_path, SGD)
+    assert places == [False, False, True]
+    assert_same_scores(found, plain["one"])
 
 
 def test_a_second_shortage_stops_the_run(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "float64"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "offload_optimizer": {"offload_optimizer": "always"},
+    "offload_sums": {"offload_sums": "always"},
     "compile": {"compile": True},
     "parameter_scores": {"parameter_scores": "none"},
     "token_scores": {"token_scores": True},
@@ -78,6 +79,7 @@ def test_every_option_has_a_role_and_a_place() -> None:
         "dtype",
         "gradient_checkpointing",
         "offload_optimizer",
+        "offload_sums",
         "compile",
         "save_minutes",
     }

@@ -69,6 +69,8 @@ CASES: dict[str, tuple[list[Batch], list[int], dict[str, Any]]] = {
     "rows by token": (BATCHES, [0], {"by_token": True}),
     "columns alone": (BATCHES, [], {}),
     "squares": (BATCHES, [], {"squared": True}),
+    "on the host": (BATCHES, [0], {"sums_on_host": True, "losses": spoilt_gradients}),
+    "squares on the host": (BATCHES, [], {"sums_on_host": True, "squared": True}),
     "two directions": (BATCHES, [0, 1], {}),
     "packed": ([pack([[0, 1], [2]], make_examples()), pack([[3, 4]], make_examples())], [0], {}),
     "one batch": (BATCHES[:1], [0], {}),
