@@ -5,6 +5,7 @@ What is known of a whole batch comes from the lengths and counts of its examples
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -96,3 +97,11 @@ def collate_dealt(found: tuple[Sequence[Any], bool, BatchIds, Extent], collate: 
     rows, is_own, ids, extent = found
     own = collate(rows)
     return DealtBatch(own if is_own else unlabelled(own), ids, extent)
+
+
+def dealt(options: dict[str, Any], deal: Deal | None) -> dict[str, Any]:
+    """The arguments of a `DataLoader` of whole batches, for this process's rows of them where batches are dealt."""
+    if deal is None:
+        return options
+    collate = partial(collate_dealt, collate=options["collate_fn"])
+    return {**options, "dataset": DealtRowLists(options["dataset"], deal), "collate_fn": collate}

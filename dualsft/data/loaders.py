@@ -1,14 +1,13 @@
 """Batches of ids -> examples, and a loader that can resume in the middle of an epoch."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
 from dualsft.data.batches import BatchIds, TrainingBatches
-from dualsft.data.dealing import Deal, DealtRowLists, collate_dealt
+from dualsft.data.dealing import Deal, dealt
 from dualsft.data.packing import Row
 from dualsft.errors import UserError
 
@@ -92,14 +91,12 @@ class ResumableLoader(DataLoader[Any]):
 
     def own_part(self, ids: BatchIds) -> Any:
         """The same, or this process's rows of it where batches are dealt."""
-        dataset, collate = self._dealing()
-        return collate(cast(RowLists, dataset)[ids])
+        options = self._options()
+        return options["collate_fn"](options["dataset"][ids])
 
-    def _dealing(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        """The data set and the function to collate with, of whole batches or of this process's rows."""
-        if self.deal is None:
-            return self.dataset, self.collate_fn
-        return DealtRowLists(self.dataset, self.deal), partial(collate_dealt, collate=self.collate_fn)
+    def _options(self) -> dict[str, Any]:
+        """The arguments of a loader of whole batches, or of this process's rows."""
+        return dealt({"dataset": self.dataset, "collate_fn": self.collate_fn}, self.deal)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = cast(TrainingBatches, self.sampler).epoch
@@ -107,12 +104,10 @@ class ResumableLoader(DataLoader[Any]):
         if not (self._restored and epoch == self._epoch and self._yielded < len(batches)):
             self._yielded = 0  # a new epoch, or the restored one was finished
         self._epoch, self._restored = epoch, False
-        dataset, collate = self._dealing()
-        remaining = DataLoader(  # a plain loader: the batches already seen are not even read
-            dataset,
+        remaining: DataLoader[Any] = DataLoader(  # a plain loader: the batches already seen are not even read
             batch_size=None,
             sampler=batches[self._yielded :],
-            collate_fn=collate,
+            **self._options(),
             num_workers=self.num_workers,
             worker_init_fn=self.worker_init_fn,
         )

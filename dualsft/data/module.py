@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dualsft.data.batches import BatchIds, TrainingBatches, collate, length_batches, padding_share, tokens_in
-from dualsft.data.dealing import Deal
+from dualsft.data.dealing import Deal, dealt
 from dualsft.data.examples import Examples, encode_examples
 from dualsft.data.layout import Batch, to_device
 from dualsft.data.loaders import PackedRowLists, ResumableLoader, RowLists, ScoringLoader
@@ -67,7 +67,7 @@ class InstructionDataModule(LightningDataModule):
     Attributes:
         named_validation: Whether ``validation`` is a mapping.
         progress: Shows how far the encoding of a large pool is; None shows nothing.
-        part: Which rows of each of the training batches are read, as a slice; None for all, where no others share them.
+        part: Which rows of each training and validation batch are read, as a slice; None for all, where no others do.
 
     Raises:
         UserError: If an option is out of range, two contradict each other, or a source or a name cannot be one.
@@ -182,14 +182,14 @@ class InstructionDataModule(LightningDataModule):
         return self.training_loader(self.training_ids(), self.seed, part=self.part)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Validation batches, never packed.
+        """Validation batches, never packed; this process's rows of each, if others share them.
 
         Returns:
             A loader, or a list with one for each set in the order of `validation_sets` if there are several; an empty
             list, which Lightning passes over, without a validation set.
         """
         loaders: list[DataLoader[Any]] = [
-            self._scoring_loader(key, packing=False) for key in self._keys.values()
+            self._scoring_loader(key, packing=False, rows=self.part) for key in self._keys.values()
         ]  # metrics want a mask
         return loaders[0] if len(loaders) == 1 else loaders
 
@@ -208,7 +208,7 @@ class InstructionDataModule(LightningDataModule):
         row_tokens = self.max_length if self.packing else None
         batches = TrainingBatches(examples.lengths, ids, self.batch_tokens, self.batch_size, seed, row_tokens)
         loader = ResumableLoader(sampler=batches, **self._loader_options(examples, self.packing))
-        loader.deal = None if part is None else Deal(part, examples.lengths, examples.num_tokens)
+        loader.deal = _deal(examples, part)
         return loader
 
     def pool_loader(
@@ -273,6 +273,7 @@ class InstructionDataModule(LightningDataModule):
         start: int = 0,
         batch_tokens: int | None = None,
         part: slice = ALL,
+        rows: slice | None = None,
     ) -> ScoringLoader:
         examples = self._encoded(key)
         chosen = longest_first(examples.lengths, np.flatnonzero(examples.is_ok()) if ids is None else ids)[part]
@@ -283,7 +284,8 @@ class InstructionDataModule(LightningDataModule):
                 batches = packed_batches(examples.lengths, most, self.max_length, ids=chosen)
             else:
                 batches = length_batches(examples.lengths, most, ids=chosen)
-        loader = ScoringLoader(sampler=batches[start:], **self._loader_options(examples, packing))
+        options = dealt(self._loader_options(examples, packing), _deal(examples, rows))
+        loader = ScoringLoader(sampler=batches[start:], **options)
         loader.skipped_tokens = tokens_in(examples.lengths, batches[:start])
         loader.all_tokens = loader.skipped_tokens + tokens_in(examples.lengths, batches[start:])
         return loader
@@ -313,6 +315,10 @@ class InstructionDataModule(LightningDataModule):
             counts = ", ".join(f"{count} {status}" for status, count in examples.counts().items())
             raise UserError(f"No example of data.train is left to train on ({counts}, before any selection).")
         return ids
+
+
+def _deal(examples: Examples, rows: slice | None) -> Deal | None:
+    return None if rows is None else Deal(rows, examples.lengths, examples.num_tokens)
 
 
 def _naming_set(key: str) -> AbstractContextManager[None]:

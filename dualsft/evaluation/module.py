@@ -16,6 +16,7 @@ from dualsft.models.loading import Dtype
 from dualsft.objectives.inputs import settle_mask
 from dualsft.runs.model_dtype import settle_dtype
 from dualsft.sharding.groups import rank_slice
+from dualsft.sharding.local_batch import rows_to_read
 from dualsft.sharding.strategy import load_for
 
 
@@ -50,6 +51,9 @@ class EvaluationModule(LightningModule):
         """Check the data before anything is loaded."""
         check_validation_data(self.trainer)
         exact_match = self.generation.max_new_tokens > 0
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, InstructionDataModule) and not exact_match:  # answers are generated for whole batches
+            data.part = rows_to_read()
         self._names = validation_names(self.trainer)
         self.metrics = ValidationMetrics(self._names, exact_match, self.example_loss)
         self.predictions = []

@@ -118,10 +118,9 @@ class ColumnSums:
     def finite(self) -> Bool[Tensor, ""]:
         """Whether all is finite that was added since the last look at least; does not wait for the device."""
         largest, self._largest = self._largest, []
-        if not self._host and (sums := [total for total in self.sums.values() if total.numel()]):
-            largest = torch._foreach_norm(
-                sums, math.inf
-            )  # at once, as a look at each gradient would be a launch for each
+        if not self._host:  # all sums at once, as a look at each gradient would be a launch for each
+            sums = [total for total in self.sums.values() if total.numel()]
+            largest = [*torch._foreach_norm(sums, math.inf)] if sums else []
         return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
 
     def reset(self) -> None:

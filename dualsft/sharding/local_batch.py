@@ -10,7 +10,7 @@ from dualsft.sharding.groups import rank_slice, world_size
 
 
 def rows_to_read() -> slice | None:
-    """Which rows of a training batch this rank reads; None, all, for a single process."""
+    """Which rows of a training or validation batch this rank reads; None, all, for a single process."""
     return rank_slice() if world_size() > 1 else None
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ResumableLoader, RowLists
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
@@ -198,25 +199,30 @@ def test_state_of_another_epoch_or_other_data(pool: str) -> None:
         loader.load_state_dict({**state, "batches": 99})
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "num_workers"), [("training", 0), ("packed training", 0), ("packed training", 1), ("validation", 0)]
+)
 def test_a_part_of_each_batch_is_read_alone(
-    pool: str, packing: bool, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    pool: str, kind: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one of three that share it, who knows what all have; the last row stands in for none, without labels."""
     read: list[int] = []
-    data = InstructionDataModule(
-        train=pool, tokenizer=byte_level(), packing=packing, batch_size=5, batch_tokens=80, num_workers=num_workers
-    )
+    sizes: dict[str, Any] = {"batch_size": 5, "batch_tokens": 80, "num_workers": num_workers}
+    packing = kind == "packed training"
+    data = InstructionDataModule(train=pool, validation=pool, tokenizer=byte_level(), packing=packing, **sizes)
     plain = RowLists.__getitem__
 
     def noted(self: RowLists, ids: list[int]) -> Any:
         read.extend(ids)
         return plain(self, ids)
 
-    whole = list(data.training_loader(data.training_ids(), 3))
+    def batches(part: slice | None) -> list[Batch]:
+        data.part = part
+        return [*(data.val_dataloader() if kind == "validation" else data.train_dataloader())]
+
+    whole = batches(None)
     monkeypatch.setattr(RowLists, "__getitem__", noted)
-    parts = [list(data.training_loader(data.training_ids(), 3, part=slice(k, None, 3))) for k in range(3)]
+    parts = [batches(slice(k, None, 3)) for k in range(3)]
     for batch, *of_batch in zip(whole, *parts, strict=True):
         assert [extent_of(part) for part in of_batch] == [extent_of(batch)] * 3
         learnt = [part for part in of_batch if bool((part["labels"] != -100).any())]
