@@ -1,11 +1,11 @@
 """The machine: what it is, and how fast it multiplies and copies, which other figures are measured against."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from linear_tap import seconds
 
+from dualsft.matrix.calibration import seconds
 from gpu_checks.section import Figure, Scale
 
 _NOMINAL = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -25,16 +25,21 @@ def machine(scale: Scale) -> Iterator[Figure]:
     yield Figure("matrix product, bfloat16", product_speed(scale) / 1e12, "TFLOP/s")
     x = torch.empty(scale.side, scale.side, device=scale.device)
     y = torch.empty_like(x)
-    yield Figure("copy", 2 * x.nbytes / seconds(scale.device, lambda: y.copy_(x), 10) / 1e9, "GB/s")
+    yield Figure("copy", 2 * x.nbytes / _seconds(scale, lambda: y.copy_(x)) / 1e9, "GB/s")
 
 
 def product_speed(scale: Scale) -> float:
     """Operations per second of the product of two square matrices."""
     a, b = (torch.randn(scale.side, scale.side, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * scale.side**3 / seconds(scale.device, lambda: a @ b, 10)
+    return 2 * scale.side**3 / _seconds(scale, lambda: a @ b)
 
 
 def peak_speed(scale: Scale) -> float:
     """Operations per second that MFU is counted by: the data sheet's if it is known, else those of `product_speed`."""
     name = torch.cuda.get_device_name() if scale.cuda else ""
     return next((speed for part, speed in _NOMINAL.items() if part in name), 0.0) or product_speed(scale)
+
+
+def _seconds(scale: Scale, work: Callable[[], torch.Tensor]) -> float:
+    (taken,) = seconds(torch.device(scale.device), [work], 10)
+    return taken

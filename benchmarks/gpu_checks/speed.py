@@ -10,7 +10,9 @@ import torch
 from masked_fit import masked
 from scoring import compare, flops, plain_pass
 
+from dualsft.matrix.calibration import measured_break_even
 from dualsft.matrix.curvature import HessianVectorProduct, twice_differentiable
+from dualsft.matrix.linear_tap import settle_break_even
 from dualsft.matrix.passes import gradient_pass
 from dualsft.objectives import SelfDistillation, example_losses
 from dualsft.selection.passes import scoring_mode
@@ -23,20 +25,24 @@ from gpu_checks.section import Figure, Scale
 def scoring(scale: Scale) -> Iterator[Figure]:
     """The one pass of first-order scoring and the row pass of second-order scoring, beside plain passes."""
     speed = peak_speed(scale)
+    if scale.cuda:  # as a selection does
+        settle_break_even(scale.device, found := measured_break_even(torch.device(scale.device), torch.bfloat16))
+        yield Figure("break-even, a large layer", found.tokens, "tokens")
+        yield Figure("break-even, calls", found.calls, "weights x tokens")
     for shape, checkpointing in ((scale.shapes[0], False), (scale.shapes[1], True)):
         model = build(shape, scale.device)
         u = small_direction(model)
         for length in scale.lengths:
             batches = full_batches(model, scale.batch_tokens, length, 3)
             with scoring_mode(model, checkpointing):
-                found = compare(model, batches, [u], scale.rounds)
+                times = compare(model, batches, [u], scale.rounds)
             case = f"{shape}, {length} tokens{', recomputed' if checkpointing else ''}"
-            yield Figure(f"plain pass, {case}", found["plain"], "s")
+            yield Figure(f"plain pass, {case}", times["plain"], "s")
             used = flops(model, batches[0]["input_ids"].numel(), length, checkpointing=False)
-            yield Figure(f"plain pass, {case}: MFU", used / found["plain"] / speed)
-            yield Figure(f"one pass / plain, {case}", found["one pass"], "ratio")
-            yield Figure(f"row pass / plain, {case}", found["row pass"], "ratio")
-            yield Figure(f"first batch, more than others, {case}", found["first batch"], "plain passes")
+            yield Figure(f"plain pass, {case}: MFU", used / times["plain"] / speed)
+            yield Figure(f"one pass / plain, {case}", times["one pass"], "ratio")
+            yield Figure(f"row pass / plain, {case}", times["row pass"], "ratio")
+            yield Figure(f"first batch, more than others, {case}", times["first batch"], "plain passes")
         del model, u
 
 

@@ -17,7 +17,7 @@ The layer's own backward is replaced, so that the weight gradient is not formed 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -33,10 +33,27 @@ from dualsft.models.linear import exchange
 _BLOCK = 2**20
 """Entries of dW that are formed at a time: 4 MiB stay in a cache while they are multiplied and added."""
 
-_BREAK_EVEN = {"cpu": (24.0, 3e6), "cuda": (2048.0, 3e9)}
-"""Tokens per example at which both ways cost the same, for a large layer, and the weights below which the cost of a
-call counts. Measured by ``benchmarks/linear_tap.py`` on a CPU; for CUDA from the ratio of an H100's arithmetic to its
-memory bandwidth, and not measured."""
+
+class BreakEven(NamedTuple):
+    """Where both ways cost the same.
+
+    Attributes:
+        tokens: Tokens per example, for a large layer.
+        calls: The weights below which the cost of a call counts, times such tokens.
+    """
+
+    tokens: float
+    calls: float
+
+
+_BREAK_EVEN = {"cpu": BreakEven(24.0, 3e6), "cuda": BreakEven(2048.0, 3e9)}
+"""That of each kind of device. Measured by ``benchmarks/linear_tap.py`` on a CPU; for CUDA, until it has been measured
+(`calibration.py`), from the ratio of an H100's arithmetic to its memory bandwidth."""
+
+
+def settle_break_even(device: str, found: BreakEven) -> None:
+    """Go by what was measured on this kind of device from now on."""
+    _BREAK_EVEN[device] = found
 
 
 def by_gradient_pays(tokens_per_example: float, weights: int, device: str) -> bool:

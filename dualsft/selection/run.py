@@ -25,6 +25,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.artifact import Selection, load_selection
 from dualsft.selection.budgets import Budgets
+from dualsft.selection.calibration import calibrate
 from dualsft.selection.combined_objective import CombinedObjective, can_combine
 from dualsft.selection.describe import (
     describe_configuration,
@@ -86,6 +87,7 @@ def run_selection(
     run.claim({**what_scores_rest_on(module, inputs), **configuration})
     log = PhaseLog(show, compute_device(model), count_phases(settings, len(data.validation_sets)))
     passes = Passes(model, run, log, settings, data)
+    calibrate(model, data.cache_dir)
 
     # 2. to 6. The scoring checkpoint, directions, rows and columns, budgets.
     opened = partial(open_scoring, module, data, passes, run, log, seed)
