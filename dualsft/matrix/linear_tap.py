@@ -155,7 +155,7 @@ def example_gradients(
     values = []
     for first in range(0, height, step):
         block = slice(first, first + step)
-        parts = [u[block].to(wide) for u in us]
+        parts = [u[block].to(wide).contiguous() for u in us]  # a transposed one is slow to read, once for each example
         one, scratch = buffer[:, : len(parts[0])]
         total = torch.zeros_like(one)
         products = []
