@@ -1,6 +1,6 @@
 """The data budget: which examples are trained on, at most as many as the budget, under any allocator."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,14 +36,14 @@ class Pool(NamedTuple):
     options: FormatOptions
 
 
-def data_budget(settings: SelectionSettings, num_tokens: Collection[int]) -> int:
+def data_budget(settings: SelectionSettings, num_tokens: np.ndarray) -> int:
     """Compute how many examples, or supervised tokens, the budget is, given the tokens of each example with a response.
 
     Raises:
         UserError: if that is more than there are.
     """
     unit = "supervised tokens" if settings.data_allocator.unit == "tokens" else "examples"
-    available = len(num_tokens) if unit == "examples" else sum(num_tokens)
+    available = len(num_tokens) if unit == "examples" else int(num_tokens.sum())
     return count_of("model.data_budget", settings.data_budget, available, unit)
 
 

@@ -159,7 +159,7 @@ def _examples(source: Selection, records: Records, settings: SelectionSettings) 
     num_tokens = source.examples["num_tokens"].to_numpy()
     # select computes its budget before it knows which are finite
     with_response = pc.is_in(source.examples["status"], pa.array(["ok", "nonfinite"])).to_numpy()
-    due = data_budget(settings, num_tokens[with_response].tolist())
+    due = data_budget(settings, num_tokens[with_response])
     pool = Pool(records, num_tokens, source.about.data.format)
     return choose_data(settings, due, _numbers(source, "score"), pool, _measured(source, settings.data_allocator))
 
@@ -250,11 +250,10 @@ def _kept(manifest: dict[str, Any], given: Given, split: str) -> dict[str, Any]:
 
 
 def _with_choice(examples: pa.Table, chosen: ChosenExamples) -> pa.Table:
-    ids = examples["example_id"].to_pylist()
-    place = examples.schema.get_field_index("selected")
-    selected = pa.array([i in chosen.ids for i in ids], pa.bool_())
-    table = examples.set_column(place, examples.schema.field(place), selected)
+    place, selected = examples.schema.get_field_index("selected"), np.zeros(len(examples), bool)
+    selected[list(chosen.ids)] = True
+    table = examples.set_column(place, examples.schema.field(place), pa.array(selected))
     table = table.drop_columns([name for name in (DUPLICATE_OF,) if name in table.column_names])
-    for name, twins in duplicate_column(ids, chosen.duplicate_of).items():
+    for name, twins in duplicate_column(range(len(examples)), chosen.duplicate_of).items():
         table = table.append_column(name, pa.array(twins, pa.int64()))
     return table.combine_chunks()  # otherwise its pages on disk would differ from a fresh table's

@@ -141,7 +141,7 @@ class Scoring:
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
-        self._sum_gradients(sorted(set(ids) - self.nonfinite), occasion)
+        self._sum_gradients(np.setdiff1d([*ids], [*self.nonfinite]).tolist(), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:

@@ -141,7 +141,7 @@ class PathScoring:
         """Score all weights: over the validation set, these examples of the pool, or by both; {} if all are taken."""
         if not self._settings.chooses_weights:
             return {}
-        kind, chosen = self._settings.path.columns, [i for i in self._finite if i in set(ids)]
+        kind, chosen = self._settings.path.columns, np.intersect1d(self._finite, [*ids]).tolist()
         found = []
         for name, of in self._paths.items():
             parts = []
