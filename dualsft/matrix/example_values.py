@@ -6,6 +6,9 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+ExampleIds = Int[np.ndarray, " example"]
+"""Ids of some examples."""
+
 _FEWEST = 2**10
 """Examples that there is room for once there are any to add."""
 
@@ -42,7 +45,7 @@ class ExampleValues(Mapping[int, float]):
         return cls(*(np.concatenate([getattr(part, of) for part in parts]) for of in ("ids", "numbers")))
 
     @property
-    def ids(self) -> Int[np.ndarray, " example"]:
+    def ids(self) -> ExampleIds:
         """The ids, in order; not to be modified."""
         return self._ids[: self._count]
 
@@ -124,6 +127,11 @@ class ExampleValues(Mapping[int, float]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ExampleValues, (self.ids, self.numbers)  # without what is spare
+
+
+def ids_without(ids: ExampleIds, others: Collection[int]) -> Int[np.ndarray, " left"]:
+    """The ids, in the same order, except for others."""
+    return ids[~np.isin(ids, _array(others, np.int64))]
 
 
 class _Values(ValuesView[float]):

@@ -19,28 +19,27 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.example_values import ExampleIds, ExampleValues
 
 Normalize = Literal["none", "tokens", "gradient_norm"]
 
 
 Factors = ExampleValues
 """Example id -> the factor of its rows, and of its tokens' contributions."""
-Ids = Int[np.ndarray, " example"]
 
 
-def token_counts(ids: Ids, num_tokens: Int[np.ndarray, " row"]) -> Factors:
+def token_counts(ids: ExampleIds, num_tokens: Int[np.ndarray, " row"]) -> Factors:
     """T_i of these examples."""
     return ExampleValues(ids, num_tokens[ids])
 
 
-def inverses(ids: Ids, values: Mapping[int, Any]) -> Factors:
+def inverses(ids: ExampleIds, values: Mapping[int, Any]) -> Factors:
     """One over a number of each example that is not negative; 0 where that is zero, as then φ_i is."""
     numbers = ExampleValues.of(values).at(ids)
     return ExampleValues(ids, np.divide(1.0, numbers, out=np.zeros(len(ids)), where=numbers != 0))
 
 
-def smoothed_shares(ids: Ids, losses: ExampleValues, num_tokens: Int[np.ndarray, " row"]) -> Factors:
+def smoothed_shares(ids: ExampleIds, losses: ExampleValues, num_tokens: Int[np.ndarray, " row"]) -> Factors:
     """T_i / (L_i + L̄) with L_i = T_i l_i and L̄ their mean over these examples; 0 where all are zero."""
     counts = token_counts(ids, num_tokens).numbers
     whole = counts * losses.at(ids)

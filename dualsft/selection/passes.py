@@ -66,7 +66,7 @@ class Passes:
         self._model, self._run, self._log = model, run, log
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         pools = (data.train_examples, *data.validation_sets.values())
-        self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
+        self._longest = max(int(pool.lengths[pool.is_ok()].max()) for pool in pools)
         self._of_replica, self._own, self.place = run.of_replica(), run.own(), ""
         self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []

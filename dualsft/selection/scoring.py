@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
 from dualsft.matrix.pass_result import GradientPass, Statistic
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_covered
@@ -34,7 +34,7 @@ from dualsft.selection.directions import (
     parameter_scores,
 )
 from dualsft.selection.held_direction import HeldDirection, masked
-from dualsft.selection.normalization import Factors, Ids, inverses, scaled, scaled_tokens, token_counts
+from dualsft.selection.normalization import Factors, inverses, scaled, scaled_tokens, token_counts
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
@@ -80,7 +80,7 @@ class _Latest:
     rows: list[ExampleValues] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
     sums: Mapping[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
-    summed: Ids = field(default_factory=lambda: np.zeros(0, np.int64))  # the examples that it is over, ascending
+    summed: ExampleIds = field(default_factory=lambda: np.zeros(0, np.int64))  # the examples that it is over, ascending
 
 
 class Scoring:
@@ -111,7 +111,7 @@ class Scoring:
     ) -> None:
         self._model, self._settings, self._rule, self._passes = model, settings, rule, passes
         self._pass_for_both = passes.run_unsaved if unsaved else passes.run
-        self._data, self._pool = data, data.train_examples.ok_ids()
+        self._data, self._pool = data, np.flatnonzero(data.train_examples.is_ok())
         self._latest = _Latest()
         self._num_examples = 0
         self.measured: dict[str, Statistic] = {}
@@ -119,8 +119,8 @@ class Scoring:
         self.identity: dict[str, dict[str, float]] = {}
 
     @property
-    def _finite(self) -> list[int]:
-        return [i for i in self._pool if i not in self.nonfinite]
+    def _finite(self) -> ExampleIds:
+        return ids_without(self._pool, self.nonfinite)
 
     def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
@@ -141,7 +141,7 @@ class Scoring:
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
-        self._sum_gradients(np.setdiff1d([*ids], [*self.nonfinite]).tolist(), occasion)
+        self._sum_gradients(ids_without(np.sort(np.fromiter(ids, np.int64, len(ids))), self.nonfinite), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
@@ -184,7 +184,7 @@ class Scoring:
     def describe(self) -> None:
         """One scoring checkpoint has no path to tell of."""
 
-    def _over(self, ids: list[int]) -> dict[str, Any]:
+    def _over(self, ids: ExampleIds) -> dict[str, Any]:
         """The options of a pass over these examples of the pool."""
         return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
@@ -194,11 +194,11 @@ class Scoring:
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": [u.held for u in us], **options}
 
-    def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
+    def _sum_gradients(self, ids: ExampleIds, occasion: str = "") -> None:
         """Compute Σ_i g_i over these examples, and its directions, unless they are the latest ones already."""
         if self._latest.directions and np.array_equal(self._latest.summed, ids):
             return
-        everything = ids == self._finite
+        everything = np.array_equal(ids, self._finite)
         self._latest.directions, self._latest.halves = [], []
         name = f"{'pool' if everything else 'chosen examples'} gradient{occasion}"
         found = self._passes.run(name, **self._over(ids))
@@ -208,9 +208,9 @@ class Scoring:
         self._latest.row_directions, self._latest.rows = (), []  # checked against this sum, and not needed again
         self._make_directions(found.counted, found.sums, occasion if everything else f" of the chosen{occasion}")
 
-    def _take_sums(self, found: GradientPass, ids: list[int]) -> None:
+    def _take_sums(self, found: GradientPass, ids: ExampleIds) -> None:
         self.nonfinite |= found.nonfinite
-        self._latest.sums, self._latest.summed = found.sums, np.setdiff1d(ids, [*found.nonfinite]).astype(np.int64)
+        self._latest.sums, self._latest.summed = found.sums, ids_without(ids, found.nonfinite)
         self._check()
 
     def _take_rows(self, found: GradientPass, us: Sequence[HeldDirection]) -> ExampleScores:
@@ -230,7 +230,7 @@ class Scoring:
             combined_tokens(tokens, rows, combination),
         )
 
-    def _factors(self, ids: Ids) -> Factors:
+    def _factors(self, ids: ExampleIds) -> Factors:
         if self._settings.normalize == "tokens":
             return token_counts(ids, self._data.train_examples.num_tokens)
         return inverses(ids, self.measured[self._settings.norm])

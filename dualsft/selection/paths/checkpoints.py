@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.example_values import ExampleIds, ExampleValues
 from dualsft.matrix.pass_result import Statistic
 from dualsft.matrix.sketches import NORM, PRECONDITIONED_NORM, Measurement
 from dualsft.models import PreTrainedModel
@@ -28,7 +28,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import Statistics, check_vector, combined, combined_rows, trainable_parameters
-from dualsft.selection.normalization import Ids, scaled, scaled_tokens, token_counts
+from dualsft.selection.normalization import scaled, scaled_tokens, token_counts
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.ending import EndedPath
@@ -241,7 +241,7 @@ class CheckpointScoring:
         for rows, norm in zip(examples.by_set.values(), norms, strict=True):
             ids = np.sort(rows.ids)
 
-            def measured(name: str, ids: Ids = ids) -> Tensor | None:
+            def measured(name: str, ids: ExampleIds = ids) -> Tensor | None:
                 of = scoring.measured.get(name)
                 return None if of is None else torch.from_numpy(ExampleValues.of(of).at(ids))
 

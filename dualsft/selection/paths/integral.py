@@ -7,18 +7,17 @@ are near them; `dualsft.matrix.quadrature` says where.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix import quadrature
-from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.quadrature import Point
 from dualsft.matrix.sketches import LOSS, Measurement
@@ -47,8 +46,8 @@ class Side:
     """
 
     name: str
-    loader: Callable[[Sequence[int], int, int, slice], Iterable[Batch]]
-    ids: list[int]
+    loader: Callable[[ExampleIds, int, int, slice], Iterable[Batch]]
+    ids: ExampleIds
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,9 @@ class PathIntegrator:
             The integral, and the ids of the examples that it is without, as they are not finite somewhere on the path.
         """
         bad: set[int] = set()
-        given = np.array(side.ids, np.int64)
-        given = given[fall.has(given)]
+        given = side.ids[fall.has(side.ids)]
         while True:
-            if not (ids := [i for i in given.tolist() if i not in bad]):
+            if not len(ids := ids_without(given, bad)):
                 raise UserError(f"No {side.name} example is finite all along the path; check data and weights.")
             by_chosen = ", by the chosen weights" if mask is not None else ""
             again = f"{by_chosen}{occasion}{f', without {len(bad)}' if bad else ''}"
@@ -162,7 +160,7 @@ class PathIntegrator:
     def _totals(
         self,
         side: Side,
-        ids: list[int],
+        ids: ExampleIds,
         fall: ExampleValues,
         columns: bool,
         mask: Mapping[str, Tensor] | None,
@@ -197,7 +195,7 @@ class PathIntegrator:
         totals: PathTotals,
         name: str,
         side: Side,
-        ids: list[int],
+        ids: ExampleIds,
         point: Point,
         columns: bool,
         mask: Mapping[str, Tensor] | None,

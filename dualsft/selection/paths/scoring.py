@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
 from dualsft.matrix.pass_result import Statistic
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
@@ -30,7 +30,6 @@ from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
 from dualsft.selection.normalization import (
     Factors,
-    Ids,
     inverses,
     scaled,
     scaled_tokens,
@@ -92,7 +91,7 @@ class PathScoring:
         paths: Mapping[str, EndedPath],
     ) -> None:
         self._model, self._settings, self._data, self._passes = model, settings, data, passes
-        self._pool = Side("pool", data.pool_loader, data.train_examples.ok_ids())
+        self._pool = Side("pool", data.pool_loader, np.flatnonzero(data.train_examples.is_ok()))
         self._falls: dict[str, Falls] = {}
         self._whole: dict[str, Integral] = {}  # over the whole pool, by all weights
         self._columns: dict[str, dict[str, Tensor]] = {}
@@ -125,7 +124,7 @@ class PathScoring:
                 tokens[name] = found.tokens
             else:
                 rows[name] = falls.fall
-        finite = np.setdiff1d(reduce(np.intersect1d, (of.ids for of in rows.values())), [*self.nonfinite])
+        finite = ids_without(reduce(np.intersect1d, (np.sort(of.ids) for of in rows.values())), self.nonfinite)
         if not len(finite):
             raise UserError("No example of data.train has a finite loss and gradient all along the path.")
         factors = {name: self._factors(name, finite) for name in rows}
@@ -141,7 +140,7 @@ class PathScoring:
         """Score all weights: over the validation set, these examples of the pool, or by both; {} if all are taken."""
         if not self._settings.chooses_weights:
             return {}
-        kind, chosen = self._settings.path.columns, np.intersect1d(self._finite, [*ids]).tolist()
+        kind, chosen = self._settings.path.columns, np.intersect1d(self._finite, np.fromiter(ids, np.int64, len(ids)))
         found = []
         for name, of in self._paths.items():
             parts = []
@@ -154,8 +153,8 @@ class PathScoring:
         return {n: combined([of[n] for of in products], self._settings.combination).float() for n in products[0]}
 
     @property
-    def _finite(self) -> list[int]:
-        return [i for i in self._pool.ids if i not in self.nonfinite]
+    def _finite(self) -> ExampleIds:
+        return ids_without(self._pool.ids, self.nonfinite)
 
     @property
     def _pool_columns_are_due(self) -> bool:
@@ -167,7 +166,7 @@ class PathScoring:
             self.nonfinite |= found.nonfinite
         return self._falls[name]
 
-    def _over_pool(self, name: str, ids: list[int], mask: Mapping[str, Tensor] | None, occasion: str) -> Integral:
+    def _over_pool(self, name: str, ids: ExampleIds, mask: Mapping[str, Tensor] | None, occasion: str) -> Integral:
         """The integral over examples of the pool along a set's path."""
         of, fall = self._paths[name], self._fall(name).fall
         due = fall.where(np.isin(fall.ids, ids))
@@ -199,7 +198,7 @@ class PathScoring:
         rule, num_tokens = self._settings.path_rule, self._data.train_examples.num_tokens
         losses = [of.integrator.losses(self._pool, point) for point in range(of.ended.path.pieces + 1)]
         self.nonfinite |= {i for _, bad in losses for i in bad}
-        ids = np.array(self._finite, np.int64)
+        ids = self._finite
         total = torch.zeros(len(ids), dtype=torch.float64)
         for (before, _), (after, _) in pairwise(losses):
             falls = torch.from_numpy(before.at(ids) - after.at(ids))
@@ -207,7 +206,7 @@ class PathScoring:
             total += contribution(rule, rows)
         return ExampleValues(ids, total.numpy())
 
-    def _factors(self, name: str, ids: Ids) -> Factors:
+    def _factors(self, name: str, ids: ExampleIds) -> Factors:
         kind, num_tokens = self._settings.path.normalization, self._data.train_examples.num_tokens
         if kind == "smoothed_loss":
             return smoothed_shares(ids, self._fall(name).start, num_tokens)
@@ -249,7 +248,7 @@ class PathScoring:
         }
 
 
-def _same(one: Ids, other: Ids) -> bool:
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether these are the same examples, in whatever order."""
     return np.array_equal(np.sort(one), np.sort(other))
 
