@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from dualsft import InstructionDataModule
 from dualsft.allocators import GlobalTopK
 from dualsft.data.layout import one_example
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.matrix.interaction import Direction
 from dualsft.matrix.pass_result import GradientPass
 from dualsft.matrix.passes import Batches, gradient_pass
@@ -128,7 +129,7 @@ def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence
     """What `gradient_pass` gives, from autograd over one example at a time, with all sums in float64."""
     named = dict(model.named_parameters())
     found = GradientPass({name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()})
-    found.rows = [{} for _ in directions]
+    found.rows = [ExampleValues() for _ in directions]
     for alone in (one_example(batch, k) for batch in batches(0) for k in range(len(batch["example_id"]))):
         loss = example_losses(model, alone).sum()
         gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -136,7 +137,8 @@ def autograd_pass(model: PreTrainedModel, batches: Batches, directions: Sequence
         for name, total in found.sums.items():
             total += gradient[name]
         for rows, u in zip(found.rows, directions, strict=True):
-            rows[int(alone["example_id"])] = sum(float((gradient[name].double() * u[name]).sum()) for name in named)
+            row = sum(float((gradient[name].double() * u[name]).sum()) for name in named)
+            rows.add([int(alone["example_id"])], [row])
     return found
 
 

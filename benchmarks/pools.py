@@ -27,7 +27,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records, build_records, read_records
 from dualsft.data.supervision import STATUSES
 from dualsft.data.tokenizer import load_tokenizer
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.selection import Warmup
 from dualsft.selection.data_choice import Pool, choose_data
 from dualsft.selection.near_duplicates import NearDuplicates
@@ -140,14 +142,22 @@ def measure(way: Callable[..., Any], pool: str, cache: str, choice: bool) -> Mea
 def choose(examples: Examples) -> tuple[int, float]:
     """The peak beyond what is held, and the seconds, of a choice by random scores, near-duplicates dropped."""
     draw, ids = random.Random(0), examples.ok_ids()
-    scores = {i: draw.random() for i in ids}
+    scores = ExampleValues(ids, [draw.random() for _ in ids])
     settings = SelectionSettings(
         preconditioner="none", warmup=Warmup(fraction=0), near_duplicates=NearDuplicates(0.8), data_budget=0.1
     )
     pool = Pool(examples.records, examples.num_tokens, FormatOptions())
+    begun = time.process_time()
+    with watched() as seen:
+        choose_data(settings, len(ids) // 10, scores, pool, {})
+    return max(seen) - seen[0], time.process_time() - begun
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """What `anonymous` tells at the start, every 20 ms while the context is open, and in the end."""
     gc.collect()
-    before, begun, over = anonymous(), time.process_time(), threading.Event()
-    seen = [before]
+    over, seen = threading.Event(), [anonymous()]
 
     def look() -> None:
         while not over.wait(0.02):
@@ -156,11 +166,11 @@ def choose(examples: Examples) -> tuple[int, float]:
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        choose_data(settings, len(ids) // 10, scores, pool, {})
+        yield seen
     finally:
         over.set()
         watcher.join()
-    return max(seen) - before, time.process_time() - begun
+        seen.append(anonymous())
 
 
 def anonymous() -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dualsft.data.layout import Batch, one_example
 from dualsft.errors import advising
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.matrix.interaction import ColumnSums, Direction, RowSums
 from dualsft.matrix.model_calls import BatchValues, Derivative, Losses, ModelCalls, suspended
 from dualsft.matrix.nonfinite import FiniteLosses, drop_examples
@@ -154,7 +155,7 @@ class _Pass:
         calls.void, self._done = False, 0
         self.result = GradientPass(calls.columns.sums if calls.columns else {}, nonfinite=set(excluded))
         if calls.rows:
-            self.result.rows = [{} for _ in calls.rows.directions]
+            self.result.rows = [ExampleValues() for _ in calls.rows.directions]
             self.result.tokens = [{} for _ in calls.rows.directions if calls.rows.by_token]
         self._checked: set[bool] = set()
 
@@ -210,14 +211,13 @@ class _Pass:
             self.score(example)
 
     def _count(self, batch: Batch, losses: Tensor, values: BatchValues) -> None:
-        ids, measured = batch["example_id"].tolist(), self.result.measured
+        ids = batch["example_id"].tolist()
         self.result.counted += len(ids)
         if self._keep_losses:
-            measured.setdefault(LOSS, {}).update(zip(ids, losses, strict=True))
-        if self._calls.statistics:
-            (example,) = ids
+            self.result.measure(LOSS, ids, losses)
+        if self._calls.statistics:  # batches of one example
             for name, value in self._calls.statistics.read().items():
-                measured.setdefault(name, {})[example] = value
+                self.result.measure(name, ids, value[None])
         if self._calls.rows:
             self._keep_rows(batch, ids, self._calls.rows, values)
 
@@ -225,7 +225,7 @@ class _Pass:
         calls, result = self._calls, self.result
         scores = values.rows[0].tolist()
         for of_direction, found in zip(result.rows, scores, strict=True):
-            of_direction.update(zip(ids, found, strict=True))
+            of_direction.add(ids, found)
         lengths = [length for _, _, length in rows.layout.spans]
         for contributions, tokens in zip(result.tokens, values.tokens, strict=True):
             contributions.update((i, t[:n].clone()) for i, t, n in zip(ids, tokens, lengths, strict=True))

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -181,8 +182,8 @@ class Selection:
         with refusing_damage(path):
             stored = load_file(self._intact(SKETCHES))
             sketches = dict(zip(stored["example_id"].tolist(), stored["sketch"], strict=True))
-        numbers, scores = (self.examples[name].to_pylist() for name in ("example_id", "score"))
-        if lost := [i for i, score in zip(numbers, scores, strict=True) if score is not None and i not in sketches]:
+        scored = np.flatnonzero(self.examples["score"].is_valid().to_numpy())
+        if len(lost := np.setdiff1d(scored, stored["example_id"].numpy())):
             raise UserError(f"{path} is damaged: it has no sketch of example {lost[0]}; make the selection again.")
         return sketches
 
@@ -216,7 +217,7 @@ def _check_examples(path: Path, table: pa.Table) -> int:
     """How many examples are selected; refuses a table without its columns, rows of a pool or finite numbers."""
     _check_columns(path, table, EXAMPLE_SCHEMA)
     lost = sum(table[name].null_count for name in ("num_tokens", "status", "selected"))
-    if lost or table["example_id"].to_pylist() != list(range(len(table))):
+    if lost or not np.array_equal(table["example_id"].to_numpy(), np.arange(len(table))):
         raise UserError(f"{path} is damaged: its rows are not those of a pool, in order; make the selection again.")
     for name in (field.name for field in table.schema if field.type == pa.float64()):
         odd = pc.invert(pc.is_finite(table[name].drop_null()))
@@ -224,7 +225,7 @@ def _check_examples(path: Path, table: pa.Table) -> int:
             raise UserError(
                 f"{path} is damaged: its column {name} holds numbers that are not finite; make the selection again."
             )
-    return sum(table["selected"].to_pylist())
+    return int(table["selected"].to_numpy().sum())
 
 
 def load_selection(folder: str | os.PathLike[str]) -> Selection:

@@ -45,7 +45,7 @@ class Budgets:
         self._round = itertools.count()
         pool = data.train_examples
         self._pool = Pool(pool.records, pool.num_tokens, data.options)
-        self._due = data_budget(settings, [int(pool.num_tokens[i]) for i in pool.ok_ids()])
+        self._due = data_budget(settings, pool.num_tokens[pool.is_ok()])
         check_records(settings, pool.records, pool.ok_ids())
         parameter_budget(settings, {name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
 

@@ -1,6 +1,6 @@
 """The data budget: which examples are trained on, at most as many as the budget, under any allocator."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +11,13 @@ from dualsft.allocators import DataAllocator, ScoredExamples, count_of
 from dualsft.data.options import FormatOptions
 from dualsft.data.records import Records
 from dualsft.errors import UserError, blaming, naming
+from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.pass_result import Statistic
 from dualsft.needs import ask
 from dualsft.selection.near_duplicates import collapse
 from dualsft.selection.settings import SelectionSettings
 
-Measured = Mapping[str, Mapping[int, Tensor]]
+Measured = Mapping[str, Statistic]
 """Name of a statistic -> example id -> what was measured of it."""
 
 
@@ -34,14 +36,14 @@ class Pool(NamedTuple):
     options: FormatOptions
 
 
-def data_budget(settings: SelectionSettings, num_tokens: Collection[int]) -> int:
+def data_budget(settings: SelectionSettings, num_tokens: np.ndarray) -> int:
     """Compute how many examples, or supervised tokens, the budget is, given the tokens of each example with a response.
 
     Raises:
         UserError: if that is more than there are.
     """
     unit = "supervised tokens" if settings.data_allocator.unit == "tokens" else "examples"
-    available = len(num_tokens) if unit == "examples" else sum(num_tokens)
+    available = len(num_tokens) if unit == "examples" else int(num_tokens.sum())
     return count_of("model.data_budget", settings.data_budget, available, unit)
 
 
@@ -65,7 +67,8 @@ def choose_data(
         raise UserError("No example of data.train has a finite loss and gradient at the scoring checkpoint.")
     allocator = settings.data_allocator
     duplicate_of = collapse(settings.near_duplicates, scores, pool.records, pool.options)
-    ids = np.sort(np.fromiter((i for i in scores if i not in duplicate_of), np.int64))
+    values = ExampleValues.of(scores).without(duplicate_of)
+    ids = np.sort(values.ids)
     tokens = np.asarray(pool.num_tokens, np.int64)[ids]
     cost = tokens if allocator.unit == "tokens" else np.ones_like(tokens)
     available = int(cost.sum())
@@ -78,10 +81,10 @@ def choose_data(
     budget = min(due, available)
     scored = ScoredExamples(
         torch.from_numpy(ids),
-        torch.from_numpy(np.fromiter((scores[i] for i in ids.tolist()), np.float64, len(ids))),
+        torch.from_numpy(values.at(ids)),
         torch.from_numpy(tokens),
         _LazyRecords(pool.records, ids),
-        **{name: torch.stack([measured[name][i] for i in ids.tolist()]) for name in sorted(allocator.needs)},
+        **{name: _aligned(measured[name], ids) for name in sorted(allocator.needs)},
     )
     options = f"model.data_allocator, with model.data_budget at {budget:,} {allocator.unit}"
     with naming(options):
@@ -89,6 +92,13 @@ def choose_data(
     chosen = integers(type(allocator).__name__, answer)
     _check_chosen(allocator, chosen, ids, cost, budget)
     return ChosenExamples(set(chosen), duplicate_of)
+
+
+def _aligned(statistic: Statistic, ids: np.ndarray) -> Tensor:
+    """A statistic of these examples: one number or vector each."""
+    if isinstance(statistic, ExampleValues):
+        return torch.from_numpy(statistic.at(ids))
+    return torch.stack([statistic[i] for i in ids.tolist()])
 
 
 def _check_chosen(

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualsft.errors import UserError
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import LazyTensors
 from dualsft.needs import ask
@@ -175,14 +176,13 @@ def combined(values: Sequence[Float[Tensor, "*shape"]], combination: Combination
     return stacked.amax(0) if combination == "max" else stacked.amin(0)
 
 
-def combined_rows(rows: Sequence[Mapping[int, float]], combination: Combination) -> dict[int, float]:
-    """Combine the validation sets' scores of each example, by example id."""
-    values = combined([torch.tensor(list(of.values()), dtype=torch.float64) for of in rows], combination)
-    return dict(zip(rows[0], values.tolist(), strict=True))
+def combined_rows(rows: Sequence[ExampleValues], combination: Combination) -> ExampleValues:
+    """Combine the validation sets' scores of each example, which all have in the same order."""
+    return ExampleValues(rows[0].ids, combined([torch.from_numpy(of.numbers) for of in rows], combination).numpy())
 
 
 def combined_tokens(
-    tokens: Sequence[Mapping[int, Tensor]], rows: Sequence[Mapping[int, float]], combination: Combination
+    tokens: Sequence[Mapping[int, Tensor]], rows: Sequence[ExampleValues], combination: Combination
 ) -> dict[int, Tensor]:
     """Combine the contributions of each example's tokens, by example id; they add up to its combined score.
 

@@ -12,37 +12,46 @@ widest scores, and crowd both ends of the ranking.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Int
 from torch import Tensor
+
+from dualsft.matrix.example_values import ExampleIds, ExampleValues
 
 Normalize = Literal["none", "tokens", "gradient_norm"]
 
 
-Factors = Mapping[int, float]
+Factors = ExampleValues
 """Example id -> the factor of its rows, and of its tokens' contributions."""
-Value = TypeVar("Value", float, Tensor)
 
 
-def token_counts(ids: Collection[int], num_tokens: Sequence[int] | Any) -> Factors:
+def token_counts(ids: ExampleIds, num_tokens: Int[np.ndarray, " row"]) -> Factors:
     """T_i of these examples."""
-    return {i: float(num_tokens[i]) for i in ids}
+    return ExampleValues(ids, num_tokens[ids])
 
 
-def inverses(ids: Collection[int], values: Mapping[int, Any]) -> Factors:
+def inverses(ids: ExampleIds, values: Mapping[int, Any]) -> Factors:
     """One over a number of each example that is not negative; 0 where that is zero, as then φ_i is."""
-    return {i: 1 / value if (value := float(values[i])) else 0.0 for i in ids}
+    numbers = ExampleValues.of(values).at(ids)
+    return ExampleValues(ids, np.divide(1.0, numbers, out=np.zeros(len(ids)), where=numbers != 0))
 
 
-def smoothed_shares(ids: Collection[int], losses: Mapping[int, float], num_tokens: Sequence[int] | Any) -> Factors:
+def smoothed_shares(ids: ExampleIds, losses: ExampleValues, num_tokens: Int[np.ndarray, " row"]) -> Factors:
     """T_i / (L_i + L̄) with L_i = T_i l_i and L̄ their mean over these examples; 0 where all are zero."""
-    counts = token_counts(ids, num_tokens)
-    whole = {i: counts[i] * losses[i] for i in ids}
-    mean = math.fsum(whole.values()) / len(whole)
-    return {i: counts[i] / (whole[i] + mean) if mean else 0.0 for i in ids}
+    counts = token_counts(ids, num_tokens).numbers
+    whole = counts * losses.at(ids)
+    mean = math.fsum(whole.data) / len(whole)
+    return ExampleValues(ids, counts / (whole + mean) if mean else np.zeros(len(ids)))
 
 
-def scaled(values: Mapping[int, Value], factors: Factors) -> dict[int, Value]:
+def scaled(values: ExampleValues, factors: Factors) -> ExampleValues:
     """Values by example id, each times its factor."""
-    return {i: value * factors[i] for i, value in values.items()}
+    return ExampleValues(values.ids, values.numbers * factors.at(values.ids))
+
+
+def scaled_tokens(tokens: Mapping[int, Tensor], factors: Factors) -> dict[int, Tensor]:
+    """The contributions of tokens by example id, each times its example's factor."""
+    return {i: values * factors[i] for i, values in tokens.items()}

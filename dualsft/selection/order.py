@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dualsft.matrix.pass_result import Statistic
 from dualsft.selection.budgets import Budgets
 from dualsft.selection.checks import Order
 from dualsft.selection.diagnostics import Alignment, Stability
@@ -31,7 +32,7 @@ class ScoresBothSides(Protocol):
         identity: Name of a validation set -> both sides of the sum identity, as last checked.
     """
 
-    measured: dict[str, dict[int, Tensor]]
+    measured: dict[str, Statistic]
     nonfinite: set[int]
     identity: dict[str, dict[str, float]]
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dualsft.matrix.pass_result import Statistic
+from dualsft.matrix.sketches import SKETCH
 from dualsft.selection.diagnostics import Alignment, Stability
 from dualsft.selection.order import ScoresBothSides
 
@@ -24,7 +26,7 @@ class Outcome:
         path: The path along which everything was scored, if there is one.
     """
 
-    measured: dict[str, dict[int, Tensor]]
+    measured: dict[str, Statistic]
     nonfinite: set[int]
     identity: dict[str, dict[str, float]]
     prediction: dict[str, Any] | None
@@ -45,6 +47,12 @@ class Outcome:
             path=scoring.describe(),
         )
 
+    @property
+    def sketches(self) -> dict[int, Tensor] | None:
+        """Example id -> its gradient's sketch, if they were measured."""
+        found = self.measured.get(SKETCH)
+        return found if isinstance(found, dict) else None
+
     def notes(self) -> dict[str, Any]:
         """All but the measurements, as JSON can hold it; `from_notes` reads it."""
         told = {**vars(self), "nonfinite": sorted(self.nonfinite)}
@@ -53,7 +61,7 @@ class Outcome:
         return {name: value for name, value in told.items() if name != "measured"}
 
     @classmethod
-    def from_notes(cls, notes: Mapping[str, Any], measured: dict[str, dict[int, Tensor]]) -> "Outcome":
+    def from_notes(cls, notes: Mapping[str, Any], measured: dict[str, Statistic]) -> "Outcome":
         """The findings that `notes` were made of, with the measurements."""
         return cls(
             measured=measured,

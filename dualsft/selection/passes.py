@@ -68,7 +68,7 @@ class Passes:
         self._checkpointing, self._save_minutes = settings.gradient_checkpointing, settings.save_minutes
         self._offload_sums = settings.offload_sums
         pools = (data.train_examples, *data.validation_sets.values())
-        self._longest = max(int(pool.lengths[pool.ok_ids()].max()) for pool in pools)
+        self._longest = max(int(pool.lengths[pool.is_ok()].max()) for pool in pools)
         self._of_replica, self._own, self.place = run.of_replica(), run.own(), ""
         self._saved: list[str] = []
         self._unsaved: list[PhaseKeeper] = []

@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 from torch import Tensor
 
 from dualsft.allocators import DataAllocator
@@ -16,6 +17,8 @@ from dualsft.data.records import Records, read_records
 from dualsft.data.selected import selected_ids
 from dualsft.data.sources import Given, paths_of
 from dualsft.errors import UserError
+from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.pass_result import Statistic
 from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights, model_fingerprint
 from dualsft.runs.folder import RunFolder
@@ -153,25 +156,29 @@ def _records(source: Selection, given: Given, split: str) -> Records:
 
 
 def _examples(source: Selection, records: Records, settings: SelectionSettings) -> ChosenExamples:
-    table = source.examples.to_pydict()
-    ids, num_tokens = table["example_id"], table["num_tokens"]
+    num_tokens = source.examples["num_tokens"].to_numpy()
     # select computes its budget before it knows which are finite
-    with_response = [i for i, status in zip(ids, table["status"], strict=True) if status in ("ok", "nonfinite")]
-    scored = {i: score for i, score in zip(ids, table["score"], strict=True) if score is not None}
-    due = data_budget(settings, [num_tokens[i] for i in with_response])
+    with_response = pc.is_in(source.examples["status"], pa.array(["ok", "nonfinite"])).to_numpy()
+    due = data_budget(settings, num_tokens[with_response])
     pool = Pool(records, num_tokens, source.about.data.format)
-    return choose_data(settings, due, scored, pool, _measured(source, settings.data_allocator))
+    return choose_data(settings, due, _numbers(source, "score"), pool, _measured(source, settings.data_allocator))
 
 
-def _measured(source: Selection, allocator: DataAllocator) -> dict[str, dict[int, Tensor]]:
+def _numbers(source: Selection, name: str) -> ExampleValues:
+    """A column of the examples' table where it is not null."""
+    column = source.examples[name]
+    there = column.is_valid().to_numpy()
+    return ExampleValues(np.flatnonzero(there), column.to_numpy()[there])
+
+
+def _measured(source: Selection, allocator: DataAllocator) -> dict[str, Statistic]:
     """The statistics that the allocator needs, read from the selection; refused if it does not hold them."""
-    found: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, Statistic] = {}
     for name in allocator.needs:
         if name == SKETCH:
             found[name] = source.sketches()
         elif name in source.examples.column_names:
-            numbers = enumerate(source.examples[name].to_pylist())
-            found[name] = {i: torch.tensor(x, dtype=torch.float64) for i, x in numbers if x is not None}
+            found[name] = _numbers(source, name)
         if not found.get(name):
             raise UserError(
                 f"{type(allocator).__name__} needs the {name} of each example, which {source.folder} does not hold; "
@@ -243,11 +250,10 @@ def _kept(manifest: dict[str, Any], given: Given, split: str) -> dict[str, Any]:
 
 
 def _with_choice(examples: pa.Table, chosen: ChosenExamples) -> pa.Table:
-    ids = examples["example_id"].to_pylist()
-    place = examples.schema.get_field_index("selected")
-    selected = pa.array([i in chosen.ids for i in ids], pa.bool_())
-    table = examples.set_column(place, examples.schema.field(place), selected)
+    place, selected = examples.schema.get_field_index("selected"), np.zeros(len(examples), bool)
+    selected[list(chosen.ids)] = True
+    table = examples.set_column(place, examples.schema.field(place), pa.array(selected))
     table = table.drop_columns([name for name in (DUPLICATE_OF,) if name in table.column_names])
-    for name, twins in duplicate_column(ids, chosen.duplicate_of).items():
+    for name, twins in duplicate_column(range(len(examples)), chosen.duplicate_of).items():
         table = table.append_column(name, pa.array(twins, pa.int64()))
     return table.combine_chunks()  # otherwise its pages on disk would differ from a fresh table's

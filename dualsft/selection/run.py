@@ -19,7 +19,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.matrix.sketches import SKETCH
 from dualsft.models.loading import base_weights
 from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
@@ -139,7 +138,7 @@ def write_results(
             mask=chosen.mask,
             selected_lines=[records.line(i) for i in sorted(chosen.examples)],
             token_scores=token_table(data, chosen) if settings.token_scores else None,
-            sketches=outcome.measured.get(SKETCH),
+            sketches=outcome.sketches,
             sources=sources,
             basis=Basis(target, outcome.alignment, warmup_steps(settings, data, seed), outcome.stability),
             **parts,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.pass_result import GradientPass, Statistic
 from dualsft.models import PreTrainedModel
 from dualsft.models.lazy import under
 from dualsft.runs.folder import RunFolder
@@ -116,7 +116,7 @@ def _tensors(examples: ExampleScores, outcome: Outcome) -> dict[str, Tensor]:
     return {f"all:{n}": t for n, t in together.items()} | {f"set:{n}": t for n, t in by_set.items()}
 
 
-def _from_tensors(tensors: Mapping[str, Tensor], sets: list[str]) -> tuple[ExampleScores, dict[str, dict[int, Tensor]]]:
+def _from_tensors(tensors: Mapping[str, Tensor], sets: list[str]) -> tuple[ExampleScores, dict[str, Statistic]]:
     """The examples' scores and measurements that `_tensors` was made of."""
     together = GradientPass.from_state(under("all", tensors), _NO_COUNTS)
     by_set = GradientPass.from_state(under("set", tensors), _NO_COUNTS).rows

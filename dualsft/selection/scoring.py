@@ -11,14 +11,16 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
-from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
+from dualsft.matrix.pass_result import GradientPass, Statistic
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.spot_check import check_covered
 from dualsft.models import PreTrainedModel
@@ -32,7 +34,7 @@ from dualsft.selection.directions import (
     parameter_scores,
 )
 from dualsft.selection.held_direction import HeldDirection, masked
-from dualsft.selection.normalization import Factors, inverses, scaled, token_counts
+from dualsft.selection.normalization import Factors, inverses, scaled, scaled_tokens, token_counts
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.totals import column
 from dualsft.selection.scorer_directions import DirectionRule
@@ -40,7 +42,6 @@ from dualsft.selection.settings import SelectionSettings
 from dualsft.selection.stability import agreement
 from dualsft.sharding.collectives import sum_of_shards
 
-T = TypeVar("T")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_PRECISION_TOLERANCE = 2e-2
 
@@ -55,21 +56,17 @@ class ExampleScores:
         tokens: Example id -> the contributions of its tokens; empty unless asked for.
     """
 
-    scores: dict[int, float] = field(default_factory=dict)
-    by_set: dict[str, dict[int, float]] = field(default_factory=dict)
+    scores: ExampleValues = field(default_factory=ExampleValues)
+    by_set: dict[str, ExampleValues] = field(default_factory=dict)
     tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def without(self, ids: Collection[int]) -> "ExampleScores":
         """These scores without some of the examples."""
         return ExampleScores(
-            _without(self.scores, ids),
-            {name: _without(scores, ids) for name, scores in self.by_set.items()},
-            _without(self.tokens, ids),
+            self.scores.without(ids),
+            {name: scores.without(ids) for name, scores in self.by_set.items()},
+            {i: values for i, values in self.tokens.items() if i not in ids},
         )
-
-
-def _without(values: Mapping[int, T], ids: Collection[int]) -> dict[int, T]:
-    return {i: value for i, value in values.items() if i not in ids}
 
 
 @dataclass
@@ -78,12 +75,12 @@ class _Latest:
 
     directions: list[HeldDirection] = field(default_factory=list)  # u, from the latest pool gradient
     halves: list[HeldDirection] = field(default_factory=list)  # u by the first halves of all sets, then the second
-    half_rows: list[dict[int, float]] = field(default_factory=list)  # likewise
+    half_rows: list[ExampleValues] = field(default_factory=list)  # likewise
     row_directions: Sequence[HeldDirection] = ()  # u of the latest rows, masked to the chosen weights
-    rows: list[dict[int, float]] = field(default_factory=list)
+    rows: list[ExampleValues] = field(default_factory=list)
     covered: set[str] = field(default_factory=set)  # the parameters that the rows cover
     sums: Mapping[str, Tensor] = field(default_factory=dict)  # Σ_i g_i
-    summed: frozenset[int] = frozenset()  # the examples that it is over
+    summed: ExampleIds = field(default_factory=lambda: np.zeros(0, np.int64))  # the examples that it is over, ascending
 
 
 class Scoring:
@@ -114,16 +111,16 @@ class Scoring:
     ) -> None:
         self._model, self._settings, self._rule, self._passes = model, settings, rule, passes
         self._pass_for_both = passes.run_unsaved if unsaved else passes.run
-        self._data, self._pool = data, data.train_examples.ok_ids()
+        self._data, self._pool = data, np.flatnonzero(data.train_examples.is_ok())
         self._latest = _Latest()
         self._num_examples = 0
-        self.measured: dict[str, dict[int, Tensor]] = {}
+        self.measured: dict[str, Statistic] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
 
     @property
-    def _finite(self) -> list[int]:
-        return [i for i in self._pool if i not in self.nonfinite]
+    def _finite(self) -> ExampleIds:
+        return ids_without(self._pool, self.nonfinite)
 
     def both(self) -> tuple[Mapping[str, Tensor], ExampleScores]:
         """Score all weights over all examples, and all examples by all weights: one pass, or two if u needs ḡ."""
@@ -144,7 +141,7 @@ class Scoring:
 
         ``occasion`` distinguishes the passes of this step from earlier ones, in their names.
         """
-        self._sum_gradients(sorted(set(ids) - self.nonfinite), occasion)
+        self._sum_gradients(ids_without(np.sort(np.fromiter(ids, np.int64, len(ids))), self.nonfinite), occasion)
         return self._weight_scores()
 
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
@@ -187,7 +184,7 @@ class Scoring:
     def describe(self) -> None:
         """One scoring checkpoint has no path to tell of."""
 
-    def _over(self, ids: list[int]) -> dict[str, Any]:
+    def _over(self, ids: ExampleIds) -> dict[str, Any]:
         """The options of a pass over these examples of the pool."""
         return {"examples": len(ids), "loader": partial(self._data.pool_loader, ids)}
 
@@ -197,11 +194,11 @@ class Scoring:
         options = {"columns": columns, "by_token": self._settings.token_scores, "measurement": measurement}
         return {**self._over(self._finite), "directions": [u.held for u in us], **options}
 
-    def _sum_gradients(self, ids: list[int], occasion: str = "") -> None:
+    def _sum_gradients(self, ids: ExampleIds, occasion: str = "") -> None:
         """Compute Σ_i g_i over these examples, and its directions, unless they are the latest ones already."""
-        if self._latest.directions and self._latest.summed == frozenset(ids):
+        if self._latest.directions and np.array_equal(self._latest.summed, ids):
             return
-        everything = ids == self._finite
+        everything = np.array_equal(ids, self._finite)
         self._latest.directions, self._latest.halves = [], []
         name = f"{'pool' if everything else 'chosen examples'} gradient{occasion}"
         found = self._passes.run(name, **self._over(ids))
@@ -211,9 +208,9 @@ class Scoring:
         self._latest.row_directions, self._latest.rows = (), []  # checked against this sum, and not needed again
         self._make_directions(found.counted, found.sums, occasion if everything else f" of the chosen{occasion}")
 
-    def _take_sums(self, found: GradientPass, ids: Collection[int]) -> None:
+    def _take_sums(self, found: GradientPass, ids: ExampleIds) -> None:
         self.nonfinite |= found.nonfinite
-        self._latest.sums, self._latest.summed = found.sums, frozenset(ids) - found.nonfinite
+        self._latest.sums, self._latest.summed = found.sums, ids_without(ids, found.nonfinite)
         self._check()
 
     def _take_rows(self, found: GradientPass, us: Sequence[HeldDirection]) -> ExampleScores:
@@ -223,8 +220,8 @@ class Scoring:
         self._latest.row_directions, self._latest.rows, self._latest.covered = us, rows, found.covered
         self._latest.half_rows = found.rows[len(us) :]
         if self._settings.normalize != "none":
-            factors = self._factors(rows[0])
-            rows, tokens = [scaled(of, factors) for of in rows], [scaled(of, factors) for of in tokens]
+            factors = self._factors(rows[0].ids)
+            rows, tokens = [scaled(of, factors) for of in rows], [scaled_tokens(of, factors) for of in tokens]
             self._latest.half_rows = [scaled(of, factors) for of in self._latest.half_rows]
         combination = self._settings.combination
         return ExampleScores(
@@ -233,7 +230,7 @@ class Scoring:
             combined_tokens(tokens, rows, combination),
         )
 
-    def _factors(self, ids: Collection[int]) -> Factors:
+    def _factors(self, ids: ExampleIds) -> Factors:
         if self._settings.normalize == "tokens":
             return token_counts(ids, self._data.train_examples.num_tokens)
         return inverses(ids, self.measured[self._settings.norm])
@@ -262,7 +259,7 @@ class Scoring:
         moves = sum_of_shards(torch.tensor([int(latest.sums[name].any()) for name in names])).tolist()
         check_covered(self._model, latest.covered, [name for name, any_ in zip(names, moves, strict=True) if any_])
         for name, rows, u in zip(self._rule.sets, latest.rows, latest.row_directions, strict=True):
-            summed = {i: value for i, value in rows.items() if i in latest.summed}
+            summed = rows.where(np.isin(rows.ids, latest.summed))
             self.identity[name] = sum_identity(summed, column_totals(u.exact, latest.sums), compute_dtype(self._model))
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.selection.diagnostics import Stability
 from dualsft.selection.diagnostics.examples import rank_correlation
 from dualsft.selection.directions import Combination, combined, combined_rows
@@ -23,7 +24,7 @@ _SAMPLED = 2**20
 
 
 def agreement(
-    rows: Sequence[Mapping[int, float]],
+    rows: Sequence[ExampleValues],
     us: Sequence[Mapping[str, Tensor]],
     sums: Mapping[str, Tensor],
     combination: Combination,
@@ -37,8 +38,7 @@ def agreement(
         combination: How the sets' scores become one.
     """
     of_rows = [combined_rows(half, combination) for half in _halves(rows)]
-    common = sorted(of_rows[0])
-    one, other = (np.array([of[i] for i in common]) for of in of_rows)
+    one, other = (of.at(np.sort(of_rows[0].ids)) for of in of_rows)
     weights = [_sample(half, sums, combination) for half in _halves(us)]
     return Stability(rank_correlation(one, other), rank_correlation(*weights))
 

@@ -1,13 +1,13 @@
 """The tables of a selection, from the results of a run."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dualsft.data.module import InstructionDataModule
-from dualsft.matrix.sketches import SKETCH
+from dualsft.matrix.example_values import ExampleValues
 from dualsft.selection.near_duplicates import duplicate_column
 from dualsft.selection.order import Chosen
 from dualsft.selection.outcome import Outcome
@@ -22,10 +22,10 @@ def example_table(data: InstructionDataModule, chosen: Chosen, outcome: Outcome)
     pool, found = data.train_examples, chosen.example_scores
     count = len(pool)
     sets = found.by_set if data.named_validation else {}
-    numbers = {name: values for name, values in outcome.measured.items() if name != SKETCH}
     selected = np.zeros(count, bool)
     selected[list(chosen.examples)] = True
-    finite = {name: {i: float(values[i]) for i in found.scores} for name, values in numbers.items()}
+    ids, numbers = found.scores.ids, outcome.measured.items()
+    finite = {name: ExampleValues(ids, of.at(ids)) for name, of in numbers if isinstance(of, ExampleValues)}
     columns = {
         "example_id": pa.array(np.arange(count)),
         "score": _column(found.scores, count),
@@ -38,11 +38,10 @@ def example_table(data: InstructionDataModule, chosen: Chosen, outcome: Outcome)
     return {**columns, **duplicate_column(range(count), chosen.duplicate_of)}
 
 
-def _column(values: Mapping[int, float], count: int) -> pa.Array:
+def _column(values: ExampleValues, count: int) -> pa.Array:
     """The values by example id as an array, null where there is none."""
     column, missing = np.zeros(count), np.ones(count, bool)
-    ids = np.fromiter(values, np.int64, len(values))
-    column[ids], missing[ids] = np.fromiter(values.values(), np.float64, len(values)), False
+    column[values.ids], missing[values.ids] = values.numbers, False
     return pa.array(column, mask=missing)
 
 

@@ -514,7 +514,7 @@ def test_what_turns_out_late_not_to_be_finite_is_chosen_no_more(
     def late(self: Passes, name: str, examples: int, loader: Any, **options: Any) -> Any:
         if not name.startswith("chosen"):
             return RUN(self, name, examples, loader, **options)
-        (ids,) = loader.args
+        ids = loader.args[0].tolist()
         found = RUN(self, name, examples, partial(loader.func, [i for i in ids if i != bad]), **options)
         found.nonfinite |= {bad} & set(ids)
         return found

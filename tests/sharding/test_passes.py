@@ -101,7 +101,8 @@ def assert_same(found: GradientPass, expected: GradientPass, relative: float) ->
             assert_near(as_tensors(values), as_tensors(right), 10 * relative)
     assert found.measured.keys() == expected.measured.keys()
     for name, values in expected.measured.items():
-        assert_near(found.measured[name], values, max(relative, 1e-6 if name == SKETCH else 0))
+        least = 1e-6 if name == SKETCH else 0
+        assert_near(as_tensors(found.measured[name]), as_tensors(values), max(relative, least))
 
 
 def as_tensors(values: Mapping[int, Any]) -> dict[int, Tensor]:

@@ -11,10 +11,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.matrix.example_values import ExampleIds, ExampleValues
+from dualsft.matrix.pass_result import Statistic
 from dualsft.matrix.sketches import NORM, PRECONDITIONED_NORM, Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.models.dtypes import accumulator_dtype
@@ -25,7 +28,7 @@ from dualsft.runs.folder import RunFolder
 from dualsft.runs.progress import PhaseLog
 from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import Statistics, check_vector, combined, combined_rows, trainable_parameters
-from dualsft.selection.normalization import scaled, token_counts
+from dualsft.selection.normalization import scaled, scaled_tokens, token_counts
 from dualsft.selection.objective import ValidationObjective
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.ending import EndedPath
@@ -154,7 +157,7 @@ class CheckpointScoring:
         self._passes, self._run, self._log, self._terms = passes, run, log, terms
         self._ended, self._path = ended, ended.path
         self._about: dict[str, Any] = {}
-        self.measured: dict[str, dict[int, Tensor]] = {}
+        self.measured: dict[str, Statistic] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
 
@@ -228,7 +231,7 @@ class CheckpointScoring:
         scoring.nonfinite |= self.nonfinite
         return rule, scoring
 
-    def _rows(self, examples: ExampleScores, scoring: Scoring, rule: PathDirections) -> list[dict[int, float]]:
+    def _rows(self, examples: ExampleScores, scoring: Scoring, rule: PathDirections) -> list[ExampleValues]:
         """What a piece adds to the examples' scores for each set, by the path's own rule."""
         path, num_tokens = self._settings.path_rule, self._data.train_examples.num_tokens
         if path.adds_rows:
@@ -236,21 +239,21 @@ class CheckpointScoring:
         added = []
         norms = rule.validation_norms() if "statistics" in path.needs else [None] * len(examples.by_set)
         for rows, norm in zip(examples.by_set.values(), norms, strict=True):
-            ids = sorted(rows)
+            ids = np.sort(rows.ids)
 
-            def measured(name: str, ids: list[int] = ids) -> Tensor | None:
+            def measured(name: str, ids: ExampleIds = ids) -> Tensor | None:
                 of = scoring.measured.get(name)
-                return None if of is None else torch.stack([of[i] for i in ids])
+                return None if of is None else torch.from_numpy(ExampleValues.of(of).at(ids))
 
             piece = PieceRows(
                 torch.tensor(ids),
-                torch.tensor([rows[i] for i in ids], dtype=torch.float64),
-                torch.tensor([int(num_tokens[i]) for i in ids]),
+                torch.from_numpy(rows.at(ids)),
+                torch.tensor(num_tokens[ids], dtype=torch.int64),
                 norm,
                 measured(NORM),
                 measured(PRECONDITIONED_NORM),
             )
-            added.append(dict(zip(ids, contribution(path, piece).tolist(), strict=True)))
+            added.append(ExampleValues(ids, contribution(path, piece).numpy()))
         return added
 
     def _add_notes(self, totals: PathTotals, scoring: Scoring, predicts: bool) -> None:
@@ -268,8 +271,8 @@ class CheckpointScoring:
     def _example_scores(self, totals: PathTotals) -> ExampleScores:
         rows, tokens = totals.rows, totals.tokens[0] if totals.tokens else {}
         if self._settings.path.normalization == "length":
-            factors = token_counts(rows[0], self._data.train_examples.num_tokens)
-            rows, tokens = [scaled(of, factors) for of in rows], scaled(tokens, factors)
+            factors = token_counts(rows[0].ids, self._data.train_examples.num_tokens)
+            rows, tokens = [scaled(of, factors) for of in rows], scaled_tokens(tokens, factors)
         by_set = dict(zip(self._terms[0], rows, strict=True))
         return ExampleScores(combined_rows(rows, self._settings.combination), by_set, tokens)
 

@@ -4,8 +4,12 @@
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dualsft.matrix.example_values import ExampleValues
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,19 @@ class Completeness:
 
 
 def completeness(
-    rows: Mapping[int, float], fall: Mapping[int, float], column_sum: float | None, pieces: int, tolerance: float
+    rows: ExampleValues, fall: ExampleValues, column_sum: float | None, pieces: int, tolerance: float
 ) -> Completeness:
     """Compare the rows, and the sum of the columns if there are any, with the falls of the examples' losses."""
-    size = math.fsum(abs(fall[i]) for i in rows)
-    whole, row_sum = math.fsum(fall[i] for i in rows), math.fsum(rows.values())
-    row_error = _share(math.fsum(abs(value - fall[i]) for i, value in rows.items()), size)
+    falls = fall.at(rows.ids)
+    size, whole, row_sum = _sum(abs(falls)), _sum(falls), _sum(rows.numbers)
+    row_error = _share(_sum(abs(rows.numbers - falls)), size)
     column_error = None if column_sum is None else _share(abs(column_sum - whole), size)
     reached = max(row_error, column_error or 0.0) <= tolerance
     return Completeness(pieces, whole, row_sum, row_error, column_sum, column_error, tolerance, reached)
+
+
+def _sum(values: Float[np.ndarray, " example"]) -> float:
+    return math.fsum(values.data)
 
 
 def _share(part: float, whole: float) -> float:

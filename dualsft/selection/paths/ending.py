@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from dualsft.data.module import InstructionDataModule
+from dualsft.data.packing import Ids
 from dualsft.errors import UserError
 from dualsft.models import PreTrainedModel
 from dualsft.runs.folder import RunFolder
@@ -85,10 +87,10 @@ def walk_paths(
     return paths
 
 
-def validation_side(data: InstructionDataModule, name: str, ids: list[int], what: str = "validation") -> Side:
+def validation_side(data: InstructionDataModule, name: str, ids: Ids, what: str = "validation") -> Side:
     """Some examples of a validation set, to pass over."""
     named = f"{what} {name}" if data.named_validation else what
-    return Side(named, partial(_loader, data, name), ids)
+    return Side(named, partial(_loader, data, name), np.asarray(ids, np.int64))
 
 
 def _loader(data: InstructionDataModule, name: str, ids: Any, start: int, tokens: int, part: slice) -> Any:

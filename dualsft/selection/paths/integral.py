@@ -7,7 +7,7 @@ are near them; `dualsft.matrix.quadrature` says where.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dualsft.data.layout import Batch
 from dualsft.errors import UserError
 from dualsft.matrix import quadrature
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
 from dualsft.matrix.passes import compute_dtype
 from dualsft.matrix.quadrature import Point
 from dualsft.matrix.sketches import LOSS, Measurement
@@ -45,8 +46,8 @@ class Side:
     """
 
     name: str
-    loader: Callable[[Sequence[int], int, int, slice], Iterable[Batch]]
-    ids: list[int]
+    loader: Callable[[ExampleIds, int, int, slice], Iterable[Batch]]
+    ids: ExampleIds
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Falls:
         nonfinite: Ids of the examples whose loss is not finite at an end; they are in neither.
     """
 
-    start: dict[int, float]
-    fall: dict[int, float]
+    start: ExampleValues
+    fall: ExampleValues
     nonfinite: set[int]
 
 
@@ -76,7 +77,7 @@ class Integral:
         identity: Both sides of Σ_i φ_i = Σ_j φ_j, if there are columns.
     """
 
-    rows: dict[int, float]
+    rows: ExampleValues
     tokens: dict[int, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     completeness: Completeness | None = None
@@ -109,25 +110,25 @@ class PathIntegrator:
         self._model, self._settings, self._passes, self._run, self._log = model, settings, passes, run, log
         self._path, self._title, self._reached = path, title, 0
 
-    def losses(self, side: Side, point: int) -> tuple[dict[int, float], set[int]]:
+    def losses(self, side: Side, point: int) -> tuple[ExampleValues, set[int]]:
         """l_i of a side's examples at a point of the path, without gradients; and the ids of those not finite there."""
         name = f"{side.name} loss at point {point} of the {self._title}"
         if (found := self._passes.finished(name)) is None:
             self._path.move(self._model, point)
             loader, measurement = partial(side.loader, side.ids), Measurement((LOSS,))
             found = self._passes.run(name, len(side.ids), loader, columns=False, measurement=measurement)
-        return {i: float(value) for i, value in found.measured.get(LOSS, {}).items()}, found.nonfinite
+        return ExampleValues.of(found.measured.get(LOSS, {})), found.nonfinite
 
     def falls(self, side: Side) -> Falls:
         """How far the loss of each of a side's examples falls along the path."""
         (first, bad), (last, worse) = self.losses(side, 0), self.losses(side, self._path.pieces)
-        start = {i: loss for i, loss in first.items() if i in last}
-        return Falls(start, {i: loss - last[i] for i, loss in start.items()}, bad | worse)
+        start = first.where(last.has(first.ids))
+        return Falls(start, ExampleValues(start.ids, start.numbers - last.at(start.ids)), bad | worse)
 
     def over(
         self,
         side: Side,
-        fall: Mapping[int, float],
+        fall: ExampleValues,
         columns: bool,
         mask: Mapping[str, Tensor] | None = None,
         occasion: str = "",
@@ -145,13 +146,13 @@ class PathIntegrator:
             The integral, and the ids of the examples that it is without, as they are not finite somewhere on the path.
         """
         bad: set[int] = set()
+        given = side.ids[fall.has(side.ids)]
         while True:
-            ids = [i for i in side.ids if i in fall and i not in bad]
-            if not ids:
+            if not len(ids := ids_without(given, bad)):
                 raise UserError(f"No {side.name} example is finite all along the path; check data and weights.")
             by_chosen = ", by the chosen weights" if mask is not None else ""
             again = f"{by_chosen}{occasion}{f', without {len(bad)}' if bad else ''}"
-            totals = self._totals(side, ids, {i: fall[i] for i in ids}, columns, mask, again)
+            totals = self._totals(side, ids, fall, columns, mask, again)
             if isinstance(totals, PathTotals):
                 return self._integral(totals, fall, mask), bad
             bad |= totals
@@ -159,8 +160,8 @@ class PathIntegrator:
     def _totals(
         self,
         side: Side,
-        ids: list[int],
-        fall: Mapping[int, float],
+        ids: ExampleIds,
+        fall: ExampleValues,
         columns: bool,
         mask: Mapping[str, Tensor] | None,
         occasion: str,
@@ -194,7 +195,7 @@ class PathIntegrator:
         totals: PathTotals,
         name: str,
         side: Side,
-        ids: list[int],
+        ids: ExampleIds,
         point: Point,
         columns: bool,
         mask: Mapping[str, Tensor] | None,
@@ -212,13 +213,13 @@ class PathIntegrator:
             totals.add(found, [u.exact], self._log.latest())
         return found.nonfinite
 
-    def _integral(self, totals: PathTotals, fall: Mapping[int, float], mask: Mapping[str, Tensor] | None) -> Integral:
+    def _integral(self, totals: PathTotals, fall: ExampleValues, mask: Mapping[str, Tensor] | None) -> Integral:
         rows, columns = totals.rows[0], totals.columns[0] if totals.columns else {}
         identity = sum_identity(rows, _column_totals(columns), compute_dtype(self._model)) if columns else None
         done = self._completeness(totals, fall) if mask is None else None
         return Integral(rows, totals.tokens[0] if totals.tokens else {}, columns, done, identity)
 
-    def _completeness(self, totals: PathTotals, fall: Mapping[int, float]) -> Completeness:
+    def _completeness(self, totals: PathTotals, fall: ExampleValues) -> Completeness:
         column_sum = _column_totals(totals.columns[0]).total if totals.columns else None
         pieces = self._level(totals.level).parts * self._path.pieces
         return completeness(totals.rows[0], fall, column_sum, pieces, self._settings.path.tolerance)

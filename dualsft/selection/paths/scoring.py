@@ -10,22 +10,32 @@ the validation set decides: it ends where the part of the set that it is not tra
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dualsft.data.module import InstructionDataModule
 from dualsft.errors import UserError
+from dualsft.matrix.example_values import ExampleIds, ExampleValues, ids_without
+from dualsft.matrix.pass_result import Statistic
 from dualsft.matrix.sketches import Measurement
 from dualsft.models import PreTrainedModel
 from dualsft.needs import ask
 from dualsft.paths import PieceRows
 from dualsft.selection.diagnostics import Alignment
 from dualsft.selection.directions import combined, combined_rows, combined_tokens
-from dualsft.selection.normalization import Factors, inverses, scaled, smoothed_shares, token_counts
+from dualsft.selection.normalization import (
+    Factors,
+    inverses,
+    scaled,
+    scaled_tokens,
+    smoothed_shares,
+    token_counts,
+)
 from dualsft.selection.passes import Passes
 from dualsft.selection.paths.completeness import Completeness
 from dualsft.selection.paths.ending import EndedPath, validation_side
@@ -81,11 +91,11 @@ class PathScoring:
         paths: Mapping[str, EndedPath],
     ) -> None:
         self._model, self._settings, self._data, self._passes = model, settings, data, passes
-        self._pool = Side("pool", data.pool_loader, data.train_examples.ok_ids())
+        self._pool = Side("pool", data.pool_loader, np.flatnonzero(data.train_examples.is_ok()))
         self._falls: dict[str, Falls] = {}
         self._whole: dict[str, Integral] = {}  # over the whole pool, by all weights
         self._columns: dict[str, dict[str, Tensor]] = {}
-        self.measured: dict[str, dict[int, Tensor]] = {}
+        self.measured: dict[str, Statistic] = {}
         self.nonfinite: set[int] = set()
         self.identity: dict[str, dict[str, float]] = {}
         self._paths = {
@@ -101,7 +111,7 @@ class PathScoring:
     def examples(self, mask: Mapping[str, Tensor] | None = None, occasion: str = "") -> ExampleScores:
         """Score every finite example of the pool, by the weights chosen in a mask or by all."""
         self._measure()
-        rows: dict[str, dict[int, float]] = {}
+        rows: dict[str, ExampleValues] = {}
         tokens: dict[str, dict[int, Tensor]] = {}
         for name, of in self._paths.items():
             falls = self._fall(name)
@@ -114,12 +124,13 @@ class PathScoring:
                 tokens[name] = found.tokens
             else:
                 rows[name] = falls.fall
-        finite = sorted(set.intersection(*map(set, rows.values())) - self.nonfinite)
-        if not finite:
+        finite = ids_without(reduce(np.intersect1d, (np.sort(of.ids) for of in rows.values())), self.nonfinite)
+        if not len(finite):
             raise UserError("No example of data.train has a finite loss and gradient all along the path.")
         factors = {name: self._factors(name, finite) for name in rows}
-        by_set = {name: scaled({i: of[i] for i in finite}, factors[name]) for name, of in rows.items()}
-        contributions = [scaled({i: of[i] for i in finite}, factors[name]) for name, of in tokens.items() if of]
+        by_set = {name: scaled(ExampleValues(finite, of.at(finite)), factors[name]) for name, of in rows.items()}
+        kept = {name: {i: of[i] for i in finite.tolist()} for name, of in tokens.items() if of}
+        contributions = [scaled_tokens(of, factors[name]) for name, of in kept.items()]
         values, combination = list(by_set.values()), self._settings.combination
         return ExampleScores(
             combined_rows(values, combination), by_set, combined_tokens(contributions, values, combination)
@@ -129,7 +140,7 @@ class PathScoring:
         """Score all weights: over the validation set, these examples of the pool, or by both; {} if all are taken."""
         if not self._settings.chooses_weights:
             return {}
-        kind, chosen = self._settings.path.columns, [i for i in self._finite if i in set(ids)]
+        kind, chosen = self._settings.path.columns, np.intersect1d(self._finite, np.fromiter(ids, np.int64, len(ids)))
         found = []
         for name, of in self._paths.items():
             parts = []
@@ -142,8 +153,8 @@ class PathScoring:
         return {n: combined([of[n] for of in products], self._settings.combination).float() for n in products[0]}
 
     @property
-    def _finite(self) -> list[int]:
-        return [i for i in self._pool.ids if i not in self.nonfinite]
+    def _finite(self) -> ExampleIds:
+        return ids_without(self._pool.ids, self.nonfinite)
 
     @property
     def _pool_columns_are_due(self) -> bool:
@@ -155,13 +166,13 @@ class PathScoring:
             self.nonfinite |= found.nonfinite
         return self._falls[name]
 
-    def _over_pool(self, name: str, ids: list[int], mask: Mapping[str, Tensor] | None, occasion: str) -> Integral:
+    def _over_pool(self, name: str, ids: ExampleIds, mask: Mapping[str, Tensor] | None, occasion: str) -> Integral:
         """The integral over examples of the pool along a set's path."""
         of, fall = self._paths[name], self._fall(name).fall
-        due = {i: fall[i] for i in ids if i in fall}
-        if mask is None and name in self._whole and due.keys() == self._whole[name].rows.keys():
+        due = fall.where(np.isin(fall.ids, ids))
+        if mask is None and name in self._whole and _same(due.ids, self._whole[name].rows.ids):
             return self._whole[name]
-        whole = due.keys() == set(fall) - self.nonfinite
+        whole = _same(due.ids, fall.without(self.nonfinite).ids)
         side = self._pool if whole else replace(self._pool, name="chosen")
         found, bad = of.integrator.over(side, due, self._pool_columns_are_due and mask is None, mask, occasion)
         self.nonfinite |= bad
@@ -182,7 +193,7 @@ class PathScoring:
             self._columns[name] = {n: total / (len(fall) - len(bad)) for n, total in found.columns.items()}
         return self._columns[name]
 
-    def _contributions(self, of: _SetPath) -> dict[int, float]:
+    def _contributions(self, of: _SetPath) -> ExampleValues:
         """What the pieces add to the examples' scores by the path's own rule, from the falls along each."""
         rule, num_tokens = self._settings.path_rule, self._data.train_examples.num_tokens
         losses = [of.integrator.losses(self._pool, point) for point in range(of.ended.path.pieces + 1)]
@@ -190,18 +201,18 @@ class PathScoring:
         ids = self._finite
         total = torch.zeros(len(ids), dtype=torch.float64)
         for (before, _), (after, _) in pairwise(losses):
-            falls = torch.tensor([before[i] - after[i] for i in ids], dtype=torch.float64)
-            rows = PieceRows(torch.tensor(ids), falls, torch.tensor([int(num_tokens[i]) for i in ids]))
+            falls = torch.from_numpy(before.at(ids) - after.at(ids))
+            rows = PieceRows(torch.tensor(ids), falls, torch.tensor(num_tokens[ids], dtype=torch.int64))
             total += contribution(rule, rows)
-        return dict(zip(ids, total.tolist(), strict=True))
+        return ExampleValues(ids, total.numpy())
 
-    def _factors(self, name: str, ids: list[int]) -> Factors:
+    def _factors(self, name: str, ids: ExampleIds) -> Factors:
         kind, num_tokens = self._settings.path.normalization, self._data.train_examples.num_tokens
         if kind == "smoothed_loss":
             return smoothed_shares(ids, self._fall(name).start, num_tokens)
         if kind == "initial_loss":
             return inverses(ids, self._fall(name).start)
-        return token_counts(ids, num_tokens) if kind == "length" else dict.fromkeys(ids, 1.0)
+        return token_counts(ids, num_tokens) if kind == "length" else ExampleValues(ids, np.ones(len(ids)))
 
     def _measure(self) -> None:
         """Measure the statistics that the data allocator needs, at θ_0."""
@@ -235,6 +246,11 @@ class PathScoring:
             }
             for name, of in self._paths.items()
         }
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether these are the same examples, in whatever order."""
+    return np.array_equal(np.sort(one), np.sort(other))
 
 
 def contribution(rule: Any, rows: PieceRows) -> Tensor:

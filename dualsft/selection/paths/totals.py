@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dualsft.matrix.pass_result import GradientPass
+from dualsft.matrix.example_values import ExampleValues
+from dualsft.matrix.pass_result import GradientPass, Statistic
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.lazy import under
 from dualsft.runs.folder import RunFolder
@@ -28,18 +29,18 @@ class PathTotals:
         about: Notes of whoever adds the points.
     """
 
-    rows: list[dict[int, float]] = field(default_factory=list)
+    rows: list[ExampleValues] = field(default_factory=list)
     tokens: list[dict[int, Tensor]] = field(default_factory=list)
     columns: list[dict[str, Tensor]] = field(default_factory=list)
     level: int = 0
     points: int = 0
     costs: list[dict[str, Any]] = field(default_factory=list)
-    measured: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    measured: dict[str, Statistic] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
     def scale(self, factor: float) -> None:
         """Multiply everything by a factor."""
-        self.rows = [{i: factor * value for i, value in of.items()} for of in self.rows]
+        self.rows = [ExampleValues(of.ids, factor * of.numbers) for of in self.rows]
         self.tokens = [{i: factor * values for i, values in of.items()} for of in self.tokens]
         for of in self.columns:
             for total in of.values():
@@ -52,13 +53,13 @@ class PathTotals:
 
     def add_sums(
         self,
-        rows: Sequence[Mapping[int, float]],
+        rows: Sequence[ExampleValues],
         tokens: Sequence[Mapping[int, Tensor]],
         columns: Sequence[Mapping[str, Tensor]],
         *costs: dict[str, Any],
     ) -> None:
         """Add a point's sums, of the examples that all points have, and its costs."""
-        self.rows, self.tokens = _sums(self.rows, rows), _sums(self.tokens, tokens)
+        self.rows, self.tokens = _row_sums(self.rows, rows), _sums(self.tokens, tokens)
         self.columns = _sums(self.columns, columns)
         self.points += 1
         self.costs += costs
@@ -93,6 +94,14 @@ def column(u: Tensor, gradients: Tensor) -> Tensor:
     """φ_j = u_j Σ_i g_ij of one parameter, on the host."""
     wide = accumulator_dtype(u)
     return (gradients.to(u.device, wide) * u.to(wide)).cpu()
+
+
+def _row_sums(before: Sequence[ExampleValues], more: Sequence[ExampleValues]) -> list[ExampleValues]:
+    """The sums of examples' values, of the examples that both have, for each direction."""
+    if not before or not more:
+        return [*(before or more)]
+    common = [b.where(a.has(b.ids)) for b, a in zip(before, more, strict=True)]
+    return [ExampleValues(b.ids, b.numbers + a.at(b.ids)) for b, a in zip(common, more, strict=True)]
 
 
 def _sums(before: Sequence[Mapping[Any, Any]], more: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
