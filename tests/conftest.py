@@ -10,6 +10,7 @@ import pytest
 
 from tests.annotations import check_annotations
 from tests.world.disk import never_wait_for_disk
+from tests.world.installed import look_up_once
 
 # Imported first by a module of ours they would be compiled anew in every test process: jaxtyping, which instruments
 # that module, looks for the bytecode of all that is imported meanwhile under a name of its own.
@@ -18,6 +19,7 @@ LONGEST = ("test_repository.py", "test_guides.py", "test_compare_page.py")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 never_wait_for_disk()
+look_up_once()
 
 
 @pytest.hookimpl(tryfirst=True)

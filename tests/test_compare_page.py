@@ -23,9 +23,9 @@ COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like the repository's root, with the page's files and an eighth of what is measured on."""
+    """A folder that looks like the repository's root, with the page's files and a sixteenth of what is measured on."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    embed(tmp_path, every=8)
+    embed(tmp_path, every=16)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -10,45 +10,55 @@ import dualsft
 HEAVY = ("lightning", "transformers", "datasets", "jsonargparse", "pyarrow", "datasketch", "torchmetrics", "pandas")
 
 
-def imported(statement: str) -> set[str]:
-    """The top-level modules that a fresh interpreter holds after a statement."""
-    command = f"{statement}\nimport sys\nprint('\\n' + ' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
-
-
-LIGHT = """
+STEPS = {
+    "help": "run(['--help'])",
+    "light parts": """
 import dualsft.scorers
 import dualsft.allocators
 import dualsft.data.layout
-from dualsft.cli import run; run(['plugins'])
+run(['plugins'])
 from dualsft import Scorer, DataAllocator
-"""
+""",
+    "a selection": "from dualsft import load_selection; load_selection",
+    "a configuration": """
+try: run(['select', '--print_config'])
+except SystemExit: pass
+""",
+}
+"""What one interpreter does, one after the other."""
 
 
-@pytest.mark.slow
-def test_light_parts_import_torch_at_most() -> None:
-    """Scorers, allocators, layouts and the list of plugins need no other large library than torch."""
-    assert not imported(LIGHT) & set(HEAVY)
+@pytest.fixture(scope="module")
+def imported() -> dict[str, set[str]]:
+    """The modules that a fresh interpreter holds after each step; those of the steps before it are among them."""
+    program = "import sys\nfrom dualsft.cli import run\n"
+    program += "".join(f"{step}\nprint('\\nHELD', *sys.modules)\n" for step in STEPS.values())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    held = [set(line.split()) for line in done.stdout.splitlines() if line.startswith("HELD ")]
+    return dict(zip(STEPS, held, strict=True))
 
 
-def test_help_imports_no_library() -> None:
+def test_help_imports_no_library(imported: dict[str, set[str]]) -> None:
     """Neither does the package itself."""
-    assert not imported("from dualsft.cli import run; run(['--help'])") & {*HEAVY, "torch", "numpy"}
+    assert not imported["help"] & {*HEAVY, "torch", "numpy"}
 
 
 @pytest.mark.slow
-def test_selections_are_opened_without_a_trainer() -> None:
+def test_light_parts_import_torch_at_most(imported: dict[str, set[str]]) -> None:
+    """Scorers, allocators, layouts and the list of plugins need no other large library than torch."""
+    assert not imported["light parts"] & set(HEAVY)
+
+
+@pytest.mark.slow
+def test_selections_are_opened_without_a_trainer(imported: dict[str, set[str]]) -> None:
     """Whoever reads a selection does not wait for what would make or train one."""
-    assert not imported("from dualsft import load_selection; load_selection") & {"lightning", "datasets", "pandas"}
+    assert not imported["a selection"] & {"lightning", "datasets", "pandas"}
 
 
 @pytest.mark.slow
-def test_configurations_are_printed_without_data_libraries() -> None:
+def test_configurations_are_printed_without_data_libraries(imported: dict[str, set[str]]) -> None:
     """A verb's options are known without the library that loads data sets, and without the code of any model."""
-    printing = "from dualsft.cli import run\ntry: run(['select', '--print_config'])\nexcept SystemExit: pass"
-    light = "import sys; assert 'transformers.modeling_utils' not in sys.modules"
-    assert not imported(f"{printing}\n{light}") & {"datasets", "pandas"}
+    assert not imported["a configuration"] & {"datasets", "pandas", "transformers.modeling_utils"}
 
 
 def test_public_names_are_listed_before_they_are_imported() -> None:

@@ -123,7 +123,7 @@ def test_plan_commands_run(
     Those with nothing but a part of another's options are left out.
     """
     monkeypatch.chdir(ROOT)
-    write_config(tmp_path)
+    write_config(tmp_path, num_hidden_layers=1)
     given = [part.replace(TINY, str(tmp_path)) for part in shlex.split(command)[1:]]
     run([*given, "--data.max_length", "16", "--data.batch_tokens", "32"])
     assert "Highest peak: " in capsys.readouterr().out

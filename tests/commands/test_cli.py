@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from dualsft.models.loading import load_model
 from dualsft.runs.folder import RunFolder
 from dualsft.selection import load_selection
 from tests.world.data import write_jsonl
+from tests.world.forks import FORKS
 from tests.world.jobs import QUIET, write_inputs, write_job
 from tests.world.models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
@@ -817,16 +819,17 @@ def test_killed_fit_resumes_to_the_same_weights(job: Path, selection: Path, tmp_
         "--model.selection",
         str(selection),
         "--trainer.max_epochs",
-        "60",
+        "20",
     ]
     broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "dualsft", *config, "--output_dir", str(broken)]
     run([*config, "--output_dir", str(tmp_path / "unbroken")])
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(broken.glob("checkpoints/*.ckpt")):
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -9
+    process = FORKS.Process(target=run, args=([*config, "--output_dir", str(broken)],))
+    process.start()
+    while process.is_alive() and not list(broken.glob("checkpoints/*.ckpt")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (broken / "model").exists()
     with pytest.raises(UserError, match="--resume"):
         run([*config, "--output_dir", str(broken)])

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from lightning import Callback
 
 from dualsft.finetune.checkpoint_files import checkpoint_files
 from tests.world.jobs import fit, fit_options, make_workspace
+from tests.world.programs import run_program
 
 
 class Kill(Callback):
@@ -44,9 +43,8 @@ def test_sigkill_within_an_accumulation(tmp_path: Path) -> None:
     fit(workspace, whole, *options, *often, str(whole / "own"))
     command = [*options, *often, str(broken / "own")]
     kill = ["--trainer.callbacks+", "tests.finetune.test_kill.Kill", "--trainer.callbacks.batch", "1"]
-    program = [sys.executable, "-m", "dualsft", *fit_options(workspace, broken, *command, *kill)]
-    done = subprocess.run(program, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = run_program(["dualsft", *fit_options(workspace, broken, *command, *kill)], tmp_path, os.environ)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in broken.glob("own/1-*")] == ["1-0.ckpt"]
     assert not (broken / "model").exists()
     fit(workspace, broken, *command, "--resume")

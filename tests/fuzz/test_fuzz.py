@@ -5,14 +5,14 @@ import pytest
 from tests.fuzz.fuzzers import FUZZERS
 
 CASES = {
-    "records": 150,
+    "records": 100,
     "sources": 150,
     "templates": 50,
     "tokenizers": 50,
-    "manifests": 80,
-    "selections": 40,
-    "deltas": 40,
-    "configs": 12,
+    "manifests": 40,
+    "selections": 30,
+    "deltas": 30,
+    "configs": 8,
 }
 
 

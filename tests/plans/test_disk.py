@@ -1,16 +1,16 @@
 """What a plan says that lies on the disk, beside what a selection leaves there."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from dualsft.plans.job import DataSizes, Machine, SelectJob
 from dualsft.plans.scoring import plan_select
+from dualsft.plans.shape import ModelShape
 from dualsft.selection import Warmup
 from dualsft.selection.prior import Prior
 from dualsft.selection.settings import SelectionSettings
-from tests.plans.cases import tiny_shape
 
 WEIGHT, SUM, SCORE, BIT = 2.0, 4.0, 4.0, 0.125
 BOTH = {"warmed-up weights": WEIGHT, "second moment": SUM}
@@ -48,10 +48,10 @@ CASES: dict[str, tuple[dict[str, Any], int, list[dict[str, float]]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_phase_has_what_lies_on_the_disk(tmp_path: Path, case: str) -> None:
+def test_each_phase_has_what_lies_on_the_disk(shape_in: Callable[[str], ModelShape], case: str) -> None:
     """In bytes per weight of a bfloat16 model: one sum beside weights and second moment, and in the end the result."""
     options, sets, expected = CASES[case]
-    shape = tiny_shape(tmp_path, dtype="bfloat16")
+    shape = shape_in("bfloat16")
     job = SelectJob(shape, Machine("cpu"), DataSizes(8, 4, 2, sets=sets), settings=SelectionSettings(**options))
     found = plan_select(job)
     per_weight = [{name: size / shape.count for name, size in phase.disk.items()} for phase in found.phases]

@@ -1,5 +1,6 @@
 """Bytes that are held, against the bytes of real tensors."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dualsft.plans import scoring
 from dualsft.plans.held import Shards
 from dualsft.plans.job import DataSizes, FitJob, Machine, SelectJob, Trained
 from dualsft.plans.scoring import plan_select
+from dualsft.plans.shape import ModelShape
 from dualsft.plans.training import plan_fit
 from dualsft.selection.held_direction import HeldDirection
 from dualsft.selection.offload import Offload
@@ -66,7 +68,7 @@ def test_a_sharded_model_gathers_its_root_and_two_blocks(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> None:
+def test_compact_state_is_that_of_a_real_step(shape: ModelShape, share: float) -> None:
     """Masters, indices and Adam's moments of a fit have the bytes that they have after a step."""
     model = tiny_llama()
     masks = {n: torch.zeros(p.numel(), dtype=torch.bool) for n, p in model.named_parameters()}
@@ -78,7 +80,7 @@ def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> N
     for master in compact.masters:
         master.grad = torch.zeros_like(master)
     optimizer.step()
-    (phase,) = plan_fit(FitJob(tiny_shape(tmp_path), trained=Trained(share, prior=True))).phases
+    (phase,) = plan_fit(FitJob(shape, trained=Trained(share, prior=True))).phases
     moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     assert phase.held["masters"] == phase.held["gradients"] == size_of(compact.masters)
     assert phase.held["optimizer"] == size_of(moments)
@@ -86,9 +88,9 @@ def test_compact_state_is_that_of_a_real_step(tmp_path: Path, share: float) -> N
     assert phase.held.get("indices", 0) == size_of(compact.buffers())
 
 
-def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> None:
+def test_shards_of_all_changes_come_together_on_rank_zero(shape: ModelShape) -> None:
     """Beside its own, which a single process does without; gradients are gone by then."""
-    shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
+    data = DataSizes(8, 4, 2)
     plans = [plan_fit(FitJob(shape, Machine("cuda", ranks), data)) for ranks in (1, 2)]
     assert [[phase.name for phase in plan.phases] for plan in plans] == [["training"], ["training", "export"]]
     training, export = plans[1].phases
@@ -96,9 +98,9 @@ def test_shards_of_all_changes_come_together_on_rank_zero(tmp_path: Path) -> Non
     assert export.held == {name: training.held[name] for name in ("weights", "masters", "optimizer")}
 
 
-def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
+def test_a_replica_holds_what_a_single_process_does(shape: ModelShape) -> None:
     """Of everything but the scores that it chooses by; its part of a training batch is smaller."""
-    shape, data = tiny_shape(tmp_path), DataSizes(8, 4, 2)
+    data = DataSizes(8, 4, 2)
     one, eight = (SelectJob(shape, Machine("cuda", ranks, replicas=ranks), data) for ranks in (1, 8))
     for alone, replica in zip(plan_select(one).phases, plan_select(eight).phases, strict=True):
         assert replica.held == alone.held
@@ -119,10 +121,10 @@ def test_a_replica_holds_what_a_single_process_does(tmp_path: Path) -> None:
     [("auto", 23, True), ("auto", 24, False), ("always", 99, True), ("never", 1, False)],
 )
 def test_a_warm_up_on_the_host_leaves_the_weights_on_the_card(
-    tmp_path: Path, offload: Offload, share: float, on_host: bool
+    shape_in: Callable[[str], ModelShape], offload: Offload, share: float, on_host: bool
 ) -> None:
     """By the same rule as the run: 16 bytes a weight are too many for three quarters of what the weights leave free."""
-    shape = tiny_shape(tmp_path, "bfloat16")
+    shape = shape_in("bfloat16")
     machine = Machine("cuda", memory=round(share * shape.count))
     job = SelectJob(shape, machine, DataSizes(8, 4, 2), settings=SelectionSettings(offload_optimizer=offload))
     warm_up = plan_select(job).phases[0]
@@ -172,22 +174,22 @@ def test_a_prior_keeps_the_logits_of_a_large_batch_on_the_host(tmp_path: Path) -
         assert here.batch - there.batch > size / 2
 
 
-def test_directions_stay_through_the_choice_where_sides_take_turns(tmp_path: Path) -> None:
+def test_directions_stay_through_the_choice_where_sides_take_turns(shape: ModelShape) -> None:
     """One for each validation set, on the device, while weights are ranked on the host; else the weights alone."""
     settings = SelectionSettings(order="parameters_then_data")
-    job = SelectJob(tiny_shape(tmp_path), Machine("cuda"), DataSizes(8, 4, 2, sets=2), settings=settings)
+    job = SelectJob(shape, Machine("cuda"), DataSizes(8, 4, 2, sets=2), settings=settings)
     choice = plan_select(job).phases[-1]
     assert choice.held == {"weights": job.shards.weights, "2 directions": 2 * job.shards.directions}
     once = plan_select(replace(job, settings=SelectionSettings())).phases[-1]
     assert once.held == {"weights": job.shards.weights}
 
 
-def test_a_path_has_a_training_two_ends_and_points(tmp_path: Path) -> None:
+def test_a_path_has_a_training_two_ends_and_points(shape: ModelShape) -> None:
     """Each phase over the tokens that it takes, with the points' weights in files and the sums beside each point's."""
     path = PathSettings(along=TargetPath(), pieces=4, most_pieces=8, epochs=2, held_out=0.5)
     sizes = DataSizes(8, 4, 2, pool_tokens=1000.0, validation_tokens=100.0)
     warm = Warmup(fraction=0.0)
-    job = SelectJob(tiny_shape(tmp_path), Machine("cpu"), sizes, settings=SelectionSettings(path=path, warmup=warm))
+    job = SelectJob(shape, Machine("cpu"), sizes, settings=SelectionSettings(path=path, warmup=warm))
     plan = {phase.name: phase for phase in plan_select(job).phases}
     assert {name: phase.tokens for name, phase in plan.items()} == {
         "path": 100.0,

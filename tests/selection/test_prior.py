@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +535,22 @@ def slow_term(inputs: Inputs, objective: Ridge) -> Value:
     return value
 
 
+def scorer_by(method: str) -> Any:
+    """A scorer of the first order, or one that finds its second in this way."""
+    return FirstOrder() if method == "first" else HessianVector(method)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def by_the_prior(inputs: Inputs, checkpoint: str) -> Callable[[str], tuple[dict[int, float], Gradients]]:
+    """Scores by each such scorer with no other term than the prior."""
+
+    @cache
+    def scores(method: str) -> tuple[dict[int, float], Gradients]:
+        return reference(inputs, scorer_by(method), checkpoint, [prior_of(inputs, PRIOR, anchors_of(PRIOR))])
+
+    return scores
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("wide", "short_steps")
 @pytest.mark.parametrize(
@@ -550,16 +567,22 @@ def slow_term(inputs: Inputs, objective: Ridge) -> Value:
     ids=lambda value: getattr(value, "name", None),
 )
 def test_a_term_of_ones_own_is_in_the_scores(
-    inputs: Inputs, tmp_path: Path, checkpoint: str, objective: Ridge, method: str, packing: bool
+    inputs: Inputs,
+    tmp_path: Path,
+    checkpoint: str,
+    by_the_prior: Callable[[str], tuple[dict[int, float], Gradients]],
+    objective: Ridge,
+    method: str,
+    packing: bool,
 ) -> None:
     """Of the weights alone, of hidden states, or of the teacher, beside the prior: its gradient and its curvature."""
-    scorer: Any = FirstOrder() if method == "first" else HessianVector(method)  # type: ignore[arg-type]
+    scorer = scorer_by(method)
     options = at(checkpoint, scorer=scorer, objectives=[objective])
     found = select(inputs, tmp_path, options, {"packing": packing})
     prior = prior_of(inputs, PRIOR, anchors_of(PRIOR))
     expected = reference(inputs, scorer, checkpoint, [prior, slow_term(inputs, objective)])
     assert_scores(found, expected)
-    assert differ(found, reference(inputs, scorer, checkpoint, [prior]))
+    assert differ(found, by_the_prior(method))
     assert f"{objective.name} gradient" in phases_of(found)
     (told,) = found.manifest["objectives"]
     assert told["class_path"] == f"tests.selection.test_prior.{type(objective).__name__}"

@@ -1,11 +1,13 @@
 """A real shortage of memory on the host, through the command line."""
 
+import ctypes
 import json
 import os
 import re
+import resource
 import subprocess
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from dualsft import load_selection
 from dualsft.cli import run
 from tests.world.data import sums
 from tests.world.jobs import write_inputs, write_job
+from tests.world.programs import run_program
 
 pytestmark = [
     pytest.mark.heavy,
@@ -28,6 +31,14 @@ for command in sys.argv[1:]:
     run(json.loads(command))
     print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr)
 """
+M_ARENA_MAX = -8
+
+
+def confine(limit: int | None) -> None:
+    """Limit this process's address space in bytes, which does not go by the number of its threads any more."""
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 @dataclass(frozen=True)
@@ -43,22 +54,20 @@ class Job:
 
     def limited(self, name: str, batch_tokens: int, limit: int) -> subprocess.CompletedProcess[str]:
         """The command under a limit of its address space in bytes."""
-        shell = ["sh", "-c", 'ulimit -v "$0" && exec "$@"', str(limit // 1024)]
-        return started([*shell, sys.executable, "-m", "dualsft", *self.command(name, batch_tokens)])
+        return self.started(["dualsft", *self.command(name, batch_tokens)], limit)
 
     def peaks(self, **batch_tokens: int) -> list[int]:
         """The largest address space in bytes after each of these commands, by one process without a limit."""
         commands = [json.dumps(self.command(name, tokens)) for name, tokens in batch_tokens.items()]
-        told = started([sys.executable, "-c", MEASURE, *commands]).stderr
+        (self.folder / "measure.py").write_text(MEASURE, encoding="utf-8")
+        told = self.started(["python", "measure.py", *commands], None).stderr
         found = re.findall(r"VmPeak:\s+(\d+) kB", told)
         assert len(found) == len(commands), told
         return [1024 * int(peak) for peak in found]
 
-
-def started(program: list[str]) -> subprocess.CompletedProcess[str]:
-    """What a program says and how it ends, in memory that does not go by the number of its threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    def started(self, program: list[str], limit: int | None) -> subprocess.CompletedProcess[str]:
+        """What a program says and how it ends; all of them are forked from one process, and as large at their start."""
+        return run_program(program, self.folder, os.environ, confine=partial(confine, limit))
 
 
 @pytest.fixture(scope="module")

@@ -289,10 +289,16 @@ WAYS: list[tuple[str, bool, bool]] = [
 """Only rows of whole examples that come with columns have more ways than one."""
 
 
+PASSES = [
+    (architecture, list(LAYOUTS)[(row + column) % 2], *way)
+    for row, architecture in enumerate(("llama tied", "gpt2", "mixtral"))
+    for column, way in enumerate(WAYS)
+]
+"""Every architecture each way, and with each of these either layout."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "columns", "by_token"), WAYS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("architecture", ["llama tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("architecture", "layout", "way", "columns", "by_token"), PASSES)
 def test_rows_of_several_directions_are_those_of_each(
     architecture: str, layout: str, way: str, columns: bool, by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

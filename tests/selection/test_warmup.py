@@ -71,10 +71,10 @@ def test_bfloat16_weights_learn_in_float32() -> None:
     """Many updates far below bfloat16's spacing move the weights all the same."""
     model = make("llama", torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    moments = warm_up(model, batches(), epochs=100, learning_rate=1e-5)
+    moments = warm_up(model, batches(), epochs=40, learning_rate=2.5e-5)
     weight = "model.layers.0.mlp.up_proj.weight"
     large = before[weight].abs() > 0.1
-    assert 1e-5 < 0.1 * 2**-9
+    assert 2.5e-5 < 0.1 * 2**-9
     assert (model.get_parameter(weight) != before[weight])[large].float().mean() > 0.2
     assert all(moment.dtype == torch.float32 for moment in moments.values())
 

@@ -76,29 +76,35 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def check(workspace: Workspace, folder: Path, cases: dict[str, Case], count: int) -> None:
-    """Fit on ranks and on one process, and compare."""
-    found = run_on_ranks(count, all_fitted, workspace, folder / "found", cases)[0]
+@pytest.fixture(scope="module")
+def alone(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fitted]:
+    """The fits of all cases on one process."""
+    return all_fitted(workspace, tmp_path_factory.mktemp("alone"), CASES | MORE_CASES)
+
+
+def check(workspace: Workspace, folder: Path, cases: dict[str, Case], count: int, alone: dict[str, Fitted]) -> None:
+    """Fit on ranks, and compare with the fits on one process."""
+    found = run_on_ranks(count, all_fitted, workspace, folder, cases)[0]
     base, mask = load_model(workspace.model).state_dict(), load_selection(workspace.selection).mask()
     for name, case in cases.items():
-        assert_same_fit(found[name], fitted(workspace, folder / "expected" / name, case))
+        assert_same_fit(found[name], alone[name])
         for weight, chosen in mask.items() if "selection" not in case.module else ():
             assert torch.equal(found[name].weights[weight][~chosen], base[weight][~chosen])
 
 
-def test_fits_of_all_kinds(workspace: Workspace, tmp_path: Path) -> None:
+def test_fits_of_all_kinds(workspace: Workspace, alone: dict[str, Fitted], tmp_path: Path) -> None:
     """Every batch's loss, the weights and the metrics are; weights that are not selected keep every bit.
 
     With three ranks neither batches nor tensors divide; rows are fewer than ranks, and some ranks hold no row.
     """
-    check(workspace, tmp_path, CASES | MORE_CASES, 3)
+    check(workspace, tmp_path, CASES | MORE_CASES, 3, alone)
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_other_numbers_of_ranks(workspace: Workspace, tmp_path: Path, count: int) -> None:
+def test_other_numbers_of_ranks(workspace: Workspace, alone: dict[str, Fitted], tmp_path: Path, count: int) -> None:
     """One rank, and more ranks than a batch has rows."""
     names = ("batches of three", "clipped by norm", "left over")
-    check(workspace, tmp_path, {name: CASES[name] for name in names}, count)
+    check(workspace, tmp_path, {name: CASES[name] for name in names}, count, alone)
 
 
 def by_replicas(cases: dict[str, Case]) -> dict[str, Case]:
@@ -106,9 +112,9 @@ def by_replicas(cases: dict[str, Case]) -> dict[str, Case]:
     return {name: replace(case, ranks=DDP) for name, case in cases.items() if not case.strategy}
 
 
-def test_fits_by_replicas(workspace: Workspace, tmp_path: Path) -> None:
+def test_fits_by_replicas(workspace: Workspace, alone: dict[str, Fitted], tmp_path: Path) -> None:
     """Fits of all kinds are those of one process too where each rank holds the whole model."""
-    check(workspace, tmp_path, by_replicas(CASES | MORE_CASES), 3)
+    check(workspace, tmp_path, by_replicas(CASES | MORE_CASES), 3, alone)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -12,24 +12,20 @@ from lightning.pytorch.strategies import Strategy
 from torch import distributed
 
 from dualsft.errors import UserError
-from dualsft.matrix.pass_result import GradientPass
-from dualsft.matrix.passes import gradient_pass
 from dualsft.runs.phase_store import PhaseStore
 from dualsft.runs.state_file import damage_of
 from dualsft.selection import load_selection
 from dualsft.sharding.collectives import all_gather, barrier
 from dualsft.sharding.groups import form_groups, rank, replica, replicate_group, shard_group
 from dualsft.sharding.strategy import FSDP2, checked_shard_size
-from tests.cases import given, make, random_direction
 from tests.sharding.test_compact import assert_close, loaded, mask_of, trained
 from tests.sharding.test_fit import CASES, MORE_CASES
-from tests.sharding.test_passes import CASES as PASSES
+from tests.sharding.test_passes import all_cases, passes_alone
 from tests.sharding.test_passes import assert_same as assert_same_pass
-from tests.sharding.test_passes import gathered_pass
 from tests.sharding.test_replicas import EXACT, OFTEN, SMALL, Unbroken, kept, replicas
 from tests.sharding.test_select import OTHERS, PLAIN, WARM, assert_same, select_all
 from tests.world.data import sums
-from tests.world.fits import all_fitted, assert_same_fit, fitted
+from tests.world.fits import all_fitted, assert_same_fit
 from tests.world.jobs import SGD, Inputs, contents, make_workspace, select, write_inputs
 from tests.world.ranks import run_on_ranks
 
@@ -149,21 +145,12 @@ def in_pairs(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def passes() -> dict[str, GradientPass]:
-    """Passes of every kind over a Llama."""
-    return {
-        name: gathered_pass("llama", batches, seeds, **options) for name, (batches, seeds, options) in PASSES.items()
-    }
-
-
 def test_whatever_a_pass_does_it_does_on_copies() -> None:
     """With fewer batches than ranks, and examples that are not finite, each found by the copy that has it."""
-    for answer in run_on_ranks(4, in_pairs, passes):
+    expected = passes_alone()
+    for answer in run_on_ranks(4, in_pairs, all_cases):
         for name, found in answer.items():
-            batches, seeds, options = PASSES[name]
-            us = [random_direction(make("llama"), seed) for seed in seeds]
-            expected = gradient_pass(make("llama"), given(batches), directions=us, **options)
-            assert_same_pass(found, expected, 1e-9)
+            assert_same_pass(found, expected[name], 1e-9)
 
 
 def test_masters_of_copies_are_those_of_one_process() -> None:
@@ -199,9 +186,10 @@ def test_fits_on_copies(tmp_path: Path) -> None:
     """The losses of all batches, the weights and the metrics."""
     workspace = make_workspace(tmp_path)
     cases = {name: replace(case, ranks=PAIRS) for name, case in FITS.items()}
+    expected = all_fitted(workspace, tmp_path / "expected", FITS)
     for found in run_on_ranks(4, all_fitted, workspace, tmp_path / "found", cases):
-        for name, case in FITS.items():
-            assert_same_fit(found[name], fitted(workspace, tmp_path / "expected" / name, case))
+        for name in FITS:
+            assert_same_fit(found[name], expected[name])
 
 
 @pytest.fixture(scope="module")

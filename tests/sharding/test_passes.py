@@ -1,7 +1,7 @@
 """A pass over a sharded model, each rank with its own batches, gives what it gives on one process."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -90,6 +90,16 @@ def all_cases() -> dict[str, GradientPass]:
     }
 
 
+@cache
+def passes_alone() -> dict[str, GradientPass]:
+    """The same passes on one process."""
+    found = {}
+    for name, (batches, seeds, options) in CASES.items():
+        us = [random_direction(make("llama"), seed) for seed in seeds]
+        found[name] = gradient_pass(make("llama"), given(batches), directions=us, **options)
+    return found
+
+
 def assert_same(found: GradientPass, expected: GradientPass, relative: float) -> None:
     """Two passes found the same, but for rounding."""
     assert found.counted == expected.counted
@@ -130,8 +140,6 @@ def test_rows_and_columns_are_those_of_one_process() -> None:
 
 def test_whatever_a_pass_does_it_does_on_ranks() -> None:
     """Kinds of passes and of statistics, with fewer batches than ranks, and examples that are not finite; float64."""
+    expected = passes_alone()
     for name, found in run_on_ranks(2, all_cases)[0].items():
-        batches, seeds, options = CASES[name]
-        us = [random_direction(make("llama"), seed) for seed in seeds]
-        expected = gradient_pass(make("llama"), given(batches), directions=us, **options)
-        assert_same(found, expected, 1e-9)
+        assert_same(found, expected[name], 1e-9)

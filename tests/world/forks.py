@@ -9,7 +9,8 @@ from tests.world.disk import never_wait_for_disk
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils", "datasets"]
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils", "datasets", "pytest"]
+    + ["torch._decomp.decompositions_for_jvp"]  # which torch imports, and compiles, when a pass first goes forward
     + [f"dualsft.commands.{verb}" for verb in ("select", "fit", "validate")]
     + ["tests.world.jobs", "tests.world.fits", "tests.references", "tests.world.ranks", __name__]
 )

@@ -5,7 +5,7 @@ import runpy
 import site
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dualsft.cli import main
@@ -13,7 +13,11 @@ from tests.world.forks import FORKS
 
 
 def run_program(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], packages: Path
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    packages: Path | None = None,
+    confine: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """What ``dualsft ...``, ``python FILE ...`` or ``python -m MODULE ...`` prints and how it ends.
 
@@ -22,9 +26,10 @@ def run_program(
         folder: Where it is started.
         environment: Its variables; those that the interpreter reads at its start are heeded as far as PYTHONPATH goes.
         packages: A folder of installed packages that it sees beside those that are seen here.
+        confine: Is called in the process before the program.
     """
     told = [folder / f".{name}" for name in ("stdout", "stderr")]
-    process = FORKS.Process(target=_program, args=(list(command), folder, dict(environment), packages, told))
+    process = FORKS.Process(target=_program, args=(list(command), folder, dict(environment), packages, told, confine))
     process.start()
     process.join()
     texts = [path.read_text(encoding="utf-8") for path in told]
@@ -32,7 +37,12 @@ def run_program(
 
 
 def _program(
-    command: list[str], folder: Path, environment: dict[str, str], packages: Path, told: Sequence[Path]
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    packages: Path | None,
+    told: Sequence[Path],
+    confine: Callable[[], object] | None,
 ) -> None:
     os.chdir(folder)
     os.environ.clear()
@@ -40,8 +50,11 @@ def _program(
     for number, path in enumerate(told, start=1):
         with open(path, "wb") as stream:
             os.dup2(stream.fileno(), number)
-    site.addsitedir(str(packages))
+    if packages:
+        site.addsitedir(str(packages))
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if confine:
+        confine()
     program, *arguments = command
     if program == "dualsft":
         sys.argv = command
