@@ -4,6 +4,7 @@ A worker is a Python process that reads the folders of jobs from its standard in
 line once the job is done. What it does is said by the module that it runs.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def serve(do: Callable[[Path], None], log: Callable[[Path], Path]) -> None:
     answers = os.fdopen(os.dup(1), "w")  # descriptor 1 will be the job's log
     asked: SimpleQueue[Path] = SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    gc.freeze()  # what is imported stays: no collection after a job need look at it again
     while True:
         place = asked.get()
         with open(log(place), "a", encoding="utf-8") as output:
