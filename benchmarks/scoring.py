@@ -103,7 +103,13 @@ class Stopwatch:
         return self._clock()
 
 
-def compare(model: Any, batches: list[Batch], directions: list[dict[str, Tensor]], rounds: int) -> dict[str, float]:
+def compare(
+    model: Any,
+    batches: list[Batch],
+    directions: list[dict[str, Tensor]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Seconds per batch: a plain pass's median, and medians of the ratios to the plain pass of the same round.
 
     The first batch of every pass is left out: it warms caches up and, in scoring, carries the spot check.
@@ -124,7 +130,7 @@ def compare(model: Any, batches: list[Batch], directions: list[dict[str, Tensor]
     found: dict[str, list[float]] = {name: [] for name in (*passes, "first batch")}
     for _ in range(rounds):
         for name, run in passes.items():
-            run(watch := Stopwatch(model.device.type))
+            run(watch := Stopwatch(model.device.type, clock))
             seconds = statistics.mean(watch.seconds[1:])
             found[name].append(seconds if name == "plain" else seconds / found["plain"][-1])
             if name == "one pass":
@@ -155,7 +161,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--directions", type=int, default=1, help="one for each validation set, three with stability")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one_thread", action="store_true", help="in its processor time, which neighbours change less")
     options = parser.parse_args()
+    clock = time.perf_counter
+    if options.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     model = make_model(options.shape, options.device, options.dtype)
     directions = [
         {n: 1e-6 * torch.randn_like(p, dtype=direction_dtype(p)) for n, p in model.named_parameters()}
@@ -169,7 +180,7 @@ def main() -> None:
         examples = options.batch_tokens // length
         batches = [make_batch(model, examples, length) for _ in range(options.batches)]
         with scoring_mode(model, options.checkpointing):
-            found = compare(model, batches, directions, options.rounds)
+            found = compare(model, batches, directions, options.rounds, clock)
         rate = flops(model, examples * length, length, options.checkpointing) / found["plain"] / found["one pass"]
         print(
             f"{length:14d} {found['plain']:9.3f} {found['one pass']:16.3f} {found['row pass']:16.3f} "

@@ -25,10 +25,11 @@ from gpu_checks.section import Figure, Scale
 def scoring(scale: Scale) -> Iterator[Figure]:
     """The one pass of first-order scoring and the row pass of second-order scoring, beside plain passes."""
     speed = peak_speed(scale)
-    if scale.cuda:  # as a selection does
-        settle_break_even(scale.device, found := measured_break_even(torch.device(scale.device), torch.bfloat16))
-        yield Figure("break-even, a large layer", found.tokens, "tokens")
-        yield Figure("break-even, calls", found.calls, "weights x tokens")
+    measured = measured_break_even(torch.device(scale.device), torch.bfloat16) if scale.cuda else None
+    if measured is not None:  # as a selection does
+        settle_break_even(scale.device, measured)
+        yield Figure("break-even, a large layer", measured.tokens, "tokens")
+        yield Figure("break-even, calls", measured.calls, "weights x tokens")
     for shape, checkpointing in ((scale.shapes[0], False), (scale.shapes[1], True)):
         model = build(shape, scale.device)
         u = small_direction(model)

@@ -7,7 +7,8 @@ from lightning import LightningModule
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from dualsft.data.layout import Batch, num_tokens
+from dualsft.data.dealing import extent_of
+from dualsft.data.layout import Batch
 from dualsft.data.loaders import ScoringLoader
 from dualsft.runs.bar import Bar
 from dualsft.runs.bars import numbered, open_bar
@@ -77,7 +78,7 @@ class PhaseBars(ProgressBar):
     ) -> None:
         """Count a batch by its tokens, as the longest examples come first."""
         assert self._validation is not None
-        self._validation.advance(num_tokens(batch) if self._by_tokens else 1)
+        self._validation.advance(extent_of(batch).tokens if self._by_tokens else 1)
 
     def on_validation_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """End the pass over the validation sets."""

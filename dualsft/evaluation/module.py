@@ -52,8 +52,8 @@ class EvaluationModule(LightningModule):
         check_validation_data(self.trainer)
         exact_match = self.generation.max_new_tokens > 0
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, InstructionDataModule) and not exact_match:  # answers are generated for whole batches
-            data.part = rows_to_read()
+        if isinstance(data, InstructionDataModule):
+            data.part = None if exact_match else rows_to_read()  # answers are generated for whole batches
         self._names = validation_names(self.trainer)
         self.metrics = ValidationMetrics(self._names, exact_match, self.example_loss)
         self.predictions = []

@@ -31,9 +31,14 @@ class Ways(NamedTuple):
     gradient: float
     product: float
 
+    @property
+    def are_sound(self) -> bool:
+        """Whether the second product shows in the times, as it does unless other work has spoilt them."""
+        return self.product > 1.1 * self.alone
+
     def break_even(self, length: int) -> float:
         """Tokens per example at which both ways cost the same, where examples of this length took so long."""
-        return length * max(0.0, self.gradient - self.alone) / max(self.product - self.alone, 1e-9)
+        return length * max(0.0, self.gradient - self.alone) / (self.product - self.alone)
 
 
 def measured_break_even(
@@ -43,11 +48,13 @@ def measured_break_even(
     small: tuple[int, int] = SMALL,
     length: int = LENGTH,
     examples: int = EXAMPLES,
-) -> BreakEven:
-    """The break-even of a device for activations of a type, from a few batches of two layers."""
+) -> BreakEven | None:
+    """The break-even of a device for activations of a type, from a few batches of two layers; None if none shows."""
     found = []
     for shape in (large, small):
         ways = both_ways(device, dtype, shape, length, examples, ROUNDS)
+        if not ways.are_sound:
+            return None
         found.append((shape[0] * shape[1], ways.break_even(length)))
     (many, at_many), (few, at_few) = found
     calls = max(0.0, (at_few - at_many) / (1 / few - 1 / many))

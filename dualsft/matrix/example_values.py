@@ -1,6 +1,7 @@
 """A number for each of very many examples, in arrays: 16 bytes an example, where a dictionary takes some 100."""
 
 from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from operator import index
 from typing import Any, final
 
 import numpy as np
@@ -106,7 +107,11 @@ class ExampleValues(Mapping[int, float]):
     def __getitem__(self, example: int) -> float:
         if self._places is None:
             self._places = self._table()
-        place = self._places[example] if 0 <= example < len(self._places) else -1
+        try:
+            row = index(example)
+        except TypeError as error:  # as a dictionary says of what is no id
+            raise KeyError(example) from error
+        place = self._places[row] if 0 <= row < len(self._places) else -1
         if place < 0:
             raise KeyError(example)
         return float(self._values[place])

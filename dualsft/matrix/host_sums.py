@@ -4,12 +4,14 @@ A gradient is copied in pieces to pinned memory, on a stream of its own, and a t
 The device holds a gradient until it is copied, and no sum. There are few places for pieces: where all are taken,
 backward is not launched any further, so that no more than these and one module's gradients are on their way.
 
-Each sum is added up in the order of its gradients, in float32: its bits are those of a sum on the device.
+Each sum is added up in the order of its gradients, in float32: its bits are those of a sum on the device, except that
+a GPU may round a square and its addition together.
 """
 
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +35,15 @@ class HostSums:
     """
 
     def __init__(self, sums: Mapping[str, Tensor], squared: bool, device: torch.device) -> None:
-        self._sums, self._squared = sums, squared
+        self._sums, self._squared, self._device = sums, squared, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         size = min(PIECE, max((total.nbytes for total in sums.values()), default=0))
         self._places = deque(_Place(size, pinned=device.type == "cuda") for _ in range(PLACES))
 
     def __enter__(self) -> "HostSums":
-        self._thread = ThreadPoolExecutor(1, "sums on the host")
+        # a thread is on the first device until it is told, and what it does with events would open a context there
+        settle = partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "sums on the host", initializer=settle)
         return self
 
     def __exit__(self, *_: object) -> None:

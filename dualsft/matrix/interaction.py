@@ -34,6 +34,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualsft.errors import UserError
 from dualsft.matrix.experts_tap import ExpertsTap
 from dualsft.matrix.host_sums import HostSums
 from dualsft.matrix.linear_tap import LinearTap
@@ -43,6 +44,7 @@ from dualsft.matrix.tap import GeneralTap, Tap
 from dualsft.models.dtypes import accumulator_dtype
 from dualsft.models.experts import EXPERT_WEIGHTS, is_grouped
 from dualsft.models.linear import is_linear
+from dualsft.sharding.collectives import any_rank
 from dualsft.sharding.shard_model import is_sharded
 from dualsft.sharding.shards import compute_device, local_shard
 from dualsft.sharding.unit_gather import unsharded_parameters
@@ -122,6 +124,20 @@ class ColumnSums:
             sums = [total for total in self.sums.values() if total.numel()]
             largest = [*torch._foreach_norm(sums, math.inf)] if sums else []
         return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
+
+    def check(self) -> None:
+        """Check sums on the host, of which no look at the gradients shows whether they overflow; all ranks call this.
+
+        Raises:
+            UserError: if one is not finite.
+        """
+        if not self._host:
+            return
+        sums = [total for total in self.sums.values() if total.numel()]
+        finite = all(bool(largest.isfinite()) for largest in torch._foreach_norm(sums, math.inf))
+        if any_rank(not finite):
+            what = "squares of gradients" if self.squared else "gradients"
+            raise UserError(f"The {what} overflow {sums[0].dtype} when added, though each gradient is finite.")
 
     def reset(self) -> None:
         """Start again from zero."""

@@ -128,6 +128,7 @@ def gradient_pass(
         result = scoring.result
         if column_sums:
             column_sums.complete()
+            column_sums.check()
         with advising("when the ranks gathered what they had found", "run fewer of them on a host"):
             result.share()
             add_up_replicas(result.sums.values())

@@ -46,6 +46,11 @@ class Shards:
         return self.bytes_of(lambda weight: weight.directed)
 
     @property
+    def largest(self) -> int:
+        """The largest of the weights, as of the gradients."""
+        return max(weight.share(self.ranks) * weight.itemsize for weight in self.shape.weights)
+
+    @property
     def widest(self) -> int:
         """The largest of these tensors in the type of sums."""
         return max(weight.share(self.ranks) * weight.wide for weight in self.shape.weights)

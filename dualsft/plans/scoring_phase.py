@@ -23,8 +23,9 @@ def scoring_phase(
     cost = trace(job.shape, batch, prepare)
     held, host = {"weights": shards.weights, **(more or {})}, {}
     if columns and _sums_on_host(job, held):
-        on_their_way = {"gradients on their way": PLACES * min(PIECE, shards.widest)}
-        held, host = held | on_their_way, {"accumulator": shards.sums} | on_their_way
+        pieces = PLACES * min(PIECE, shards.widest)
+        held["gradients on their way"] = max(pieces, shards.largest)  # one stays until its last piece is copied
+        host = {"accumulator": shards.sums, "gradients on their way": pieces}
     elif columns:
         held["accumulator"] = shards.sums
         host = {} if job.machine.device == "cpu" else {"sums, while written": shards.sums}

@@ -55,11 +55,13 @@ def offloads_sums(offload: Offload, model: nn.Module, what: str, is_short: bool 
         offload: The option.
         model: The model, on its device, on which all else is that the pass holds.
         what: The pass's name.
-        is_short: Whether memory has run out before.
+        is_short: Whether the device's memory has run out before.
     """
     size = _sum_size(weight for weight in model.parameters() if weight.requires_grad)
-    if offload != "auto" or not size:
-        return offload == "always" and bool(size)
+    if offload == "never" or not any_rank(size > 0):  # one with few rows may have none of a weight that is scored
+        return False
+    if offload == "always":
+        return True
     if not _is_too_large_here(size, model, is_short):
         return False
     say(

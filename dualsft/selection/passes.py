@@ -76,6 +76,7 @@ class Passes:
         tokens: int = halved[1]["batch_tokens"] if halved else data.batch_tokens
         self.batch_tokens = min(gather_shards(tokens))
         self._halved = self.batch_tokens < data.batch_tokens
+        self._device_is_short: bool = halved[1].get("device", False) if halved else False
 
     def run(self, name: str, examples: int, loader: Loader, **options: Any) -> GradientPass:
         """Run one `gradient_pass` under a name that the log shows, or load its result if an earlier run finished it.
@@ -127,13 +128,14 @@ class Passes:
                 if not is_out_of_memory(error):
                     raise
                 reason = shortage(error)
+                self._device_is_short |= isinstance(error, torch.OutOfMemoryError)
             # outside the handler, whose traceback holds on to the batch
             self._restart(name, reason, keeper)
             if columns and not on_host and world_size() == 1:  # replicas add up sums that are all in one kind of place
                 on_host = self._offloads_sums(name)
 
     def _offloads_sums(self, name: str) -> bool:
-        return offloads_sums(self._offload_sums, self._model, name, is_short=self._halved)
+        return offloads_sums(self._offload_sums, self._model, name, is_short=self._device_is_short)
 
     @property
     def unsaved(self) -> list[str]:
@@ -190,7 +192,7 @@ class Passes:
         self.batch_tokens, self._halved = half, True
         where = f"ran out in the {name} ({reason})"
         keeper.begin_again(batch_tokens=half)
-        self._own.save(HALVED, {}, {"batch_tokens": half})
+        self._own.save(HALVED, {}, {"batch_tokens": half, "device": self._device_is_short})
         if not calls_alone():
             raise UserError(
                 f"Memory {where}; go on with --resume on as many ranks, with batches of {half} tokens then."

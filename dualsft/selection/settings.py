@@ -126,7 +126,7 @@ class SelectionSettings:
             than three quarters of the device's free memory, and says so.
         offload_sums: Whether passes hold their sums of gradients on the host (always), to which each layer's gradient
             goes while backward goes on, or on the device (never); auto holds them on the host if they would take more
-            than three quarters of what is free beside weights and directions, and says so. The bits are the same.
+            than three quarters of what is free beside weights and directions, or memory has run out, and says so.
         compile: Compile the model's layers by torch.compile for all that is not scored: the warm-up, the training of a
             path, the validation gradient and plain losses. Passes that score run as they do without.
         parameter_scores: How the scores of weights are kept: full is 4 bytes each; bfloat16 takes 2, and what `dualsft

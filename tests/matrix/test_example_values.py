@@ -80,6 +80,9 @@ def test_what_is_not_there_is_refused() -> None:
             found[i]
         with pytest.raises(KeyError, match=str(i)):
             found.at(np.array([3, i]))
+    for key in ("3", None, 1.5):
+        assert key not in found
+    assert np.int32(3) in found
     with pytest.raises(ValueError, match="two numbers"):
         ExampleValues([1, 2, 1], [0.0, 0.0, 0.0])[1]
     with pytest.raises(ValueError, match="1 numbers for 2 examples"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dualsft.errors import UserError
 from dualsft.matrix import host_sums, passes
 from dualsft.matrix.passes import gradient_pass
 from tests.cases import given, make, make_examples, random_direction
@@ -78,6 +79,20 @@ def test_an_example_whose_gradient_is_not_finite_leaves_no_trace(model: Any) -> 
     )
     assert found.nonfinite == {101}
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("squared", "what"), [(False, "The gradients"), (True, "The squares of gradients")])
+def test_a_sum_that_overflows_is_refused(squared: bool, what: str) -> None:
+    """Although each gradient is finite, as on the device."""
+    model, examples = exploding_model(1e13 if squared else 1e10, torch.float32), free_of(EXPLOSIVE, (9, 9, 9, 9))
+    batches = batches_of([with_token(example, EXPLOSIVE) for example in examples], 1)
+    if not squared:
+        gradient = gradient_pass(model, given(batches[:1]), sums_on_host=True).sums["model.embed_tokens.weight"]
+        model = exploding_model(1e10 * (2e38 / float(gradient.abs().max())) ** 0.5, torch.float32)
+        batches = batches[:1] * 4
+    for on_host in (True, False):
+        with pytest.raises(UserError, match=what if on_host else "overflow torch.float32 when added"):
+            gradient_pass(model, given(batches), squared=squared, sums_on_host=on_host)
 
 
 def test_the_accelerator_holds_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:

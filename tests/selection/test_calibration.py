@@ -49,6 +49,30 @@ def test_a_card_is_measured_once(measured: list[Any], tmp_path: Path) -> None:
     assert calibration._kept(kept) == MEASURED
 
 
+@pytest.mark.parametrize("spoilt", [None, torch.OutOfMemoryError()])
+def test_what_tells_nothing_is_not_kept(
+    measured: list[Any],
+    spoilt: BaseException | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As where other work is on the card, or its memory is short: the next run measures again."""
+
+    def fail(*_: Any) -> None:
+        if spoilt is not None:
+            raise spoilt
+
+    model: Any = None
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "measured_break_even", fail)
+        calibrate(model, str(tmp_path))
+    assert "estimated, not measured" in capsys.readouterr().err
+    assert not by_gradient_pays(512, 4096**2, "cuda")
+    calibrate(model, str(tmp_path))
+    assert len(measured) == 1
+
+
 def test_where_nothing_is_kept_the_estimate_stays(
     measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,5 +104,9 @@ def test_the_constants_are_those_of_the_costs(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr("dualsft.matrix.calibration.both_ways", both_ways)
         assert measured_break_even(torch.device("cuda"), torch.bfloat16) == pytest.approx((300, 2e6))
-    found = measured_break_even(torch.device("cpu"), torch.float32, (16, 8), (8, 8), length=4, examples=2)
+    assert not Ways(1.0, 1.5, 1.05).are_sound
+    for _ in range(20):  # the times of such small layers may tell nothing
+        if found := measured_break_even(torch.device("cpu"), torch.float32, (64, 64), (16, 16), length=64, examples=4):
+            break
+    assert found is not None
     assert all(0 <= part < float("inf") for part in found)

@@ -194,11 +194,12 @@ def test_the_failed_attempt_is_out_of_memory_before_the_next(
     assert len(alive) > 40
 
 
-def test_after_a_shortage_sums_are_held_on_the_host(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Selection]
+@pytest.mark.parametrize("kind", ["accelerator", "host"])
+def test_after_a_shortage_of_the_device_sums_are_held_on_the_host(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Selection], kind: str
 ) -> None:
-    """In the attempt that follows; the scores are the same."""
-    original, places, trap = passes.gradient_pass, [], Shortage(SHORTAGES["accelerator"], 3)
+    """In the attempt that follows; the scores are the same. They are not where the host itself is short."""
+    original, places, trap = passes.gradient_pass, [], Shortage(SHORTAGES[kind], 3)
 
     def noted(*rest: Any, **options: Any) -> Any:
         places.append(options["sums_on_host"])
@@ -208,7 +209,7 @@ def test_after_a_shortage_sums_are_held_on_the_host(
     monkeypatch.setattr(passes, "gradient_pass", noted)
     monkeypatch.setattr(passes, "offloads_sums", lambda *_, is_short: is_short)
     found = select(inputs, tmp_path, SGD)
-    assert places == [False, False, True]
+    assert places == [False, False, kind == "accelerator"]
     assert_same_scores(found, plain["one"])
 
 

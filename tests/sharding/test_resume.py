@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """To the scores of one process that nobody has killed, repeating no phase that was finished."""
     out, states = tmp_path / "out", unbroken.states[name]
-    with pytest.raises(AssertionError, match=r"rank . (died without a word|failed)"):
+    with pytest.raises(AssertionError, match=r"died without a word|[Cc]onnection (closed|reset) by peer"):
         on(before, unbroken.inputs, out, name, round(share * states))
     assert on(after, unbroken.inputs, out, name) <= states - round(share * states) + 1
     assert_same(load_selection(out), load_selection(unbroken.folder / name), EXACT)

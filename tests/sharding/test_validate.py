@@ -41,14 +41,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def validated(
     workspace: Workspace, folder: Path, sets: dict[str, str], strategy: Callable[..., Strategy] = FSDP2, **options: Any
 ) -> dict[str, float]:
-    """The metrics of the base model on named sets, on all ranks that there are; once more without answers."""
+    """The metrics of the base model on named sets, on all ranks that there are; first without answers."""
     found: dict[str, float] = {}
-    for words in (6, 0):
+    data = workspace.data(train=None, selection=None, validation=sets)
+    for words in (0, 6):
         if distributed.is_initialized():
             options |= {"strategy": strategy(), "devices": distributed.get_world_size()}
         module = EvaluationModule(workspace.model, Generation(words))
         run = trainer(folder, **options)
-        run.validate(module, datamodule=workspace.data(train=None, selection=None, validation=sets), verbose=False)
+        run.validate(module, datamodule=data, verbose=False)
         found |= {f"{name}, {words} words": float(value) for name, value in run.callback_metrics.items()}
     return found
 
