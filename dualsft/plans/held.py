@@ -9,7 +9,7 @@ from dualsft.plans.shape import ModelShape, Weight
 INDEX = 4
 """Bytes of the place of a chosen weight in its tensor (int32)."""
 BLOCK_SHARES = 2
-"""Blocks whose weights are gathered at a time: the one at work, and the next."""
+"""Blocks whose weights and directions are gathered at a time: the one at work, and the next."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Shards:
         root_wide, block_wide = self._root_and_block(lambda weight: weight.wide)
         root_directed, block_directed = self._root_and_block(lambda weight: weight.directed)
         held = root + directions * root_directed
-        at_work = batch + BLOCK_SHARES * block + directions * block_directed
+        at_work = batch + BLOCK_SHARES * (block + directions * block_directed)
         if not gradients:
             return held + at_work
         return held + max(at_work + block + block_wide, root + root_wide)

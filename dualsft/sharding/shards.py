@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -67,12 +68,28 @@ def from_local(shard: Tensor, like: Any) -> DTensor:
     return DTensor.from_local(shard, **layout, shape=like.shape, stride=like.stride())
 
 
-@torch.no_grad()
 def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
     """The full tensor, all-gathered on the device that the model computes on; every rank must call this at once."""
+    return finish_gather(begin_gather(shard, like))
+
+
+@torch.no_grad()
+def begin_gather(shard: Tensor, like: Tensor) -> Tensor:
+    """Begin to all-gather a full tensor; `finish_gather` waits for it, on an accelerator beside other work.
+
+    Every rank must begin the same ones in the same order. Shards of unequal length are there at once, as all are on a
+    CPU: gloo damages the heap where a gather and another collective of FSDP2 go on together.
+    """
     if not isinstance(like, DTensor):
         return shard
-    return from_local(shard.to(_mesh_device(like)), like).full_tensor()
+    part = from_local(shard.to(_mesh_device(like)), like)
+    beside = part.device_mesh.device_type != "cpu"
+    return part.redistribute(placements=[Replicate()], async_op=beside).to_local()
+
+
+def finish_gather(begun: Tensor) -> Tensor:
+    """The full tensor of `begin_gather`; the host does not wait for an accelerator."""
+    return begun.wait() if isinstance(begun, AsyncCollectiveTensor) else begun
 
 
 def shard_copy(tensor: Tensor, like: Tensor) -> Tensor:

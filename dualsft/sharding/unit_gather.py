@@ -1,11 +1,10 @@
 """Tensors of the parameters' shapes, such as directions, that are gathered together with a sharded model's units.
 
 Each tensor is stored in shards like the parameter of its name. As the gradient of a unit's output arrives in backward,
-the unit's tensors are gathered, and those of the unit before are dropped. The tensors of the root unit, to which the
-embeddings and the head belong, are kept until backward is over. A model that is not sharded needs no gathering.
-
-They are not gathered ahead, while backward is in the unit before: such all-gathers (``redistribute`` with ``async_op``)
-damaged the heap in one of three jobs under gloo. Within a node what they would hide is a few hundredths of a pass.
+the unit's tensors are there, and those of the unit before are dropped. They have been on their way since backward came
+to that one: in what order it comes to the units is known from the first backward pass. The tensors of the root unit, to
+which the embeddings and the head belong, are kept until backward is over. A model that is not sharded needs no
+gathering.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from dualsft.models.lazy import LazyTensors
-from dualsft.sharding.shards import full_tensor
+from dualsft.sharding.shards import begin_gather, finish_gather
 
 
 class UnitGather:
@@ -39,6 +38,9 @@ class UnitGather:
         self._shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
         self._gathered: list[dict[str, Tensor]] = [{} for _ in tensors]
         self._open_units: list[nn.Module] = []
+        self._latest: nn.Module | None = None
+        self._next: dict[nn.Module, nn.Module] = {}  # unit -> the one that backward comes to after it
+        self._begun: dict[nn.Module, list[dict[str, Tensor]]] = {}
         self._handles: list[RemovableHandle] = []
         self.full_tensors: Sequence[Mapping[str, Tensor]] = tensors
         if self._shards:
@@ -59,7 +61,9 @@ class UnitGather:
         """Drop all full tensors, once backward is over."""
         for gathered in self._gathered:
             gathered.clear()
-        self._open_units = []
+        for parts in self._begun.values():  # of a backward pass that an error has ended
+            _finish(parts)
+        self._begun, self._open_units, self._latest = {}, [], None
 
     def _gather_in_backward(self, unit: nn.Module, _: Any, output: Any) -> None:
         for value in pytree.tree_leaves(output):
@@ -76,9 +80,25 @@ class UnitGather:
                 for name in self._units[closed]:
                     gathered.pop(name, None)
         self._open_units = [*outer, unit]
-        for shards, gathered in zip(self._tensors, self._gathered, strict=True):
-            names = [name for name in self._units[unit] if name in shards]
-            gathered.update({name: full_tensor(shards[name], self._shards[name]) for name in names})
+        parts = self._begun.pop(unit, None) or self._begin(unit)
+        if self._latest is not None:
+            self._next[self._latest] = unit
+        self._latest = unit
+        if (following := self._next.get(unit)) is not None and following not in self._begun:
+            self._begun[following] = self._begin(following)
+        for gathered, part in zip(self._gathered, _finish(parts), strict=True):
+            gathered.update(part)
+
+    def _begin(self, unit: nn.Module) -> list[dict[str, Tensor]]:
+        """Begin to gather a unit's tensors, of each mapping."""
+        return [
+            {name: begin_gather(shards[name], self._shards[name]) for name in self._units[unit] if name in shards}
+            for shards in self._tensors
+        ]
+
+
+def _finish(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: finish_gather(begun) for name, begun in part.items()} for part in parts]
 
 
 def units(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -1,8 +1,9 @@
 """A pass over a sharded model, each rank with its own batches, gives what it gives on one process."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dualsft.objectives import example_losses
 from dualsft.sharding.groups import rank_slice, shard_mesh
 from dualsft.sharding.shard_model import shard_model
 from dualsft.sharding.shards import full_tensor, shard_of
+from dualsft.sharding.unit_gather import UnitGather
 from tests.cases import ARCHITECTURES, chunks_of, collate, given, make, make_examples, pack, random_direction
 from tests.world.ranks import run_on_ranks
 
@@ -143,3 +145,37 @@ def test_whatever_a_pass_does_it_does_on_ranks() -> None:
     expected = passes_alone()
     for name, found in run_on_ranks(2, all_cases)[0].items():
         assert_same(found, expected[name], 1e-9)
+
+
+def gathers_by_backward() -> list[list[str]]:
+    """What is gathered, and when backward comes to which unit, batch by batch."""
+    model, seen = make("llama"), list[list[str]]()
+    u = random_direction(model)
+    shard_model(model, shard_mesh("cpu"))
+    names = {unit: path or "root" for path, unit in model.named_modules()}
+    begin, gather = UnitGather._begin, UnitGather._gather
+
+    def noted_begin(self: UnitGather, unit: Any) -> Any:
+        seen[-1].append(f"begin {names[unit]}")
+        return begin(self, unit)
+
+    def noted_gather(self: UnitGather, unit: Any) -> None:
+        seen[-1].append(f"at {names[unit]}")
+        gather(self, unit)
+
+    def watch(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            seen.append([])
+            yield batch
+
+    with mock.patch.multiple(UnitGather, _begin=noted_begin, _gather=noted_gather):
+        gradient_pass(model, given(BATCHES), watch, [u])
+    return seen
+
+
+def test_a_unit_is_gathered_while_backward_is_in_the_one_before() -> None:
+    """From the second batch on, when the order of the units is known."""
+    (found,) = run_on_ranks(1, gathers_by_backward)
+    first, second = "model.layers.1", "model.layers.0"
+    assert found[0][:2] == ["at root", "begin root"]
+    assert found[-1] == ["at root", "begin root", f"begin {first}", f"at {first}", f"begin {second}", f"at {second}"]
