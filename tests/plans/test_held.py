@@ -53,7 +53,7 @@ def test_a_rank_holds_its_rows_rounded_up(tmp_path: Path, ranks: int) -> None:
 
 
 def test_a_sharded_model_gathers_its_root_and_two_blocks(tmp_path: Path) -> None:
-    """In a pass for rows and columns: weights, directions, and the gradients of a block in two types.
+    """In a pass for rows and columns: weights and directions, and the gradients of a block in two types.
 
     Those of the root unit come when the batch's activations are gone.
     """
@@ -61,9 +61,9 @@ def test_a_sharded_model_gathers_its_root_and_two_blocks(tmp_path: Path) -> None
     root = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     shards = Shards(tiny_shape(tmp_path, tied=False), 2, sharded=True)
-    assert shards.with_units(10**6, 1, gradients=True) == 10**6 + 4 * (2 * root + 3 * block + 2 * block)
-    assert shards.with_units(0, 1, gradients=True) == 4 * (2 * root + max(5 * block, 2 * root))
-    assert shards.with_units(7, 1, gradients=False) == 7 + 4 * (2 * root + 3 * block)
+    assert shards.with_units(10**6, 1, gradients=True) == 10**6 + 4 * (2 * root + 4 * block + 2 * block)
+    assert shards.with_units(0, 1, gradients=True) == 4 * (2 * root + max(6 * block, 2 * root))
+    assert shards.with_units(7, 1, gradients=False) == 7 + 4 * (2 * root + 4 * block)
     assert Shards(shards.shape).with_units(7, 1, gradients=True) == 7
 
 
