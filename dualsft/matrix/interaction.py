@@ -137,7 +137,8 @@ class ColumnSums:
         finite = all(bool(largest.isfinite()) for largest in torch._foreach_norm(sums, math.inf))
         if any_rank(not finite):
             what = "squares of gradients" if self.squared else "gradients"
-            raise UserError(f"The {what} overflow {sums[0].dtype} when added, though each gradient is finite.")
+            dtype = next(iter(self.sums.values())).dtype  # a rank may have empty shards alone
+            raise UserError(f"The {what} overflow {dtype} when added, though each gradient is finite.")
 
     def reset(self) -> None:
         """Start again from zero."""
